@@ -1,0 +1,55 @@
+# Everything a checkout can do. `make demo` and `make test` set up what they need, once, in .venv.
+#
+# On Linux pip fetches torch with CUDA, some gigabytes. A machine without a GPU is served by the CPU build:
+#   make setup PIP_INSTALL_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+PIP_INSTALL_FLAGS ?=
+PYTEST_FLAGS ?=
+
+# Python 3.11 is what the pins were tested with; otherwise the newest that is new enough and can make environments.
+FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
+	$$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	&& { echo $$candidate; break; }; done
+
+.DEFAULT_GOAL := help
+.PHONY: help setup triton demo test lint nano eval-nano clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## make .venv and install the pinned versions
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@python="$${PYTHON:-$$($(FIND_PYTHON))}"; \
+	if [ -z "$$python" ]; then echo "error: no Python of 3.10 or newer with the venv module; install one, or name it: make PYTHON=..." >&2; exit 2; fi; \
+	echo "setting up $(VENV) with $$python: once, a few minutes"; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	@grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+triton: $(STAMP) ## add the pinned Triton (GPU kernels, or its interpreter on a CPU)
+	$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^triton==' constraints.txt)"
+
+demo: $(STAMP) ## caption a picture, answer a question, box an object: about a minute
+	$(BIN)/qvl demo
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+nano: $(STAMP) ## train the small checkpoint anew: 2.5 hours on 2 cores, resumes after a stop
+	$(BIN)/python tools/train_nano.py
+
+eval-nano: $(STAMP) ## score the small checkpoint on 500 scenes that it never saw
+	$(BIN)/python tools/eval_nano.py
+
+clean: ## remove the environment, builds, caches and outputs
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

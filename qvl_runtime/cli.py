@@ -1,0 +1,220 @@
+"""The command `qvl`: its help, its exit codes, and which part of the program does what was asked.
+
+Exit codes: 0 done, 1 a fault of the program itself, 2 something the user can mend (one line says what), 130 Ctrl-C.
+Nothing heavy is imported before a command runs, so that `qvl --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from qvl_runtime.errors import PromptError, QVLError
+from qvl_runtime.options import OUTPUT, ModelOptions, SamplingOptions, with_options
+from qvl_runtime.terminal import (
+    INTERRUPTED,
+    answer_json,
+    box_lines,
+    content,
+    drawable,
+    receive,
+    save_drawing,
+    say,
+    say_error,
+    speed_line,
+)
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", "-i", metavar="PICTURE", help="A file, http(s) address or data URL; repeat for several."),
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Instead of the system text 'You are a helpful assistant.'")
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="No chat format: continue PROMPT as it stands, with <img>FILE</img> honoured.")
+]
+Draw = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the picture with the answer's boxes here.", rich_help_panel=OUTPUT),
+]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the picture with the boxes drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="The answer only: no notes, no speed.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback.", rich_help_panel=OUTPUT)]
+
+
+def reported(command: Callable[P, int]) -> Callable[P, None]:
+    """Turn what a command returns or raises into an exit code and, for an error, one line."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except KeyboardInterrupt:
+            say("interrupted")
+            code = INTERRUPTED
+        except BrokenPipeError:
+            raise  # the reader has gone, as in `qvl … | head`; typer ends in silence
+        except Exception as error:
+            if kwargs.get("debug"):
+                raise
+            expected = isinstance(error, (QVLError, OSError))
+            say_error(error if expected else f"{type(error).__name__}: {error} (a fault of qvl; --debug shows where)")
+            code = 2 if expected else 1
+        raise typer.Exit(code)
+
+    return run
+
+
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """Make the function a command of `qvl`; it returns an exit code."""
+    app.command()(with_options(reported(function)))
+    return function
+
+
+@app.callback()
+def root() -> None:
+    """Run Qwen-VL: pictures and a question in, words and boxes out.
+
+    [bold]To try it, without a download:[/bold]
+
+    [cyan]qvl demo[/cyan]
+
+    [cyan]qvl chat[/cyan]
+
+    [bold]With a picture and a model of yours:[/bold]
+
+    [cyan]qvl generate "What is this?" -i dog.jpg --model Qwen/Qwen-VL-Chat-Int4 --download[/cyan]
+
+    [cyan]qvl generate "Box the dog" -i dog.jpg --draw boxed.png[/cyan]
+    """
+
+
+@command
+def generate(
+    *,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")],
+    image: Images = None,
+    system: System = None,
+    raw: Raw = False,
+    models: ModelOptions,
+    sampling: SamplingOptions,
+    as_json: AsJson = False,
+    draw: Draw = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Answer one prompt, as the words come.
+
+    [cyan]qvl generate "What number is on the plate?" -i car.jpg --temperature 0[/cyan]
+
+    [cyan]qvl generate "图里有什么?" -i one.jpg -i two.jpg[/cyan]
+
+    [cyan]qvl generate "Box the dog" -i dog.jpg --draw boxed.png --json[/cyan]
+
+    [cyan]echo "Describe it" | qvl generate - -i dog.jpg --quiet[/cyan]
+    """
+    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    images = image or []
+    if raw and system is not None:
+        raise PromptError("--system belongs to the chat format, which --raw turns off; leave one of them out")
+    if draw is not None:
+        drawable(draw)
+    params, engine = sampling.params(), models.open()
+    if not quiet and (note := engine.defaults_note(params)):
+        say(f"note: {note}")
+    if raw:
+        pieces = engine.stream([*({"image": source} for source in images), {"text": text}] if images else text, params)
+    else:
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        pieces = engine.chat([*opening, {"role": "user", "content": content(text, images)}], params, stream=True)
+    answer = receive(pieces, echo=not as_json)
+    drawn = save_drawing(answer.completion, draw) if answer.completion is not None and draw is not None else None
+    if as_json:
+        print(answer_json(answer, drawn))
+    if answer.completion is None:
+        say("interrupted; the answer is not whole")
+        return INTERRUPTED
+    if not (quiet or as_json) and sys.stderr.isatty():
+        for line in [*box_lines(answer.completion), speed_line(answer.completion)]:
+            say(line)
+    return 0
+
+
+@command
+def chat(
+    *,
+    image: Images = None,
+    system: System = None,
+    models: ModelOptions,
+    sampling: SamplingOptions,
+    debug: Debug = False,
+) -> int:
+    """Talk with the model, turn by turn; /help there lists what else one can say.
+
+    [cyan]qvl chat --image dog.jpg[/cyan]
+
+    [cyan]printf 'Hello!\\nBox the dog\\n' | qvl chat --image dog.jpg[/cyan]
+    """
+    from qvl_runtime.repl import ChatSession, converse
+
+    params, engine = sampling.params(), models.open()
+    if note := engine.defaults_note(params):
+        say(f"note: {note}")
+    session = ChatSession(engine, params, system)
+    for source in image or []:
+        session.attach(source)
+    return converse(session)
+
+
+@command
+def info(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
+    """Say what is here: versions, device, kernels, the model's size; and what each missing part costs.
+
+    Reads no weights, so it is quick for a model of any size.
+    """
+    from qvl_runtime.doctor import examine, show
+
+    report = examine(models)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        show(report)
+    return 0
+
+
+@command
+def demo(*, out: Out = Path("out/demo.png"), models: ModelOptions, debug: Debug = False) -> int:
+    """Caption a picture that comes with qvl, answer a question about it, box an object, and say how fast."""
+    from qvl_runtime.demo import run
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    run(models.open(), drawable(out))
+    return 0
+
+
+def main() -> None:
+    """Entry point of `qvl`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # without UTF-8 a Chinese word becomes '?', not a traceback
+    app()

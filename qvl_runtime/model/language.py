@@ -1,0 +1,112 @@
+"""The decoder: blocks of attention over a paged KV cache and a gated MLP, on flat rows of many requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.model.linear import Dense, Linear, decoder_linear
+from qvl_runtime.model.rotary import Positions
+
+
+class LayerCache(NamedTuple):
+    """The KV cache of one layer, [blocks, H, block_size, d] each; keys are stored rotated."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Layout(NamedTuple):
+    """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1]."""
+
+    slots: Tensor  # int64 [n], the slot each row's key and value go to
+    block_tables: Tensor  # int64 [R, most blocks]
+    query_starts: Sequence[int]  # R + 1 row numbers
+    context_lens: Sequence[int]  # R, tokens in the cache after this step
+
+
+class Observer(Protocol):
+    """Called with intermediate results by name, where asked for: tests compare them with the original's."""
+
+    def __call__(self, name: str, value: Tensor) -> None: ...
+
+
+def unobserved(name: str, value: Tensor) -> None:
+    """Nobody looks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    ops: ModuleType
+    eps: float
+    ln_1: Tensor  # [D]
+    ln_2: Tensor  # [D]
+    c_attn: Linear  # D to q | k | v
+    c_proj: Linear
+    up: Linear  # the published w1
+    gate: Linear  # the published w2: the half that silu gates
+    down: Linear  # the published mlp.c_proj
+
+    def __call__(self, x: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer) -> Tensor:
+        """x [n, D], the residual stream, to the same after this block; keys and values of the rows enter the cache."""
+        normed = self.ops.rms_norm(x, self.ln_1, self.eps)
+        qkv = self.c_attn(normed)
+        q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots)
+        context = self.ops.paged_attention(
+            q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
+        )
+        attended = self.c_proj(context)
+        x = x + attended
+        normed_2 = self.ops.rms_norm(x, self.ln_2, self.eps)
+        up, gate = self.up(normed_2), self.gate(normed_2)
+        mlp = self.down(self.ops.swiglu(up, gate))
+        for name, value in (
+            ("ln_1", normed), ("c_attn", qkv), ("q", q), ("attn_context", context), ("attn_out", attended),
+            ("ln_2", normed_2), ("w1", up), ("w2", gate), ("mlp_out", mlp),
+        ):  # fmt: skip
+            observe(name, value)
+        return x + mlp
+
+
+class Decoder:
+    """Blocks, the final norm and the head."""
+
+    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], ops: ModuleType) -> None:
+        self._ops, self._eps = ops, config.layer_norm_epsilon
+        self.embedding = state["transformer.wte.weight"]
+        self._blocks = [_block(config, state, ops, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
+        self._ln_f = state["transformer.ln_f.weight"]
+        self._head = Dense(ops, self.embedding if config.tie_word_embeddings else state["lm_head.weight"])
+
+    def forward(
+        self, x: Tensor, at: Positions, layout: Layout, caches: Sequence[LayerCache], observe: Observer = unobserved
+    ) -> Tensor:
+        """Embedded rows x [n, D] to the residual stream after the last block, [n, D]."""
+        for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
+            x = block(x, at, layout, cache, lambda name, value, i=i: observe(f"layer{i}.{name}", value))
+            observe(f"block{i}", x)
+        return x
+
+    def normed(self, x: Tensor) -> Tensor:
+        """ln_f of rows [m, D]."""
+        result: Tensor = self._ops.rms_norm(x, self._ln_f, self._eps)
+        return result
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Rows [m, D] of the residual stream to logits [m, vocab], in the model's dtype."""
+        return self._head(self.normed(x))
+
+
+def _block(config: ModelConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> Block:
+    def linear(part: str) -> Linear:
+        return decoder_linear(ops, state, f"{name}.{part}", config.quantization)
+
+    return Block(
+        ops, config.layer_norm_epsilon, state[f"{name}.ln_1.weight"], state[f"{name}.ln_2.weight"],
+        linear("attn.c_attn"), linear("attn.c_proj"), linear("mlp.w1"), linear("mlp.w2"), linear("mlp.c_proj"),
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""Positions: rotary tables with dynamic NTK per request, and the log-n factors of queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qvl_runtime.config import ModelConfig
+
+
+class Positions(NamedTuple):
+    """What attention needs to know of where each of n rows stands, all float32."""
+
+    cos: Tensor  # [n, rotary_dim]
+    sin: Tensor  # [n, rotary_dim]
+    logn: Tensor  # [n], the factor of the query
+
+
+def ntk_alpha(config: ModelConfig, prompt_tokens: int) -> float:
+    """The NTK factor of a request: max(1, 2^ceil(log2(n / seq_length) + 1) - 1) for a prompt of n tokens (5.4).
+
+    It is fixed when the request is admitted and stays while it decodes: cached keys are stored rotated.
+    """
+    if not config.use_dynamic_ntk or prompt_tokens <= config.seq_length:
+        return 1.0
+    doublings = math.ceil(math.log2(prompt_tokens / config.seq_length) + 1)
+    return float(max(1, 2**doublings - 1))
+
+
+@lru_cache(maxsize=64)
+def inverse_frequencies(base: float, dim: int, alpha: float) -> Tensor:
+    """1 / base'^(2j / dim) for j < dim / 2, with base' = base * alpha^(dim / (dim - 2)): float32 [dim / 2].
+
+    The power first, then the reciprocal, both in float32, as the original has it: base'^(-2j / dim) rounds
+    differently, which at position 600 moves logits by 3e-4.
+    """
+    base = base * alpha ** (dim / (dim - 2))
+    return 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+
+
+def positions_of(
+    config: ModelConfig, positions: Tensor, alphas: Sequence[float], query_starts: Sequence[int]
+) -> Positions:
+    """Tables for n rows: positions int64 [n]; request r, with alphas[r], has rows query_starts[r] to [r + 1]."""
+    frequencies = torch.empty(len(positions), config.rotary_dim // 2, device=positions.device)
+    for r, alpha in enumerate(alphas):
+        rows = slice(query_starts[r], query_starts[r + 1])
+        frequencies[rows] = inverse_frequencies(config.rotary_emb_base, config.rotary_dim, alpha).to(positions.device)
+    angles = positions.float().unsqueeze(1) * frequencies
+    angles = torch.cat([angles, angles], dim=1)
+    return Positions(angles.cos(), angles.sin(), logn_factors(config, positions))
+
+
+def logn_factors(config: ModelConfig, positions: Tensor) -> Tensor:
+    """log(t + 1) / log(seq_length) for queries at a position t from seq_length on, 1 before: float32 [n] (5.3)."""
+    if not config.use_logn_attn:
+        return torch.ones(len(positions), device=positions.device)
+    factors = (positions.double() + 1).log() / math.log(config.seq_length)
+    return factors.clamp(min=1.0).float()

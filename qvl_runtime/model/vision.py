@@ -1,0 +1,131 @@
+"""The visual tower: pixels to patches, a ViT, and the resampler that turns a picture into a fixed number of rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_runtime.config import VisionConfig
+from qvl_runtime.model.language import Observer, unobserved
+from qvl_runtime.model.linear import Dense, dense
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """A LayerNorm."""
+
+    ops: ModuleType
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VisionBlock:
+    ops: ModuleType
+    heads: int
+    ln_1: Norm
+    ln_2: Norm
+    in_proj: Dense
+    out_proj: Dense
+    c_fc: Dense
+    c_proj: Dense
+
+    def __call__(self, x: Tensor, observe: Observer) -> Tensor:
+        """x [P, L, W], the residual stream, to the same after this block."""
+        attended = self.out_proj(self.ops.vision_attention(self.in_proj(self.ln_1(x)), self.heads))
+        observe("attn", attended)
+        x = x + attended
+        return x + self.c_proj(self.ops.gelu(self.c_fc(self.ln_2(x))))
+
+
+class Resampler:
+    """One cross attention from learned queries to the patches, with positions on queries and keys (4.5)."""
+
+    def __init__(self, config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> None:
+        self._ops, self._heads = ops, config.pool_heads
+        self._kv_proj = dense(ops, state, f"{name}.kv_proj") if config.width != config.output_dim else None
+        self._ln_kv = _norm(config, state, ops, f"{name}.ln_kv")
+        weights, biases = (state[f"{name}.attn.in_proj_{kind}"].chunk(3) for kind in ("weight", "bias"))
+        to_q, self._to_k, self._to_v = (Dense(ops, w, b) for w, b in zip(weights, biases, strict=True))
+        self._out_proj = dense(ops, state, f"{name}.attn.out_proj")
+        positions = state[f"{name}.pos_embed"]
+        # the queries are the same for every picture: projected once
+        self._queries = to_q(_norm(config, state, ops, f"{name}.ln_q")(state[f"{name}.query"]) + positions)
+        self._key_positions = resize_table(positions, config.grid)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Patches [P, L, W] to [P, queries, output_dim]."""
+        kv = self._ln_kv(x if self._kv_proj is None else self._kv_proj(x))
+        k, v = self._to_k(kv + self._key_positions), self._to_v(kv)
+        return self._out_proj(self._ops.cross_attention(self._queries, k, v, self._heads))
+
+
+class VisualTower:
+    def __init__(self, config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType) -> None:
+        root = "transformer.visual"
+        self.config = config
+        # kernel and stride are one: the convolution is a product with the flattened patch
+        self._patch_proj = Dense(ops, state[f"{root}.conv1.weight"].flatten(1))
+        self._positions = resize_table(state[f"{root}.positional_embedding"], config.grid)
+        self._ln_pre = _norm(config, state, ops, f"{root}.ln_pre")
+        blocks = (f"{root}.transformer.resblocks.{i}" for i in range(config.layers))
+        self._blocks = [_block(config, state, ops, name) for name in blocks]
+        self._resampler = Resampler(config, state, ops, f"{root}.attn_pool")
+        self._ln_post = _norm(config, state, ops, f"{root}.ln_post")
+        self._proj = Dense(ops, state[f"{root}.proj"].t())  # published as [in, out]
+
+    def forward(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
+        """Normalised pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
+        x = self._patch_proj(self._patches(pixels.to(self._positions))) + self._positions
+        observe("embed_plus_pos", x)
+        x = self._ln_pre(x)
+        observe("ln_pre", x)
+        for i, block in enumerate(self._blocks):
+            x = block(x, lambda name, value, i=i: observe(f"block{i}.{name}", value))
+            observe(f"block{i}", x)
+        x = self._resampler(x)
+        observe("attn_pool", x)
+        x = self._ln_post(x)
+        observe("ln_post", x)
+        return self._proj(x)
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """[P, 3, S, S] to [P, L, 3 * p * p], row by row of the grid."""
+        grid, p = self.config.grid, self.config.patch_size
+        cells = pixels.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
+        return cells.reshape(len(pixels), grid * grid, 3 * p * p)
+
+
+def resize_table(table: Tensor, grid: int) -> Tensor:
+    """A square positional table [s * s, C] resized to [grid * grid, C]: bicubic, a = -0.75, no antialiasing (4.2).
+
+    Half-pixel centres, indices clamped at the border, in float32, then rounded to the table's dtype.
+    """
+    side = math.isqrt(len(table))
+    if side == grid:
+        return table
+    image = table.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
+
+
+def _norm(config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> Norm:
+    return Norm(ops, state[f"{name}.weight"], state[f"{name}.bias"], config.layer_norm_eps)
+
+
+def _block(config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> VisionBlock:
+    return VisionBlock(
+        ops, config.heads, _norm(config, state, ops, f"{name}.ln_1"), _norm(config, state, ops, f"{name}.ln_2"),
+        dense(ops, state, f"{name}.attn.in_proj"), dense(ops, state, f"{name}.attn.out_proj"),
+        dense(ops, state, f"{name}.mlp.c_fc"), dense(ops, state, f"{name}.mlp.c_proj"),
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""A prompt of any form to token ids and pictures, in ChatML for chat checkpoints and raw for base ones.
+
+Source: golden/ARCHITECTURE.md sections 8 and 9.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from operator import index
+from typing import Any, TypeAlias, cast
+
+from qvl_runtime.errors import ConfigError, PromptError
+from qvl_runtime.prompt.images import ImageLimits, Picture, load_image
+from qvl_runtime.prompt.messages import Conversation, Turn, is_messages
+from qvl_runtime.prompt.parts import Part, content_segment
+from qvl_runtime.prompt.segment import Segment
+from qvl_runtime.prompt.streaming import StreamDecoder
+from qvl_runtime.prompt.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+CHAT_FORMATS = ("chatml", "raw")
+
+Prompt: TypeAlias = "str | Sequence[Part] | Mapping[str, Any]"
+"""A string with tags, a list of parts, messages, or `{"token_ids": [...], "images": [...]}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where a picture's rows stand among the token ids."""
+
+    start: int  # index of the first pad id
+    length: int  # pad ids, as many as the model makes rows of a picture
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """What the model is fed, and where it is to stop."""
+
+    token_ids: list[int]
+    spans: tuple[ImageSpan, ...]
+    stop_ids: frozenset[int]  # an answer ends at any of these, which are no part of it
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # or where its ids end with one of these
+    dropped_turns: int = 0  # oldest turns that did not fit the window
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Encodes prompts for one checkpoint; holds no state between them."""
+
+    tokenizer: Tokenizer
+    image_size: int  # S: pictures become S x S
+    chat_format: str = "chatml"  # "raw" for a base model
+    max_window_size: int = 6144  # tokens that system text and history may take
+    system: str = DEFAULT_SYSTEM  # where the messages bring none
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+    def __post_init__(self) -> None:
+        if self.chat_format not in CHAT_FORMATS:
+            raise ConfigError(f"chat_format is {self.chat_format!r}; supported are {' and '.join(CHAT_FORMATS)}")
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Encode a prompt of any form; the tags in a string, and only there, are honoured.
+
+        Raises `PromptError`, `ImageError` or `DownloadError`, each naming the fault.
+        """
+        if isinstance(prompt, str):
+            segment = self.tokenizer.encode_tagged(prompt)
+        elif isinstance(prompt, Mapping):
+            segment = ids_segment(self.tokenizer, prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+            kind = type(prompt).__name__
+            raise PromptError(f"a prompt cannot be of type {kind}; expected a string, a list of parts or messages")
+        elif is_messages(prompt):
+            return self.encode_chat(cast("Sequence[Mapping[str, Any]]", prompt))
+        else:
+            segment = content_segment(self.tokenizer, prompt, "the prompt")
+        return self._finish(segment)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> EncodedPrompt:
+        """Encode OpenAI-style messages up to where the assistant's answer begins.
+
+        The oldest turns that the window cannot hold are left out whole, with their pictures unread, and counted in
+        `dropped_turns`. A base model takes the last question alone, as in the original; what that drops is logged.
+        """
+        conversation = Conversation.from_messages(self.tokenizer, messages)
+        if self.chat_format == "raw":
+            if conversation.turns or conversation.system is not None:
+                _log.warning("a base model (chat_format raw) takes no system text and no history: they are left out")
+            human = tuple(self.tokenizer.encode("Human:", "none"))
+            return self._finish(conversation.query, len(conversation.turns), (human,))
+        system = conversation.system
+        if system is None:
+            system = Segment(self.tokenizer.encode(self.system, "none"))
+        segment, dropped = chatml_segment(
+            self.tokenizer, system, conversation.turns, conversation.query, self.max_window_size
+        )
+        return self._finish(segment, dropped)
+
+    def _finish(
+        self, segment: Segment, dropped_turns: int = 0, stop_sequences: tuple[tuple[int, ...], ...] = ()
+    ) -> EncodedPrompt:
+        """Check the whole, and read its pictures."""
+        tokens, count, limit = self.tokenizer, len(segment.slots), self.limits.max_images
+        if not segment.ids:
+            raise PromptError("the prompt is empty: write some text or give a picture")
+        if count > limit:
+            raise PromptError(f"the prompt has {count} pictures, over the limit of {limit}: raise max_images")
+        pictures = [
+            load_image(slot.source, self.image_size, self.limits, name=f"picture {number}")
+            for number, slot in enumerate(segment.slots, start=1)
+        ]
+        spans = tuple(
+            ImageSpan(slot.start, tokens.n_queries, picture)
+            for slot, picture in zip(segment.slots, pictures, strict=True)
+        )
+        stop_ids = {tokens.endoftext} | ({tokens.im_end, tokens.im_start} if self.chat_format == "chatml" else set())
+        return EncodedPrompt(segment.ids, spans, frozenset(stop_ids), stop_sequences, dropped_turns)
+
+
+def chatml_segment(
+    tokenizer: Tokenizer, system: Segment, turns: Sequence[Turn], query: Segment, max_window_size: int
+) -> tuple[Segment, int]:
+    """The ChatML form of a conversation, and how many of its oldest turns were left out.
+
+    Turns are taken from the newest back while system text and turns together stay below `max_window_size` tokens; the
+    first that does not fit ends it. The question is always there, and not counted.
+    """
+    newline = tokenizer.encode("\n", "none")
+
+    def block(role: str, content: Segment) -> Segment:
+        head = [tokenizer.im_start, *tokenizer.encode(role, "none"), *newline]
+        return Segment().extend(head, content, [tokenizer.im_end])
+
+    start = block("system", system)
+    kept: list[Segment] = []
+    room = max_window_size - len(start)
+    for turn in reversed(turns):
+        # After a question without an answer the original leaves the newline that would have led to one.
+        answer = Segment() if turn.answer is None else block("assistant", turn.answer)
+        piece = Segment().extend(newline, block("user", turn.question), newline, answer)
+        if len(piece) >= room:
+            break
+        room -= len(piece)
+        kept.append(piece)
+    reply = [tokenizer.im_start, *tokenizer.encode("assistant", "none"), *newline]
+    whole = start.extend(*reversed(kept), newline, block("user", query), newline, reply)
+    return whole, len(turns) - len(kept)
+
+
+def ids_segment(tokenizer: Tokenizer, prompt: Mapping[str, Any]) -> Segment:
+    """A prompt of `{"token_ids": [...], "images": [...]}`: what stands in an image span becomes that picture's pads."""
+    if "token_ids" not in prompt or not set(prompt) <= {"token_ids", "images"}:
+        keys = ", ".join(map(repr, prompt)) or "nothing"
+        raise PromptError(f'the prompt is a dict with {keys}; expected {{"token_ids": [...], "images": [...]}}')
+    try:
+        ids = [index(token) for token in prompt["token_ids"]]
+    except TypeError as error:
+        raise PromptError(f"token_ids cannot be read ({error}); expected a list of whole numbers") from None
+    if outside := [token for token in ids if not 0 <= token < tokenizer.n_vocab]:
+        raise PromptError(f"token_ids holds {outside[0]}; expected ids from 0 to {tokenizer.n_vocab - 1}")
+    sources = list(prompt.get("images") or ())
+    spans = ids.count(tokenizer.img_start)
+    if spans != len(sources):
+        raise PromptError(f"token_ids has {spans} image spans, but images has {len(sources)} pictures")
+    segment, position = Segment(), 0
+    for source in sources:
+        start = ids.index(tokenizer.img_start, position)
+        if tokenizer.img_end not in ids[start:]:
+            raise PromptError(f"the image span at index {start} of token_ids has no end (id {tokenizer.img_end})")
+        segment.extend(ids[position:start], tokenizer.image_span(source))
+        position = ids.index(tokenizer.img_end, start) + 1
+    return segment.extend(ids[position:])
+
+
+def decode_answer(tokenizer: Tokenizer, ids: Sequence[int], stop_ids: frozenset[int]) -> str:
+    """The text of the generated ids up to the first stop id, without the white space around it.
+
+    Grounding tags stay, as `parse_boxes` and the next turn's history need them. Unlike the original's `decode_tokens`
+    this keeps the last token of an answer that was cut by length, and loses none of its first characters.
+    """
+    decoder = StreamDecoder(tokenizer)
+    answer = takewhile(lambda token: token not in stop_ids, ids)
+    return ("".join(map(decoder.feed, answer)) + decoder.flush()).strip()

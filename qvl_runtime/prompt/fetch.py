@@ -1,0 +1,157 @@
+"""The bytes of a picture from where its name points: a file, a data URL or an http(s) address, within limits."""
+
+from __future__ import annotations
+
+import base64
+import os
+import queue
+import re
+import stat
+import threading
+import time
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote
+
+from qvl_runtime.errors import DownloadError, ImageError, QVLError
+
+if TYPE_CHECKING:
+    import urllib.request
+
+    from qvl_runtime.prompt.images import ImageLimits
+
+_CHUNK = 65536
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+
+
+def is_data_url(source: object) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def is_http_url(source: object) -> bool:
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
+
+
+def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
+    """At most `limits.max_bytes` bytes of an image file, not yet decoded.
+
+    `described` names the picture in messages. Raises `ImageError` for a file or data URL that cannot be read or is too
+    large, `DownloadError` for an address that cannot or may not be fetched.
+    """
+    if isinstance(source, str):
+        if is_data_url(source):
+            return _read_data_url(source, limits, described)
+        if is_http_url(source):
+            return _fetch(source, limits, described)
+        if scheme := _SCHEME.match(source):
+            raise ImageError(f"{described} has the scheme {scheme[1]!r}; supported are http, https and data")
+    return _read_file(source, limits, described)
+
+
+def _read_file(path: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
+    if not limits.allow_files:
+        raise ImageError(f"{described} names a file, and files may not be read here: send the picture as a data URL")
+    try:
+        status = os.stat(path)  # first: opening a pipe would wait for its writer
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{described} is not a file; expected the path of a picture")
+        check_size(status.st_size, limits, described)
+        with open(path, "rb") as file:
+            return file.read(limits.max_bytes)
+    except FileNotFoundError:
+        raise ImageError(f"{described} does not exist; relative paths start at {os.getcwd()}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        if isinstance(error, QVLError):
+            raise
+        raise ImageError(f"{described} cannot be read: {error}") from error
+
+
+def _read_data_url(url: str, limits: ImageLimits, described: str) -> bytes:
+    head, comma, payload = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"{described} starts with {head[:40]!r}; expected data:image/...;base64,...")
+    check_size(len(payload) * 3 // 4, limits, described)
+    payload = "".join(unquote(payload).split())
+    try:
+        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
+    except ValueError as error:
+        raise ImageError(f"{described} is not base64: {error}") from error
+
+
+def check_size(size: int, limits: ImageLimits, described: str) -> None:
+    """Raise `ImageError` for an encoded picture of more bytes than allowed."""
+    if size > limits.max_bytes:
+        raise ImageError(
+            f"{described} has {size:,} bytes, over the limit of {limits.max_bytes:,}: "
+            "shrink it or raise max_image_bytes"
+        )
+
+
+def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
+    """Download in a thread of its own, since neither name look-up nor slow headers obey a socket's timeout."""
+    if not limits.allow_urls:
+        raise DownloadError(f"{described} may not be fetched (allow_urls is off): give a file, bytes or a data URL")
+    result: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            result.put(_download(url, limits, described))
+        except Exception as error:  # raised again below, in the thread that waits
+            result.put(error)
+
+    threading.Thread(target=work, name="fetch-picture", daemon=True).start()
+    try:
+        outcome = result.get(timeout=limits.timeout_s)
+    except queue.Empty:
+        outcome = TimeoutError()
+    if isinstance(outcome, bytes):
+        return outcome
+    if isinstance(outcome, QVLError):
+        raise outcome
+    if isinstance(outcome, TimeoutError) or isinstance(getattr(outcome, "reason", None), TimeoutError):
+        raise DownloadError(
+            f"{described} took longer than {limits.timeout_s:g} s: try again, raise image_timeout_s or give a file"
+        )
+    raise DownloadError(f"{described} cannot be fetched: {outcome or type(outcome).__name__}") from outcome
+
+
+def _download(url: str, limits: ImageLimits, described: str) -> bytes:
+    import urllib.request
+
+    deadline = time.monotonic() + limits.timeout_s
+    ascii_url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # a browser's address bar shows 图.png; the wire wants %E5...
+    headers = {"User-Agent": "qvl-runtime", "Accept": "image/*"}
+    with _opener().open(urllib.request.Request(ascii_url, headers=headers), timeout=limits.timeout_s) as response:
+        declared = response.headers.get("Content-Length", "")
+        if declared.isdecimal():
+            check_size(int(declared), limits, described)
+        data = bytearray()
+        while chunk := response.read1(_CHUNK):  # one read of the socket at a time, so that the clock is looked at
+            data += chunk
+            check_size(len(data), limits, described)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    if declared.isdecimal() and len(data) != int(declared):
+        raise ConnectionError(f"the connection broke off after {len(data):,} of {int(declared):,} bytes")
+    return bytes(data)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """http and https with proxies and redirects between the two, and, unlike urllib's default, nothing else."""
+    import urllib.request as lib
+
+    opener = lib.OpenerDirector()
+    for handler in (lib.ProxyHandler(), lib.HTTPHandler(), lib.HTTPSHandler(), lib.HTTPRedirectHandler()):
+        opener.add_handler(handler)
+    for fault in (lib.HTTPErrorProcessor(), lib.HTTPDefaultErrorHandler(), lib.UnknownHandler()):
+        opener.add_handler(fault)
+    return opener
+
+
+def short_name(source: str | os.PathLike[str]) -> str:
+    """A path, data URL or address for people, on one line; an address without its query and password."""
+    if is_data_url(source):
+        return f"a data URL of {len(str(source)):,} characters"
+    name = os.fspath(source)
+    if is_http_url(source):
+        name = re.sub("//[^/@]*@", "//", re.split("[?#]", name)[0])
+    return repr(name)[1:-1][:200]

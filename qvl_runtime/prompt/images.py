@@ -1,0 +1,178 @@
+"""Pictures from anywhere to what the model sees: S x S RGB, known by its SHA-256.
+
+The original's steps, to the byte: open without turning by EXIF, `convert("RGB")` (alpha dropped, not composited),
+PIL's bicubic resize to a square whatever the aspect ratio. Source: golden/ARCHITECTURE.md section 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from qvl_runtime.errors import ConfigError, ImageError
+from qvl_runtime.prompt.fetch import check_size, read_bytes, short_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]"
+"""A path, an http(s) or data URL, the bytes of an image file, a PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4]."""
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+# What PIL reads by itself. Its list is longer: for EPS, say, it would start Ghostscript on a stranger's file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+
+# What PIL's decoders raise for damaged files.
+_BUGS = (TypeError, LookupError, ArithmeticError)  # PIL's plugins trust the file's numbers
+_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, *_BUGS)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What a prompt may ask of the machine for its pictures."""
+
+    max_bytes: int = 20 * 2**20  # of the encoded file
+    max_pixels: int = 40_000_000  # width x height of the original, checked in its header before anything is decoded
+    timeout_s: float = 10.0  # seconds, for one download from name look-up to last byte
+    max_images: int = 16  # a prompt
+    allow_urls: bool = True
+    allow_files: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.max_images < 0:
+            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no pictures) or more")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A picture as the model sees it, with the original to draw on."""
+
+    source: str  # short name for people: a path, an address, "12,345 bytes"
+    rgb: np.ndarray[Any, Any]  # uint8 [S, S, 3], read-only
+    digest: bytes  # SHA-256 of S and the bytes of `rgb`: the picture's identity
+    original: Image.Image  # RGB, width x height
+    width: int  # pixels
+    height: int  # pixels
+
+
+def load_image(source: ImageSource, size: int, limits: ImageLimits | None = None, name: str | None = None) -> Picture:
+    """Read a picture and resize it to size x size.
+
+    `name` ("Picture 2") goes before the source in messages. Raises `ImageError` for a picture that cannot be read or is
+    over a limit, `DownloadError` for an address that cannot or may not be fetched.
+    """
+    described = describe(source)
+    original = _open(source, limits or ImageLimits(), f"{name} ({described})" if name else described)
+    rgb = _resize(original, size)
+    digest = hashlib.sha256(size.to_bytes(4, "little") + rgb.tobytes()).digest()
+    return Picture(described, rgb, digest, original, original.width, original.height)
+
+
+def to_pixels(rgb: np.ndarray[Any, Any]) -> torch.Tensor:
+    """What the visual tower takes: uint8 [N, S, S, 3] to float32 [N, 3, S, S], scaled to 0..1 and normalised."""
+    import torch
+
+    scaled = torch.tensor(rgb).permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
+    mean, std = (torch.tensor(channels).view(1, 3, 1, 1) for channels in (MEAN, STD))
+    return (scaled - mean) / std
+
+
+def describe(source: ImageSource) -> str:
+    """A short name for a picture, on one line."""
+    if isinstance(source, (str, os.PathLike)):
+        return short_name(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{len(source):,} bytes"
+    kind, shape = type(source).__name__, getattr(source, "shape", None) or getattr(source, "size", None)
+    return f"{kind} {' x '.join(map(str, shape))}" if isinstance(shape, tuple) else kind
+
+
+def _open(source: ImageSource, limits: ImageLimits, described: str) -> Image.Image:
+    """The picture in RGB at its own size."""
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(source, np.ndarray):
+        source = _from_array(source, described)
+    if isinstance(source, Image.Image):
+        _check_pixels(source, limits, described)
+        return _to_rgb(source, described)
+    if isinstance(source, (str, os.PathLike)):
+        return _decode(read_bytes(source, limits, described), limits, described)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        check_size(len(source), limits, described)
+        return _decode(bytes(source), limits, described)
+    raise ImageError(f"{described} is not a picture; expected a path, URL, bytes, PIL image or numpy array")
+
+
+def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+    except UnidentifiedImageError:
+        kinds = ", ".join(FORMATS[:-1])
+        raise ImageError(f"{described} starts with {data[:8]!r}, which is no picture; readable are {kinds}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # PIL's own guard, at 179 million pixels, speaks before the size can be asked.
+        raise ImageError(f"{described} is over the limit of {limits.max_pixels:,} pixels: {error}") from error
+    except _DAMAGE as error:
+        raise ImageError(f"{described} is damaged: {error}; send the picture again") from error
+    with image:
+        _check_pixels(image, limits, described)
+        return _to_rgb(image, described)
+
+
+def _to_rgb(image: Image.Image, described: str) -> Image.Image:
+    """A copy of its own in RGB; this is where PIL decodes."""
+    from PIL import Image
+
+    try:
+        return image.convert("RGB")
+    except (Image.DecompressionBombError, *_DAMAGE) as error:
+        raise ImageError(f"{described} is damaged: {error}; send the picture again") from error
+
+
+def _from_array(array: np.ndarray[Any, Any], described: str) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if array.dtype != np.uint8:
+        raise ImageError(f"{described} holds {array.dtype}; expected uint8 from 0 to 255")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
+        raise ImageError(f"{described} has the wrong shape; expected [height, width] or [height, width, 3 or 4]")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(image: Image.Image, limits: ImageLimits, described: str) -> None:
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"{described} is {width} x {height}, over the limit of {limits.max_pixels:,} pixels: "
+            "shrink it or raise max_image_pixels"
+        )
+    if width * height == 0:
+        raise ImageError(f"{described} is {width} x {height}: there is nothing to see in it")
+
+
+def _resize(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
+    """uint8 [size, size, 3], read-only; PIL's cubic kernel a = -0.5, antialiased, in 8-bit fixed point."""
+    import numpy as np
+    from PIL import Image
+
+    resized = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.frombuffer(resized.tobytes(), dtype=np.uint8).reshape(size, size, 3)

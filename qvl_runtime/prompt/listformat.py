@@ -1,0 +1,105 @@
+"""The original tokenizer's list format: a text with tags to a list of parts and back, quirks included.
+
+For code that comes from Qwen-VL and for comparing with it. For answers prefer `boxes.parse_boxes`: here only the first
+of several boxes carries its label, and a broken box raises. Source: golden/ARCHITECTURE.md section 7.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qvl_runtime.errors import PromptError
+from qvl_runtime.prompt.tokenizer import SPECIAL_TOKENS
+
+_START = re.compile(r"<(img|ref|box|quad)>")
+_KEYS = {"img": "image", "ref": "ref", "box": "box", "quad": "quad"}
+_CHAT_CONTROLS = frozenset(token for token in SPECIAL_TOKENS if token.startswith("<|")) - {"<|endoftext|>"}
+
+
+def from_list_format(parts: Iterable[Mapping[str, Any]]) -> str:
+    """A text with tags from parts `{"image": path}`, `{"text": ...}` or `{"box": [[x1, y1, x2, y2], ...], "ref": ...}`.
+
+    Pictures are numbered from 1 in this call. Of several keys in one part, image comes before text before box.
+    """
+    text, pictures = "", 0
+    for part in parts:
+        if "image" in part:
+            pictures += 1
+            text += f"{picture_heading(pictures)}<img>{part['image']}</img>\n"
+        elif "text" in part:
+            text += part["text"]
+        elif "box" in part:
+            text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
+            text += "".join(f"<box>{box_text(box)}</box>" for box in part["box"])
+        else:
+            raise PromptError(f"part {dict(part)!r:.80} cannot be written; expected a key 'image', 'text' or 'box'")
+    return text
+
+
+def picture_heading(number: int) -> str:
+    """What the model was taught to see before a picture; no space after the colon, as `from_list_format` writes it."""
+    return f"Picture {number}:"
+
+
+def whole_numbers(box: Sequence[float]) -> tuple[int, int, int, int]:
+    """The four coordinates of a box, cut to whole numbers as `%d` would."""
+    try:
+        x1, y1, x2, y2 = map(math.trunc, box)
+    except (TypeError, ValueError, OverflowError):
+        raise PromptError(f"box {box!r:.80} cannot be written; expected four numbers x1, y1, x2, y2") from None
+    return x1, y1, x2, y2
+
+
+def box_text(box: Sequence[float]) -> str:
+    """What stands between `<box>` and `</box>`."""
+    x1, y1, x2, y2 = whole_numbers(box)
+    return f"({x1},{y1}),({x2},{y2})"
+
+
+def to_list_format(text: str) -> list[dict[str, str]]:
+    """The parts of a text with tags: each closed img, ref, box and quad with its content, and the text between.
+
+    A start tag pairs with the next end tag of its kind; stray end tags are text. Raises `PromptError` for an unclosed
+    start tag and for chat control strings.
+    """
+    rest = unicodedata.normalize("NFC", text)
+    for control in _CHAT_CONTROLS:
+        if control in rest:
+            raise PromptError(f"the text holds the control string {control}; it has no place in a list of parts")
+    parts: list[dict[str, str]] = []
+    while start := _START.search(rest):
+        content, end, after = rest[start.end() :].partition(f"</{start[1]}>")
+        if not end:
+            raise PromptError(f"{start[0]} before {content[:60]!r} is not closed: add </{start[1]}>")
+        plain = rest[: start.start()]
+        parts += ([{"text": plain}] if plain else []) + [{_KEYS[start[1]]: content}]
+        rest = after
+    return parts + ([{"text": rest}] if rest else [])
+
+
+def fetch_all_box_with_ref(text: str) -> list[dict[str, Any]]:
+    """Each box as `{"box": (x1, y1, x2, y2)}`, with its "ref" if that stands immediately before; strict as `int` is."""
+    found: list[dict[str, Any]] = []
+    parts = to_list_format(text)
+    for previous, part in zip([{}, *parts], parts, strict=False):
+        if "box" not in part:
+            continue
+        try:
+            x1, y1, x2, y2 = (int(number) for number in part["box"].replace("(", "").replace(")", "").split(","))
+        except ValueError:
+            raise PromptError(f"box {part['box'][:60]!r} cannot be read; expected four whole numbers") from None
+        found.append({"box": (x1, y1, x2, y2)} | ({"ref": previous["ref"].strip()} if "ref" in previous else {}))
+    return found
+
+
+def fetch_latest_picture(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
+    """The path of the last image in the response, else in the newest question that has one; None without any."""
+    for text in (response, *(question for question, _ in reversed(history or ()))):
+        images = [part["image"] for part in to_list_format(text) if "image" in part]
+        if images:
+            return images[-1]
+    return None

@@ -1,0 +1,87 @@
+"""OpenAI-style messages to a conversation: system text, finished turns, and the question that wants an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qvl_runtime.errors import PromptError
+from qvl_runtime.prompt.parts import Content, content_segment
+from qvl_runtime.prompt.segment import Segment
+from qvl_runtime.prompt.tokenizer import Allowed, Tokenizer
+
+
+class Turn(NamedTuple):
+    """A question and its answer; None where another question followed without one."""
+
+    question: Segment
+    answer: Segment | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order, encoded but without the chat format around them."""
+
+    system: Segment | None
+    turns: Sequence[Turn]
+    query: Segment
+
+    @classmethod
+    def from_messages(cls, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+        """Read messages of the roles system (first only), user and assistant; the last one is the user's.
+
+        Pictures are numbered through the conversation. Text is plain text, but for the grounding tags in the
+        assistant's messages: the model wrote them as special tokens, and history must be what it saw. Raises
+        `PromptError` for another order, role or content.
+        """
+        system: Segment | None = None
+        turns: list[Turn] = []
+        query: Segment | None = None
+        pictures = 0
+        for index, message in enumerate(messages):
+            role, content, where = _read(message, index)
+            if role == "system":
+                if index:
+                    raise PromptError(f"{where} is not the first; a conversation has one system message, at its start")
+                system = _encode(tokenizer, content, where, "none")
+            elif role == "user":
+                if query is not None:
+                    turns.append(Turn(query, None))
+                query = content_segment(tokenizer, content, where, first_picture=pictures + 1)
+                pictures += len(query.slots)
+            elif query is None:
+                raise PromptError(f"{where} does not answer anything; expected a user message before it")
+            else:
+                turns.append(Turn(query, _encode(tokenizer, content, where, "grounding")))
+                query = None
+        if query is None:
+            raise PromptError("the messages end without a question; expected a user message last")
+        if not query.ids:
+            raise PromptError("the last user message is empty: write a question or give a picture")
+        return cls(system, turns, query)
+
+
+def is_messages(prompt: object) -> bool:
+    """Whether a prompt is a list of messages rather than of parts."""
+    return isinstance(prompt, Sequence) and any(isinstance(entry, Mapping) and "role" in entry for entry in prompt)
+
+
+def _read(message: object, index: int) -> tuple[str, Content, str]:
+    where = f"message {index}"
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise PromptError(f'{where} is {message!r:.60}; expected {{"role": ..., "content": ...}}')
+    role, content = message["role"], message.get("content")
+    where = f"message {index} ({role})"
+    if role not in ("system", "user", "assistant"):
+        raise PromptError(f"{where} has an unknown role; expected system, user or assistant")
+    if not isinstance(content, (str, list, tuple)):
+        raise PromptError(f"{where} has content of type {type(content).__name__}; expected text or a list of parts")
+    return role, content, where
+
+
+def _encode(tokenizer: Tokenizer, content: Content, where: str, allowed: Allowed) -> Segment:
+    segment = content_segment(tokenizer, content, where, allowed=allowed)
+    if segment.slots:
+        raise PromptError(f"{where} has a picture; pictures go into user messages")
+    return segment

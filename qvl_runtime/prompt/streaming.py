@@ -1,0 +1,83 @@
+"""Text as it comes out of the model, one token at a time: whole characters only, and nothing past a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from qvl_runtime.errors import PromptError
+from qvl_runtime.prompt.tokenizer import Tokenizer
+
+
+class StreamDecoder:
+    """Turns token ids into text deltas that never cut a character.
+
+    A token may end in the middle of a UTF-8 sequence: its bytes are held back until the rest arrives, and `flush`
+    gives U+FFFD for what never did. The deltas joined are `Tokenizer.decode(ids)`, with three differences that keep a
+    stream from failing half-way: an id without a token (a padding row that the model picked) and each id in `skip`
+    give no text, and `<img>`, closed or not, is shown as it is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip: Collection[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skip = frozenset(skip)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        if token_id in self._skip or not 0 <= token_id < self._tokenizer.n_vocab:
+            return ""
+        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing. The decoder starts afresh."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+class StopResult(NamedTuple):
+    """What may be shown now, and whether a stop string was reached."""
+
+    emit: str
+    stopped: bool
+
+
+class StopMatcher:
+    """Cuts a text at the first stop string to be completed, however the text is split into pieces.
+
+    A tail that may still grow into a stop string is held back; the stop string itself is never emitted. Of two that
+    are complete at the same character the longer one counts. `matched` is the one found, or None.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise PromptError("a stop string is empty; expected at least one character in each")
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+
+    def feed(self, text: str) -> StopResult:
+        """Take the next piece; text after a stop is swallowed."""
+        if self.matched is not None:
+            return StopResult("", True)
+        pending = self._held + text
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := pending.find(stop)) >= 0]
+        if found:
+            _, start, self.matched = min(found)
+            self._held = ""
+            return StopResult(pending[:start], True)
+        hold = max((_overlap(pending, stop) for stop in self._stops), default=0)
+        self._held = pending[len(pending) - hold :]
+        return StopResult(pending[: len(pending) - hold], False)
+
+    def flush(self) -> str:
+        """The text still held back, when generation ended for another reason than a stop string."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest tail of `text` that begins `stop` without completing it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

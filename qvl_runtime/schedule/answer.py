@@ -1,0 +1,75 @@
+"""An answer as it grows: tokens to text that may be shown, and the reason it ends."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from dataclasses import replace
+
+from qvl_runtime.prompt.boxes import Box, parse_boxes
+from qvl_runtime.prompt.chatml import EncodedPrompt
+from qvl_runtime.prompt.streaming import StopMatcher, StreamDecoder
+from qvl_runtime.prompt.tokenizer import Tokenizer
+from qvl_runtime.schedule.request import SamplingParams, TokenLogprob
+from qvl_runtime.schedule.sampler import Sample
+
+
+class Answer:
+    """Takes one sample after another; `finish_reason` is None while there is more to come."""
+
+    def __init__(self, prompt: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer, room: int) -> None:
+        """params: resolved; room: tokens that fit the context after the prompt."""
+        own = frozenset() if params.ignore_eos else prompt.stop_ids
+        self._stop_ids = own | set(params.stop_token_ids)
+        sequences = () if params.ignore_eos else prompt.stop_sequences
+        self._matcher = StopMatcher((*params.stop, *(tokenizer.decode(ids) for ids in sequences)))
+        self._decoder = StreamDecoder(tokenizer)
+        self._limit = min(params.max_tokens or room, room)
+        self._ends: list[int] = []  # characters decoded when each token was in
+        self._shown: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+
+    def add(self, sample: Sample) -> str:
+        """Take a token: the text it adds, which may be empty while a character or a stop string is unfinished."""
+        self.token_ids.append(sample.token_id)
+        self.logprobs.append(sample.logprob)
+        if sample.token_id in self._stop_ids:
+            self._ends.append(self._ends[-1] if self._ends else 0)
+            self.finish_reason = "stop"
+            return self._show(self._rest())
+        decoded = self._decoder.feed(sample.token_id)
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(decoded))
+        text, stopped = self._matcher.feed(decoded)
+        if stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self._limit:
+            self.finish_reason = "length"
+            text += self._rest()
+        return self._show(text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._shown)
+
+    def boxes(self, pictures: int) -> tuple[Box, ...]:
+        """Boxes of the text, each scored by the mean probability of its tokens, with their picture if there is one."""
+        found = parse_boxes(self.text, image_index=0 if pictures == 1 else None)
+        return tuple(replace(box, score=self._score(box.span)) for box in found)
+
+    def _score(self, span: tuple[int, int] | None) -> float | None:
+        """Geometric mean of the probabilities of the tokens that reach into these characters."""
+        if span is None:
+            return None
+        first, last = bisect_right(self._ends, span[0]), bisect_left(self._ends, span[1])
+        logprobs = [self.logprobs[i].logprob for i in range(first, min(last + 1, len(self._ends)))]
+        return math.exp(sum(logprobs) / len(logprobs)) if logprobs else None
+
+    def _rest(self) -> str:
+        text, stopped = self._matcher.feed(self._decoder.flush())
+        return text if stopped else text + self._matcher.flush()
+
+    def _show(self, text: str) -> str:
+        self._shown.append(text)
+        return text

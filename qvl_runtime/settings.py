@@ -1,0 +1,68 @@
+"""Reading and checking settings: a JSON object to the fields of a dataclass, with errors that name key and value."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.errors import ConfigError, QVLError
+
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]:
+    """Read a JSON object from a file, or raise `error` with the place of the fault."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; expected a checkpoint folder with a {path.name} in it") from None
+    except (OSError, ValueError) as fault:
+        raise error(f"{path} cannot be read as JSON ({fault}): fetch the file again") from fault
+    if not isinstance(content, dict):
+        raise error(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of a dataclass found in `raw`, each of its declared type; null counts as absent."""
+    found: dict[str, Any] = {}
+    for field in fields(cls):
+        value = raw.get(field.name)
+        if field.name in skip:
+            continue
+        if value is None:
+            if field.default is MISSING:
+                raise ConfigError(f"{where} has no {field.name!r}; expected one, as the released checkpoints have it")
+            continue
+        kind = str(field.type).removesuffix(" | None")
+        if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+            raise ConfigError(f"{where} has {field.name} {value!r}; expected a value of type {kind}")
+        found[field.name] = float(value) if isinstance(value, int) and kind == "float" else value
+    return found
+
+
+def mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json has {name} {value!r}; expected an object")
+    return value
+
+
+def require_positive(config: Any, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{prefix}{name} is {value}; expected a positive number")
+
+
+def require_divides(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"{name} is {value}; expected a multiple of {by} ({by_name})")
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; supported are {', '.join(map(repr, choices))}")

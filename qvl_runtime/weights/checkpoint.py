@@ -1,0 +1,176 @@
+"""A checkpoint folder in the Hugging Face layout: found, checked against the configuration, and loaded by mmap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvl_runtime.config import DTYPES, ModelConfig
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.settings import read_json
+from qvl_runtime.weights.layout import TensorSpec, expected_tensors, is_ignored
+from qvl_runtime.weights.shards import Shard, TensorInfo, open_shard
+
+if TYPE_CHECKING:
+    import torch
+
+_FORMATS = (".safetensors", ".bin")  # in order of preference
+_USUAL_STEMS = ("model", "pytorch_model")
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin", "adapter_model.safetensors")
+
+
+class Checkpoint:
+    """An open checkpoint: names, shapes and mapped tensors of all its files. It holds nothing but mappings.
+
+    Tensors stay valid when the checkpoint is gone and must not be written to.
+    """
+
+    def __init__(self, folder: Path, shards: dict[str, Shard], files: dict[str, str]) -> None:
+        self.folder = folder
+        self._shards = shards
+        self._files = files
+
+    @classmethod
+    def open(cls, folder: Path, config: ModelConfig | None = None) -> Checkpoint:
+        """Open the weight files of a folder; with a configuration, also check every name, shape and dtype.
+
+        Raises `CheckpointError` for a missing or damaged file and for missing, unexpected or misshapen weights.
+        """
+        folder = Path(folder)
+        index, paths = _find_files(folder)
+        shards = {path.name: open_shard(path) for path in paths}
+        files = {name: file for file, shard in shards.items() for name in shard.infos}
+        for name, file in index.items():
+            if name not in shards[file].infos:
+                raise CheckpointError(f"{folder}: the index says that {name} is in {file}, which lacks it: fetch both")
+        checkpoint = cls(folder, shards, files | index)
+        if config is not None:
+            checkpoint.check(config)
+        return checkpoint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors, file by file."""
+        return tuple(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def file(self, name: str) -> str:
+        return self._files[name]
+
+    def info(self, name: str) -> TensorInfo:
+        return self._shards[self._files[name]].infos[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor as stored: a view of the mapped file, contiguous, on the CPU."""
+        return self._shards[self._files[name]].tensor(name)
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare all names, shapes and dtypes with what `config` calls for; raises one `CheckpointError` for all."""
+        expected = expected_tensors(config)
+        missing = [name for name, spec in expected.items() if name not in self and not spec.optional]
+        unexpected = [name for name in self.names if name not in expected and not is_ignored(name, config)]
+        faults = [self._fault(name, spec) for name, spec in expected.items() if name in self]
+        misfits = [fault for fault in faults if fault]
+        problems = []
+        if missing:
+            problems.append(f"lacks {len(missing)} of {len(expected)} weights ({_few(missing)})")
+        if unexpected:
+            where = ", ".join(sorted({self.file(name) for name in unexpected[:3]}))
+            problems.append(f"has {len(unexpected)} that config.json does not call for ({_few(unexpected)} in {where})")
+        if misfits:
+            problems.append(f"has {_few(misfits)}")
+        if problems:
+            raise CheckpointError(f"checkpoint {self.folder} {'; it '.join(problems)}{_hint(unexpected, config)}")
+
+    def _fault(self, name: str, spec: TensorSpec) -> str:
+        info, file = self.info(name), self.file(name)
+        if info.shape != spec.shape:
+            return f"{name} of shape {info.shape} in {file}; expected {spec.shape}"
+        dtypes = ("int32",) if spec.packed else DTYPES
+        return "" if info.dtype in dtypes else f"{name} of dtype {info.dtype} in {file}; expected {' or '.join(dtypes)}"
+
+
+def load_state(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Load a checkpoint that fits `config` as {published name: tensor}, ready to compute with in `dtype` on `device`.
+
+    Packed words and `g_idx` stay int32; GPTQ scales stay as stored unless `dtype` is float32, which holds them exactly.
+    A tensor that is already of that dtype and device is the mapped file itself: nothing is copied, and it must not be
+    written to. Others are converted one by one, so that memory peaks at most one tensor above its final size. A tied
+    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent.
+    """
+    import torch
+
+    checkpoint = Checkpoint.open(folder, config)
+    expected = expected_tensors(config)
+    state = {}
+    for name in checkpoint.names:
+        spec = expected.get(name)
+        if spec is None:  # known and harmless, or `open` would have raised
+            continue
+        tensor = checkpoint.tensor(name)
+        as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)
+        state[name] = tensor.to(device=device, dtype=tensor.dtype if as_stored else dtype)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
+
+
+def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """The index's {tensor: file} (empty without one) and the weight files, of the first format that is there."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; expected one with config.json and the weights")
+    for suffix in _FORMATS:
+        indexes = sorted(folder.glob(f"*{suffix}.index.json"))
+        files = sorted(path for path in folder.glob(f"*{suffix}") if path.name not in _NOT_WEIGHTS)
+        usual = [path for path in files if path.stem in _USUAL_STEMS]
+        if usual or (len(files) == 1 and not indexes):
+            return {}, [usual[0] if usual else files[0]]
+        if indexes:
+            return _read_index(indexes)
+        if files:
+            raise CheckpointError(
+                f"{folder} holds {len(files)} {suffix} files ({_few([path.name for path in files])}) and no index; "
+                f"expected model{suffix}.index.json beside them, or one file"
+            )
+    raise CheckpointError(f"{folder} holds no weights; expected model.safetensors, or shards with their index, or .bin")
+
+
+def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:
+    path = indexes[0]
+    if len(indexes) > 1:
+        names = _few([index.name for index in indexes])
+        raise CheckpointError(f"{path.parent} holds {len(indexes)} indexes ({names}); expected one")
+    weight_map = read_json(path, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no 'weight_map'; expected an index as transformers writes it")
+    files = sorted({str(file) for file in weight_map.values()})
+    outside = [file for file in files if Path(file).name != file]
+    if outside:
+        raise CheckpointError(f"{path} names the file {outside[0]!r}; expected names of files beside it")
+    shards = [path.parent / file for file in files]
+    absent = [shard.name for shard in shards if not shard.exists()]
+    if absent:
+        raise CheckpointError(f"{path.parent} lacks {len(absent)} of {len(files)} shards ({_few(absent)}): fetch them")
+    return weight_map, shards
+
+
+def _hint(unexpected: Iterable[str], config: ModelConfig) -> str:
+    """What usually explains such names."""
+    names = list(unexpected)
+    if any(".lora_" in name for name in names):
+        return ": these are LoRA weights, so merge the adapter into its base model first"
+    if config.quantization is None and any(name.endswith(".qweight") for name in names):
+        return ": the weights are GPTQ, so its config needs a quantization_config or quantize_config.json"
+    if config.quantization is not None and any(name.endswith(".attn.c_attn.weight") for name in names):
+        return ": the weights are not quantised, so config.json must not have a quantization_config"
+    return ""
+
+
+def _few(names: list[str], count: int = 3) -> str:
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

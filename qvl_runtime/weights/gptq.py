@@ -1,0 +1,172 @@
+"""GPTQ linears as AutoGPTQ stores them: the record that kernels take, packing, and round-to-nearest quantisation.
+
+With `p = 32 / bits` values a word, value `i` of a column sits in word `i // p`, lowest bits first, and the weight is
+
+    w[o, i] = scales[g, o] * (q[i, o] - (zeros[g, o] + zero_offset)),   g = g_idx[i] or i // group_size
+
+where `zero_offset` is 1 for the v1 format (zero points are stored minus one) and 0 for v2. A stored 15 of v1 int4 is
+zero point 16: AutoGPTQ's modules disagree there (`qlinear_cuda_old` wraps it to 0, `qlinear_cuda` does not), symmetric
+checkpoints never hold it, and the reading without a wrap is the one that continues 14 -> 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qvl_runtime.config import ModelConfig, QuantizationConfig
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.weights.layout import decoder_linears
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GPTQLinear:
+    """One packed linear, with `in` inputs, `out` outputs and `G` groups of inputs."""
+
+    qweight: Tensor  # int32 [in * bits / 32, out]
+    qzeros: Tensor  # int32 [G, out * bits / 32]
+    scales: Tensor  # float [G, out]
+    g_idx: Tensor | None  # int32 [in], the group of each input; None where equal groups follow one another
+    bias: Tensor | None  # [out]
+    bits: int
+    group_size: int  # inputs a group; `in` where the checkpoint says -1
+    zero_offset: int  # what to add to a stored zero point
+
+    @property
+    def in_features(self) -> int:
+        return int(self.qweight.shape[0]) * (32 // self.bits)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.qweight.shape[1])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> GPTQLinear:
+        """Gather the tensors of linear `name` from a loaded state, which holds them in checked shapes.
+
+        Raises `CheckpointError` where `g_idx` points outside the groups, or is a permutation although `desc_act` is
+        false: AutoGPTQ would then ignore it, so that either the one or the other is wrong.
+        """
+        import torch
+
+        qweight, scales = state[f"{name}.qweight"], state[f"{name}.scales"]
+        in_features = qweight.shape[0] * (32 // quantization.bits)
+        group_size = in_features if quantization.group_size == -1 else quantization.group_size
+        in_order = _groups_in_order(in_features, group_size, qweight.device)
+        g_idx: Tensor | None = state.get(f"{name}.g_idx", in_order)
+        if not torch.equal(g_idx, in_order):
+            _check_g_idx(g_idx, name, group_size, scales.shape[0], quantization.desc_act)
+        elif in_features % group_size == 0:
+            g_idx = None
+        return cls(
+            qweight=qweight,
+            qzeros=state[f"{name}.qzeros"],
+            scales=scales,
+            g_idx=g_idx,
+            bias=state.get(f"{name}.bias"),
+            bits=quantization.bits,
+            group_size=group_size,
+            zero_offset=quantization.zero_offset,
+        )
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""
+        import torch
+
+        g_idx, bias = self.g_idx, self.bias
+        if g_idx is None:
+            g_idx = _groups_in_order(self.in_features, self.group_size, self.qweight.device)
+        if bias is None:
+            bias = torch.zeros(self.out_features, device=self.qweight.device)
+        published = {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales, "g_idx": g_idx}
+        return {f"{name}.{key}": value for key, value in (published | {"bias": bias.to(torch.float16)}).items()}
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """Pack integers below 2^bits, [rows, columns], into int32 words [rows * bits / 32, columns], first row lowest."""
+    import torch
+
+    per_word = 32 // bits
+    shifts = torch.arange(0, 32, bits, device=values.device).view(1, per_word, 1)
+    words = (values.to(torch.int64).view(-1, per_word, values.shape[1]) << shifts).sum(dim=1)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)  # two's complement, said openly
+
+
+def quantize_rtn(
+    weight: Tensor, bits: int, group_size: int, sym: bool, *, bias: Tensor | None = None, zero_offset: int = 1
+) -> GPTQLinear:
+    """Round a weight [out, in] to the nearest point of its group's grid, which is at most half a scale away.
+
+    Scales are rounded to float16 before they are used. Symmetric: the zero point is the middle of the range; otherwise
+    it is where zero falls.
+    """
+    import torch
+
+    if not torch.isfinite(weight).all():
+        raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantised")
+    out_features, in_features = weight.shape
+    group_size = in_features if group_size == -1 else group_size
+    groups, top = -(-in_features // group_size), 2**bits - 1
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - in_features))
+    grouped = padded.view(out_features, groups, group_size)
+    high = grouped.abs().amax(dim=2) if sym else grouped.amax(dim=2).clamp(min=0)
+    low = -high if sym else grouped.amin(dim=2).clamp(max=0)
+    if zero_offset:  # a zero point of 0 cannot be stored minus one, so the range reaches a step below zero
+        low = torch.minimum(low, -high / (top - 1))
+    scales = ((high - low) / top).to(torch.float16).float()
+    scales = torch.where(scales == 0, 1.0, scales)  # a group of zeros, or one below float16's range
+    zeros = torch.full_like(scales, (top + 1) // 2) if sym else (-low / scales).round().clamp(zero_offset, top)
+    levels = (grouped / scales.unsqueeze(2)).round() + zeros.unsqueeze(2)
+    levels = levels.clamp(0, top).view(out_features, -1)[:, :in_features]
+    return GPTQLinear(
+        qweight=pack_rows(levels.t(), bits),
+        qzeros=pack_rows(zeros - zero_offset, bits).t().contiguous(),
+        scales=scales.t().to(torch.float16).contiguous(),
+        g_idx=_groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
+        bias=bias,
+        bits=bits,
+        group_size=group_size,
+        zero_offset=zero_offset,
+    )
+
+
+def quantize_state(
+    state: Mapping[str, Tensor], config: ModelConfig, quantization: QuantizationConfig
+) -> dict[str, Tensor]:
+    """Round the five linears of each block to nearest, in the published layout; all other weights become float16."""
+    import torch
+
+    linears = decoder_linears(config)
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, kind = name.rpartition(".")
+        if prefix not in linears:
+            packed[name] = tensor.to(torch.float16)
+        elif kind == "weight":
+            bits, group_size, offset = quantization.bits, quantization.group_size, quantization.zero_offset
+            bias = state.get(f"{prefix}.bias")
+            linear = quantize_rtn(tensor, bits, group_size, quantization.sym, bias=bias, zero_offset=offset)
+            packed |= linear.tensors(prefix)
+    return packed
+
+
+def _groups_in_order(in_features: int, group_size: int, device: torch.device) -> Tensor:
+    import torch
+
+    return torch.arange(in_features, dtype=torch.int32, device=device) // group_size
+
+
+def _check_g_idx(g_idx: Tensor, name: str, group_size: int, groups: int, desc_act: bool) -> None:
+    if not desc_act:
+        raise CheckpointError(
+            f"{name}.g_idx is not in order although desc_act is false; expected i // {group_size}: "
+            "set desc_act to true in the quantisation config if the checkpoint was made with act-order"
+        )
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise CheckpointError(f"{name}.g_idx runs from {low} to {high}; expected groups 0 to {groups - 1}")

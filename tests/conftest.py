@@ -1,0 +1,56 @@
+"""What every test may lean on: the oracle's folder where it is there, one torch thread, no network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The models under test are tiny: a second thread costs more in waiting than it computes, and one thread keeps the
+# order of every sum the same from run to run. Set before torch is imported, so that subprocesses inherit it too.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN_LOCAL = ROOT / "tests" / "golden"
+LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with what the original code answers: beside the checkout, or where QVL_SHARED points."""
+    folder = Path(os.environ.get("QVL_SHARED", ROOT.parent / "shared"))
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no oracle data at {folder}: set QVL_SHARED to the folder that holds golden/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """The golden files themselves."""
+    return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_local() -> Path:
+    """The part of the golden numbers that is small enough to be kept with the tests, so that they always run."""
+    return GOLDEN_LOCAL
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuses every connection that leaves the machine, so that no test passes or fails by the weather outside."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else ""
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(host).startswith(LOOPBACK):
+            raise OSError(f"tests reach no network: connection to {address!r} refused")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    yield

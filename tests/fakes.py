@@ -1,0 +1,69 @@
+"""An engine without a model, for tests of what stands around it: it answers by rule, at a speed that is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qvl_runtime.errors import ImageError
+from qvl_runtime.prompt.boxes import parse_boxes
+from qvl_runtime.prompt.images import Picture, load_image
+from qvl_runtime.schedule.request import Completion, SamplingParams, StreamPiece, Timings, Usage
+
+BOXED = "<ref>dog</ref><box>(100,200),(300,400)</box>"
+
+
+class FakeEngine:
+    """Repeats what it was asked, word by word; `Box …` is answered with one box. Keeps what it was given."""
+
+    def __init__(self, pause_s: float = 0.0, words: int | None = None) -> None:
+        self.pause_s = pause_s
+        self.words = words  # this many words whatever was asked; None: an echo
+        self.asked: list[tuple[Any, SamplingParams]] = []
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, *, stream: bool = False
+    ) -> Iterator[StreamPiece]:
+        assert stream, "the command line streams"
+        self.asked.append((list(messages), params))
+        content = messages[-1]["content"]
+        images = [part["image"] for part in content if part["type"] == "image"]
+        return self._answer(content[-1]["text"], images)
+
+    def stream(self, prompt: Any, params: SamplingParams) -> Iterator[StreamPiece]:
+        self.asked.append((prompt, params))
+        return self._answer(str(prompt), [])
+
+    def defaults_note(self, params: SamplingParams) -> str | None:
+        return None if params.temperature == 0 else "from generation_config.json: top_p 0.5"
+
+    def report(self) -> dict[str, Any]:
+        return {"device": "none", "dtype": "words", "kernels": {"ops": "a fake"}}
+
+    def _answer(self, asked: str, images: list[str]) -> Iterator[StreamPiece]:
+        pictures = tuple(_read(image) for image in images)
+        text = BOXED if asked.startswith("Box") else f"you said {asked}"
+        pieces = [text] if self.words is None else [f"word{i} " for i in range(self.words)]
+        for piece in pieces:
+            time.sleep(self.pause_s)
+            yield StreamPiece(piece, (1,))
+        text = "".join(pieces)
+        yield StreamPiece("", (), Completion(
+            text, tuple(range(len(pieces))), "stop", Usage(10, len(pieces), 4 * len(images), len(images)),
+            Timings(0.01, 0.02, 0.05, 0.5, 10, len(pieces)), tuple(parse_boxes(text)), pictures=pictures,
+        ))  # fmt: skip
+
+
+def _read(image: str) -> Picture:
+    if not Path(image).exists():
+        raise ImageError(f"picture {image}\ndoes not exist; give the path of a file")
+    return load_image(image, 32)
+
+
+def make_picture(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
+    Image.new("RGB", size, "white").save(path)
+    return path

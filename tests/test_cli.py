@@ -1,0 +1,346 @@
+"""The command line around a fake engine, and where it matters as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from qvl_runtime.cli import app
+from qvl_runtime.options import ModelOptions
+from tests.fakes import BOXED, FakeEngine, make_picture
+
+pytestmark = pytest.mark.unit
+ROOT = Path(__file__).resolve().parent.parent
+
+SCRIPT = """
+import sys
+from qvl_runtime.cli import main
+from qvl_runtime.options import ModelOptions
+from tests.fakes import FakeEngine
+def open_fake(self):
+    print("ready", file=sys.stderr, flush=True)
+    return FakeEngine({arguments})
+ModelOptions.open = open_fake
+sys.argv = ["qvl", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setattr(ModelOptions, "open", lambda self: engine)
+    return engine
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    return str(make_picture(tmp_path / "dog.png"))
+
+
+def qvl(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=stdin, env={"NO_COLOR": "1", "COLUMNS": "100"})
+
+
+def start(arguments: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
+    """`qvl` as a process, on a fake engine that is made with these arguments."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    script = SCRIPT.format(arguments=arguments)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", script, *argv], env=environment, text=True, **(pipes | options))
+
+
+@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "demo"])
+def test_help_explains_every_option(command: str) -> None:
+    result = qvl(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+    options = [line for line in result.stdout.splitlines() if "│ --" in line]
+    assert options and all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without a word of help"
+
+
+def test_generate_streams_the_answer_and_nothing_else_to_stdout(engine: FakeEngine) -> None:
+    result = qvl("generate", "Hello there")
+    assert (result.exit_code, result.stdout) == (0, "you said Hello there\n")
+    assert "note: from generation_config.json: top_p 0.5" in result.stderr
+
+
+def test_quiet_keeps_notes_to_itself(engine: FakeEngine) -> None:
+    result = qvl("generate", "Hello", "--quiet")
+    assert (result.stdout, result.stderr) == ("you said Hello\n", "")
+
+
+def test_pictures_come_before_the_text_in_order(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+    other = str(make_picture(tmp_path / "cat.png"))
+    assert qvl("generate", "Compare", "--image", picture, "-i", other, "--system", "Be brief.").exit_code == 0
+    (messages, _), = engine.asked
+    assert messages == [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": picture},
+                {"type": "image", "image": other},
+                {"type": "text", "text": "Compare"},
+            ],
+        },
+    ]
+
+
+def test_sampling_options_reach_the_engine_and_absent_ones_stay_unset(engine: FakeEngine) -> None:
+    flags = "--max-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 11 --stop END --stop STOP".split()
+    assert qvl("generate", "x", *flags).exit_code == 0
+    assert qvl("generate", "x").exit_code == 0
+    given, absent = (params for _, params in engine.asked)
+    assert (given.max_tokens, given.temperature, given.top_p, given.top_k, given.seed) == (7, 0.5, 0.9, 3, 11)
+    assert given.stop == ("END", "STOP")
+    assert (absent.max_tokens, absent.temperature, absent.top_p, absent.top_k, absent.seed) == (None,) * 5
+
+
+def test_raw_hands_the_string_over_with_its_tags(engine: FakeEngine, picture: str) -> None:
+    tagged = f"<img>{picture}</img>Describe:"
+    assert qvl("generate", tagged, "--raw").exit_code == 0
+    assert qvl("generate", "Describe:", "--raw", "--image", picture).exit_code == 0
+    assert [prompt for prompt, _ in engine.asked] == [tagged, [{"image": picture}, {"text": "Describe:"}]]
+
+
+def test_prompt_from_standard_input(engine: FakeEngine) -> None:
+    assert qvl("generate", "-", stdin="from a pipe\n").stdout == "you said from a pipe\n"
+
+
+def test_json_is_one_object_with_everything(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+    out = tmp_path / "boxed.png"
+    result = qvl("generate", "Box the dog", "--image", picture, "--json", "--draw", str(out))
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert result.stdout.count("\n") == 1
+    assert answer["text"] == BOXED
+    (box,) = answer["boxes"]
+    assert (box["label"], box["x1"], box["y1"], box["x2"], box["y2"]) == ("dog", 100, 200, 300, 400)
+    assert box["pixels"] == [6, 8, 18, 16]  # of 60 x 40
+    assert answer["usage"] == {
+        "prompt_tokens": 10, "completion_tokens": 1, "image_tokens": 4, "images": 1, "total_tokens": 11,
+    }  # fmt: skip
+    assert answer["finish_reason"] == "stop"
+    assert answer["timings"]["ttft_s"] == pytest.approx(0.08)
+    assert answer["timings"]["decode_tokens_per_s"] == pytest.approx(2.0)
+    assert answer["drawn"] == str(out)
+    with Image.open(out) as drawn:
+        assert drawn.size == (60, 40)
+        assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white picture"
+
+
+def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+    result = qvl("generate", "Describe", "--image", picture, "--draw", str(tmp_path / "out.png"))
+    assert result.exit_code == 0
+    assert "the answer has no box" in result.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "x", "--image", "no/such.png"], "error: picture no/such.png does not exist; give the path"),
+        (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0; expected 0 (greedy) or more"),
+        (["generate", "x", "--max-tokens", "0"], "error: max_tokens is 0; expected at least 1"),
+        (["generate", "x", "--raw", "--system", "y"], "error: --system belongs to the chat format"),
+        (["generate", "x", "--draw", "out.doc"], "error: cannot draw to out.doc: its name must end in .png"),
+        (["generate", "x", "--draw", "no/such/out.png"], "error: cannot draw to no/such/out.png: the folder no/such"),
+        (["chat", "--image", "no/such.png"], "error: there is no file no/such.png"),
+        (["info", "--model", "no such model"], "error: 'no such model' is neither a folder nor a hub id"),
+        (["info", "--model", "a/b"], "error: 'a/b' is no folder here and not in the local cache"),
+    ],
+)
+def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str], said: str) -> None:
+    result = qvl(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    error = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert len(error) == 1
+    assert error[0].startswith(said)
+
+
+def test_a_broken_picture_is_one_line(engine: FakeEngine, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    result = qvl("generate", "x", "--image", str(broken), "--quiet")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "broken.jpg" in result.stderr
+
+
+def test_a_wrong_flag_names_it_and_the_way_to_the_help() -> None:
+    result = qvl("generate", "x", "--tempreature", "1")
+    assert result.exit_code == 2
+    assert "--tempreature" in result.stderr and "--help" in result.stderr
+
+
+def test_a_fault_of_the_program_is_one_line_unless_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ModelOptions) -> None:
+        raise RuntimeError("shapes differ:\n[1] and [2]")
+
+    monkeypatch.setattr(ModelOptions, "open", fail)
+    result = qvl("generate", "x")
+    assert result.exit_code == 1
+    assert result.stderr == "error: RuntimeError: shapes differ: [1] and [2] (a fault of qvl; --debug shows where)\n"
+    assert isinstance(qvl("generate", "x", "--debug").exception, RuntimeError)
+
+
+def test_ctrl_c_keeps_what_has_come_and_ends_with_130() -> None:
+    process = start("pause_s=0.05, words=10_000", "generate", "count", "--quiet")
+    assert process.stdout is not None
+    head = process.stdout.read(12)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (head + rest).startswith("word0 word1 ") and (head + rest).endswith("\n")
+    assert errors == "ready\ninterrupted; the answer is not whole\n"
+
+
+def test_ctrl_c_with_json_still_gives_one_object() -> None:
+    process = start("pause_s=0.01, words=10_000", "generate", "count", "--json", "--quiet")
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    time.sleep(0.5)  # some fifty words; nothing is written before the end that could be waited for
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    answer = json.loads(output)
+    assert answer["finish_reason"] == "interrupted"
+    assert answer["text"].startswith("word0 word1 ")
+
+
+def test_a_reader_that_leaves_ends_it_in_silence() -> None:
+    process = start("pause_s=0.001, words=100_000", "generate", "count", "--quiet")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.read(12)
+    process.stdout.close()
+    assert process.stderr.read() == "ready\n"
+    assert process.wait(timeout=30) == 1
+
+
+def test_control_characters_cannot_drive_a_terminal() -> None:
+    from qvl_runtime.terminal import printable
+
+    assert printable("a\x1b[2Jb\r\x07\x9bc\td\n狗") == "a␛[2Jb␍␇\ufffdc\td\n狗"
+
+
+def test_chat_through_a_pipe(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jpg"
+    lines = ["Hello", "", f"/image '{picture}'", "Box the dog", f"/draw {out}", "And now?", "/reset", " /etc", "/quit", "x"]
+    result = qvl("chat", "--system", "Be brief.", stdin="\n".join(lines))
+    assert result.exit_code == 0
+    assert result.stdout == f"you said Hello\n{BOXED}\nyou said And now?\nyou said /etc\n"
+    assert out.stat().st_size > 0
+    histories = [[message["role"] for message in messages] for messages, _ in engine.asked]
+    assert histories == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user", "assistant", "user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    assert engine.asked[2][0][3] == {
+        "role": "user",
+        "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Box the dog"}],
+    }
+    assert engine.asked[2][0][4] == {"role": "assistant", "content": BOXED}
+
+
+def test_chat_ends_with_its_input_and_shows_pictures_given_up_front(engine: FakeEngine, picture: str) -> None:
+    assert qvl("chat", "--image", picture, stdin="Look").exit_code == 0
+    assert engine.asked[0][0][0]["content"][0] == {"type": "image", "image": picture}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/image", "error: /image needs a file or an address"),
+        ("/image no/such.png", "error: there is no file no/such.png"),
+        ("/draw out.png", "error: there is no answer to draw yet"),
+        ("/draw", "error: /draw needs the file to write"),
+        ("/imgae x", "error: no command /imgae; /help lists them"),
+    ],
+)
+def test_chat_through_a_pipe_stops_at_an_error(engine: FakeEngine, line: str, said: str) -> None:
+    result = qvl("chat", stdin=f"{line}\nHello\n")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(said)
+
+
+def test_chat_ctrl_c_through_a_pipe_ends_with_130() -> None:
+    process = start("pause_s=0.05, words=10_000", "chat")
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("count\n")
+    process.stdin.flush()
+    process.stdout.read(12)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_chat_at_a_terminal_survives_ctrl_c_and_errors_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    terminal, inside = pty.openpty()
+    before = termios.tcgetattr(inside)
+    process = start("pause_s=0.01, words=1_000", "chat", stdin=inside, stdout=inside, stderr=inside)
+    seen = ""
+
+    def read_until(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 30
+        while text not in seen:
+            assert time.monotonic() < deadline, f"{text!r} did not come; seen: {seen!r}"
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096).decode()
+        seen = seen.split(text, 1)[1]
+
+    def type_in(text: str) -> None:
+        os.write(terminal, text.encode())
+
+    read_until("you> ")
+    type_in("/image no/such.png\n")
+    read_until("error: there is no file no/such.png")
+    read_until("you> ")
+    type_in("count\n")
+    read_until("word3 ")
+    type_in("\x03")
+    read_until("stopped")
+    read_until("you> ")
+    type_in("\x03")
+    read_until("Ctrl-C again or Ctrl-D leaves")
+    read_until("you> ")
+    type_in("\x04")
+    assert process.wait(timeout=30) == 0
+    assert termios.tcgetattr(inside) == before
+    os.close(inside)
+    os.close(terminal)
+
+
+def test_the_spinner_gives_the_cursor_back_after_ctrl_c() -> None:
+    script = "import time; from qvl_runtime.terminal import working\nwith working('loading'): time.sleep(60)"
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=inside, stdout=inside, stderr=inside, cwd=ROOT, env=os.environ | {"TERM": "xterm"}
+    )
+    seen = b""
+    while b"loading" not in seen:
+        seen += os.read(terminal, 4096)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    while select.select([terminal], [], [], 0.5)[0]:
+        seen += os.read(terminal, 4096)
+    assert seen.count(b"\x1b[?25l") == seen.count(b"\x1b[?25h") == 1
+    os.close(inside)
+    os.close(terminal)

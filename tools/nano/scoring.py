@@ -1,0 +1,85 @@
+"""Scores of a model on fresh scenes: what is asked, what counts as right, and the table that comes out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .dialogue import Turn, turns
+from .scenes import SceneConfig, draw_scene
+
+EVALUATION_SEED = 10_000_019  # training draws from seeds [seed, rank, step]; these scenes are never trained on
+QUESTIONS = ("count", "colour", "shape", "relation", "exists")
+GROUNDED = re.compile(r"<ref>([^<]*)</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
+Answer = Callable[[np.ndarray, Sequence[int], Sequence[str]], list[str]]  # pictures, which, questions -> answers
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of right answers by name; `rates` gives shares, `sizes` how many each rests on."""
+
+    right: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, right: bool) -> None:
+        self.right[name] = self.right.get(name, 0) + right
+        self.sizes[name] = self.sizes.get(name, 0) + 1
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return {name: self.right[name] / self.sizes[name] for name in sorted(self.sizes)}
+
+
+def score(
+    answer: Answer, config: SceneConfig, scenes: int, seed: int = EVALUATION_SEED, chinese: bool = False
+) -> Tally:
+    """Ask every question of every scene, each as a first turn, and count."""
+    rng = np.random.default_rng(seed)
+    pictures, which, asked = [], [], []
+    for i in range(scenes):
+        picture, things = draw_scene(rng, config)
+        said = turns(rng, things, chinese)
+        pictures.append(picture)
+        asked += said
+        which += [i] * len(said)
+    replies = answer(np.stack(pictures), which, [turn.question for turn in asked])
+    tally = Tally()
+    for turn, reply in zip(asked, replies, strict=True):
+        count(tally, turn, reply)
+    return tally
+
+
+def count(tally: Tally, turn: Turn, reply: str) -> None:
+    """An object counts as recalled when its name is said; its box is scored where the name is."""
+    if turn.sort in ("caption", "box"):
+        said, wanted = parse(reply), parse(turn.answer)
+        for name, box in wanted.items():
+            tally.add(f"{turn.sort}: object recalled", name in said)
+            if name in said:
+                tally.add(f"{turn.sort}: box IoU >= 0.5", iou(said[name], box) >= 0.5)
+        for name in said if turn.sort == "caption" else ():
+            tally.add("caption: name is right", name in wanted)
+    elif turn.sort == "number":
+        tally.add("number: whole", reply == turn.answer)
+        for i, digit in enumerate(turn.answer):
+            tally.add("number: digit", reply[i : i + 1] == digit)
+    else:
+        tally.add(turn.sort, reply == turn.answer)
+        if turn.sort in QUESTIONS:
+            tally.add("questions, all", reply == turn.answer)
+
+
+def parse(text: str) -> dict[str, tuple[int, ...]]:
+    """Name to box of a grounded answer; what is malformed is skipped."""
+    return {name: tuple(map(int, box)) for name, *box in GROUNDED.findall(text)}
+
+
+def iou(a: Sequence[int], b: Sequence[int]) -> float:
+    """Intersection over union of two boxes x1, y1, x2, y2."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    common = max(0, w) * max(0, h)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common
+    return common / union if union > 0 else 0.0

@@ -1,0 +1,177 @@
+"""The training loop: a schedule over minutes, a log, and a state on disk from which it goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+from qvl_runtime.config import ModelConfig
+
+from .decoding import answers
+from .network import Nano
+from .optimiser import Average, Optimiser
+from .packing import Batch, Packer
+from .probe import Probe
+from .scenes import SceneConfig
+from .scoring import score
+from .team import Team
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    minutes: float = 140.0  # of training, on the clock of this machine; pauses do not count
+    pictures: int = 12  # a process and step
+    processes: int = 2
+    rate: float = 3e-3
+    warmup: int = 50  # steps
+    decay_from: float = 0.5  # share of the time at which the rate begins to fall
+    floor: float = 0.02  # the last rate, as a share of the first
+    probe: float = 0.5  # weight of the auxiliary loss, falling to a tenth at `probe_until`
+    probe_until: float = 0.7
+    average: float = 0.995
+    seed: int = 1
+    score_every: float = 10.0  # minutes
+    score_scenes: int = 100
+    save_every: float = 3.0  # minutes
+
+    def rate_at(self, share: float, step: int) -> float:
+        """Share of `rate` at a share of the time: a short warm-up, constant, then linear."""
+        fall = 1.0 if share < self.decay_from else max(self.floor, (1 - share) / (1 - self.decay_from))
+        return min(1.0, step / self.warmup) * fall
+
+    def probe_at(self, share: float) -> float:
+        return self.probe * (1 - 0.9 * min(1.0, share / self.probe_until))
+
+
+class Trainer:
+    """One process of a training run. Files in `folder`: state.pt, log.jsonl (steps) and scores.jsonl."""
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, encoding: tiktoken.Encoding, recipe: Recipe, team: Team
+    ) -> None:
+        torch.manual_seed(recipe.seed)
+        torch.set_num_threads(1)
+        self.folder, self.recipe, self.team = folder, recipe, team
+        self.scenes = SceneConfig(side=config.visual.image_size)
+        self.packer = Packer(encoding, config, self.scenes)
+        self.model = Nano(config).bfloat16()
+        self.probe = Probe(config.visual.width, config.hidden_size)
+        self.params = [p for m in (self.model, self.probe) for p in m.parameters() if p.requires_grad]
+        self.optimiser = Optimiser(self.model, self.probe, config, recipe.rate)
+        self.average = Average(((s.name, s.master) for s in self.optimiser.slots), recipe.average)
+        self.step, self.spent, self.scored = 0, 0.0, 0.0
+        self._resume()
+
+    def run(self) -> None:
+        total, saved, recent = self.recipe.minutes * 60, self.spent, []
+        batches, mark = self._batches(), time.perf_counter()
+        clock = self.spent
+        while clock < total:
+            batch = next(batches)
+            share = clock / total
+            recent.append(self._learn(batch, share))
+            self.spent += time.perf_counter() - mark
+            mark = time.perf_counter()
+            clock = self.team.average(self.params, self.spent)
+            norm = self.optimiser.step(self.recipe.rate_at(share, self.step + 1), self.team)
+            self.step += 1
+            self.average.update(self.optimiser.slots, self.step)
+            if self.team.rank:
+                continue
+            if self.step % 50 == 0:
+                lm, patch, token = np.mean(recent, 0).round(4).tolist()
+                self._log("log.jsonl", lm=lm, patch=patch, token=token, norm=round(norm, 3))
+                recent = []
+            if clock - saved > self.recipe.save_every * 60:
+                saved = clock
+                self.save()
+            if clock - self.scored > self.recipe.score_every * 60:
+                self.scored = clock
+                self._score()
+                mark = time.perf_counter()
+        if self.team.rank == 0:
+            self.save()
+            self._score()
+
+    def _learn(self, batch: Batch, share: float) -> list[float]:
+        ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
+        h, patches, images = self.model(
+            torch.from_numpy(batch.pictures), ids, torch.from_numpy(batch.slots),
+            torch.from_numpy(batch.positions), torch.from_numpy(batch.segments),
+        )  # fmt: skip
+        predicted = weights[:, :-1] > 0
+        weight = weights[:, :-1][predicted]
+        logits = self.model.lm_head(h[:, :-1][predicted]).float()
+        lm = (F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none") * weight).sum() / weight.sum()
+        patch, token = self.probe(patches.float(), images.float(), batch.at_patch, batch.at_token)
+        (lm + self.recipe.probe_at(share) * (patch + token)).backward()
+        return [float(x.detach()) for x in (lm, patch, token)]
+
+    def _batches(self) -> Iterator[Batch]:
+        """Rendered in a process of its own. The seed of a batch is its step: a resumed run goes on where it was."""
+        ready = self.team.context.Queue(4)
+        seed, rank, first = self.recipe.seed, self.team.rank, self.step
+
+        def render() -> None:
+            torch.set_num_threads(1)
+            for step in range(first, 10**9):
+                ready.put(self.packer.batch(np.random.default_rng([seed, rank, step]), self.recipe.pictures))
+
+        self.team.context.Process(target=render, daemon=True).start()
+        while True:
+            try:
+                yield ready.get(timeout=300)
+            except queue.Empty:
+                raise RuntimeError("the process that draws the scenes has stopped") from None
+
+    def averaged(self) -> Nano:
+        """A bfloat16 copy with the averaged weights."""
+        model = Nano(self.model.c)
+        model.load_state_dict(self.average.tensors, strict=False)
+        return model.bfloat16().eval()
+
+    def _score(self) -> None:
+        torch.set_num_threads(self.recipe.processes)
+        model = self.averaged()
+        tally = score(lambda *asked: answers(model, self.packer, *asked), self.scenes, self.recipe.score_scenes)
+        torch.set_num_threads(1)
+        self._log("scores.jsonl", **{k: round(v, 3) for k, v in tally.rates.items()})
+
+    def _log(self, name: str, **values: float) -> None:
+        pictures = self.step * self.recipe.pictures * self.team.size
+        entry = {"minutes": round(self.spent / 60, 2), "step": self.step, "pictures": pictures, **values}
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(json.dumps(entry), flush=True)
+
+    def save(self) -> None:
+        state = {"optimiser": self.optimiser.state(), "average": self.average.tensors, "step": self.step,
+                 "spent": self.spent, "scored": self.scored, "torch": torch.get_rng_state()}  # fmt: skip
+        torch.save(state, self.folder / "state.tmp")
+        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+
+    def _resume(self) -> None:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.optimiser.load(state["optimiser"])
+        self.average.tensors = state["average"]
+        self.step, self.spent, self.scored = state["step"], state["spent"], state["scored"]
+        torch.set_rng_state(state["torch"])
+
+
+def parameters(config: ModelConfig) -> int:
+    """An upper bound of the parameters of model and probe, for the shared buffers."""
+    model, probe = Nano(config), Probe(config.visual.width, config.hidden_size)
+    return math.ceil(sum(p.numel() for m in (model, probe) for p in m.parameters()) / 4096) * 4096
