@@ -7,7 +7,9 @@ Nothing heavy is imported before a command runs, so that `qvl --help` answers at
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -19,6 +21,7 @@ from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.options import OUTPUT, ModelOptions, SamplingOptions, with_options
 from qvl_runtime.terminal import (
     INTERRUPTED,
+    LogLines,
     answer_json,
     box_lines,
     content,
@@ -217,4 +220,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # without UTF-8 a Chinese word becomes '?', not a traceback
+    logging.getLogger("qvl_runtime").addHandler(LogLines(logging.WARNING))
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
     app()

@@ -91,21 +91,15 @@ class QuantizationConfig:
     """How the five linears of each decoder block are stored: GPTQ, packed in int32 words."""
 
     bits: int
-    group_size: int = 128  # input channels that share a scale; -1: all of them
+    group_size: int  # input channels that share a scale; -1: all of them
     desc_act: bool = False  # act-order: g_idx is a permutation, not i // group_size
     sym: bool = True
     checkpoint_format: str = "gptq"  # "gptq" (v1): zero points stored minus one; "gptq_v2": stored as they are
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ConfigError(f"the checkpoint is quantised to {self.bits} bits; supported are 4 and 8")
-        if self.group_size not in (32, 64, 128, -1):
-            raise ConfigError(f"the checkpoint has group_size {self.group_size}; supported are 32, 64, 128 and -1")
-        if self.checkpoint_format not in ("gptq", "gptq_v2"):
-            raise ConfigError(
-                f"the checkpoint has checkpoint_format {self.checkpoint_format!r}; supported are 'gptq' and 'gptq_v2': "
-                "save it with AutoGPTQ's default format"
-            )
+        require_choice("the checkpoint's bits", self.bits, (4, 8))
+        require_choice("the checkpoint's group_size", self.group_size, (32, 64, 128, -1))
+        require_choice("the checkpoint_format", self.checkpoint_format, ("gptq", "gptq_v2"))
 
     @property
     def zero_offset(self) -> int:
@@ -291,13 +285,13 @@ class EngineConfig:
 
 
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:
-    kind, architectures = raw.get("model_type", "qwen"), raw.get("architectures") or ["QWenLMHeadModel"]
+    kind, architectures = raw.get("model_type") or "qwen", raw.get("architectures") or ["QWenLMHeadModel"]
     if kind != "qwen" or architectures != ["QWenLMHeadModel"]:
         names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
         raise ConfigError(f"config.json describes model_type {kind!r} ({names}), which is another model; {_RUNS}")
     if raw.get("visual") is None:
         other = "Qwen-Audio" if "audio" in raw else "a text-only Qwen such as Qwen-7B"
-        raise ConfigError(f"config.json has no 'visual' section, so this is {other}; {_RUNS}")
+        raise ConfigError(f"config.json has no 'visual' section, so it looks like {other}; {_RUNS}")
     if raw.get("rope_scaling"):
         raise ConfigError(f"config.json sets rope_scaling to {raw['rope_scaling']}; supported is use_dynamic_ntk alone")
     groups = raw.get("num_key_value_heads")

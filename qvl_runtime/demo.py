@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qvl_runtime.errors import ConfigError, QVLError
 from qvl_runtime.settings import read_json
-from qvl_runtime.terminal import content, printable, rate
+from qvl_runtime.terminal import content, printable, rate, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,11 +34,12 @@ class DemoPlan:
         """Read `demo.json`, whose picture lies beside it. Raises `ConfigError` where it is missing or incomplete."""
         path = folder / "demo.json"
         raw = read_json(path)
-        texts = {}
+        texts: dict[str, str] = {}
         for name in ("image", "caption_prompt", "question", "box_prompt"):
-            texts[name] = raw.get(name)
-            if not isinstance(texts[name], str):
-                raise ConfigError(f"{path} has {name} {texts[name]!r}; expected a text")
+            value = raw.get(name)
+            if not isinstance(value, str):
+                raise ConfigError(f"{path} has {name} {value!r}; expected a text")
+            texts[name] = value
         return cls(folder / texts.pop("image"), **texts)
 
 
@@ -55,8 +56,9 @@ def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
     answers = {task: ask(engine, plan.image, prompt, console) for task, prompt in tasks.items()}
     boxes = list(dict.fromkeys(box for answer in answers.values() for box in answer.boxes))
     draw_boxes(answers["box"].pictures[0].original, boxes).save(out)
-    console.print(f"\nwrote    {out} with {len(boxes)} boxes drawn\n")
+    console.print(f"\nwrote    {out}, with {len(boxes)} box{'' if len(boxes) == 1 else 'es'} drawn\n")
     console.print(what_ran(engine))
+    console.print()
     console.print(how_fast(answers))
 
 
@@ -77,13 +79,16 @@ def ask(engine: Engine, image: Path, prompt: str, console: Console) -> Completio
 
 
 def what_ran(engine: Engine) -> Table:
-    """The engine's report, one line a fact."""
+    """The engine's report for a person."""
     from rich.table import Table
 
+    said = engine.report()
+    model, memory = said["model"], said["memory"]
     table = Table.grid(padding=(0, 2))
-    for name, value in engine.report().items():
-        shown = "; ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(name, shown)
+    table.add_row("ran on", f"{said['device']}, {said['dtype']}")
+    table.add_row("kernels", "; ".join(said["kernels"].values()))
+    table.add_row("model", f"{Path(model['folder']).name}, loaded in {model['load_s']:.1f} s")
+    table.add_row("memory", f"{size(memory['weights'])} of weights, {size(memory['kv_reserved'])} of cache")
     return table
 
 

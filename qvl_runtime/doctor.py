@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qvl_runtime.errors import ConfigError
+from qvl_runtime.terminal import size
 
 if TYPE_CHECKING:
     from qvl_runtime.config import ModelConfig
@@ -40,17 +40,13 @@ def examine(models: ModelOptions) -> dict[str, Any]:
     import torch
 
     from qvl_kernels import report
+    from qvl_runtime.device import choose_device, device_name
 
-    device = _device(models.device)
-    cuda = device.type == "cuda"
+    device = choose_device(models.device)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "device": {
-            "chosen": str(device),
-            "name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-            "memory_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else _memory(),
-            "threads": torch.get_num_threads(),
-        },
+        "device": {"name": device_name(device), "memory_bytes": memory},
         "kernels": report(device),
         "model": summarise(models.folder()),
         "checks": [check._asdict() for check in _checks()],
@@ -101,8 +97,7 @@ def show(report: dict[str, Any]) -> None:
     facts = Table.grid("", "", padding=(0, 2))
     versions = [f"{name} {found}" for name, found in report["versions"].items() if found]
     facts.add_row("versions", ", ".join(versions))
-    facts.add_row("device", f"{device['chosen']}: {device['name']}, {size(device['memory_bytes'])}")
-    facts.add_row("threads", str(device["threads"]))
+    facts.add_row("device", f"{device['name']}, {size(device['memory_bytes'])} of memory")
     facts.add_row("kernels", "; ".join(report["kernels"].values()))
     facts.add_row("model", model["folder"])
     facts.add_row("", f"{model['weights']}, {model['layers']} layers of {model['hidden_size']}")
@@ -120,15 +115,6 @@ def show(report: dict[str, Any]) -> None:
     for table in (facts, sizes, checks):
         console.print(table)
         console.print()
-
-
-def size(count: int) -> str:
-    """Bytes in binary units, to three digits or so."""
-    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount /= 1024
-        units.pop(0)
-    return f"{amount:,.0f} {units[0]}" if units[0] == "B" or amount >= 100 else f"{amount:.1f} {units[0]}"
 
 
 def _checks() -> list[Check]:
@@ -156,30 +142,11 @@ def _weights(config: ModelConfig) -> str:
     return f"int{quantization.bits} (GPTQ, {group}) in the decoder, {config.dtype} elsewhere"
 
 
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA GPU; use --device cpu")
-    return torch.device(name)
-
-
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _memory() -> int:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from qvl_runtime.weights.hub import Source
 
 MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
-NANO = Path(__file__).parent / "nano"
 SMALL = "the small checkpoint that comes with qvl"
 
 
@@ -52,6 +51,7 @@ class ModelOptions:
 
     def folder(self) -> Path:
         """Where the checkpoint lies, downloaded if that was asked for."""
+        from qvl_runtime.engine import NANO
         from qvl_runtime.weights.hub import resolve_model
 
         return resolve_model(self.model or NANO, download=self.download, source=cast("Source", self.source))
@@ -95,8 +95,14 @@ class SamplingOptions:
         """Checked here, before a model is loaded. Raises `SamplingError`."""
         from qvl_runtime.schedule.request import SamplingParams
 
-        given = {name: value for name, value in asdict(self).items() if value not in (None, [])}
-        return SamplingParams(**{name: tuple(value) if name == "stop" else value for name, value in given.items()})
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+        )
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

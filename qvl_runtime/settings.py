@@ -63,6 +63,6 @@ def require_divides(name: str, value: int, by_name: str, by: int) -> None:
         raise ConfigError(f"{name} is {value}; expected a multiple of {by} ({by_name})")
 
 
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; supported are {', '.join(map(repr, choices))}")

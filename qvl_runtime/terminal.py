@@ -6,6 +6,7 @@ The answer goes to standard output and nothing else does; notes, speed and error
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,13 @@ def say(line: str) -> None:
 def say_error(error: BaseException | str) -> None:
     """`error: …` on one line of standard error, whatever line breaks the message has."""
     say(f"error: {error}")
+
+
+class LogLines(logging.Handler):
+    """Shows what the library logs as `warning: …` on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 @contextmanager
@@ -106,6 +114,15 @@ def rate(tokens_per_s: float) -> str:
     if tokens_per_s <= 0:
         return "–"
     return f"{tokens_per_s:.1f} tok/s" if tokens_per_s < 100 else f"{tokens_per_s:,.0f} tok/s"
+
+
+def size(count: int) -> str:
+    """Bytes in binary units, to three digits or so."""
+    amount, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:,.0f} {units[0]}" if units[0] == "B" or amount >= 100 else f"{amount:.1f} {units[0]}"
 
 
 def box_lines(completion: Completion) -> list[str]:

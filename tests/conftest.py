@@ -17,6 +17,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_LOCAL = ROOT / "tests" / "golden"
+# A test that starts Python again must find this checkout, whatever is installed.
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 

@@ -42,7 +42,13 @@ class FakeEngine:
         return None if params.temperature == 0 else "from generation_config.json: top_p 0.5"
 
     def report(self) -> dict[str, Any]:
-        return {"device": "none", "dtype": "words", "kernels": {"ops": "a fake"}}
+        return {
+            "model": {"folder": "some/where/fake", "load_s": 0.25},
+            "device": "nothing (a fake)",
+            "dtype": "words",
+            "kernels": {"ops": "none", "why": "it answers by rule"},
+            "memory": {"weights": 3 * 2**20, "kv_reserved": 512},
+        }
 
     def _answer(self, asked: str, images: list[str]) -> Iterator[StreamPiece]:
         pictures = tuple(_read(image) for image in images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -23,7 +24,6 @@ from qvl_runtime.options import ModelOptions
 from tests.fakes import BOXED, FakeEngine, make_picture
 
 pytestmark = pytest.mark.unit
-ROOT = Path(__file__).resolve().parent.parent
 
 SCRIPT = """
 import sys
@@ -57,10 +57,9 @@ def qvl(*arguments: str, stdin: str | None = None) -> Result:
 
 def start(arguments: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
     """`qvl` as a process, on a fake engine that is made with these arguments."""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     script = SCRIPT.format(arguments=arguments)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", script, *argv], env=environment, text=True, **(pipes | options))
+    return subprocess.Popen([sys.executable, "-c", script, *argv], text=True, **(pipes | options))
 
 
 @pytest.mark.parametrize("command", ["", "generate", "chat", "info", "demo"])
@@ -69,7 +68,8 @@ def test_help_explains_every_option(command: str) -> None:
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
     options = [line for line in result.stdout.splitlines() if "│ --" in line]
-    assert options and all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without a word of help"
+    assert options
+    assert all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without a word of help"
 
 
 def test_generate_streams_the_answer_and_nothing_else_to_stdout(engine: FakeEngine) -> None:
@@ -101,8 +101,8 @@ def test_pictures_come_before_the_text_in_order(engine: FakeEngine, picture: str
 
 
 def test_sampling_options_reach_the_engine_and_absent_ones_stay_unset(engine: FakeEngine) -> None:
-    flags = "--max-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 3 --seed 11 --stop END --stop STOP".split()
-    assert qvl("generate", "x", *flags).exit_code == 0
+    flags = "--max-tokens=7 --temperature=0.5 --top-p=0.9 --top-k=3 --seed=11 --stop=END --stop=STOP"
+    assert qvl("generate", "x", *flags.split()).exit_code == 0
     assert qvl("generate", "x").exit_code == 0
     given, absent = (params for _, params in engine.asked)
     assert (given.max_tokens, given.temperature, given.top_p, given.top_k, given.seed) == (7, 0.5, 0.9, 3, 11)
@@ -238,7 +238,8 @@ def test_control_characters_cannot_drive_a_terminal() -> None:
 
 def test_chat_through_a_pipe(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
     out = tmp_path / "out.jpg"
-    lines = ["Hello", "", f"/image '{picture}'", "Box the dog", f"/draw {out}", "And now?", "/reset", " /etc", "/quit", "x"]
+    first = ["Hello", "", f"/image '{picture}'", "Box the dog", f"/draw {out}", "And now?"]
+    lines = [*first, "/reset", " /etc", "/quit", "never sent"]
     result = qvl("chat", "--system", "Be brief.", stdin="\n".join(lines))
     assert result.exit_code == 0
     assert result.stdout == f"you said Hello\n{BOXED}\nyou said And now?\nyou said /etc\n"
@@ -291,10 +292,17 @@ def test_chat_ctrl_c_through_a_pipe_ends_with_130() -> None:
     assert "Traceback" not in errors
 
 
+def own_terminal() -> None:
+    """In the child: standard input becomes the controlling terminal, so that typing Ctrl-C sends SIGINT."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def test_chat_at_a_terminal_survives_ctrl_c_and_errors_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     terminal, inside = pty.openpty()
     before = termios.tcgetattr(inside)
-    process = start("pause_s=0.01, words=1_000", "chat", stdin=inside, stdout=inside, stderr=inside)
+    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    process = start("pause_s=0.01, words=1_000", "chat", **streams, preexec_fn=own_terminal)
     seen = ""
 
     def read_until(text: str) -> None:
@@ -331,9 +339,8 @@ def test_chat_at_a_terminal_survives_ctrl_c_and_errors_and_leaves_it_as_it_was(t
 def test_the_spinner_gives_the_cursor_back_after_ctrl_c() -> None:
     script = "import time; from qvl_runtime.terminal import working\nwith working('loading'): time.sleep(60)"
     terminal, inside = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=inside, stdout=inside, stderr=inside, cwd=ROOT, env=os.environ | {"TERM": "xterm"}
-    )
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=inside, stderr=inside, env=environment)
     seen = b""
     while b"loading" not in seen:
         seen += os.read(terminal, 4096)

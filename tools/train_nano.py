@@ -16,6 +16,7 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from qvl_runtime.config import ModelConfig
+from tools.nano.export import export
 from tools.nano.scenes import check_fonts
 from tools.nano.team import Team
 from tools.nano.trainer import Recipe, Trainer, parameters
@@ -59,8 +60,13 @@ def main() -> None:
         parser.add_argument(
             "--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help="default: %(default)s"
         )
+    parser.add_argument("--export", type=Path, metavar="DIR", help="train no more: write DIR and DIR_int4 from the state")
     args = vars(parser.parse_args())
-    folder = args.pop("folder")
+    folder, target = args.pop("folder"), args.pop("export")
+    if target is not None:
+        for written in export(folder, target):
+            print(f"{written}: {sum(f.stat().st_size for f in written.iterdir()) / 1e6:.1f} MB")
+        return
     check_fonts()
     encoding = prepare(folder)
     recipe = replace(Recipe(), **args)

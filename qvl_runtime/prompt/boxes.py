@@ -8,7 +8,7 @@ strict one raises.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qvl_runtime.errors import PromptError
 
@@ -30,6 +30,7 @@ class Box:
     image_index: int | None = None  # which picture of the prompt, from 0; None: not known
     score: float | None = None  # 0 to 1; None: not computed
     quad: tuple[Point, ...] | None = None  # the four corners, where the model gave a <quad>
+    span: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # characters of the text it came from
 
     def __post_init__(self) -> None:
         if not (0 <= self.x1 <= self.x2 <= SCALE and 0 <= self.y1 <= self.y2 <= SCALE):
@@ -82,7 +83,7 @@ def parse_boxes(text: str, strict: bool = False, image_index: int | None = None)
         elif strict:
             boxes.append(_read_strictly(tag, label, image_index))
         elif (numbers := _read_tolerantly(tag)) is not None:
-            boxes.append(_box(numbers, label, image_index))
+            boxes.append(_box(numbers, label, image_index, tag.span()))
     return boxes if strict else list(dict.fromkeys(boxes))
 
 
@@ -108,15 +109,15 @@ def _read_strictly(tag: re.Match[str], label: str | None, image_index: int | Non
     if len(values) != expected:
         points = ",".join(f"(x{n},y{n})" for n in range(1, expected // 2 + 1))
         raise PromptError(f"{tag['name']} {content[:60]!r} cannot be read; expected {points} in whole numbers")
-    return _box(values, label, image_index)
+    return _box(values, label, image_index, tag.span())
 
 
-def _box(values: list[int], label: str | None, image_index: int | None) -> Box:
+def _box(values: list[int], label: str | None, image_index: int | None, span: tuple[int, int]) -> Box:
     if len(values) == 4:
         x1, y1, x2, y2 = values
-        return Box(label, x1, y1, x2, y2, image_index)
+        return Box(label, x1, y1, x2, y2, image_index, span=span)
     xs, ys = values[::2], values[1::2]
-    return Box(label, min(xs), min(ys), max(xs), max(ys), image_index, quad=tuple(zip(xs, ys, strict=True)))
+    return Box(label, min(xs), min(ys), max(xs), max(ys), image_index, quad=tuple(zip(xs, ys, strict=True)), span=span)
 
 
 def _require_closed_tags(text: str) -> None:

@@ -74,9 +74,9 @@ def _colours(boxes: Sequence[Box]) -> Iterator[Colour]:
 
 
 def _contrast(colour: Colour) -> Colour:
-    """Black or white, whichever stands out more; luma weights of ITU-R BT.601."""
-    red, green, blue = colour
-    return _DARK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else _LIGHT
+    """Black or white, whichever stands out more: equal at a relative luminance of 0.179 (WCAG 2, contrast ratio)."""
+    red, green, blue = ((value / 255) ** 2.2 for value in colour)
+    return _DARK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else _LIGHT
 
 
 def _tag(

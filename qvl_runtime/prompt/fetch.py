@@ -62,7 +62,7 @@ def _read_file(path: str | os.PathLike[str], limits: ImageLimits, described: str
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         if isinstance(error, QVLError):
             raise
-        raise ImageError(f"{described} cannot be read: {error}") from error
+        raise ImageError(f"{described} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read_data_url(url: str, limits: ImageLimits, described: str) -> bytes:
@@ -111,7 +111,8 @@ def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
         raise DownloadError(
             f"{described} took longer than {limits.timeout_s:g} s: try again, raise image_timeout_s or give a file"
         )
-    raise DownloadError(f"{described} cannot be fetched: {outcome or type(outcome).__name__}") from outcome
+    cause = " ".join(str(outcome).split()) or type(outcome).__name__
+    raise DownloadError(f"{described} cannot be fetched: {cause}") from outcome
 
 
 def _download(url: str, limits: ImageLimits, described: str) -> bytes:

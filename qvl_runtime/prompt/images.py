@@ -29,7 +29,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 # What PIL reads by itself. Its list is longer: for EPS, say, it would start Ghostscript on a stranger's file.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # What PIL's decoders raise for damaged files.
 _BUGS = (TypeError, LookupError, ArithmeticError)  # PIL's plugins trust the file's numbers
@@ -123,7 +123,7 @@ def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
     except UnidentifiedImageError:
-        kinds = ", ".join(FORMATS[:-1])
+        kinds = ", ".join(FORMATS)
         raise ImageError(f"{described} starts with {data[:8]!r}, which is no picture; readable are {kinds}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # PIL's own guard, at 179 million pixels, speaks before the size can be asked.

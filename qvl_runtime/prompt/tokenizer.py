@@ -109,7 +109,7 @@ class Tokenizer:
             source, end, rest = after.partition("</img>")
             if not end:
                 raise PromptError(f"<img> before {after[:60]!r} is not closed: write <img>path</img>")
-            if any(tag in source for tag in tags):
+            if "<" in source and any(tag in source for tag in tags):  # a data URL, megabytes long, has no "<"
                 raise PromptError(f"<img>{source[:60]}</img> has a special tag inside; expected a path or a URL")
             segment.extend(self._encode_text(before, allowed), self.image_span(source))
         return segment.extend(self._encode_text(rest, allowed))
@@ -193,7 +193,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise CheckpointError(f"{path} line {number} is {line[:40]!r}; expected base64(token) and a rank") from None
-    if not set(ranks.values()) == set(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+    if set(ranks.values()) != set(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise CheckpointError(
             f"{path} holds {len(ranks)} tokens; expected all 256 single bytes and the ranks 0 to {len(ranks) - 1}, "
             "each once: the file is cut or damaged, fetch it again"

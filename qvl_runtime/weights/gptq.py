@@ -58,16 +58,15 @@ class GPTQLinear:
         in_features = qweight.shape[0] * (32 // quantization.bits)
         group_size = in_features if quantization.group_size == -1 else quantization.group_size
         in_order = _groups_in_order(in_features, group_size, qweight.device)
-        g_idx: Tensor | None = state.get(f"{name}.g_idx", in_order)
-        if not torch.equal(g_idx, in_order):
+        g_idx = state.get(f"{name}.g_idx", in_order)
+        ordered = torch.equal(g_idx, in_order)
+        if not ordered:
             _check_g_idx(g_idx, name, group_size, scales.shape[0], quantization.desc_act)
-        elif in_features % group_size == 0:
-            g_idx = None
         return cls(
             qweight=qweight,
             qzeros=state[f"{name}.qzeros"],
             scales=scales,
-            g_idx=g_idx,
+            g_idx=None if ordered and in_features % group_size == 0 else g_idx,
             bias=state.get(f"{name}.bias"),
             bits=quantization.bits,
             group_size=group_size,

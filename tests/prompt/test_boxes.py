@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvl_runtime.errors import PromptError
@@ -77,10 +77,12 @@ class TestTolerant:
     def test_text_without_boxes(self) -> None:
         assert parse_boxes("") == parse_boxes("nothing <here>") == []
 
+    @settings(deadline=None)
     @given(st.text("<>/()refboxquad,0123456789 ", max_size=80))
     def test_never_raises(self, text: str) -> None:
         parse_boxes(text)
 
+    @settings(deadline=None)
     @given(st.text("<>/()refbox,01 ", max_size=30))
     def test_a_prefix_never_loses_an_earlier_box(self, tail: str) -> None:
         head = "<ref>a</ref><box>(1,2),(3,4)</box>"

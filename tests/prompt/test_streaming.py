@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvl_runtime.errors import PromptError
@@ -44,6 +44,7 @@ class TestStreamDecoder:
         decoder = StreamDecoder(toy)
         assert "".join(decoder.feed(token) for token in (toy.img_start, 98)) + decoder.flush() == "<img>b"
 
+    @settings(deadline=None)
     @given(st.lists(st.integers(0, TOY.n_vocab - 1).filter(lambda token: token != TOY.img_start)))
     def test_deltas_join_to_the_whole(self, ids: list[int]) -> None:
         decoder = StreamDecoder(TOY)
@@ -85,6 +86,7 @@ class TestStopMatcher:
         with pytest.raises(PromptError, match="empty"):
             StopMatcher(["ok", ""])
 
+    @settings(deadline=None)
     @given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.lists(st.text("ab", max_size=5)))
     def test_the_split_does_not_matter(self, stops: list[str], pieces: list[str]) -> None:
         text = "".join(pieces)

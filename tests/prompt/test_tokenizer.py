@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qvl_runtime
@@ -132,6 +132,7 @@ class TestEncode:
             toy.encode(" " * 1_000_000 + "x")
         assert "\n" not in str(caught.value)
 
+    @settings(deadline=None)
     @given(st.text(st.characters(exclude_categories=["Cs"])))
     def test_round_trip(self, text: str) -> None:
         ids = TOY.encode(text, "none")

@@ -30,7 +30,7 @@ from .team import Team
 @dataclass(frozen=True, slots=True)
 class Recipe:
     minutes: float = 140.0  # of training, on the clock of this machine; pauses do not count
-    pictures: int = 12  # a process and step
+    pictures: int = 8  # a process and step
     processes: int = 2
     rate: float = 3e-3
     warmup: int = 50  # steps
@@ -69,7 +69,7 @@ class Trainer:
         self.params = [p for m in (self.model, self.probe) for p in m.parameters() if p.requires_grad]
         self.optimiser = Optimiser(self.model, self.probe, config, recipe.rate)
         self.average = Average(((s.name, s.master) for s in self.optimiser.slots), recipe.average)
-        self.step, self.spent, self.scored = 0, 0.0, 0.0
+        self.step, self.seen, self.spent, self.scored = 0, 0, 0.0, 0.0
         self._resume()
 
     def run(self) -> None:
@@ -85,6 +85,7 @@ class Trainer:
             clock = self.team.average(self.params, self.spent)
             norm = self.optimiser.step(self.recipe.rate_at(share, self.step + 1), self.team)
             self.step += 1
+            self.seen += self.recipe.pictures * self.team.size
             self.average.update(self.optimiser.slots, self.step)
             if self.team.rank:
                 continue
@@ -148,8 +149,7 @@ class Trainer:
         self._log("scores.jsonl", **{k: round(v, 3) for k, v in tally.rates.items()})
 
     def _log(self, name: str, **values: float) -> None:
-        pictures = self.step * self.recipe.pictures * self.team.size
-        entry = {"minutes": round(self.spent / 60, 2), "step": self.step, "pictures": pictures, **values}
+        entry = {"minutes": round(self.spent / 60, 2), "step": self.step, "pictures": self.seen, **values}
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)
@@ -167,7 +167,7 @@ class Trainer:
         state = torch.load(path, weights_only=True)
         self.optimiser.load(state["optimiser"])
         self.average.tensors = state["average"]
-        self.step, self.spent, self.scored = state["step"], state["spent"], state["scored"]
+        self.step, self.seen, self.spent, self.scored = (state[k] for k in ("step", "seen", "spent", "scored"))
         torch.set_rng_state(state["torch"])
 
 

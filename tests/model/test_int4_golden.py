@@ -1,0 +1,71 @@
+"""The Int4 checkpoint against what the original computes with its weights dequantised in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qvl_runtime.model.language import Decoder
+from qvl_runtime.model.rotary import ntk_alpha
+from qvl_runtime.schedule.runner import Chunk
+from tests.model.oracle import LOGITS, Oracle, close
+
+pytestmark = pytest.mark.cpu
+
+
+def test_text(tiny_int4: Oracle, golden: Path) -> None:
+    want = load_file(golden / "lm_int4.safetensors")
+    close(tiny_int4.prefill(want["i_ids"][0].tolist())[0], want["i_logits"][0], LOGITS, "logits")
+
+
+def test_one_picture(tiny_int4: Oracle, golden: Path) -> None:
+    want = load_file(golden / "lm_int4.safetensors")
+    got, at = tiny_int4.observed(want["ii_ids"][0].tolist()), want["ii_logits_positions"]
+    close(got["final_hidden"][at], want["ii_final_hidden_at_positions"][0], LOGITS, "final_hidden")
+    close(got["logits"][at], want["ii_logits"][0], LOGITS, "logits")
+
+
+def test_greedy(tiny_int4: Oracle, golden: Path) -> None:
+    want = load_file(golden / "lm_int4.safetensors")
+    chunk, made = tiny_int4.chunk(want["ii_ids"][0].tolist()), []
+    with chunk.sequence as sequence:
+        for _ in range(32):
+            logits = tiny_int4.model.logits(tiny_int4.runner.run([chunk])[-1:])
+            made.append(int(logits.argmax()))
+            chunk = Chunk(sequence, made[-1:])
+    assert made == want["ii_greedy32"].tolist()
+
+
+def test_weights_stay_packed(tiny_int4: Oracle) -> None:
+    """The five linears of a block take 4 bits a weight and their scales, not 16."""
+    c = tiny_int4.config
+    weights = c.num_hidden_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.ffn_width)
+    packed = tiny_int4.model.bytes_by_part["language"]
+    assert weights / 2 < packed < weights
+
+
+def test_decoder_anywhere(golden_local: Path) -> None:
+    """The same decoder, from numbers kept with the tests: this one runs without the oracle's folder."""
+    import json
+
+    from qvl_kernels import reference
+
+    from qvl_runtime.config import ModelConfig
+    from qvl_runtime.model.rotary import positions_of
+    from qvl_runtime.schedule.kv_cache import KVCache, layout_of
+
+    state = load_file(golden_local / "decoder_int4.safetensors")
+    config = ModelConfig.from_dict(json.loads((golden_local / "decoder_int4.json").read_text()))
+    ids, want = state.pop("ids"), state.pop("logits")
+    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+    decoder = Decoder(config, state, reference)
+    cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
+    with cache.sequence(ntk_alpha(config, len(ids))) as sequence:
+        at = sequence.append(len(ids))
+        layout = layout_of([sequence], [at])
+        positions = positions_of(config, at, [sequence.alpha], layout.query_starts)
+        x = decoder.forward(decoder.embedding[ids], positions, layout, cache.layers)
+    close(decoder.logits(x), want, LOGITS, "logits")

@@ -1,0 +1,141 @@
+"""The README does what it says: its Python runs, its `qvl` lines run, its other commands and options exist.
+
+Blocks marked ```python are executed in order in one namespace, in a folder of their own where every picture that they
+name is the demo's. A block that names a hub id is only compiled; of a `qvl` line that names a model the options are
+looked up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.cpu
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+HUB_ID = re.compile(r"""["']Qwen/[\w.-]+["']""")
+PICTURE = re.compile(r"""[\w./-]+\.(?:png|jpe?g)(?=["'\s<]|$)""")
+KNOWN_ELSEWHERE = {"git", "pip", "cd", "source", "python3", "apt", "sudo", "echo", "printf"}
+
+
+class Block(NamedTuple):
+    language: str
+    line: int  # of its first line in README.md
+    text: str
+
+
+def blocks(*languages: str) -> list[Block]:
+    text = README.read_text(encoding="utf-8")
+    fences = re.finditer(r"^```([\w-]+)[^\n]*\n(.*?)^```\s*$", text, re.DOTALL | re.MULTILINE)
+    found = [Block(f[1], text[: f.start()].count("\n") + 2, f[2]) for f in fences]
+    return [block for block in found if block.language in languages]
+
+
+def commands() -> list[tuple[int, list[str]]]:
+    """Each command of the shell blocks with its line number, as words; a pipe's commands one by one."""
+    found = []
+    for block in blocks("sh", "bash", "shell", "console"):
+        joined = block.text.replace("\\\n", "  ")
+        for offset, line in enumerate(joined.splitlines()):
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            for part in split(words, {"|", "&&", ";"}):
+                found.append((block.line + offset, [word for word in part if not re.fullmatch(r"[A-Z_]+=\S*", word)]))
+    return [(line, words) for line, words in found if words]
+
+
+def split(words: list[str], separators: set[str]) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word in separators:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the README's pictures are: each name that it uses stands for the demo's picture."""
+    demo = ROOT / "qvl_runtime" / "assets" / "demo.png"
+    for name in set(PICTURE.findall(README.read_text(encoding="utf-8"))):
+        path = tmp_path / name
+        if tmp_path in path.resolve().parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(demo, path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_is_something_to_check() -> None:
+    assert blocks("python"), "README.md shows no Python"
+    programs = {words[0] for _, words in commands()}
+    assert {"make", "qvl"} <= programs, "README.md shows neither make nor qvl"
+
+
+def test_python_blocks_run(folder: Path) -> None:
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for block in blocks("python"):
+        code = compile("\n" * (block.line - 1) + block.text, str(README), "exec")
+        if not HUB_ID.search(block.text):
+            exec(code, namespace)
+
+
+def test_shell_commands_exist_with_their_options() -> None:
+    help_texts: dict[str, str] = {}
+
+    def help_of(subcommand: str) -> str:
+        if subcommand not in help_texts:
+            asked = subprocess.run(
+                [sys.executable, "-c", "from qvl_runtime.cli import main; main()", subcommand, "--help"],
+                capture_output=True, text=True, cwd=ROOT, env=plain_terminal(), timeout=60,
+            )  # fmt: skip
+            assert asked.returncode == 0, f"qvl has no command {subcommand}: {asked.stderr}"
+            help_texts[subcommand] = asked.stdout
+        return help_texts[subcommand]
+
+    targets = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
+    for line, words in commands():
+        where = f"README.md line {line}: {shlex.join(words)}"
+        options = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)]
+        if words[0] == "make":
+            assert {word for word in words[1:] if word[0] != "-"} <= targets, where
+        elif words[0] == "qvl":
+            text = help_of(words[1]) if len(words) > 1 and words[1][0] != "-" else help_of("--help")
+            for option in options:
+                assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), f"{where}: no option {option}"
+        elif words[0].startswith(("python", ".venv/bin/python")):
+            scripts = [word for word in words[1:] if word.endswith(".py")]
+            for script in scripts:
+                assert (ROOT / script).is_file(), where
+                # argparse options may be built from names, with underscores for dashes
+                source = (ROOT / script).read_text()
+                for option in options:
+                    assert option in source, f"{where}: no option {option}"
+        else:
+            assert words[0] in KNOWN_ELSEWHERE or (ROOT / words[0]).is_file(), where
+
+
+def test_qvl_lines_run(folder: Path) -> None:
+    """What runs without a hub is run, with the shipped checkpoint; a chat gets a line to say and its end."""
+    for line, words in commands():
+        if words[0] != "qvl" or {"--model", "-m"} & set(words):
+            continue
+        ran = subprocess.run(
+            [sys.executable, "-c", "from qvl_runtime.cli import main; main()", *words[1:]],
+            capture_output=True, text=True, cwd=folder, env=plain_terminal(), timeout=120, input="Describe it.\n",
+        )  # fmt: skip
+        assert ran.returncode == 0, f"README.md line {line}: {shlex.join(words)}\n{ran.stderr}"
+        assert ran.stdout.strip(), f"README.md line {line}: {shlex.join(words)} printed nothing"
+
+
+def plain_terminal() -> dict[str, str]:
+    """The environment for a `qvl` whose output is read by a test."""
+    return os.environ | {"NO_COLOR": "1", "COLUMNS": "120"}
