@@ -62,7 +62,7 @@ class Engine:
         )
         self.config = config = ModelConfig.from_folder(self.folder)
         self.defaults = defaults = GenerationDefaults.from_folder(self.folder)
-        self.tokenizer = Tokenizer.from_folder(self.folder, config.visual.n_queries)
+        self.tokenizer = Tokenizer.from_folder(self.folder, config.visual.n_queries, config.visual.image_start_id)
         self.max_model_len = asked.max_model_len or config.context_limit
         limits = ImageLimits(
             max_bytes=asked.max_image_bytes, max_pixels=asked.max_image_pixels, timeout_s=asked.image_timeout_s,

@@ -1,0 +1,129 @@
+"""The engine against the original's `generate` and `chat`: greedy ids exact, in float32, with the oracle's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from qvl_runtime import Engine, SamplingParams
+from tests.model.oracle import LOGITS, close, spelled_images, without_padding
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def engine(golden: Path) -> Engine:
+    return Engine(golden / "tiny", max_model_len=2048)
+
+
+@pytest.fixture(scope="module")
+def said(golden: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((golden / "generation.json").read_text())
+    return content
+
+
+@pytest.fixture
+def beside_images(golden: Path) -> Any:
+    """Run where the original ran: its prompts name pictures by relative paths."""
+    before = Path.cwd()
+    os.chdir(golden)
+    yield
+    os.chdir(before)
+
+
+def greedy(tokens: int, **others: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, temperature=0, repetition_penalty=others.pop("repetition_penalty", 1.0), **others)
+
+
+def prompt_of(engine: Engine, ids: list[int]) -> dict[str, Any]:
+    return {"token_ids": ids, "images": [image.path for image in spelled_images(ids, engine.config)]}
+
+
+def flat(ids: list[Any]) -> list[int]:
+    return ids[0] if isinstance(ids[0], list) else ids
+
+
+@pytest.mark.parametrize("name", ["i", "ii", "iii"])
+def test_greedy(engine: Engine, said: dict[str, Any], beside_images: None, name: str) -> None:
+    want = said[name]
+    out = engine.generate([prompt_of(engine, flat(want["input_ids"]))], greedy(48, ignore_eos=True))[0]
+    assert list(out.token_ids) == flat(want["new_ids"])
+    assert out.text == want["decoded_new"]
+    assert out.finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["i_repetition_penalty_1.1", "ii_repetition_penalty_1.1"])
+def test_repetition_penalty(engine: Engine, said: dict[str, Any], beside_images: None, name: str) -> None:
+    """The original also counts the bytes of a picture's path, which are not in our prompt: here that changes no choice."""
+    want = said[name]
+    params = greedy(48, ignore_eos=True, repetition_penalty=want["repetition_penalty"])
+    out = engine.generate([prompt_of(engine, flat(want["input_ids"]))], params)[0]
+    assert list(out.token_ids) == flat(want["new_ids"])
+
+
+@pytest.mark.parametrize("name", ["vi_batch_left_padded", "vi2_batch_left_padded"])
+def test_batches(engine: Engine, said: dict[str, Any], name: str) -> None:
+    """Each prompt as it is alone. The original's padding changes alpha and log-n beyond seq_length (row 2 is unpadded)."""
+    import torch
+
+    want = said[name]
+    prompts = without_padding(torch.tensor(want["input_ids"]), torch.tensor(want["attention_mask"]))
+    outs = engine.generate([{"token_ids": ids} for ids in prompts], greedy(24, ignore_eos=True))
+    alike = range(3) if name.startswith("vi_") else [i for i, ids in enumerate(prompts) if len(ids) == len(want["input_ids"][i])]
+    assert alike
+    for i in alike:
+        assert list(outs[i].token_ids) == want["new_ids"][i], f"row {i}"
+
+
+def test_stop_sequence(engine: Engine, said: dict[str, Any]) -> None:
+    """The original shows the stop words and an eos after them; here the text ends before them."""
+    want = said["i_stop_words"]
+    stop = engine.tokenizer.decode(want["stop_words_ids"][0])
+    out = engine.generate([prompt_of(engine, flat(want["input_ids"]))], greedy(48, stop=(stop,)))[0]
+    assert list(out.token_ids) == flat(want["new_ids"])[:-1]
+    assert out.finish_reason == "stop"
+    assert out.text + stop + "<|endoftext|>" == want["decoded_new"]
+
+
+def test_chat_turns(engine: Engine, said: dict[str, Any], beside_images: None) -> None:
+    """Three turns of the original's `chat`, as the tagged text it builds (its picture numbers restart in each turn)."""
+    for turn in said["chat"]:
+        text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"
+        for question, answer in [*turn["history_before"], (turn["query"], None)]:
+            text += f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            text += "" if answer is None else f"{answer}<|im_end|>"
+        out = engine.generate([text], greedy(24))[0]
+        # the original drops the last token of an answer that max_new_tokens cut
+        kept = engine.tokenizer.decode(list(out.token_ids[:-1]))
+        assert kept.strip() == turn["response"]
+        assert out.finish_reason == "length"
+
+
+def test_chat_messages(engine: Engine, said: dict[str, Any], beside_images: None) -> None:
+    want = said["chat_first_turn_new_ids"]
+    parts = [{"type": "image", "image": "images/beach.jpg"}, {"type": "text", "text": "What is this?"}]
+    out = engine.chat([{"role": "user", "content": parts}], greedy(24))
+    assert list(out.token_ids) == flat(want["new_ids"])
+
+
+def test_int4_greedy(golden: Path, beside_images: None) -> None:
+    want = load_file(golden / "lm_int4.safetensors")
+    engine = Engine(golden / "tiny-int4", dtype="float32", max_model_len=512)
+    out = engine.generate([prompt_of(engine, want["ii_ids"][0].tolist())], greedy(32, ignore_eos=True))[0]
+    assert list(out.token_ids) == want["ii_greedy32"].tolist()
+
+
+def test_score(engine: Engine, golden: Path) -> None:
+    want = load_file(golden / "lm_i_text20.safetensors")
+    ids = want["ids"][0].tolist()
+    score = engine.score({"token_ids": ids}, return_logits=True)
+    assert score.logits is not None and score.token_ids == tuple(ids)
+    close(score.logits, want["logits"][0], LOGITS, "logits")
+    chosen = want["logits"][0].log_softmax(-1)[:-1].gather(1, want["ids"][0][1:, None])[:, 0]
+    close(score.logprobs, chosen, LOGITS, "logprobs")
+    close(engine.score({"token_ids": ids}).logprobs, chosen, LOGITS, "without logits")
