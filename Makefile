@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 PIP_INSTALL_FLAGS ?=
 PYTEST_FLAGS ?=
+NANO_FLAGS ?=
 
 # Python 3.11 is what the pins were tested with; otherwise the newest that is new enough and can make environments.
 FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
@@ -45,10 +46,11 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 nano: $(STAMP) ## train the small checkpoint anew: 2.5 hours on 2 cores, resumes after a stop
-	$(BIN)/python tools/train_nano.py
+	$(BIN)/python -m tools.train_nano $(NANO_FLAGS)
+	$(BIN)/python -m tools.train_nano --export qvl_runtime/nano
 
-eval-nano: $(STAMP) ## score the small checkpoint on 500 scenes that it never saw
-	$(BIN)/python tools/eval_nano.py
+eval-nano: $(STAMP) ## score the small checkpoint and its Int4 sibling on 500 scenes that they never saw
+	$(BIN)/python -m tools.eval_nano --int4 $(NANO_FLAGS)
 
 clean: ## remove the environment, builds, caches and outputs
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

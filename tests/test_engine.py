@@ -58,7 +58,9 @@ def test_the_same_picture_under_two_names_is_seen_once(engine: Engine, picture: 
     for name in ("one.png", "two.png"):
         picture.save(tmp_path / name)
     fresh = Engine(dtype="float32", max_model_len=512)
-    answers = [fresh.chat(about(tmp_path / name, "What is in the picture?")).token_ids for name in ("one.png", "two.png")]
+    answers = [
+        fresh.chat(about(tmp_path / name, "What is in the picture?")).token_ids for name in ("one.png", "two.png")
+    ]
     caches = fresh.report()["caches"]["pictures"]
     assert answers[0] == answers[1]
     assert (caches["held"], caches["lookups"], caches["hit_rate"]) == (1, 2, 0.5)
@@ -89,7 +91,9 @@ def test_n_answers_from_one_prefill(engine: Engine) -> None:
     params = SamplingParams(max_tokens=8, temperature=1.5, seed=5, n=3)
     out = engine.generate([GREETING], params)[0]
     assert len(out.answers) == 3 and len({c.token_ids for c in out.answers}) > 1
-    single = [engine.generate([GREETING], SamplingParams(max_tokens=8, temperature=1.5, seed=5 + i))[0] for i in range(3)]
+    single = [
+        engine.generate([GREETING], SamplingParams(max_tokens=8, temperature=1.5, seed=5 + i))[0] for i in range(3)
+    ]
     assert [c.token_ids for c in out.answers] == [c.token_ids for c in single]
 
 
@@ -157,7 +161,7 @@ def test_a_failing_prompt_leaves_the_engine_well(engine: Engine, tmp_path: Path)
     broken = tmp_path / "broken.jpg"
     Image.new("RGB", (64, 64), "red").save(broken)
     broken.write_bytes(broken.read_bytes()[:300])
-    with pytest.raises(ImageError, match="broken.jpg"):
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
         engine.chat(about(broken, "What is this?"))
     assert engine.generate([GREETING], SamplingParams(max_tokens=2))[0].usage.completion_tokens == 2
 

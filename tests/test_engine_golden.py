@@ -1,4 +1,4 @@
-"""The engine against the original's `generate` and `chat`: greedy ids exact, in float32, with the oracle's checkpoints."""
+"""The engine against the original's `generate` and `chat`: greedy ids exact in float32, on the oracle's checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def beside_images(golden: Path) -> Any:
 
 
 def greedy(tokens: int, **others: Any) -> SamplingParams:
-    return SamplingParams(max_tokens=tokens, temperature=0, repetition_penalty=others.pop("repetition_penalty", 1.0), **others)
+    return SamplingParams(
+        max_tokens=tokens, temperature=0, repetition_penalty=others.pop("repetition_penalty", 1.0), **others
+    )
 
 
 def prompt_of(engine: Engine, ids: list[int]) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def test_greedy(engine: Engine, said: dict[str, Any], beside_images: None, name:
 
 @pytest.mark.parametrize("name", ["i_repetition_penalty_1.1", "ii_repetition_penalty_1.1"])
 def test_repetition_penalty(engine: Engine, said: dict[str, Any], beside_images: None, name: str) -> None:
-    """The original also counts the bytes of a picture's path, which are not in our prompt: here that changes no choice."""
+    """The original also counts the bytes of a picture's path, which our prompt lacks: here that changes no choice."""
     want = said[name]
     params = greedy(48, ignore_eos=True, repetition_penalty=want["repetition_penalty"])
     out = engine.generate([prompt_of(engine, flat(want["input_ids"]))], params)[0]
@@ -68,13 +70,17 @@ def test_repetition_penalty(engine: Engine, said: dict[str, Any], beside_images:
 
 @pytest.mark.parametrize("name", ["vi_batch_left_padded", "vi2_batch_left_padded"])
 def test_batches(engine: Engine, said: dict[str, Any], name: str) -> None:
-    """Each prompt as it is alone. The original's padding changes alpha and log-n beyond seq_length (row 2 is unpadded)."""
+    """Each prompt as alone. The original's padding changes alpha and log-n beyond seq_length (row 2 has none)."""
     import torch
 
     want = said[name]
     prompts = without_padding(torch.tensor(want["input_ids"]), torch.tensor(want["attention_mask"]))
     outs = engine.generate([{"token_ids": ids} for ids in prompts], greedy(24, ignore_eos=True))
-    alike = range(3) if name.startswith("vi_") else [i for i, ids in enumerate(prompts) if len(ids) == len(want["input_ids"][i])]
+    alike = (
+        range(3)
+        if name.startswith("vi_")
+        else [i for i, ids in enumerate(prompts) if len(ids) == len(want["input_ids"][i])]
+    )
     assert alike
     for i in alike:
         assert list(outs[i].token_ids) == want["new_ids"][i], f"row {i}"

@@ -88,7 +88,7 @@ def test_every_requirement_is_pinned_and_every_pin_exact() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line) for line in lines)
     assert (pins["torch"], pins["triton"]) == ("2.13.0", "3.9.0")
     text = (ROOT / "pyproject.toml").read_text()
-    tables = re.findall(r"(?ms)^(?:dependencies|cuda|dev) = \[(.*?)\]", text)
+    tables = re.findall(r"(?ms)^(?:dependencies|cuda|train|dev) = \[(.*?)\]", text)
     wanted = re.findall(r'"([\w.-]+)>=', "".join(tables))
     assert len(wanted) > 10
     assert {name.lower() for name in wanted} <= {name.lower() for name in pins}

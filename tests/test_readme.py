@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 HUB_ID = re.compile(r"""["']Qwen/[\w.-]+["']""")
 PICTURE = re.compile(r"""[\w./-]+\.(?:png|jpe?g)(?=["'\s<]|$)""")
+QVL = "from qvl_runtime.cli import main; main()"
 KNOWN_ELSEWHERE = {"git", "pip", "cd", "source", "python3", "apt", "sudo", "echo", "printf"}
 
 
@@ -89,38 +91,33 @@ def test_python_blocks_run(folder: Path) -> None:
 
 
 def test_shell_commands_exist_with_their_options() -> None:
-    help_texts: dict[str, str] = {}
-
-    def help_of(subcommand: str) -> str:
-        if subcommand not in help_texts:
-            asked = subprocess.run(
-                [sys.executable, "-c", "from qvl_runtime.cli import main; main()", subcommand, "--help"],
-                capture_output=True, text=True, cwd=ROOT, env=plain_terminal(), timeout=60,
-            )  # fmt: skip
-            assert asked.returncode == 0, f"qvl has no command {subcommand}: {asked.stderr}"
-            help_texts[subcommand] = asked.stdout
-        return help_texts[subcommand]
-
     targets = set(re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text()))
     for line, words in commands():
         where = f"README.md line {line}: {shlex.join(words)}"
-        options = [word.partition("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)]
-        if words[0] == "make":
-            assert {word for word in words[1:] if word[0] != "-"} <= targets, where
-        elif words[0] == "qvl":
-            text = help_of(words[1]) if len(words) > 1 and words[1][0] != "-" else help_of("--help")
-            for option in options:
-                assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), f"{where}: no option {option}"
-        elif words[0].startswith(("python", ".venv/bin/python")):
-            scripts = [word for word in words[1:] if word.endswith(".py")]
-            for script in scripts:
-                assert (ROOT / script).is_file(), where
-                # argparse options may be built from names, with underscores for dashes
-                source = (ROOT / script).read_text()
-                for option in options:
-                    assert option in source, f"{where}: no option {option}"
+        program, *arguments = words
+        if program == "make":
+            assert {word for word in arguments if word[0] != "-"} <= targets, where
+        elif program == "qvl":
+            subcommand = [word for word in arguments[:1] if word[0] != "-"]
+            assert_options(arguments, help_of("-c", QVL, *subcommand), where)
+        elif program.endswith("python") and arguments[:1] == ["-m"] and arguments[1].startswith("tools."):
+            assert_options(arguments[2:], help_of("-m", arguments[1]), where)
         else:
-            assert words[0] in KNOWN_ELSEWHERE or (ROOT / words[0]).is_file(), where
+            assert program in KNOWN_ELSEWHERE or program.startswith(".venv/bin/") or (ROOT / program).is_file(), where
+
+
+def assert_options(arguments: list[str], help_text: str, where: str) -> None:
+    for option in (word.partition("=")[0] for word in arguments if re.match(r"--?[a-z]", word)):
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", help_text), f"{where}: no option {option}"
+
+
+@cache
+def help_of(*program: str) -> str:
+    asked = subprocess.run(
+        [sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT, env=plain_terminal(), timeout=60
+    )
+    assert asked.returncode == 0, f"{program}: {asked.stderr}"
+    return asked.stdout
 
 
 def test_qvl_lines_run(folder: Path) -> None:
@@ -129,7 +126,7 @@ def test_qvl_lines_run(folder: Path) -> None:
         if words[0] != "qvl" or {"--model", "-m"} & set(words):
             continue
         ran = subprocess.run(
-            [sys.executable, "-c", "from qvl_runtime.cli import main; main()", *words[1:]],
+            [sys.executable, "-c", QVL, *words[1:]],
             capture_output=True, text=True, cwd=folder, env=plain_terminal(), timeout=120, input="Describe it.\n",
         )  # fmt: skip
         assert ran.returncode == 0, f"README.md line {line}: {shlex.join(words)}\n{ran.stderr}"

@@ -60,7 +60,9 @@ def main() -> None:
         parser.add_argument(
             "--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help="default: %(default)s"
         )
-    parser.add_argument("--export", type=Path, metavar="DIR", help="train no more: write DIR and DIR_int4 from the state")
+    parser.add_argument(
+        "--export", type=Path, metavar="DIR", help="train no more: write DIR and DIR_int4 from the state"
+    )
     args = vars(parser.parse_args())
     folder, target = args.pop("folder"), args.pop("export")
     if target is not None:

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from qvl_kernels import reference
 from torch import Tensor
+
+from qvl_kernels import reference
 
 pytestmark = pytest.mark.unit
 FLOAT32 = 2e-5  # a few hundred additions of numbers around one, rounded at 6e-8
@@ -72,7 +73,9 @@ def test_paged_attention_is_attention(rows: list[int], cached: int, dtype: torch
     lengths = [cached + n + i for i, n in enumerate(rows)]
     tables, pool = _scattered(lengths, block)
     caches = torch.full((2, pool, heads, block, dim), torch.nan, dtype=dtype)
-    keys, values, queries = ([torch.randn(n, heads, dim).to(dtype) for n in sizes] for sizes in (lengths, lengths, rows))
+    keys, values, queries = (
+        [torch.randn(n, heads, dim).to(dtype) for n in sizes] for sizes in (lengths, lengths, rows)
+    )
     for table, k, v in zip(tables, keys, values, strict=True):
         slots = torch.arange(len(k))
         for cache, new in zip(caches, (k, v), strict=True):

@@ -20,7 +20,9 @@ def test_text(tiny: Oracle, golden: Path) -> None:
     want = load_file(golden / "lm_i_text20.safetensors")
     got = tiny.observed(want["ids"][0].tolist())
     names = ["embed", "block0", "block1", "block2", "final_hidden", "logits"]
-    names += [f"layer0.{part}" for part in ("ln_1", "c_attn", "attn_context", "attn_out", "ln_2", "w1", "w2", "mlp_out")]
+    names += [
+        f"layer0.{part}" for part in ("ln_1", "c_attn", "attn_context", "attn_out", "ln_2", "w1", "w2", "mlp_out")
+    ]
     for name in names:
         close(got[name], want[name][0], LOGITS, name)
     close(got["layer0.q"], want["layer0.q_rot"][0], LOGITS, "q after rotary, where log-n is 1")

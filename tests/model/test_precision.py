@@ -55,13 +55,17 @@ def _plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     network.to(dtype)
     _, features = network.transformer["visual"](torch.from_numpy(picture))
     h = network.embed(torch.tensor([ids]), features, torch.tensor([[0, 8, 0]]))
-    mask = torch.zeros(len(ids), len(ids), dtype=dtype).masked_fill_(~torch.ones(len(ids), len(ids)).tril().bool(), -1e4)
+    mask = torch.zeros(len(ids), len(ids), dtype=dtype).masked_fill_(
+        ~torch.ones(len(ids), len(ids)).tril().bool(), -1e4
+    )
     logits = network.lm_head(network.decode(h, torch.arange(len(ids))[None], mask[None, None]))
     return features.float(), logits[0].float()
 
 
 def test_two_implementations_agree() -> None:
-    for got, want, tolerance, name in zip(_ours(torch.float32), _plain(torch.float32), (TOWER, LOGITS), "fl", strict=True):
+    for got, want, tolerance, name in zip(
+        _ours(torch.float32), _plain(torch.float32), (TOWER, LOGITS), "fl", strict=True
+    ):
         close(got, want, tolerance * max(1.0, want.std().item()), {"f": "features", "l": "logits"}[name])
 
 

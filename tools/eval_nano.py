@@ -1,0 +1,93 @@
+"""Score a nano checkpoint on fresh scenes, through the engine: `python -m tools.eval_nano [--scenes 500] [--int4]`.
+
+The scenes come from seeds that training never draws. Every question is asked as a first turn, greedily, and an answer
+is right when it is the expected text; `tools/nano/scoring.py` says what counts for captions and boxes. Writes the table
+as Markdown to the terminal and, with `--out`, the counts as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from qvl_runtime import Engine, SamplingParams
+from tools.nano.scenes import SceneConfig, check_fonts
+from tools.nano.scoring import Tally, score
+
+PACKAGE = Path(__file__).parent.parent / "qvl_runtime"
+# What the project asks of the shipped checkpoint, in percent.
+WANTED = {
+    "caption: object recalled": 92,
+    "caption: box IoU >= 0.5": 85,
+    "box: box IoU >= 0.5": 78,
+    "questions, all": 88,
+    "relation": 75,
+    "number: digit": 93,
+    "number: whole": 80,
+}
+
+
+def ask(engine: Engine, pictures: np.ndarray, which: Sequence[int], questions: Sequence[str]) -> list[str]:
+    """Answers of the engine, each question about its picture as a chat of one turn."""
+    params = SamplingParams(temperature=0, max_tokens=120)
+    answers = []
+    for i, question in track(list(zip(which, questions, strict=True)), description="asking"):
+        parts = [{"image": pictures[i]}, {"text": question}]
+        answers.append(engine.chat([{"role": "user", "content": parts}], params).text)
+    return answers
+
+
+def evaluate(folder: Path, dtype: str, scenes: int, chinese: bool) -> Tally:
+    engine = Engine(folder, dtype=dtype, max_model_len=1024)
+    print(engine.summary())
+    config = SceneConfig(side=engine.config.visual.image_size)
+    return score(lambda *asked: ask(engine, *asked), config, scenes, chinese=chinese)
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    """A Markdown table: one row a score, one column a checkpoint, and the standard error of the first."""
+    first = next(iter(tallies.values()))
+    lines = [f"| | asked | wanted | {' | '.join(tallies)} | standard error |"]
+    lines.append("|---" * (len(tallies) + 4) + "|")
+    for name in first.rates:
+        rate, n = first.rates[name], first.sizes[name]
+        shown = " | ".join(f"{100 * t.rates.get(name, float('nan')):.1f}" for t in tallies.values())
+        wanted = f">= {WANTED[name]}" if name in WANTED else ""
+        lines.append(f"| {name} | {n} | {wanted} | {shown} | {100 * (rate * (1 - rate) / n) ** 0.5:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", type=Path, default=PACKAGE / "nano", help="checkpoint folder (default: the shipped one)"
+    )
+    parser.add_argument("--int4", action="store_true", help="score its Int4 sibling, MODEL_int4, beside it")
+    parser.add_argument("--dtype", default="auto", help="of both (default: what each checkpoint says)")
+    parser.add_argument("--scenes", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--chinese", action="store_true", help="ask in Chinese")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="write counts as JSON here")
+    args = parser.parse_args()
+    check_fonts()
+    torch.set_num_threads(args.threads)
+    folders = [args.model, args.model.with_name(f"{args.model.name}_int4")] if args.int4 else [args.model]
+    began, tallies = time.perf_counter(), {}
+    for folder in folders:
+        tallies[folder.name] = evaluate(folder, args.dtype, args.scenes, args.chinese)
+    print(f"\n{args.scenes} scenes, {'Chinese' if args.chinese else 'English'}, {time.perf_counter() - began:.0f} s\n")
+    print(table(tallies))
+    if args.out is not None:
+        counts = {name: {"right": t.right, "asked": t.sizes} for name, t in tallies.items()}
+        args.out.write_text(json.dumps({"scenes": args.scenes, "chinese": args.chinese, **counts}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
