@@ -1,18 +1,35 @@
-"""An engine without a model, for tests of what stands around it: it answers by rule, at a speed that is asked for."""
+"""An engine without a model, and `qvl` around it: it answers by rule, at a speed that is asked for."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typer.testing import CliRunner, Result
 
+from qvl_runtime.cli import app
 from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.images import Picture, load_image
 from qvl_runtime.schedule.request import Completion, SamplingParams, StreamPiece, Timings, Usage
+
+SCRIPT = """
+import sys
+from qvl_runtime.cli import main
+from qvl_runtime.options import ModelOptions
+from tests.fakes import FakeEngine
+def open_fake(self):
+    print("ready", file=sys.stderr, flush=True)
+    return FakeEngine({arguments})
+ModelOptions.open = open_fake
+sys.argv = ["qvl", *sys.argv[1:]]
+main()
+"""
 
 BOXED = "<ref>dog</ref><box>(100,200),(300,400)</box>"
 
@@ -73,3 +90,14 @@ def _read(image: str) -> Picture:
 def make_picture(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
     Image.new("RGB", size, "white").save(path)
     return path
+
+
+def qvl(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), input=stdin, env={"NO_COLOR": "1", "COLUMNS": "100"})
+
+
+def start(arguments: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
+    """`qvl` as a process, on a fake engine that is made with these arguments."""
+    script = SCRIPT.format(arguments=arguments)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", script, *argv], text=True, **(pipes | options))

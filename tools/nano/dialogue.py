@@ -38,7 +38,7 @@ def grounded(thing: Thing, chinese: bool = False) -> str:
 
 
 def turns(rng: Generator, things: list[Thing], chinese: bool = False) -> list[Turn]:
-    """A draw of every sort of question that this scene answers; two relations where there are two things."""
+    """A draw of every sort of question that this scene answers."""
 
     def word(english: str) -> str:
         return CHINESE[english] if chinese else english
@@ -66,19 +66,22 @@ def turns(rng: Generator, things: list[Thing], chinese: bool = False) -> list[Tu
 
 
 def relations(rng: Generator, things: list[Thing], chinese: bool) -> list[Turn]:
-    """Left or right, above or below, of two things that are clearly apart."""
+    """Left or right, or above or below, of two things that are clearly apart, if there are two.
+
+    The answer is grounded: both boxes, in the order asked, and then the word. A direct answer stayed at chance for 35,000
+    pictures; comparing numbers that it has written down is something so small a decoder can learn.
+    """
     if len(things) < 2:
         return []
-    out: list[Turn] = []
-    for axis, (less, more) in enumerate((("left", "right"), ("above", "below"))):
-        first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
-        apart = first.centre[axis] - second.centre[axis]
-        if abs(apart) < APART:
-            continue
-        answer = less if apart < 0 else more
-        question = RELATION[axis][chinese].format(first.name(chinese), second.name(chinese))
-        out.append(Turn("relation", question, CHINESE[answer] if chinese else answer))
-    return out
+    axis = int(rng.integers(2))
+    first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
+    apart = first.centre[axis] - second.centre[axis]
+    if abs(apart) < APART:
+        return []
+    word = (("left", "right"), ("above", "below"))[axis][apart > 0]
+    question = RELATION[axis][chinese].format(first.name(chinese), second.name(chinese))
+    boxes = grounded(first, chinese) + grounded(second, chinese)
+    return [Turn("relation", question, boxes + (CHINESE[word] if chinese else word))]
 
 
 def about_two(rng: Generator, pair: Sequence[list[Thing]], chinese: bool) -> list[Turn]:

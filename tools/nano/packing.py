@@ -166,9 +166,12 @@ class Packer:
         """Short answers count double; of a coordinate the hundreds most; punctuation is learned at once."""
         if sort in ("describe", "greeting"):
             return [1.0] * len(answer)
-        if sort not in ("caption", "box"):
+        if sort not in ("caption", "box", "relation"):
             return [2.0] * len(answer)
         weights, inside, run = [1.0] * len(answer), False, []
+        if sort == "relation":  # the word after the boxes
+            after = len(answer) - answer[::-1].index(self.box_end)
+            weights[after:] = [3.0] * (len(answer) - after)
         for i, token in enumerate(answer):
             inside = inside or token == self.box_start
             if inside and token in self.digits:

@@ -67,14 +67,20 @@ def count(tally: Tally, turn: Turn, reply: str) -> None:
         for i, digit in enumerate(turn.answer):
             tally.add("number: digit", reply[i : i + 1] == digit)
     else:
-        tally.add(turn.sort, reply == turn.answer)
+        right = after_boxes(reply) == after_boxes(turn.answer)
+        tally.add(turn.sort, right)
         if turn.sort in QUESTIONS:
-            tally.add("questions, all", reply == turn.answer)
+            tally.add("questions, all", right)
 
 
 def parse(text: str) -> dict[str, tuple[int, ...]]:
     """Name to box of a grounded answer; what is malformed is skipped."""
     return {name: tuple(map(int, box)) for name, *box in GROUNDED.findall(text)}
+
+
+def after_boxes(text: str) -> str:
+    """What an answer says when it has pointed: "left" of `<ref>..</ref><box>..</box>left`; most answers do not point."""
+    return text.rpartition("</box>")[2]
 
 
 def iou(a: Sequence[int], b: Sequence[int]) -> float:
