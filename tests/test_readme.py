@@ -66,7 +66,7 @@ def split(words: list[str], separators: set[str]) -> list[list[str]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the README's pictures are: each name that it uses stands for the demo's picture."""
-    demo = ROOT / "qvl_runtime" / "assets" / "demo.png"
+    demo = ROOT / "qvl_runtime" / "assets" / "demo.jpg"
     for name in set(PICTURE.findall(README.read_text(encoding="utf-8"))):
         path = tmp_path / name
         if tmp_path in path.resolve().parents:

@@ -155,8 +155,15 @@ class Trainer:
         print(json.dumps(entry), flush=True)
 
     def save(self) -> None:
-        state = {"optimiser": self.optimiser.state(), "average": self.average.tensors, "step": self.step,
-                 "spent": self.spent, "scored": self.scored, "torch": torch.get_rng_state()}  # fmt: skip
+        state = {
+            "optimiser": self.optimiser.state(),
+            "average": self.average.tensors,
+            "step": self.step,
+            "seen": self.seen,
+            "spent": self.spent,
+            "scored": self.scored,
+            "torch": torch.get_rng_state(),
+        }
         torch.save(state, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
