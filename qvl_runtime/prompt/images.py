@@ -129,9 +129,8 @@ def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # PIL's own guard, at 179 million pixels, speaks before the size can be asked; its message has the count.
         count = re.search(r"\d+", str(error))
-        pixels = f"{int(count[0]):,}" if count else "too many"
-        limit = f"{limits.max_pixels:,}"
-        raise ImageError(f"{described} has {pixels} pixels, over the limit of {limit}: shrink it") from error
+        found = f" with {int(count[0]):,}" if count else ""
+        raise ImageError(f"{described} is over the limit of {limits.max_pixels:,} pixels{found}: shrink it") from error
     except _DAMAGE as error:
         raise ImageError(f"{described} is damaged: {error}; send the picture again") from error
     with image:

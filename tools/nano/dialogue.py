@@ -68,8 +68,8 @@ def turns(rng: Generator, things: list[Thing], chinese: bool = False) -> list[Tu
 def relations(rng: Generator, things: list[Thing], chinese: bool) -> list[Turn]:
     """Left or right, or above or below, of two things that are clearly apart, if there are two.
 
-    The answer is grounded: both boxes, in the order asked, and then the word. A direct answer stayed at chance for 35,000
-    pictures; comparing numbers that it has written down is something so small a decoder can learn.
+    The answer is grounded: both boxes, in the order asked, and then the word. A direct answer stayed at chance for
+    35,000 pictures; comparing numbers that it has written down is something so small a decoder can learn.
     """
     if len(things) < 2:
         return []

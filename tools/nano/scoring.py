@@ -79,7 +79,7 @@ def parse(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def after_boxes(text: str) -> str:
-    """What an answer says when it has pointed: "left" of `<ref>..</ref><box>..</box>left`; most answers do not point."""
+    """What is said after pointing: "left" of `<ref>..</ref><box>..</box>left`; most answers do not point."""
     return text.rpartition("</box>")[2]
 
 
