@@ -46,8 +46,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/mypy
 
 nano: $(STAMP) ## train the small checkpoint anew: 2.5 hours on 2 cores, resumes after a stop
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[train]'
 	$(BIN)/python -m tools.train_nano $(NANO_FLAGS)
-	$(BIN)/python -m tools.train_nano --export qvl_runtime/nano
+	$(BIN)/python -m tools.train_nano --export qvl_runtime/nano --plot docs/nano_curve.png
 
 eval-nano: $(STAMP) ## score the small checkpoint and its Int4 sibling on 500 scenes that they never saw
 	$(BIN)/python -m tools.eval_nano --int4 $(NANO_FLAGS)

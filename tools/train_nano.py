@@ -1,8 +1,8 @@
-"""Train the nano checkpoint that ships with the package: `python -m tools.train_nano --minutes 140`.
+"""Train the nano checkpoint that ships with the package: `python -m tools.train_nano --minutes 104`.
 
 Draws its own pictures, learns its own vocabulary, trains on two cores, goes on after a stop from the state in
-`--folder`, and writes there the log (log.jsonl), the scores (scores.jsonl), the curve (curve.png) and, with
-`--export`, the checkpoint in the published layout, in bfloat16 and as GPTQ Int4.
+`--folder`, and writes there the log (log.jsonl) and the scores (scores.jsonl). With `--export` it writes the checkpoint
+in the published layout, in bfloat16 and as GPTQ Int4, and with `--plot` the training curve, and trains no more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
 from qvl_runtime.config import ModelConfig
+from tools.nano.curve import plot
 from tools.nano.export import export
 from tools.nano.scenes import check_fonts
 from tools.nano.team import Team
@@ -63,11 +64,15 @@ def main() -> None:
     parser.add_argument(
         "--export", type=Path, metavar="DIR", help="train no more: write DIR and DIR_int4 from the state"
     )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="train no more: draw the curve of the logs")
     args = vars(parser.parse_args())
-    folder, target = args.pop("folder"), args.pop("export")
+    folder, target, picture = args.pop("folder"), args.pop("export"), args.pop("plot")
+    if picture is not None:
+        plot(folder, picture)
     if target is not None:
         for written in export(folder, target):
             print(f"{written}: {sum(f.stat().st_size for f in written.iterdir()) / 1e6:.1f} MB")
+    if picture is not None or target is not None:
         return
     check_fonts()
     encoding = prepare(folder)

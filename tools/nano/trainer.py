@@ -29,7 +29,7 @@ from .team import Team
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    minutes: float = 140.0  # of training, on the clock of this machine; pauses do not count
+    minutes: float = 104.0  # of training, on the clock of this machine; pauses do not count
     pictures: int = 8  # a process and step
     processes: int = 2
     rate: float = 3e-3
