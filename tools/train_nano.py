@@ -11,19 +11,18 @@ import argparse
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-
-import tiktoken
-from tiktoken.load import load_tiktoken_bpe
+from typing import Any
 
 from qvl_runtime.config import ModelConfig
+from qvl_runtime.prompt.tokenizer import Tokenizer
 from tools.nano.curve import plot
 from tools.nano.export import export
 from tools.nano.scenes import check_fonts
 from tools.nano.team import Team
 from tools.nano.trainer import Recipe, Trainer, parameters
-from tools.nano.vocabulary import PIECES, RANKS, corpus, learn_ranks, write_ranks
+from tools.nano.vocabulary import RANKS, corpus, learn_ranks, write_ranks
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "bf16": True, "fp16": False, "fp32": False,
     "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_channels": 64, "intermediate_size": 1024,
     "vocab_size": 1152, "seq_length": 2048, "max_position_embeddings": 8192, "layer_norm_epsilon": 1e-6,
@@ -35,21 +34,16 @@ CONFIG = {
         "output_dim": 256, "image_start_id": RANKS + 214, "n_queries": 64,
     },
 }  # fmt: skip
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
-SPECIALS += ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
 
 
-def prepare(folder: Path) -> tiktoken.Encoding:
+def prepare(folder: Path) -> Tokenizer:
     """Write config.json and qwen.tiktoken into the folder, where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     vocabulary = folder / "qwen.tiktoken"
     if not vocabulary.exists():
         write_ranks(learn_ranks(corpus()), vocabulary)
-    specials = {name: RANKS + i for i, name in enumerate(SPECIALS)}
-    return tiktoken.Encoding(
-        "nano", pat_str=PIECES, mergeable_ranks=load_tiktoken_bpe(str(vocabulary)), special_tokens=specials
-    )
+    return Tokenizer.from_folder(folder, CONFIG["visual"]["n_queries"])
 
 
 def main() -> None:
@@ -75,11 +69,11 @@ def main() -> None:
     if picture is not None or target is not None:
         return
     check_fonts()
-    encoding = prepare(folder)
+    tokenizer = prepare(folder)
     recipe = replace(Recipe(), **args)
     config = ModelConfig.from_dict(CONFIG)
     team = Team(recipe.processes, parameters(config))
-    team.run(lambda member: Trainer(folder, config, encoding, recipe, member).run())
+    team.run(lambda member: Trainer(folder, config, tokenizer, recipe, member).run())
 
 
 if __name__ == "__main__":

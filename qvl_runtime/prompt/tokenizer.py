@@ -39,7 +39,7 @@ _ALLOWED: Mapping[Allowed, frozenset[str]] = {
 }
 
 # How text is cut into words before the merges; the order of the alternatives matters.
-_WORDS = "|".join(
+WORD_PATTERN = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
         r"[^\r\n\p{L}\p{N}]?\p{L}+",
@@ -67,7 +67,7 @@ class Tokenizer:
         self.special_tokens = {token: self.n_ranks + n for n, token in enumerate(SPECIAL_TOKENS)}
         self.n_vocab = self.n_ranks + len(SPECIAL_TOKENS)
         self._bpe: tiktoken.Encoding = tiktoken.Encoding(
-            "qwen", pat_str=_WORDS, mergeable_ranks=dict(ranks), special_tokens=self.special_tokens
+            "qwen", pat_str=WORD_PATTERN, mergeable_ranks=dict(ranks), special_tokens=self.special_tokens
         )
         special = self.special_tokens
         self.endoftext = special["<|endoftext|>"]

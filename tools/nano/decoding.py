@@ -37,7 +37,7 @@ def answers(
         cache = [[k[owner], v[owner]] for k, v in past]
         made = _greedy(model, torch.tensor([encoded[i] for i in chosen]), len(prefix), cache, packer.encode(END)[0])
         for i, ids in zip(chosen, made, strict=True):
-            out[i] = packer.encoding.decode(ids)
+            out[i] = packer.tokenizer.decode(ids)
     return out
 
 

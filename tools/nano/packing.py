@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 from numpy.random import Generator
 
 from qvl_runtime.config import ModelConfig
+from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .dialogue import GREETINGS, Turn, about_two, turns
 from .probe import Labels, dense_labels
@@ -72,18 +72,16 @@ class Row:
 
 
 class Packer:
-    def __init__(
-        self, encoding: tiktoken.Encoding, config: ModelConfig, scenes: SceneConfig, length: int = 330
-    ) -> None:
-        self.encoding, self.scenes, self.length = encoding, scenes, length
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, scenes: SceneConfig, length: int = 330) -> None:
+        self.tokenizer, self.scenes, self.length = tokenizer, scenes, length
         self.visual = config.visual
-        self.picture = f"<img>{'<imgpad>' * config.visual.n_queries}</img>\n"
+        self.picture = "<img></img>\n"  # which the tokenizer fills with pads
         self.grids = (config.visual.grid, math.isqrt(config.visual.n_queries))
-        self.digits = {encoding.encode_single_token(str(d)) for d in range(10)}
-        self.box_start, self.box_end = (encoding.encode_single_token(t) for t in ("<box>", "</box>"))
+        self.digits = set(tokenizer.encode("0123456789"))
+        self.box_start, self.box_end = tokenizer.box_start, tokenizer.box_end
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode(text, allowed_special="all")
+        return self.tokenizer.encode(text)
 
     def batch(self, rng: Generator, pictures: int) -> Batch:
         drawn = [draw_scene(rng, self.scenes) for _ in range(pictures)]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 import torch.nn.functional as F
 
 from qvl_runtime.config import ModelConfig
+from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .decoding import answers
 from .network import Nano
@@ -56,14 +56,12 @@ class Recipe:
 class Trainer:
     """One process of a training run. Files in `folder`: state.pt, log.jsonl (steps) and scores.jsonl."""
 
-    def __init__(
-        self, folder: Path, config: ModelConfig, encoding: tiktoken.Encoding, recipe: Recipe, team: Team
-    ) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe, team: Team) -> None:
         torch.manual_seed(recipe.seed)
         torch.set_num_threads(1)
         self.folder, self.recipe, self.team = folder, recipe, team
         self.scenes = SceneConfig(side=config.visual.image_size)
-        self.packer = Packer(encoding, config, self.scenes)
+        self.packer = Packer(tokenizer, config, self.scenes)
         self.model = Nano(config).bfloat16()
         self.probe = Probe(config.visual.width, config.hidden_size)
         self.params = [p for m in (self.model, self.probe) for p in m.parameters() if p.requires_grad]

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from qvl_runtime.prompt.tokenizer import WORD_PATTERN
+
 from .dialogue import GREETINGS, about_two, turns
 from .scenes import SceneConfig, draw_scene
 
 RANKS = 896  # 256 bytes and 640 merges; with Qwen's 217 special tokens 1113 ids, in a table of 1152 rows
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def corpus(scenes: int = 1500) -> str:
@@ -35,7 +34,7 @@ def learn_ranks(text: str, size: int = RANKS) -> dict[bytes, int]:
     """Byte-pair encoding (Sennrich et al. 2016, 3.2): merge the most frequent pair until there are `size` ranks."""
     import regex
 
-    words = Counter(tuple(bytes([b]) for b in piece.encode()) for piece in regex.findall(PIECES, text))
+    words = Counter(tuple(bytes([b]) for b in piece.encode()) for piece in regex.findall(WORD_PATTERN, text))
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
