@@ -162,12 +162,11 @@ def paged_attention_int8(
 ) -> Tensor:  # fmt: skip
     """As `paged_attention`, over int8 caches: each row is unpacked to float32 and rounded to q's dtype."""
     size = k_cache.shape[2]
-    used = torch.cat([row[: -(-n // size)] for row, n in zip(block_tables, context_lens, strict=True)]).unique()
+    used = torch.unique(torch.cat([row[: -(-n // size)] for row, n in zip(block_tables, context_lens, strict=True)]))
     place = torch.zeros(len(k_cache), dtype=torch.int64, device=q.device)
     place[used] = torch.arange(len(used), device=q.device)
-    k, v = (
-        (cache[used] * scale[used].unsqueeze(-1)).to(q.dtype) for cache, scale in ((k_cache, k_scale), (v_cache, v_scale))
-    )
+    pairs = ((k_cache, k_scale), (v_cache, v_scale))
+    k, v = ((cache[used] * scale[used].unsqueeze(-1)).to(q.dtype) for cache, scale in pairs)
     return paged_attention(q, k, v, place[block_tables], query_starts, context_lens)
 
 

@@ -72,6 +72,9 @@ class BlockPool:
         """From now on the block's content stays as it is, and the block outlives its holders."""
         self._published.add(block)
 
+    def is_published(self, block: int) -> bool:
+        return block in self._published
+
     def is_exclusive(self, block: int) -> bool:
         """Whether its one holder may write into it."""
         return self._holders[block] == 1 and block not in self._published
@@ -84,7 +87,7 @@ class BlockPool:
         """
         held = Counter(block for table in tables for block in table)
         if self._published != set(published):
-            raise RuntimeError(f"published blocks {sorted(self._published)}, but by prefix {sorted(published)} are found")
+            raise RuntimeError(f"published {sorted(self._published)}, but by prefix {sorted(published)} are found")
         if len(set(self._free)) != len(self._free):
             raise RuntimeError("a block is free twice")
         free, kept = set(self._free), set(self._kept)
@@ -93,4 +96,4 @@ class BlockPool:
                 raise RuntimeError(f"block {block} counts {holders} holders, and {held[block]} tables hold it")
             expected = (holders == 0 and block not in self._published, holders == 0 and block in self._published)
             if (block in free, block in kept) != expected:
-                raise RuntimeError(f"block {block} with {holders} holders is free: {block in free}, kept: {block in kept}")
+                raise RuntimeError(f"block {block}, holders {holders}, is free: {block in free}, kept: {block in kept}")

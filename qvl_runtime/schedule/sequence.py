@@ -7,7 +7,6 @@ from collections.abc import Sequence as Items
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.schedule.prefix_cache import Parent, Root
 
@@ -75,11 +74,14 @@ class Sequence:
         hit = self._cache.prefixes.match(tokens, spans, self.root)
         self.blocks.extend(hit.blocks)
         self._parents = hit.parents
-        self.length = len(hit.blocks) * self._size
+        self.length = hit.length
         return self.length
 
-    def publish(self, tokens: Items[int], spans: Items[ImageSpan]) -> None:
-        """Let others find the full blocks; `tokens` are those of the whole sequence, which must be final."""
+    def publish(self, tokens: Items[int], spans: Items[ImageSpan], tail: bool = False) -> None:
+        """Let others find the full blocks, and with `tail`, at the end, the one that is not full.
+
+        `tokens` are those of the whole sequence, which must be final as far as they are computed.
+        """
         prefixes = self._cache.prefixes
         if prefixes is None:
             return
@@ -87,6 +89,10 @@ class Sequence:
             node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens, spans)
             self.blocks[index] = node.block
             self._parents.append(node.number)
+        index, offset = divmod(self.length, self._size)
+        if tail and offset and not self._cache.pool.is_published(self.blocks[index]):
+            node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens[: self.length], spans)
+            self.blocks[index] = node.block
 
     def fork(self) -> Sequence:
         """Another sequence with the same content; the two share blocks until one of them writes."""
