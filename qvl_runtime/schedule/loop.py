@@ -77,11 +77,11 @@ class Loop:
         self._timed.discard(request)
 
     def step(self) -> bool:
-        """One model call for everything that can go on; False where nothing can."""
-        self._expire()
+        """One model call for everything that can go on; False where nothing can, and no deadline ended anything."""
+        expired = self._expire()
         plan = self.scheduler.schedule()
         if not plan:
-            return False
+            return expired
         now = time.perf_counter()
         for planned in plan:
             clock = planned.task.request.clock
@@ -177,13 +177,15 @@ class Loop:
         if task.request.done:
             self._timed.discard(task.request)
 
-    def _expire(self) -> None:
-        """End requests whose time is up with what they have."""
+    def _expire(self) -> bool:
+        """End requests whose time is up with what they have; whether there were any."""
         now = time.perf_counter()
-        for request in [r for r in self._timed if r.deadline is not None and r.deadline <= now]:
+        late = [r for r in self._timed if r.deadline is not None and r.deadline <= now]
+        for request in late:
             for task in request.tasks:
                 if task.index not in request.completions:
                     self._finish(task, "deadline")
             for index in range(len(request.tasks), request.params.n):  # not even begun
                 request.completions[index] = replace(request.completions[0])
             self._timed.discard(request)
+        return bool(late)
