@@ -34,7 +34,7 @@ SWITCHES = {
     "int8 and all": {"kv_dtype": "int8", "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
     "drafts and all": {"speculative_tokens": 3, "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
 }
-COUNT = {"tiny": 24, "tiny-int4": 8, "nano": 24}  # all 200 of up to 2,500 tokens: benchmarks/many_requests.py equal
+COUNT = {"tiny": 24, "tiny-int4": 14, "nano": 24}  # all 200 of up to 2,500 tokens: benchmarks/many_requests.py equal
 
 
 def engine_of(folder: Path, context: int = 4096, **options: object) -> Engine:
