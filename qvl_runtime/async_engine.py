@@ -92,7 +92,7 @@ class AsyncEngine:
 
         def ask() -> None:
             said = self.engine.report()
-            home.call_soon_threadsafe(lambda: answer.done() or answer.set_result(said))
+            home.call_soon_threadsafe(resolve, answer, said)
 
         self._order(ask)
         return await answer
@@ -209,3 +209,9 @@ class AsyncEngine:
         reader.sent += len(items)
         if not reader.home.is_closed():
             reader.home.call_soon_threadsafe(put)
+
+
+def resolve(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> None:
+    """Answer a future whose asker may have gone."""
+    if not future.done():
+        future.set_result(value)
