@@ -86,16 +86,29 @@ class Loop:
         for planned in plan:
             clock = planned.task.request.clock
             clock.scheduled = now if clock.scheduled is None else clock.scheduled
-        self._see(plan)
-        chunks = [Chunk(p.task.sequence, p.tokens, p.task.chunk_spans(p.known)) for p in plan]
-        x = self.runner.run(chunks)
-        for planned, samples in self._sample(plan, x):
+        for planned, samples in self._compute(plan):
             self._advance(planned, samples)
         for planned in plan:
             if not planned.samples:
                 planned.task.computed()
         self.steps += 1
         return True
+
+    def _compute(self, plan: list[Planned]) -> list[Outcome]:
+        """The model's part of a step. Where it does not come to an end, Ctrl-C included, nothing has happened."""
+        lengths = [planned.task.sequence.length for planned in plan]
+        begun = [len(planned.task.request.tasks) for planned in plan]
+        try:
+            self._see(plan)
+            x = self.runner.run([Chunk(p.task.sequence, p.tokens, p.task.chunk_spans(p.known)) for p in plan])
+            return self._sample(plan, x)
+        except BaseException:
+            for planned, length, tasks in zip(plan, lengths, begun, strict=True):
+                planned.task.sequence.truncate(length)
+                for fork in planned.task.request.tasks[tasks:]:
+                    self.scheduler.remove(fork)
+                del planned.task.request.tasks[tasks:]
+            raise
 
     def _task(self, request: Request, sequence: Sequence) -> Task:
         index, ids, runner = len(request.tasks), request.prompt.token_ids, self.runner

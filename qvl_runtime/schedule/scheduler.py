@@ -100,9 +100,11 @@ class Scheduler:
             if task is None:
                 return
             found = task.sequence.find_prefix(task.token_ids, task.spans)
-            if task.sequence.needed(task.pending) + len(self.running) > self._cache.pool.available and self.running:
+            if task.sequence.needed(task.pending) + len(self.running) > self._cache.pool.available:
                 task.sequence.close()
-                return
+                if self.running:
+                    return
+                found = 0  # alone it does fit, if it need not copy a block that it found
             self._count(task, found)
             self.waiting.remove(task)
             insort(self.running, task, key=lambda t: t.order)

@@ -295,11 +295,24 @@ def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.Monke
     want = engine.generate([{"token_ids": [1, 2, 3]}], greedy(6))[0].token_ids
     request = engine.submit(engine.encode({"token_ids": [1, 2, 3]}), greedy(6))
     engine.loop.step()
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.loop.runner.model, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            engine.loop.step()
-    engine.loop.runner.cache.check_integrity()
-    while not request.done:
+    several = engine.submit(engine.encode({"token_ids": [4, 5]}), greedy(3, n=3))
+    for name in ("forward", "logits"):
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.loop.runner.model, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                engine.loop.step()
+        engine.loop.runner.cache.check_integrity()
+    while not (request.done and several.done):
         engine.loop.step()
     assert request.completion().token_ids == want
+    assert len({answer.token_ids for answer in several.completion().answers}) == 1
+
+
+def test_a_request_that_fills_the_cache_alone_can_still_use_it() -> None:
+    """Found blocks that it must copy would be one too many: then it does without."""
+    engine = engine_of(checkpoint("nano", Path()), 1024, kv_tokens=0.125)
+    prompt = {"token_ids": list(range(120))}
+    first = engine.generate([prompt], greedy(8))[0]
+    again = engine.generate([prompt], greedy(8))[0]
+    assert again.token_ids == first.token_ids and len(again.token_ids) == 8
+    engine.loop.runner.cache.check_integrity()
