@@ -41,6 +41,11 @@ class Planned(NamedTuple):
     samples: bool = True  # the step reaches the last known token, so that a new one comes out
 
     @property
+    def size(self) -> int:
+        """What it takes of the step's budget."""
+        return self.known + len(self.drafts)
+
+    @property
     def tokens(self) -> list[int]:
         """What to compute; to be asked before it is."""
         start = self.task.sequence.length
@@ -63,7 +68,7 @@ class Scheduler:
         """Let a task that has its blocks already, by a fork, run at once; False where there is no place for it."""
         if len(self.running) >= self._limits.running:
             return False
-        insort(self.running, task, key=lambda t: t.order)
+        self._run(task)
         return True
 
     def remove(self, task: Task) -> None:
@@ -71,6 +76,7 @@ class Scheduler:
         for tasks in (self.waiting, self.running):
             if task in tasks:
                 tasks.remove(task)
+        task.running = False
         task.sequence.close()
         task.features.clear()
 
@@ -80,10 +86,13 @@ class Scheduler:
         budget, before = self._limits.tokens, self.preemptions
         ready = [task for task in self.running if not task.request.held]
         for task in sorted(ready, key=lambda t: t.pending > 1):  # stable: in order among the like
-            count = min(task.pending, budget)
-            if count and self._make_room(task, count, plan):
-                plan[task] = self._reserved(task, count, budget)
-                budget = self._limits.tokens - sum(p.known + len(p.drafts) for p in plan.values())
+            count, preemptions = min(task.pending, budget), self.preemptions
+            if count == 0 or not self._make_room(task, count, plan):
+                continue
+            plan[task] = self._reserved(task, count, budget)
+            budget -= plan[task].size
+            if self.preemptions > preemptions:  # what the victims had of the budget is there again
+                budget = self._limits.tokens - sum(planned.size for planned in plan.values())
         if self.preemptions == before:
             self._admit(plan, budget)
         return list(plan.values())
@@ -107,7 +116,7 @@ class Scheduler:
                 found = 0  # alone it does fit, if it need not copy a block that it found
             self._count(task, found)
             self.waiting.remove(task)
-            insort(self.running, task, key=lambda t: t.order)
+            self._run(task)
             count = min(task.pending, budget)
             plan[task] = self._reserved(task, count, 0)
             budget -= count
@@ -131,16 +140,21 @@ class Scheduler:
         return Planned(task, count, drafts, samples=count == task.pending)
 
     def _make_room(self, task: Task, count: int, plan: dict[Task, Planned]) -> bool:
-        """Free blocks for a running task; False where it was itself the one to give way."""
-        while task in self.running and task.sequence.needed(count) > self._cache.pool.available:
+        """Free blocks for a task; False where it is one that has given way, now or earlier in this step."""
+        while task.running and task.sequence.needed(count) > self._cache.pool.available:
             victim = self.running[-1]
             plan.pop(victim, None)
             self._preempt(victim)
-        return task in self.running
+        return task.running
+
+    def _run(self, task: Task) -> None:
+        task.running = True
+        insort(self.running, task, key=lambda t: t.order)
 
     def _preempt(self, task: Task) -> None:
         """Back to the queue without blocks: it will compute its tokens again, save what the prefix cache still has."""
         self.running.remove(task)
+        task.running = False
         task.sequence.close()
         task.features.clear()
         self.preemptions += 1

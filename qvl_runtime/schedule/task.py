@@ -82,6 +82,7 @@ class Task:
     def __init__(self, request: Request, index: int, sequence: Sequence, answer: Answer, draws: Draws) -> None:
         self.request, self.index = request, index
         self.sequence, self.answer, self.draws = sequence, answer, draws
+        self.running = False  # the scheduler's: it has blocks and takes part in steps
         self.token_ids: list[int] = list(request.prompt.token_ids)
         self.features: dict[int, Tensor] = {}  # of the pictures that are being prefilled, by the span's number
 
