@@ -33,7 +33,7 @@ def picture(tmp_path: Path) -> str:
     return str(make_picture(tmp_path / "dog.png"))
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "demo"])
+@pytest.mark.parametrize("command", ["", "generate", "chat", "batch", "info", "demo"])
 def test_help_explains_every_option(command: str) -> None:
     result = qvl(*command.split(), "--help")
     assert result.exit_code == 0
