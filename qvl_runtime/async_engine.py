@@ -127,18 +127,19 @@ class AsyncEngine:
                     reader.taken += 1
                     if isinstance(item, BaseException):
                         raise item
-                    if reader.request is not None and reader.request.held:
+                    if reader.request is not None and reader.request.held and not self._closed:
                         self._order(lambda: None)  # the worker looks again who may go on
                     yield item
                     if item.completion is not None:
                         return
             finally:
-                self._order(lambda: self._end(reader))
+                if not self._closed:
+                    self._order(lambda: self._end(reader))
 
     def _order(self, order: Callable[[], None]) -> None:
-        """Have the worker do something before its next step."""
-        if self._closed and not self._worker.is_alive():
-            return
+        """Have the worker do something before its next step. Only the event loop's thread orders, and closes."""
+        if self._closed:
+            raise QVLError("the engine is closed: make another AsyncEngine")
         self._orders.put(order)
 
     # --- the worker's side -------------------------------------------------------------------------------------------
@@ -157,6 +158,7 @@ class AsyncEngine:
             except Exception as error:  # whatever it is, it goes to everyone who waits for this step
                 self._fail(error)
             self._deliver()
+        self._carry_out(wait=False)  # what was ordered just before the end
         self._fail(QVLError("the engine was closed before the answer was whole"))
 
     def _carry_out(self, wait: bool) -> None:

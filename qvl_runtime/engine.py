@@ -67,6 +67,7 @@ class Engine:
         """
         began = time.perf_counter()
         self.engine_config = asked = EngineConfig(device=device, dtype=dtype, **options)
+        steps = StepLimits(asked.max_step_tokens, asked.max_running)
         self.folder = resolve_model(
             NANO if model is None else model, download=download, source=source, revision=revision, progress=progress
         )
@@ -88,8 +89,7 @@ class Engine:
         cache = KVCache(config, room, kept, place, asked.prefix_caching)
         self.loop = Loop(
             Runner(network, cache, ImageCache(asked.image_cache_bytes)), self.tokenizer, self.max_model_len,
-            StepLimits(asked.max_step_tokens, asked.max_running),
-            Drafter(asked.speculative_tokens) if asked.speculative_tokens else None,
+            steps, Drafter(asked.speculative_tokens) if asked.speculative_tokens else None,
         )  # fmt: skip
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())

@@ -132,5 +132,7 @@ def test_closing_the_engine_ends_what_is_open(engine: Engine) -> None:
         with pytest.raises(QVLError, match="closed before the answer"):
             async for _ in stream:
                 pass
+        with pytest.raises(QVLError, match="the engine is closed"):
+            await served.generate(PROMPT)
 
     run(engine, body)

@@ -13,8 +13,6 @@ from PIL import Image
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.schedule.task import Request
 
-BLOCK = 16
-
 
 def picture(seed: int, size: int = 32) -> Image.Image:
     """Coloured noise, the same for the same seed."""
