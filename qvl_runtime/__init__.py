@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qvl_runtime.async_engine import AsyncEngine as AsyncEngine
     from qvl_runtime.engine import Engine as Engine
     from qvl_runtime.engine import Score as Score
     from qvl_runtime.errors import QVLError as QVLError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncEngine": "qvl_runtime.async_engine",
     "Engine": "qvl_runtime.engine",
     "Score": "qvl_runtime.engine",
     "QVLError": "qvl_runtime.errors",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -26,6 +27,8 @@ from qvl_runtime.terminal import (
     box_lines,
     content,
     drawable,
+    progress_bar,
+    rate,
     receive,
     save_drawing,
     say,
@@ -187,6 +190,40 @@ def chat(
     for source in image or []:
         session.attach(source)
     return converse(session)
+
+
+@command
+def batch(
+    *,
+    requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line.")],
+    answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line, in the same order.")],
+    models: ModelOptions,
+    sampling: SamplingOptions,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Answer a file of requests, many at a time; started again after a stop, it goes on where it was.
+
+    A line is {"prompt": "What is this?", "images": ["dog.jpg"]}, or {"messages": […]}, or {"raw": "<img>…</img>…"};
+    with "id" and "params" if you like. A request that cannot be answered gives a line with "error".
+
+    [cyan]qvl batch questions.jsonl answers.jsonl --temperature 0 --max-tokens 64[/cyan]
+    """
+    from qvl_runtime.batch import count_records, resume_at, run_batch
+
+    params, total = sampling.params(), count_records(requests)
+    before = resume_at(requests, answers)
+    if before and not quiet:
+        say(f"{before} of {total} are answered already in {answers}")
+    began, last = time.perf_counter(), None
+    with progress_bar(answers.name, total, before, shown=not quiet) as advance:
+        for last in run_batch(models.open(), requests, answers, params):
+            advance(last.done)
+    if last is not None and not quiet:
+        took = time.perf_counter() - began
+        failed = f", {last.errors} of them errors" if last.errors else ""
+        say(f"{last.done - before} answers in {took:.1f} s{failed}: {rate(last.tokens / took)}; in {answers}")
+    return 0
 
 
 @command

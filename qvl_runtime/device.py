@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qvl_kernels import report as kernel_report
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config import EngineConfig, ModelConfig
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.schedule.runner import Runner
+from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
+from qvl_runtime.schedule.loop import Loop
+
+_log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,9 +39,9 @@ def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
     return dtype
 
 
-def describe(folder: Path, runner: Runner, load_s: float) -> dict[str, Any]:
+def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
     """What runs: the content of `Engine.report()`. Memory in bytes, time in seconds."""
-    model, cache, images = runner.model, runner.cache, runner.images
+    model, cache, images = loop.runner.model, loop.runner.cache, loop.runner.images
     c = model.config
     looked_up = images.hits + images.misses
     return {
@@ -62,10 +67,65 @@ def describe(folder: Path, runner: Runner, load_s: float) -> dict[str, Any]:
             "picture_features": images.bytes,
         },
         "caches": {
-            "kv": {"slots": cache.num_slots, "free": cache.free_tokens},
+            "kv": {"dtype": str(cache.layers[0].k.dtype).removeprefix("torch."), "slots": cache.num_slots,
+                   "free": cache.free_tokens, "kept": cache.pool.kept, "evictions": cache.pool.evictions},
+            "prefixes": describe_prefixes(cache),
             "pictures": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
         },
-    }
+        "requests": {
+            "running": len(loop.scheduler.running),
+            "waiting": len(loop.scheduler.waiting),
+            "steps": loop.steps,
+            "preemptions": loop.scheduler.preemptions,
+        },
+        "drafts": loop.drafter and {"proposed": loop.drafter.proposed, "accepted": loop.drafter.accepted},
+    }  # fmt: skip
+
+
+def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
+    """How much of the prompts was found in the KV cache; None where it is not looked for."""
+    known = cache.prefixes
+    if known is None:
+        return None
+    asked, hit = known.asked_tokens, known.hit_tokens
+    return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
+
+
+def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, device: torch.device) -> int:
+    """How many tokens the KV cache is to hold at `per_token` bytes each: the budget's, or a share of what is free.
+
+    Raises `ConfigError` for a budget below a block; warns where no request can reach `context` tokens.
+    """
+    if asked.kv_cache_bytes is not None:
+        tokens, budget = asked.kv_cache_bytes // per_token, asked.kv_cache_bytes
+    else:
+        budget = free_memory(device) // 2
+        tokens = min(4 * context, budget // per_token)
+    if tokens < BLOCK_SIZE:
+        raise ConfigError(
+            f"{budget:,} bytes of KV cache hold {tokens} tokens at {per_token:,} bytes each; a block takes "
+            f"{BLOCK_SIZE}: raise kv_cache_bytes, or use kv_dtype='int8'"
+        )
+    if tokens < context:
+        _log.warning(
+            "the KV cache holds %d tokens (%.0f MiB), fewer than the context's %d: raise kv_cache_bytes, or use "
+            "kv_dtype='int8'", tokens, tokens * per_token / 2**20, context,
+        )  # fmt: skip
+    return tokens
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device; on a CPU what the system calls available, page cache included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 * 2**30  # where nobody tells, a guess that a small machine survives
 
 
 def device_name(device: torch.device) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,19 +14,21 @@ import torch
 from torch import Tensor
 
 from qvl_runtime.config import EngineConfig, GenerationDefaults, ModelConfig
-from qvl_runtime.device import choose_device, choose_dtype, describe
-from qvl_runtime.errors import CapacityError, PromptError
+from qvl_runtime.device import choose_device, choose_dtype, describe, kv_cache_tokens
+from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.images import ImageLimits
 from qvl_runtime.prompt.tokenizer import Tokenizer
-from qvl_runtime.schedule.generation import Generation, picture_spans
 from qvl_runtime.schedule.image_cache import ImageCache
-from qvl_runtime.schedule.kv_cache import KVCache
-from qvl_runtime.schedule.kv_cache import Sequence as CachedSequence
+from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, bytes_per_token
+from qvl_runtime.schedule.loop import Loop
 from qvl_runtime.schedule.request import Completion, SamplingParams, StreamPiece
-from qvl_runtime.schedule.runner import Chunk, Runner
+from qvl_runtime.schedule.runner import Chunk, Runner, Span
+from qvl_runtime.schedule.scheduler import StepLimits
+from qvl_runtime.schedule.speculative import Drafter
+from qvl_runtime.schedule.task import Request
 from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.hub import Source, resolve_model
 
@@ -43,8 +46,15 @@ class Score(NamedTuple):
     logits: Tensor | None  # float32 [n, vocab], where asked for
 
 
+class Encoded(NamedTuple):
+    """A prompt ready to be submitted, and what reading it took."""
+
+    prompt: EncodedPrompt
+    picture_s: float
+
+
 class Engine:
-    """A checkpoint on a device. Not for use from several threads at once."""
+    """A checkpoint on a device. Not for use from several threads at once: for that there is `AsyncEngine`."""
 
     def __init__(
         self, model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto", download: bool = False,
@@ -57,6 +67,7 @@ class Engine:
         """
         began = time.perf_counter()
         self.engine_config = asked = EngineConfig(device=device, dtype=dtype, **options)
+        steps = StepLimits(asked.max_step_tokens, asked.max_running)
         self.folder = resolve_model(
             NANO if model is None else model, download=download, source=source, revision=revision, progress=progress
         )
@@ -73,25 +84,73 @@ class Engine:
         )
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
         network = QwenVL(config, load_state(self.folder, config, kind, place))
-        cache = KVCache(config, self.max_model_len, kind, place)
-        self._runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
+        kept = torch.int8 if asked.kv_dtype == "int8" else kind
+        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, place)
+        cache = KVCache(config, room, kept, place, asked.prefix_caching)
+        self.loop = Loop(
+            Runner(network, cache, ImageCache(asked.image_cache_bytes)), self.tokenizer, self.max_model_len,
+            steps, Drafter(asked.speculative_tokens) if asked.speculative_tokens else None,
+        )  # fmt: skip
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Answer each of a list of prompts, in order; `params` is for all, or a list with one for each.
+        """Answer a list of prompts together; `params` is for all, or a list with one for each. The order is kept.
 
         A prompt is a string with Qwen's tags, a list of parts, messages, or token ids with pictures. With n > 1 a
         completion holds its further answers in `alternatives`.
         """
         asked = _as_list(prompts)
-        shared = params is None or isinstance(params, SamplingParams)
-        each = [params] * len(asked) if shared else list(params)  # type: ignore[arg-type]
+        each = [params] * len(asked) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(asked):
             raise PromptError(f"there are {len(asked)} prompts and {len(each)} sampling parameters; expected as many")
-        return [self._collect(prompt, own) for prompt, own in zip(asked, each, strict=True)]  # type: ignore[arg-type]
+        encoded = [self.encode(prompt) for prompt in asked]  # a prompt that is refused costs no answer to another
+        requests: list[Request] = []
+        try:
+            for prompt, own in zip(encoded, each, strict=True):
+                requests.append(self.submit(prompt, own))
+            while not all(request.done for request in requests):
+                self._advance()
+        finally:
+            for request in requests:
+                self.loop.cancel(request)
+        return [request.completion() for request in requests]
+
+    def as_completed(
+        self, requests: Iterable[tuple[Any, Prompt, SamplingParams | None]], window: int | None = None
+    ) -> Iterator[tuple[Any, Completion | QVLError]]:
+        """Answer (tag, prompt, params) one after another as they are done: pairs of tag and completion, or error.
+
+        The requests are read as they are needed, `window` at a time (twice as many as run together), so that there may
+        be any number of them. One that is refused gives its error and stops nobody else.
+        """
+        waiting, open_requests = iter(requests), deque[Request]()
+        most = window or 2 * self.engine_config.max_running
+        try:
+            while True:
+                for tag, prompt, params in islice(waiting, most - len(open_requests)):
+                    try:
+                        open_requests.append(self.submit(self.encode(prompt), params, tag=tag))
+                    except QVLError as error:
+                        yield tag, error
+                if not open_requests:
+                    return
+                self._advance()
+                for request in [r for r in open_requests if r.done]:
+                    open_requests.remove(request)
+                    yield request.tag, request.completion()
+        finally:
+            for request in open_requests:
+                self.loop.cancel(request)
+
+    def submit(
+        self, encoded: Encoded, params: SamplingParams | None = None, streamed: bool = False, tag: Any = None
+    ) -> Request:
+        """Put a request in the queue of `loop`, whose steps answer it. For those who drive the loop themselves."""
+        resolved = (params or SamplingParams()).resolve(self.defaults)
+        return self.loop.submit(encoded.prompt, resolved, encoded.picture_s, streamed, tag)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece, whole characters only; the last piece carries the completion.
@@ -117,26 +176,31 @@ class Engine:
         """Answer a conversation of OpenAI-style messages. Their text is never searched for tags."""
         if stream:
             return self._stream(self._prompts.encode_chat, messages, params)
-        return self._collect(messages, params)
+        return self.generate([messages], params)[0]
 
     def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
         """The log probability of each token of a prompt after the first, pad ids of pictures included."""
         encoded = self._prompts.encode(prompt)
         ids = encoded.token_ids
-        with self._admit(encoded) as sequence:
-            x = self._runner.run([Chunk(sequence, ids, picture_spans(self._runner, encoded))])
+        self.loop.refuse(len(ids))
+        runner = self.loop.runner
+        features = runner.features([span.picture for span in encoded.spans])
+        spans = [Span(span.start, rows) for span, rows in zip(encoded.spans, features, strict=True)]
+        self.loop.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
+        with runner.cache.sequence(ntk_alpha(self.config, len(ids))) as sequence:
+            x = runner.run([Chunk(sequence, ids, spans)])
         rows = len(ids) if return_logits else max(1, SCORED_AT_ONCE // (4 * self.config.vocab_size))
         following = torch.tensor(ids[1:], device=x.device)
         logprobs, logits = [], torch.empty(0)
         for start in range(0, len(ids), rows):
-            logits = self._runner.model.logits(x[start : start + rows]).float()
+            logits = runner.model.logits(x[start : start + rows]).float()
             wanted = following[start : start + rows, None]
             logprobs.append((logits[: len(wanted)].log_softmax(-1)).gather(1, wanted)[:, 0])
         return Score(tuple(ids), torch.cat(logprobs), logits if return_logits else None)
 
     def report(self) -> dict[str, Any]:
         """What runs: model, device, dtype, kernels and why those, memory in bytes, caches and their hit rates."""
-        return describe(self.folder, self._runner, self._load_s)
+        return describe(self.folder, self.loop, self._load_s)
 
     def summary(self) -> str:
         """The report in one line."""
@@ -159,10 +223,9 @@ class Engine:
         ]
         return f"from generation_config.json: {', '.join(said)}" if said else None
 
-    def _collect(self, prompt: Prompt, params: SamplingParams | None) -> Completion:
-        pieces = self._pieces(self._prompts.encode, prompt, params or SamplingParams())
-        first, *others = [piece.completion for piece in pieces if piece.completion is not None]
-        return replace(first, alternatives=tuple(others))
+    def encode(self, prompt: Prompt) -> Encoded:
+        """A prompt of any form to tokens and pictures: what needs no model of a request, so any thread may."""
+        return self._encoded(self._prompts.encode, prompt)
 
     def _stream(self, encode: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
         params = params or SamplingParams()
@@ -171,22 +234,26 @@ class Engine:
         return self._pieces(encode, prompt, params)
 
     def _pieces(self, encode: Any, prompt: Any, params: SamplingParams) -> Iterator[StreamPiece]:
+        request = self.submit(self._encoded(encode, prompt), params, streamed=True)
+        try:
+            while request.pieces or not request.done:
+                while request.pieces:
+                    yield request.pieces.popleft()
+                if not request.done:
+                    self._advance()
+        finally:
+            self.loop.cancel(request)
+
+    def _encoded(self, encode: Any, prompt: Any) -> Encoded:
         began = time.perf_counter()
         encoded: EncodedPrompt = encode(prompt)
         if encoded.dropped_turns:
             _log.warning("the %d oldest turns of the conversation do not fit and are left out", encoded.dropped_turns)
-        read = time.perf_counter() - began
-        request = Generation(self._runner, self.tokenizer, encoded, params.resolve(self.defaults), read)
-        with self._admit(encoded, answer=1) as sequence:
-            yield from request.pieces(sequence, self.max_model_len)
+        return Encoded(encoded, time.perf_counter() - began)
 
-    def _admit(self, encoded: EncodedPrompt, answer: int = 0) -> CachedSequence:
-        """A sequence for a prompt that fits; its NTK factor is fixed here, from the whole prompt."""
-        length, limit = len(encoded.token_ids), self.max_model_len
-        if length + answer > limit:
-            way_out = "shorten it" if limit >= self.config.context_limit else "shorten it or raise max_model_len"
-            raise CapacityError(f"the prompt has {length} tokens; the context holds {limit} with the answer: {way_out}")
-        return self._runner.cache.sequence(ntk_alpha(self.config, length))
+    def _advance(self) -> None:
+        if not self.loop.step():
+            raise RuntimeError("there are unanswered requests, but none of them can go on")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

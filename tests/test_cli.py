@@ -33,7 +33,7 @@ def picture(tmp_path: Path) -> str:
     return str(make_picture(tmp_path / "dog.png"))
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "info", "demo"])
+@pytest.mark.parametrize("command", ["", "generate", "chat", "batch", "info", "demo"])
 def test_help_explains_every_option(command: str) -> None:
     result = qvl(*command.split(), "--help")
     assert result.exit_code == 0
@@ -103,7 +103,8 @@ def test_json_is_one_object_with_everything(engine: FakeEngine, picture: str, tm
     assert (box["label"], box["x1"], box["y1"], box["x2"], box["y2"]) == ("dog", 100, 200, 300, 400)
     assert box["pixels"] == [6, 8, 18, 16]  # of 60 x 40
     assert answer["usage"] == {
-        "prompt_tokens": 10, "completion_tokens": 1, "image_tokens": 4, "images": 1, "total_tokens": 11,
+        "prompt_tokens": 10, "completion_tokens": 1, "image_tokens": 4, "images": 1, "cached_tokens": 0,
+        "total_tokens": 11,
     }  # fmt: skip
     assert answer["finish_reason"] == "stop"
     assert answer["timings"]["ttft_s"] == pytest.approx(0.08)

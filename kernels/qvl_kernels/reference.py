@@ -134,6 +134,42 @@ def paged_attention(
     return out.flatten(1)
 
 
+# --- the same over an int8 cache -------------------------------------------------------------------------------------
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [.., d] to int8 [.., d] and float32 scales [..], so that x is about q * scale: symmetric, 127 the largest."""
+    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
+    return (x.float() / scale.unsqueeze(-1)).round().to(torch.int8), scale
+
+
+def rotary_to_cache_int8(
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor,
+    v_scale: Tensor, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """As `rotary_to_cache`, into int8 caches with a scale for each token and head, float32 [blocks, H, block_size]."""
+    heads, block_size, head_dim = k_cache.shape[1:]
+    q, k, v = qkv.view(len(qkv), 3, heads, head_dim).unbind(1)
+    blocks, offsets = slots // block_size, slots % block_size
+    for rows, cache, scales in ((rotate_half(k, cos, sin), k_cache, k_scale), (v, v_cache, v_scale)):
+        cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_rows(rows)
+    return rotate_half(q, cos, sin) * logn.to(q.dtype).view(-1, 1, 1)
+
+
+def paged_attention_int8(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, block_tables: Tensor,
+    query_starts: Sequence[int], context_lens: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """As `paged_attention`, over int8 caches: each row is unpacked to float32 and rounded to q's dtype."""
+    size = k_cache.shape[2]
+    used = torch.unique(torch.cat([row[: -(-n // size)] for row, n in zip(block_tables, context_lens, strict=True)]))
+    place = torch.zeros(len(k_cache), dtype=torch.int64, device=q.device)
+    place[used] = torch.arange(len(used), device=q.device)
+    pairs = ((k_cache, k_scale), (v_cache, v_scale))
+    k, v = ((cache[used] * scale[used].unsqueeze(-1)).to(q.dtype) for cache, scale in pairs)
+    return paged_attention(q, k, v, place[block_tables], query_starts, context_lens)
+
+
 # --- vision attention --------------------------------------------------------------------------------------------
 
 

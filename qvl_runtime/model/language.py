@@ -15,10 +15,15 @@ from qvl_runtime.model.rotary import Positions
 
 
 class LayerCache(NamedTuple):
-    """The KV cache of one layer, [blocks, H, block_size, d] each; keys are stored rotated."""
+    """The KV cache of one layer, [blocks, H, block_size, d] each; keys are stored rotated.
+
+    In int8 a row of a head is its numbers times a scale, float32 [blocks, H, block_size].
+    """
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class Layout(NamedTuple):
@@ -56,10 +61,13 @@ class Block:
         """x [n, D], the residual stream, to the same after this block; keys and values of the rows enter the cache."""
         normed = self.ops.rms_norm(x, self.ln_1, self.eps)
         qkv = self.c_attn(normed)
-        q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots)
-        context = self.ops.paged_attention(
-            q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
-        )
+        tables = (layout.block_tables, layout.query_starts, layout.context_lens)
+        if cache.k_scale is None:
+            q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots)
+            context = self.ops.paged_attention(q, cache.k, cache.v, *tables)
+        else:
+            q = self.ops.rotary_to_cache_int8(qkv, at.cos, at.sin, at.logn, *cache, layout.slots)
+            context = self.ops.paged_attention_int8(q, *cache, *tables)
         attended = self.c_proj(context)
         x = x + attended
         normed_2 = self.ops.rms_norm(x, self.ln_2, self.eps)

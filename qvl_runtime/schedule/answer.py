@@ -50,6 +50,11 @@ class Answer:
         return self._show(text)
 
     @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        return self._limit - len(self.token_ids)
+
+    @property
     def text(self) -> str:
         return "".join(self._shown)
 

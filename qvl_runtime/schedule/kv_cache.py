@@ -1,16 +1,21 @@
-"""The KV cache: blocks of slots shared out to sequences, and where the next rows of a sequence go."""
+"""The KV cache: tensors in blocks of slots, shared out to sequences, and found again by prefix."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Sequence as Items
+from itertools import accumulate
+from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.language import LayerCache, Layout
+from qvl_runtime.schedule.block_pool import BlockPool
+from qvl_runtime.schedule.prefix_cache import PrefixCache, Root
+from qvl_runtime.schedule.sequence import Sequence
 
 BLOCK_SIZE = 16  # slots: a block of one head is 4 KiB in 16 bits at head size 128
 
@@ -21,91 +26,91 @@ class KVCache:
     Memory is reserved at once and touched as it is used: pages that no token reached cost nothing on a CPU.
     """
 
-    def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_blocks = -(-tokens // BLOCK_SIZE)
-        shape = (self.num_blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
-        self.layers = [
-            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
-            for _ in range(config.num_hidden_layers)
-        ]
+    def __init__(
+        self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, prefixes: bool = True
+    ) -> None:
+        """tokens: rounded up to whole blocks; dtype int8 keeps a float32 scale beside each token and head."""
+        blocks = max(1, -(-tokens // BLOCK_SIZE))
+        shape = (blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
+        self.layers = [_layer(shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.device = device
-        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self.pool = BlockPool(blocks)
+        self.prefixes = PrefixCache(self.pool, BLOCK_SIZE) if prefixes else None
+        self._sequences: WeakSet[Sequence] = WeakSet()
 
     @property
     def num_slots(self) -> int:
-        return self.num_blocks * BLOCK_SIZE
+        return self.pool.num_blocks * BLOCK_SIZE
 
     @property
     def free_tokens(self) -> int:
-        return len(self._free) * BLOCK_SIZE
+        return self.pool.available * BLOCK_SIZE
 
     @property
     def bytes_per_token(self) -> int:
-        k = self.layers[0].k
-        return 2 * len(self.layers) * k.shape[1] * k.shape[3] * k.element_size()
+        return sum(t.nbytes for layer in self.layers for t in layer if t is not None) // self.num_slots
 
-    def sequence(self, alpha: float) -> Sequence:
+    def sequence(self, alpha: float, salt: str = "") -> Sequence:
         """A new, empty sequence with its NTK factor; use it in a `with` block, which gives its blocks back."""
-        return Sequence(self, alpha)
+        return self.register(Sequence(self, Root(alpha, salt), BLOCK_SIZE))
 
-    def grow(self, blocks: list[int], tokens: int) -> None:
-        """Append free blocks to a block table until it holds `tokens`; `CapacityError` where there are too few."""
-        missing = -(-tokens // BLOCK_SIZE) - len(blocks)
-        if missing > len(self._free):
+    def register(self, sequence: Sequence) -> Sequence:
+        """Count a sequence's block table in `check_integrity`."""
+        self._sequences.add(sequence)
+        return sequence
+
+    def refuse_beyond(self, tokens: int) -> None:
+        """Raise `CapacityError` for a sequence that would not fit if it were alone."""
+        if tokens > self.num_slots:
             raise CapacityError(
-                f"the KV cache has {self.free_tokens} free slots of {self.num_slots}, and a request "
-                f"needs {missing * BLOCK_SIZE} more: shorten it, or start the engine with a larger max_model_len"
+                f"the request needs {tokens} tokens of KV cache, {tokens * self.bytes_per_token / 2**20:,.0f} MiB; the "
+                f"cache holds {self.num_slots}: shorten it, raise kv_cache_bytes, or use kv_dtype='int8'"
             )
-        blocks += [self._free.pop() for _ in range(missing)]
 
-    def release(self, blocks: list[int]) -> None:
-        """Take blocks back."""
-        self._free += reversed(blocks)
-        blocks.clear()
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the content of a block, in every layer."""
+        for layer in self.layers:
+            for tensor in layer:
+                if tensor is not None:
+                    tensor[target] = tensor[source]
 
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """The cached part of one request: `length` tokens, in the blocks of its table."""
-
-    cache: KVCache
-    alpha: float
-    length: int = 0
-    blocks: list[int] = field(default_factory=list)
-
-    def append(self, count: int) -> Tensor:
-        """Make room for `count` more tokens: their positions, int64 [count]."""
-        self.cache.grow(self.blocks, self.length + count)
-        positions = torch.arange(self.length, self.length + count, device=self.cache.device)
-        self.length += count
-        return positions
-
-    def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on; their blocks stay reserved for what comes instead."""
-        self.length = min(self.length, length)
-
-    def close(self) -> None:
-        self.cache.release(self.blocks)
-        self.length = 0
-
-    def __enter__(self) -> Sequence:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def check_integrity(self) -> None:
+        """Raises `RuntimeError` with the first contradiction between pool, prefixes and block tables."""
+        published = [] if self.prefixes is None else self.prefixes.blocks
+        self.pool.check_integrity([sequence.blocks for sequence in self._sequences], published)
+        if self.prefixes is not None:
+            self.prefixes.check_integrity()
 
 
-def layout_of(sequences: list[Sequence], positions: list[Tensor]) -> Layout:
-    """Where the rows at `positions` of each sequence stand, for one model call."""
-    device = positions[0].device
-    widest = max(len(s.blocks) for s in sequences)
-    tables = torch.tensor([s.blocks + [0] * (widest - len(s.blocks)) for s in sequences], device=device)
-    slots = [
-        table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for table, at in zip(tables, positions, strict=True)
-    ]
-    starts = [0]
-    for at in positions:
-        starts.append(starts[-1] + len(at))
-    return Layout(torch.cat(slots), tables, starts, [s.length for s in sequences])
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What a cache of this dtype takes for a token, before there is one."""
+    layer = _layer((1, config.num_attention_heads, 1, config.kv_channels), dtype, torch.device("meta"))
+    return config.num_hidden_layers * sum(t.nbytes for t in layer if t is not None)
+
+
+def layout_of(sequences: Items[Sequence], counts: Items[int]) -> tuple[Tensor, Layout]:
+    """The last counts[r] tokens of each sequence, for one model call: positions int64 [n], and where they stand.
+
+    Built in numpy: for 64 sequences that takes a tenth of the time that as many small tensors would.
+    """
+    starts = list(accumulate(counts, initial=0))
+    tables = np.zeros((len(sequences), max(len(s.blocks) for s in sequences)), np.int64)
+    positions, slots = np.empty((2, starts[-1]), np.int64)
+    for r, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        tables[r, : len(sequence.blocks)] = sequence.blocks
+        at = np.arange(sequence.length - count, sequence.length)
+        positions[starts[r] : starts[r + 1]] = at
+        slots[starts[r] : starts[r + 1]] = tables[r, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+    device = sequences[0].device
+    at_slots, at_blocks, at_positions = (torch.from_numpy(a).to(device) for a in (slots, tables, positions))
+    return at_positions, Layout(at_slots, at_blocks, starts, [s.length for s in sequences])
+
+
+def _layer(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> LayerCache:
+    def empty(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=kind, device=device)
+
+    if dtype is not torch.int8:
+        return LayerCache(empty(*shape), empty(*shape))
+    k_scale, v_scale = (empty(*shape[:3], kind=torch.float32) for _ in range(2))
+    return LayerCache(empty(*shape), empty(*shape), k_scale, v_scale)

@@ -23,7 +23,9 @@ class SamplingParams:
     """How the next token is chosen and when to stop. None means: as the checkpoint's generation_config.json says.
 
     temperature 0 is greedy. top_k 0 is off. `n` answers share one prefill; answer i is sampled with seed + i. `stop`
-    strings are not part of the text. `logprobs` asks for that many alternatives beside each token.
+    strings are not part of the text. `logprobs` asks for that many alternatives beside each token. A seed gives the
+    same answer whatever else runs. Requests with different `cache_salt` share nothing that was cached of their prompts,
+    so that timing does not tell one tenant what another has asked.
     """
 
     max_tokens: int | None = None  # of the answer
@@ -39,6 +41,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     ignore_eos: bool = False  # go on to max_tokens, for profiling
+    timeout_s: float | None = None  # from submission; then the answer ends as it stands, with reason "deadline"
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -53,6 +57,8 @@ class SamplingParams:
         _check("seed", self.seed, _none_or(self.seed, 0, 2**63 - 1), "0 or more")
         _check("n", self.n, self.n >= 1, "at least 1")
         _check("logprobs", self.logprobs, _none_or(self.logprobs, 0, 100), "0 to 100 alternatives")
+        timeout = self.timeout_s
+        _check("timeout_s", timeout, timeout is None or 0 < timeout < math.inf, "a number of seconds above 0")
         _check("stop", self.stop, all(self.stop), "strings of at least one character")
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
@@ -84,6 +90,7 @@ class Usage:
     completion_tokens: int
     image_tokens: int  # of the prompt: rows that pictures take
     images: int
+    cached_tokens: int = 0  # of the prompt: found in the prefix cache
 
     @property
     def total_tokens(self) -> int:
@@ -98,13 +105,14 @@ class Timings:
     vision_s: float  # the visual tower; 0 where features were cached
     prefill_s: float
     decode_s: float  # from the first token to the last
-    prompt_tokens: int
+    prompt_tokens: int  # of the prompt that were computed, not found in the cache
     decoded_tokens: int  # tokens after the first
+    queue_s: float = 0.0  # from submission to the first step
 
     @property
     def ttft_s(self) -> float:
         """Time to first token."""
-        return self.picture_s + self.vision_s + self.prefill_s
+        return self.picture_s + self.queue_s + self.vision_s + self.prefill_s
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -121,7 +129,7 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str  # "stop": a stop id or string; "length": max_tokens or the end of the context
+    finish_reason: str  # "stop": a stop id or string; "length": max_tokens or the end of the context; "deadline"
     usage: Usage
     timings: Timings
     boxes: tuple[Box, ...] = ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.prompt.images import Picture, to_pixels
 from qvl_runtime.schedule.image_cache import ImageCache
-from qvl_runtime.schedule.kv_cache import KVCache, Sequence, layout_of
+from qvl_runtime.schedule.kv_cache import KVCache, layout_of
+from qvl_runtime.schedule.sequence import Sequence
 
 PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
 
@@ -38,40 +41,45 @@ class Runner:
 
     def features(self, pictures: Items[Picture]) -> list[Tensor]:
         """Features [queries, D] of each picture; those not cached go through the tower together, each once."""
-        known: dict[bytes, Tensor] = {}
-        missing: dict[bytes, Picture] = {}
-        for picture in pictures:
-            features = self.images.get(picture.digest)
-            if features is None:
-                missing[picture.digest] = picture
-            else:
-                known[picture.digest] = features
-        queue = list(missing.values())
-        for i in range(0, len(queue), PICTURES_AT_ONCE):
-            batch = queue[i : i + PICTURES_AT_ONCE]
+        known = {p.digest: self.images.get(p.digest) for p in pictures}
+        missing = list({p.digest: p for p in pictures if known[p.digest] is None}.values())
+        for start in range(0, len(missing), PICTURES_AT_ONCE):
+            batch = missing[start : start + PICTURES_AT_ONCE]
             encoded = self.model.encode_pictures(torch.cat([to_pixels(p.rgb[None]) for p in batch]))
             for picture, features in zip(batch, encoded, strict=True):
-                known[picture.digest] = features.clone()  # a view would keep the whole batch alive
-                self.images.put(picture.digest, known[picture.digest])
-        return [known[picture.digest] for picture in pictures]
+                known[picture.digest] = own = features.clone()  # a view would keep the whole batch alive
+                self.images.put(picture.digest, own)
+        return [features for p in pictures if (features := known[p.digest]) is not None]
 
     def run(self, chunks: Items[Chunk], observe: Observer = unobserved) -> Tensor:
-        """Compute the chunks in one model call: residual stream [n, D] of all rows, in order."""
-        device = self.model.device
-        positions = [chunk.sequence.append(len(chunk.token_ids)) for chunk in chunks]
-        layout = layout_of([chunk.sequence for chunk in chunks], positions)
-        ids = torch.tensor([t for chunk in chunks for t in chunk.token_ids], device=device)
+        """Compute the chunks in one model call: residual stream [n, D] of all rows, in order.
+
+        Where it does not come to an end, Ctrl-C included, the sequences are as they were.
+        """
+        lengths = [chunk.sequence.length for chunk in chunks]
+        try:
+            for chunk in chunks:
+                chunk.sequence.append(len(chunk.token_ids))
+            return self.model.forward(self._step(chunks), self.cache.layers, observe)
+        except BaseException:
+            for chunk, length in zip(chunks, lengths, strict=True):
+                chunk.sequence.truncate(length)
+            raise
+
+    def _step(self, chunks: Items[Chunk]) -> Step:
+        device, counts = self.model.device, [len(chunk.token_ids) for chunk in chunks]
+        positions, layout = layout_of([chunk.sequence for chunk in chunks], counts)
+        ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, sum(counts))
         rows, features = [], []
         for chunk, start in zip(chunks, layout.query_starts, strict=False):
             for span in chunk.spans:
                 rows.append(torch.arange(len(span.features), device=device) + start + span.start)
                 features.append(span.features)
-        step = Step(
-            token_ids=ids,
-            positions=torch.cat(positions),
+        return Step(
+            token_ids=torch.from_numpy(ids).to(device),
+            positions=positions,
             alphas=[chunk.sequence.alpha for chunk in chunks],
             layout=layout,
             picture_rows=torch.cat(rows) if rows else None,
             picture_features=torch.cat(features) if features else None,
         )
-        return self.model.forward(step, self.cache.layers, observe)

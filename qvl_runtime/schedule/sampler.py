@@ -1,8 +1,10 @@
-"""The choice of the next token from a row of logits."""
+"""The choice of the next token for all rows of a step at once, each by its own parameters and its own dice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from secrets import randbits
 from typing import NamedTuple
 
 import torch
@@ -11,75 +13,145 @@ from torch import Tensor
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.request import SamplingParams, TokenLogprob
 
+CANDIDATES = 1024  # a nucleus is looked for among so many before a whole vocabulary is sorted, at ten times the cost
+
 
 class Sample(NamedTuple):
     token_id: int
     logprob: TokenLogprob
 
 
-class Sampler:
-    """Chooses the tokens of one answer. Its random numbers are its own: nothing else in the process moves them."""
+class Draws:
+    """What choosing the tokens of one answer needs to know.
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int], vocab: int, device: torch.device) -> None:
-        """params: resolved; prompt_ids: what the repetition penalty counts from the start."""
+    The dice are a function of seed and position in the answer: nothing else in the process moves them, so an answer
+    does not depend on its neighbours, on being interrupted, or on drafts.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Iterable[int], vocab: int, device: torch.device, index: int = 0
+    ) -> None:
+        """params: resolved; prompt_ids: what the repetition penalty counts from the start; index: of n answers."""
         out_of_range = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab]
         if out_of_range:
             raise SamplingError(f"token id {out_of_range[0]} is not in the vocabulary; expected 0 to {vocab - 1}")
-        self._params = params
-        self._penalty = params.repetition_penalty or 1.0
-        self._seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-        self._seen[torch.tensor(list(prompt_ids), dtype=torch.long, device=device)] = True
-        self._bias: Tensor | None = None
+        self.params = params
+        self.penalty = params.repetition_penalty or 1.0
+        self.seen: Tensor | None = None
+        if self.penalty != 1.0:
+            self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+            self.seen[torch.tensor(list(prompt_ids), dtype=torch.long, device=device)] = True
+        self.bias: Tensor | None = None
         if params.logit_bias:
-            self._bias = torch.zeros(vocab, device=device)
-            self._bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device)
-        self._generator = torch.Generator(device)
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+            self.bias = torch.zeros(vocab, device=device)
+            self.bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device)
+        self._seed = (randbits(63) if params.seed is None else params.seed) + index
 
-    def __call__(self, logits: Tensor) -> Sample:
-        """logits [vocab] of any dtype. Order: repetition penalty, bias, temperature, top-k, top-p, min-p, draw."""
-        raw = logits.float()
-        scores = self._shaped(raw)
-        if self._params.temperature:
-            probs = filtered(scores / self._params.temperature, self._params).softmax(-1)
-            token = int(torch.multinomial(probs, 1, generator=self._generator))
-        else:
-            token = int(scores.argmax())
-        self._seen[token] = True
-        return Sample(token, self._logprob(raw, token))
+    @property
+    def foreseeable(self) -> bool:
+        """Whether several positions may be sampled in one step: a penalty makes each depend on those before it."""
+        return self.seen is None
 
-    def _shaped(self, scores: Tensor) -> Tensor:
-        if self._penalty != 1.0:  # Keskar et al. 2019, with the sign as transformers has it
-            penalised = torch.where(scores > 0, scores / self._penalty, scores * self._penalty)
-            scores = torch.where(self._seen, penalised, scores)
-        return scores if self._bias is None else scores + self._bias
-
-    def _logprob(self, raw: Tensor, token: int) -> TokenLogprob:
-        normaliser = raw.logsumexp(-1)
-        top: tuple[tuple[int, float], ...] = ()
-        if self._params.logprobs:
-            values, ids = raw.topk(min(self._params.logprobs, len(raw)))
-            top = tuple(zip(ids.tolist(), (values - normaliser).tolist(), strict=True))
-        return TokenLogprob(token, float(raw[token] - normaliser), top)
+    def uniform(self, position: int) -> float:
+        """The random number in [0, 1) for this position of the answer."""
+        digest = blake2b(b"%d/%d" % (self._seed, position), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def filtered(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Scores [vocab] with -inf where top-k, top-p or min-p rule a token out; the likeliest always stays.
+class Row(NamedTuple):
+    """A row of logits: the answer it is for, and the position there of the token that it gives."""
 
-    top-p (Holtzman et al. 2020) keeps the likeliest tokens until their probabilities, after top-k, reach p; the one
-    that reaches it is kept. min-p (Nguyen et al. 2024) drops those below a share of the likeliest one's probability.
+    draws: Draws
+    position: int
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
+    """One token for each row of logits [m, vocab] of any dtype.
+
+    Order: repetition penalty, bias, temperature, top-k, top-p, min-p, draw. Temperature 0 takes the likeliest.
     """
-    if params.top_k and params.top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -torch.inf)
-    if params.top_p is not None and params.top_p < 1.0:
-        ordered, order = scores.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        dropped = torch.zeros_like(scores, dtype=torch.bool).scatter(0, order, before >= params.top_p)
-        scores = scores.masked_fill(dropped, -torch.inf)
-    if params.min_p:
-        probs = scores.softmax(-1)
-        scores = scores.masked_fill(probs < params.min_p * probs.max(), -torch.inf)
+    raw = logits.float()
+    scores = _shaped(raw, rows)
+    tokens = scores.argmax(-1)
+    drawn = [i for i, row in enumerate(rows) if row.draws.params.temperature]
+    if drawn:
+        at = torch.tensor(drawn, device=raw.device)
+        tokens[at] = _draw(scores[at], [rows[i] for i in drawn])
+    normaliser = raw.logsumexp(-1)
+    chosen = (raw.gather(1, tokens[:, None])[:, 0] - normaliser).tolist()
+    token_ids = tokens.tolist()
+    for row, token in zip(rows, token_ids, strict=True):
+        if row.draws.seen is not None:
+            row.draws.seen[token] = True
+    tops = _likeliest(raw, normaliser, rows)
+    return [
+        Sample(token, TokenLogprob(token, logprob, top))
+        for token, logprob, top in zip(token_ids, chosen, tops, strict=True)
+    ]
+
+
+def _shaped(raw: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Scores after penalties and biases; `raw` itself where no row asks for any."""
+    scores = raw
+    punished = [i for i, row in enumerate(rows) if row.draws.seen is not None]
+    if punished:  # Keskar et al. 2019, with the sign as transformers has it
+        at = torch.tensor(punished, device=raw.device)
+        penalty = raw.new_tensor([rows[i].draws.penalty for i in punished])[:, None]
+        seen = torch.stack([seen for row in rows if (seen := row.draws.seen) is not None])
+        own = raw[at]
+        scores = raw.index_copy(0, at, torch.where(seen, torch.where(own > 0, own / penalty, own * penalty), own))
+    for i, row in enumerate(rows):
+        if row.draws.bias is not None:
+            scores = scores.clone() if scores is raw else scores
+            scores[i] += row.draws.bias
     return scores
+
+
+def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Tokens [m] drawn from scores [m, vocab] of rows that have a temperature."""
+    params = [row.draws.params for row in rows]
+    vocab = scores.shape[1]
+    temperature = scores.new_tensor([p.temperature or 1.0 for p in params])
+    probs = (scores / temperature[:, None]).softmax(-1)
+    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=scores.device)
+    top_p = scores.new_tensor([1.0 if p.top_p is None else p.top_p for p in params])
+    min_p = scores.new_tensor([p.min_p for p in params])
+    dice = scores.new_tensor([row.draws.uniform(row.position) for row in rows], dtype=torch.float64)
+    values, ids = probs.topk(min(CANDIDATES, vocab))
+    nucleus = (top_p < 1) & (values.sum(-1) >= top_p)
+    enough = (top_k <= values.shape[1]) | ((top_k == vocab) & (nucleus | (values[:, -1] < min_p * values[:, 0])))
+    tokens = ids.gather(1, _pick(values, top_k, top_p, min_p, dice)[:, None])[:, 0]
+    if not bool(enough.all()):
+        wide = (~enough).nonzero()[:, 0]
+        values, ids = probs[wide].sort(descending=True)
+        picked = _pick(values, top_k[wide], top_p[wide], min_p[wide], dice[wide])
+        tokens[wide] = ids.gather(1, picked[:, None])[:, 0]
+    return tokens
+
+
+def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, dice: Tensor) -> Tensor:
+    """Ranks [m] drawn from probabilities [m, candidates], the likeliest first; that one is never ruled out.
+
+    top-p (Holtzman et al. 2020) keeps the likeliest tokens until their share, after top-k, reaches p; the one that
+    reaches it is kept. min-p (Nguyen et al. 2024) drops those below a share of the likeliest one's probability. The
+    draw inverts the cumulative distribution, so that one random number makes one token.
+    """
+    ranks = torch.arange(probs.shape[1], device=probs.device)
+    kept = torch.where(ranks < top_k[:, None], probs, 0.0).double()
+    # a row that is cut by top-p alone may have its tail outside these candidates: its whole mass is 1
+    mass = torch.where(top_k <= probs.shape[1], kept.sum(-1), 1.0)
+    before = kept.cumsum(-1) - kept
+    kept = torch.where((before < (top_p * mass)[:, None]) & (probs >= min_p[:, None] * probs[:, :1]), kept, 0.0)
+    cumulative = kept.cumsum(-1)
+    ranked = torch.searchsorted(cumulative, (dice * cumulative[:, -1])[:, None], right=True)[:, 0]
+    return torch.minimum(ranked, (kept > 0).sum(-1) - 1)
+
+
+def _likeliest(raw: Tensor, normaliser: Tensor, rows: Sequence[Row]) -> list[tuple[tuple[int, float], ...]]:
+    """The alternatives that each row asks for, with their log probabilities."""
+    wanted = [min(row.draws.params.logprobs or 0, raw.shape[1]) for row in rows]
+    if not any(wanted):
+        return [()] * len(rows)
+    values, ids = raw.topk(max(wanted))
+    logprobs = (values - normaliser[:, None]).tolist()
+    return [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), logprobs, wanted, strict=True)]

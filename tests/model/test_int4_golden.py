@@ -63,8 +63,8 @@ def test_decoder_anywhere(golden_local: Path) -> None:
     decoder = Decoder(config, state, reference)
     cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
     with cache.sequence(ntk_alpha(config, len(ids))) as sequence:
-        at = sequence.append(len(ids))
-        layout = layout_of([sequence], [at])
+        sequence.append(len(ids))
+        at, layout = layout_of([sequence], [len(ids)])
         positions = positions_of(config, at, [sequence.alpha], layout.query_starts)
         x = decoder.forward(decoder.embedding[ids], positions, layout, cache.layers)
     close(decoder.logits(x), want, LOGITS, "logits")

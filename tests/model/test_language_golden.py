@@ -73,7 +73,7 @@ def test_decoding_keeps_the_prompts_alpha(tiny: Oracle, golden: Path, name: str)
         if "cache_k_layer0" in want:
             table = torch.tensor(sequence.blocks)
             for layer in (0, 2):
-                for kind, cache in zip("kv", tiny.cache.layers[layer], strict=True):
+                for kind, cache in zip("kv", tiny.cache.layers[layer][:2], strict=True):
                     stored = cache[table].transpose(1, 2).flatten(0, 1)[: len(ids)]
                     close(stored, want[f"cache_{kind}_layer{layer}"][0], LOGITS, f"{kind} cache of layer {layer}")
     full = tiny.prefill(ids)[0][-1]

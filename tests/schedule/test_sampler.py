@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from qvl_runtime.config import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.request import SamplingParams
-from qvl_runtime.schedule.sampler import Sampler, filtered
+from qvl_runtime.schedule.sampler import CANDIDATES, Draws, Row, Sample, sample
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -19,12 +22,52 @@ PLAIN = GenerationDefaults(do_sample=False)
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
 
 
-def sampler(params: SamplingParams, prompt: tuple[int, ...] = (), vocab: int = 5) -> Sampler:
-    return Sampler(params.resolve(PLAIN), prompt, vocab, CPU)
+def draws(params: SamplingParams, prompt: tuple[int, ...] = (), vocab: int = 5) -> Draws:
+    return Draws(params.resolve(PLAIN), prompt, vocab, CPU)
 
 
-def kept(scores: Tensor) -> list[int]:
-    return [i for i, s in enumerate(scores.tolist()) if s > -math.inf]
+def sampler(params: SamplingParams, prompt: tuple[int, ...] = ()) -> Callable[[Tensor], Sample]:
+    """One answer by itself, token after token."""
+    own, positions = draws(params, prompt), count()
+    return lambda logits: sample(logits[None], [Row(own, next(positions))])[0]
+
+
+def drawn(logits: Tensor, params: SamplingParams, times: int = 2000) -> list[int]:
+    """Tokens of as many answers with different seeds, all in one call."""
+    rows = [Row(draws(replace(params, seed=i), vocab=len(logits)), 0) for i in range(times)]
+    return [s.token_id for s in sample(logits.expand(times, -1), rows)]
+
+
+def test_a_row_does_not_feel_its_neighbours() -> None:
+    """Whatever stands beside it, and in whichever place: penalties, biases, cuts that need the whole vocabulary."""
+    vocab = 3 * CANDIDATES
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(0))
+    kinds = [
+        SamplingParams(), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=3.0, top_p=0.999, seed=2),
+        SamplingParams(temperature=0.2, top_p=0.5, seed=3, repetition_penalty=1.5),
+        SamplingParams(temperature=2.0, top_k=2 * CANDIDATES, top_p=0.5, seed=4, logprobs=3),
+        SamplingParams(temperature=1.0, min_p=0.5, seed=5, logit_bias={7: 3.0}),
+    ]  # fmt: skip
+
+    def rows(order: list[int]) -> list[Row]:
+        return [Row(draws(kinds[i], (1, 2, 3), vocab), 11) for i in order]
+
+    alone = [sample(logits[i : i + 1], rows([i]))[0] for i in range(6)]
+    for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4]):
+        together = sample(logits[order], rows(order))
+        assert [s.token_id for s in together] == [alone[i].token_id for i in order]
+        assert [s.logprob.logprob for s in together] == pytest.approx([alone[i].logprob.logprob for i in order])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_p=0.9), SamplingParams(top_k=40), SamplingParams(min_p=0.05)])
+def test_looking_at_a_part_of_the_vocabulary_is_as_good_as_at_all(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = 3 * torch.randn(2 * CANDIDATES, generator=torch.Generator().manual_seed(0))
+    params = replace(params, temperature=1.0)
+    some = drawn(logits, params, 200)
+    monkeypatch.setattr("qvl_runtime.schedule.sampler.CANDIDATES", len(logits))
+    assert drawn(logits, params, 200) == some and len(set(some)) > 5
 
 
 def test_greedy_takes_the_likeliest_and_tells_its_probability() -> None:
@@ -43,20 +86,19 @@ def test_greedy_takes_the_likeliest_and_tells_its_probability() -> None:
         (SamplingParams(top_k=0), [0, 1, 2, 3, 4]),
         (SamplingParams(top_k=9), [0, 1, 2, 3, 4]),
         (SamplingParams(top_p=0.01), [0]),  # the likeliest always stays
-        (SamplingParams(top_p=0.62), [0, 1]),  # 0.607 < 0.62: the token that reaches p is kept
+        (SamplingParams(top_p=0.5), [0, 1]),  # 0.483 < 0.5: the token that reaches p is kept
         (SamplingParams(top_p=1.0), [0, 1, 2, 3, 4]),
-        (SamplingParams(min_p=0.2), [0, 1, 2]),  # e^-1 = 0.37 and e^-1.5 = 0.22 of the likeliest, then e^-3
-        (SamplingParams(top_k=3, top_p=0.62), [0]),  # top-p counts what top-k left: 0.629 of three
+        (SamplingParams(min_p=0.3), [0, 1, 2]),  # e^(-1/1.5) = 0.51 and e^(-1.5/1.5) = 0.37 of the likeliest, then 0.14
+        (SamplingParams(top_k=3, top_p=0.53), [0]),  # top-p counts what top-k left: 0.532 of three, 0.483 of all
     ],
 )
 def test_cuts(params: SamplingParams, survivors: list[int]) -> None:
-    assert kept(filtered(LOGITS, params)) == survivors
+    assert sorted(set(drawn(LOGITS, replace(params, temperature=1.5)))) == survivors
 
 
 def test_draws_follow_the_distribution() -> None:
-    draw = sampler(SamplingParams(temperature=0.7, seed=1))
     n = 4000
-    counts = torch.bincount(torch.tensor([draw(LOGITS).token_id for _ in range(n)]), minlength=5) / n
+    counts = torch.bincount(torch.tensor(drawn(LOGITS, SamplingParams(temperature=0.7), n)), minlength=5) / n
     want = (LOGITS / 0.7).softmax(-1)
     assert ((counts - want).abs() < 4 * (want * (1 - want) / n).sqrt() + 1e-9).all()  # four standard errors
 
@@ -102,7 +144,7 @@ def test_out_of_range(field: str, value: object) -> None:
 
 def test_ids_outside_the_vocabulary() -> None:
     with pytest.raises(SamplingError, match="token id 5 is not in the vocabulary; expected 0 to 4"):
-        sampler(SamplingParams(logit_bias={5: 1.0}))
+        draws(SamplingParams(logit_bias={5: 1.0}))
 
 
 def test_defaults_come_from_the_checkpoint() -> None:

@@ -1,0 +1,99 @@
+"""Who holds which block of the KV cache: reference counts, and the order in which kept blocks are given up."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from qvl_runtime.errors import CapacityError
+
+
+class BlockPool:
+    """Numbers of blocks, not their content.
+
+    A block is free, or held by one sequence or several, or kept: published for others to find and held by none. A kept
+    block is as good as free, but is taken last, the least recently used one first. A published block never changes.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.evictions = 0
+        self.on_evict: Callable[[int], None] = lambda block: None  # told of a kept block before it is taken
+        self._holders = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._published: set[int] = set()
+        self._kept: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can give, kept ones among them."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def kept(self) -> int:
+        return len(self._kept)
+
+    def allocate(self) -> int:
+        """A block of undefined content, held once. Raises `CapacityError` where all are held."""
+        if self._free:
+            block = self._free.pop()
+        elif self._kept:
+            block, _ = self._kept.popitem(last=False)
+            self._published.discard(block)
+            self.evictions += 1
+            self.on_evict(block)
+        else:
+            raise CapacityError(
+                f"all {self.num_blocks} blocks of the KV cache are held by running requests: "
+                "wait for one to end, or raise kv_cache_bytes"
+            )
+        self._holders[block] = 1
+        return block
+
+    def hold(self, block: int) -> None:
+        """One more holder, for a block that is held or kept."""
+        self._kept.pop(block, None)
+        self._holders[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder less for each block of a table, given in its order.
+
+        The last block goes first, so that of the blocks kept a child is always given up before its parent.
+        """
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                if block in self._published:
+                    self._kept[block] = None
+                else:
+                    self._free.append(block)
+
+    def publish(self, block: int) -> None:
+        """From now on the block's content stays as it is, and the block outlives its holders."""
+        self._published.add(block)
+
+    def is_published(self, block: int) -> bool:
+        return block in self._published
+
+    def is_exclusive(self, block: int) -> bool:
+        """Whether its one holder may write into it."""
+        return self._holders[block] == 1 and block not in self._published
+
+    def check_integrity(self, tables: Iterable[Sequence[int]], published: Iterable[int]) -> None:
+        """Compare the books with the block tables of all sequences and the blocks that can be found by prefix.
+
+        Raises `RuntimeError` with the first contradiction. For tests and for hunting leaks; takes time in proportion to
+        the number of blocks.
+        """
+        held = Counter(block for table in tables for block in table)
+        if self._published != set(published):
+            raise RuntimeError(f"published {sorted(self._published)}, but by prefix {sorted(published)} are found")
+        if len(set(self._free)) != len(self._free):
+            raise RuntimeError("a block is free twice")
+        free, kept = set(self._free), set(self._kept)
+        for block, holders in enumerate(self._holders):
+            if holders != held[block]:
+                raise RuntimeError(f"block {block} counts {holders} holders, and {held[block]} tables hold it")
+            expected = (holders == 0 and block not in self._published, holders == 0 and block in self._published)
+            if (block in free, block in kept) != expected:
+                raise RuntimeError(f"block {block}, holders {holders}, is free: {block in free}, kept: {block in kept}")

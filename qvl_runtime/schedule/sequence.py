@@ -1,0 +1,127 @@
+"""One sequence in the KV cache: its block table, how far it is computed, and what of it others may find."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Items
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qvl_runtime.prompt.chatml import ImageSpan
+from qvl_runtime.schedule.prefix_cache import Parent, Root
+
+if TYPE_CHECKING:
+    import torch
+
+    from qvl_runtime.schedule.kv_cache import KVCache
+
+
+class Sequence:
+    """The cached part of one answer: `length` tokens, in the blocks of its table. Closed, it is as new."""
+
+    def __init__(self, cache: KVCache, root: Root, block_size: int) -> None:
+        self.root = root
+        self.length = 0
+        self.blocks: array[int] = array("q")
+        self._cache, self._size = cache, block_size
+        self._parents: list[Parent] = [root]  # entry i: what block i's key hangs on; known for published blocks + 1
+
+    @property
+    def alpha(self) -> float:
+        """The NTK factor that its keys are rotated with."""
+        return self.root.alpha
+
+    @property
+    def device(self) -> torch.device:
+        return self._cache.device
+
+    def needed(self, count: int) -> int:
+        """Blocks that `reserve(count)` would allocate."""
+        fresh = -(-(self.length + count) // self._size) - len(self.blocks)
+        return max(0, fresh) + (1 if self._writes_shared() else 0)
+
+    def reserve(self, count: int) -> None:
+        """Have room for `count` more tokens. Raises `CapacityError`, leaving what it got with the sequence.
+
+        A block that another sequence or the prefix cache also relies on, and that is not full, is copied first.
+        """
+        pool = self._cache.pool
+        if self._writes_shared():
+            index = self.length // self._size
+            own, shared = pool.allocate(), self.blocks[index]
+            self._cache.copy_block(shared, own)
+            self.blocks[index] = own
+            pool.release([shared])
+        while len(self.blocks) * self._size < self.length + count:
+            self.blocks.append(pool.allocate())
+
+    def append(self, count: int) -> None:
+        """Make `count` more tokens part of it, reserving what is missing; the next model call is to compute them."""
+        self.reserve(count)
+        self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from `length` on, and give back the blocks that only they were in."""
+        if length < self.length:
+            self.length = length
+            self._drop(-(-length // self._size))
+
+    def find_prefix(self, tokens: Items[int], spans: Items[ImageSpan]) -> int:
+        """Take over what the prefix cache knows of a prompt; for an empty sequence. Returns the tokens found."""
+        if self._cache.prefixes is None:
+            return 0
+        self._drop(0)
+        hit = self._cache.prefixes.match(tokens, spans, self.root)
+        self.blocks.extend(hit.blocks)
+        self._parents = hit.parents
+        self.length = hit.length
+        return self.length
+
+    def publish(self, tokens: Items[int], spans: Items[ImageSpan], tail: bool = False) -> None:
+        """Let others find the full blocks, and with `tail`, at the end, the one that is not full.
+
+        `tokens` are those of the whole sequence, which must be final as far as they are computed.
+        """
+        prefixes = self._cache.prefixes
+        if prefixes is None:
+            return
+        for index in range(len(self._parents) - 1, self.length // self._size):
+            node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens, spans)
+            self.blocks[index] = node.block
+            self._parents.append(node.number)
+        index, offset = divmod(self.length, self._size)
+        if tail and offset and not self._cache.pool.is_published(self.blocks[index]):
+            node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens[: self.length], spans)
+            self.blocks[index] = node.block
+
+    def fork(self) -> Sequence:
+        """Another sequence with the same content; the two share blocks until one of them writes."""
+        twin = self._cache.register(Sequence(self._cache, self.root, self._size))
+        twin.length, twin.blocks = self.length, self.blocks[: -(-self.length // self._size)]
+        twin._parents = self._parents.copy()
+        for block in twin.blocks:
+            self._cache.pool.hold(block)
+        return twin
+
+    def close(self) -> None:
+        """Give all blocks back; what was published stays findable until its blocks are needed."""
+        self.length = 0
+        self._drop(0)
+
+    def _writes_shared(self) -> bool:
+        index, offset = divmod(self.length, self._size)
+        return offset > 0 and not self._cache.pool.is_exclusive(self.blocks[index])
+
+    def _drop(self, keep: int) -> None:
+        """Shorten the table to `keep` blocks."""
+        self._cache.pool.release(self.blocks[keep:])
+        del self.blocks[keep:]
+        del self._parents[self.length // self._size + 1 :]
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,138 @@
+"""The model in a thread of its own: streams side by side, readers that leave or lag, refusals, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from qvl_runtime import AsyncEngine, Engine, SamplingParams
+from qvl_runtime.errors import CapacityError, ImageError, PromptError, QVLError
+from tests.schedule.drive import greedy, picture, prompt_of
+
+pytestmark = pytest.mark.cpu
+PROMPT = {"token_ids": [1, 2, 3]}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(dtype="float32", max_model_len=8192)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine: Engine) -> Iterator[None]:
+    yield
+    cache = engine.loop.runner.cache
+    cache.check_integrity()
+    assert cache.pool.available == cache.pool.num_blocks
+    assert not engine.loop.scheduler.running and not engine.loop.scheduler.waiting
+
+
+def run(engine: Engine, body: Callable[[AsyncEngine], Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with AsyncEngine(engine, **options) as served:
+            await asyncio.wait_for(body(served), 60)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+def test_streams_side_by_side_are_what_generate_gives(engine: Engine) -> None:
+    prompts = [prompt_of(engine, [i, 2], picture(i % 2), [9, i]) for i in range(6)]
+    want = engine.generate(prompts, greedy(12))
+
+    async def body(served: AsyncEngine) -> None:
+        async def one(prompt: Any) -> list[Any]:
+            return [piece async for piece in served.stream(prompt, greedy(12))]
+
+        for pieces, expected in zip(await asyncio.gather(*map(one, prompts)), want, strict=True):
+            assert tuple(t for piece in pieces for t in piece.token_ids) == expected.token_ids
+            assert "".join(piece.text for piece in pieces) == expected.text
+            assert pieces[-1].completion.token_ids == expected.token_ids
+        several = SamplingParams(max_tokens=5, temperature=1.0, seed=1, n=3, ignore_eos=True)
+        assert len((await served.generate(PROMPT, several)).answers) == 3
+        assert (await served.report())["requests"]["running"] == 0
+
+    run(engine, body)
+
+
+def test_closing_the_iterator_or_cancelling_the_task_frees_the_blocks(engine: Engine) -> None:
+    async def body(served: AsyncEngine) -> None:
+        pool = engine.loop.runner.cache.pool
+        stream = served.stream(PROMPT, greedy(8000))
+        await anext(stream)
+        task = asyncio.create_task(served.generate({"token_ids": [4, 5]}, greedy(8000)))
+        await until(lambda: len(engine.loop.scheduler.running) == 2)
+        await stream.aclose()
+        task.cancel()
+        await until(lambda: pool.available == pool.num_blocks and not engine.loop.scheduler.running)
+        assert (await served.generate(PROMPT, greedy(3))).usage.completion_tokens == 3
+
+    run(engine, body)
+
+
+def test_a_reader_that_lags_is_held_and_others_go_on(engine: Engine) -> None:
+    async def body(served: AsyncEngine) -> None:
+        slow = served.stream(PROMPT, greedy(60))
+        first = await anext(slow)
+        assert (await served.generate({"token_ids": [7]}, greedy(100))).usage.completion_tokens == 100
+        (request,) = [task.request for task in engine.loop.scheduler.running]
+        made = len(request.tasks[0].answer.token_ids)
+        assert request.held and made <= 8 + 2, "the limit, and what was on its way"
+        rest = [piece async for piece in slow]
+        assert sum(len(piece.token_ids) for piece in [first, *rest]) == 60
+
+    run(engine, body, max_unread=8)
+
+
+def test_beyond_the_limit_a_request_waits_or_is_refused(engine: Engine) -> None:
+    async def body(served: AsyncEngine) -> None:
+        stream = served.stream(PROMPT, greedy(8000))
+        await anext(stream)
+        assert served.busy
+        with pytest.raises(CapacityError, match="1 requests are under way"):
+            await served.generate(PROMPT, greedy(1), wait=False)
+        queued = asyncio.create_task(served.generate(PROMPT, greedy(1)))
+        await asyncio.sleep(0.02)
+        assert not queued.done()
+        await stream.aclose()
+        assert (await queued).usage.completion_tokens == 1
+
+    run(engine, body, max_pending=1)
+
+
+def test_errors_go_to_whom_they_belong(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(served: AsyncEngine) -> None:
+        bad = [{"token_ids": [1] * 9000}, "<img>nowhere.jpg</img>", PROMPT, ""]
+        long, missing, fine, empty = await served.generate_all(bad, greedy(2))
+        assert isinstance(long, CapacityError) and isinstance(missing, ImageError) and isinstance(empty, PromptError)
+        assert not isinstance(fine, BaseException) and fine.usage.completion_tokens == 2
+        with pytest.raises(PromptError, match="n is 2"):
+            await anext(served.stream(PROMPT, SamplingParams(n=2)))
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.loop.runner.model, "logits", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await served.generate(PROMPT, greedy(2))
+        assert (await served.generate(PROMPT, greedy(2))).usage.completion_tokens == 2
+
+    run(engine, body)
+
+
+def test_closing_the_engine_ends_what_is_open(engine: Engine) -> None:
+    async def body(served: AsyncEngine) -> None:
+        stream = served.stream(PROMPT, greedy(8000))
+        await anext(stream)
+        await served.close()
+        with pytest.raises(QVLError, match="closed before the answer"):
+            async for _ in stream:
+                pass
+        with pytest.raises(QVLError, match="the engine is closed"):
+            await served.generate(PROMPT)
+
+    run(engine, body)
