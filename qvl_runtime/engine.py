@@ -72,7 +72,7 @@ class Engine:
             self.tokenizer, config.visual.image_size, defaults.chat_format, defaults.max_window_size, limits=limits
         )
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
-        network = QwenVL(config, load_state(self.folder, config, kind, place))
+        network = QwenVL(config, load_state(self.folder, config, kind, place), asked.precision)
         cache = KVCache(config, self.max_model_len, kind, place)
         self._runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
         self._load_s = time.perf_counter() - began

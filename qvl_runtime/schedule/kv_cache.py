@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from qvl_kernels.reference import cache_width
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.language import LayerCache, Layout
@@ -23,7 +24,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_blocks = -(-tokens // BLOCK_SIZE)
-        shape = (self.num_blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
+        shape = (self.num_blocks, config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
         self.layers = [
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(config.num_hidden_layers)
