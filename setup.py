@@ -29,12 +29,13 @@ SOURCES = {
     "pack.cpp": ["-O2", "-ftree-vectorize"],
     "variant_portable.cpp": ["-O2", "-ftree-vectorize"],
 }
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 X86_SOURCES = {
-    "variant_avx2.cpp": ["-O2", "-mavx2", "-mfma", "-mf16c"],
-    "variant_avx512.cpp": [
-        "-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c",
-    ],
-}  # fmt: skip
+    "variant_avx2.cpp": ["-O2", *AVX2],
+    "variant_avx512.cpp": ["-O3", *AVX512],
+    "variant_amx.cpp": ["-O3", *AVX512, "-mamx-tile", "-mamx-int8"],
+}
 
 
 class BuildKernels(build_ext):

@@ -4,6 +4,10 @@
 #include <cstring>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace {
 
 struct Variant {
@@ -19,11 +23,17 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+// Bits 24 and 25 of EDX in leaf 7: tiles, and int8 products on them. gcc 12's cpu_supports does not know these names.
+bool has_amx() {
+  unsigned a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 && entries_amx();
+}
 #endif
 
 const Variant* variants() {
   static const Variant all[] = {
 #if defined(__x86_64__)
+      {"amx", has_amx(), entries_amx},
       {"avx512", has_avx512(), entries_avx512},
       {"avx2", has_avx2(), entries_avx2},
 #endif

@@ -8,6 +8,7 @@ struct Entry {
 };
 
 // One list for each variant that was compiled in, ended by a null name.
+const Entry* entries_amx();  // null where the system does not give the tile registers
 const Entry* entries_avx512();
 const Entry* entries_avx2();
 const Entry* entries_portable();

@@ -102,6 +102,20 @@ void unpack_block(const Packed& w, int64_t block, uint8_t* panel) {
   }
 }
 
+// Two blocks from `block` on, as bytes, in memory that the thread keeps until it asks again; how many there are. Of a
+// last one alone the second panel is the first again.
+int unpack_pair(const Packed& w, int64_t block, const uint8_t* panels[2]) {
+  const int blocks = block + 1 < w.blocks() ? 2 : 1;
+  const int64_t bytes = w.groups * w.group * 16;
+  uint8_t* unpacked = w.bits == 4 ? scratch<uint8_t>(5, 2 * bytes) : nullptr;
+  for (int n = 0; n < blocks; n++) {
+    panels[n] = w.bits == 4 ? unpacked + n * bytes : w.lines + (block + n) * w.block_bytes();
+    if (w.bits == 4) unpack_block(w, block + n, unpacked + n * bytes);
+  }
+  if (blocks == 1) panels[1] = panels[0];
+  return blocks;
+}
+
 // kTileRows x 32 outputs in registers. Activations come as [padded / 4][kTileRows] words: row after row they would
 // all fall into one set of the L1 cache, since 4096 inputs are 4 KiB.
 void tile(const Packed& w, int64_t block, const uint8_t* const panels[2], int blocks, const int8_t* x, const Activations& a,
@@ -145,18 +159,26 @@ void many_rows(const Packed& w, const Activations& a, const Output& out) {
       for (int64_t k = 0; k < words; k++) memcpy(to + (k * kTileRows + m) * 4, a.q + (t * kTileRows + m) * a.padded + k * 4, 4);
   });
   parallel((w.blocks() + 1) / 2, [&](int64_t pair) {
-    const int64_t block = 2 * pair;
-    const int blocks = block + 1 < w.blocks() ? 2 : 1;
     const uint8_t* panels[2];
-    uint8_t* unpacked = w.bits == 4 ? scratch<uint8_t>(5, 2 * a.padded * 16) : nullptr;
-    for (int n = 0; n < 2; n++) {
-      const int64_t from = block + (n < blocks ? n : 0);
-      panels[n] = w.bits == 4 ? unpacked + n * a.padded * 16 : w.lines + from * w.block_bytes();
-      if (w.bits == 4) unpack_block(w, from, unpacked + n * a.padded * 16);
-    }
+    const int blocks = unpack_pair(w, 2 * pair, panels);
     for (int64_t t = 0; t < tiles; t++)
-      tile(w, block, panels, blocks, packed + t * kTileRows * a.padded, a, out, t * kTileRows);
+      tile(w, 2 * pair, panels, blocks, packed + t * kTileRows * a.padded, a, out, t * kTileRows);
   });
+}
+
+#if defined(__AMX_INT8__)
+}  // namespace
+#include "gemm_amx.inl"
+namespace {
+#endif
+
+// The one place where a kernel is chosen by the number of rows. Rows are padded to what it takes at once.
+int64_t rows_at_once(int64_t rows, int64_t group) {
+#if defined(__AMX_INT8__)
+  if (rows > 2 * kFewRows && group % 64 == 0) return kAmxRows;
+#endif
+  (void)group;
+  return rows > 2 * kFewRows ? kTileRows : rows == 1 ? 1 : kFewRows;
 }
 
 template <int BITS> void by_regime(const Packed& w, const Activations& a, const Output& out) {
@@ -164,6 +186,9 @@ template <int BITS> void by_regime(const Packed& w, const Activations& a, const 
   else if (a.rows == 2) few_rows_all<BITS, 2, 4>(w, a, out);
   else if (a.rows <= 4) few_rows_all<BITS, 4, 2>(w, a, out);
   else if (a.rows <= 2 * kFewRows) few_rows_all<BITS, kFewRows, 1>(w, a, out);
+#if defined(__AMX_INT8__)
+  else if (w.group % 64 == 0) many_rows_amx(w, a, out);
+#endif
   else many_rows(w, a, out);
 }
 
@@ -173,7 +198,7 @@ void linear_int8(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int
                  const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                  int64_t outputs, const float* bias, void* y) {
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
-  const int64_t step = rows > 2 * kFewRows ? kTileRows : rows == 1 ? 1 : kFewRows;
+  const int64_t step = rows_at_once(rows, group);
   const Activations a = quantize_rows(x, dtype, rows, (rows + step - 1) / step * step, inputs, padded, group, perm);
   const Output out{bias, y, dtype, outputs};
   bits == 4 ? by_regime<4>(w, a, out) : by_regime<8>(w, a, out);

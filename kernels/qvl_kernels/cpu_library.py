@@ -41,7 +41,7 @@ class Library:
     """The kernels for one instruction set, each an attribute; `threads` follows torch's setting."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """instruction_set: "avx512", "avx2" or "portable"; None is the best that this CPU has.
+        """instruction_set: "amx", "avx512", "avx2" or "portable"; None is the best that this CPU has.
 
         Raises `LibraryError` where the library was not built, or cannot run what is asked.
         """

@@ -15,7 +15,7 @@ except cpu_library.LibraryError:
     AVAILABLE = ()
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with the kernels of one instruction set; skips where the build or the CPU lacks it."""
     if request.param not in AVAILABLE:
