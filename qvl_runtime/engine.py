@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -28,6 +28,7 @@ from qvl_runtime.schedule.request import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.runner import Chunk, Runner
 from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.hub import Source, resolve_model
+from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 
 _log = logging.getLogger("qvl_runtime")
 
@@ -61,8 +62,12 @@ class Engine:
             NANO if model is None else model, download=download, source=source, revision=revision, progress=progress
         )
         self.config = config = ModelConfig.from_folder(self.folder)
+        if asked.synthetic is not None:
+            self.config = config = synthetic_config(asked.synthetic, config)
         self.defaults = defaults = GenerationDefaults.from_folder(self.folder)
         self.tokenizer = Tokenizer.from_folder(self.folder, config.visual.n_queries, config.visual.image_start_id)
+        if asked.synthetic is not None:
+            self.folder = Path(f"synthetic {asked.synthetic}")  # what is said to run
         self.max_model_len = asked.max_model_len or config.context_limit
         limits = ImageLimits(
             max_bytes=asked.max_image_bytes, max_pixels=asked.max_image_pixels, timeout_s=asked.image_timeout_s,
@@ -72,7 +77,12 @@ class Engine:
             self.tokenizer, config.visual.image_size, defaults.chat_format, defaults.max_window_size, limits=limits
         )
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
-        network = QwenVL(config, load_state(self.folder, config, kind, place), asked.precision)
+        state: MutableMapping[str, Tensor]
+        if asked.synthetic is None:
+            state = load_state(self.folder, config, kind, place)
+        else:
+            state = SyntheticState(config, kind, asked.repeat_blocks)
+        network = QwenVL(config, state, asked.precision)
         cache = KVCache(config, self.max_model_len, kind, place)
         self._runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
         self._load_s = time.perf_counter() - began

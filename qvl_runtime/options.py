@@ -57,6 +57,15 @@ class ModelOptions:
         ),
     ] = "exact"
 
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Random weights of the size of qwen-vl-chat or qwen-vl-chat-int4, to measure; its answers are noise.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
     def folder(self) -> Path:
         """Where the checkpoint lies, downloaded if that was asked for."""
         from qvl_runtime.engine import NANO

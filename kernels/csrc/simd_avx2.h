@@ -110,6 +110,7 @@ inline Bytes repeat4(const int8_t* p) {
   __builtin_memcpy(&word, p, 4);
   return iset1(word);
 }
+inline I add_bytes(I acc, Bytes x) { return iadd(acc, x); }
 inline Bytes low_nibbles(Bytes x) {
   const __m256i mask = _mm256_set1_epi8(0x0f);
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};

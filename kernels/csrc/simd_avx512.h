@@ -70,6 +70,7 @@ inline Bytes repeat4(const int8_t* p) {
   __builtin_memcpy(&word, p, 4);
   return _mm512_set1_epi32(word);
 }
+inline I add_bytes(I acc, Bytes x) { return _mm512_add_epi32(acc, x); }
 inline Bytes low_nibbles(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(0x0f)); }
 inline Bytes high_nibbles(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8((char)0xf0)); }
 inline Bytes low_high_nibbles(Bytes a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(0x0f)); }

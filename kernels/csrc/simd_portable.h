@@ -97,6 +97,14 @@ inline Bytes repeat4(const int8_t* p) {
   for (int i = 0; i < 16; i++) memcpy(r.v + 4 * i, p, 4);
   return r;
 }
+inline I add_bytes(I acc, Bytes x) {  // the bytes as 16 words, which wrap around
+  for (int i = 0; i < 16; i++) {
+    uint32_t word;
+    memcpy(&word, x.v + 4 * i, 4);
+    acc.v[i] = (int32_t)((uint32_t)acc.v[i] + word);
+  }
+  return acc;
+}
 inline Bytes low_nibbles(Bytes x) { for (uint8_t& b : x.v) b &= 15; return x; }
 inline Bytes low_high_nibbles(Bytes x) { for (uint8_t& b : x.v) b >>= 4; return x; }
 inline Bytes high_nibbles(Bytes x) { return low_high_nibbles(x); }

@@ -13,6 +13,8 @@
 
 #include "attention.inl"
 
+#include "ceiling.inl"
+
 namespace {
 
 const Entry kEntries[] = {
@@ -26,6 +28,7 @@ const Entry kEntries[] = {
     {"gelu", (void*)gelu},
     {"rotary_to_cache", (void*)rotary_to_cache},
     {"paged_attention", (void*)paged_attention},
+    {"read_memory", (void*)read_memory},
     {nullptr, nullptr},
 };
 

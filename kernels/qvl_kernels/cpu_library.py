@@ -30,6 +30,7 @@ _SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "pack_gptq": "PiiiiPP",
     "pack_dense": "PiiiiiPP",
     "advise_huge": "Pi",
+    "read_memory": "PiP",
 }
 
 
@@ -99,7 +100,9 @@ def instruction_set(name: str) -> Iterator[Library]:
 
 
 def _load() -> ctypes.CDLL:
-    found = [path for suffix in EXTENSION_SUFFIXES for path in Path(__file__).parent.glob(f"_cpu*{suffix}")]
+    named = os.environ.get("QVL_CPU_LIBRARY")  # another build, such as that of `make asan`
+    here = Path(__file__).parent
+    found = [Path(named)] if named else [path for suffix in EXTENSION_SUFFIXES for path in here.glob(f"_cpu{suffix}")]
     if not found:
         raise LibraryError("the CPU kernels were not built (no C++ compiler at install time?): pip install anew with g++")
     try:
