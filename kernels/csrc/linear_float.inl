@@ -78,32 +78,29 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
   else rows == 1 ? exact_all<8, 1>(w, floats, sums, padded, rows, out) : exact_all<8, 4>(w, floats, sums, padded, rows, out);
 }
 
-// Outputs [first, first + count) of a packed weight as rows [count, inputs] of `dtype`; `first` a multiple of 16.
+// Outputs [first, first + count) of a packed weight as the columns of y [inputs, count] of `dtype`, which is how a line
+// holds them; `first` and `count` are multiples of 16.
 void dequantize(const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                 int64_t outputs, int64_t inputs, int64_t padded, const int32_t* perm, int64_t first, int64_t count,
                 int64_t dtype, void* y) {
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
-  const int per_line = bits == 4 ? 8 : 4;
-  parallel_ranges((count + 15) / 16, 1, [&](int64_t begin, int64_t end) {
-    float* columns = scratch<float>(0, 16 * padded);  // [padded, 16], then turned over
-    float* row = scratch<float>(1, (inputs + 15) / 16 * 16);
-    for (int64_t b = begin; b < end; b++) {
-      const int64_t block = first / 16 + b;
-      for (int64_t k = 0; k < padded; k++) {
-        const int64_t g = k / group, i = k % per_line;
-        const Bytes line = load_bytes(lines + block * w.block_bytes() + k / per_line * 64);
-        F value = bits == 4 ? nibble_less_8(line, (int)(i < 4 ? 8 * i : 8 * i - 28)) : byte_less_128(line, (int)(8 * i));
-        if (zeros) value = add(value, sub(set1((float)(1 << (bits - 1))), to_float(load_u8(zeros + (block * w.groups + g) * 16))));
-        store(columns + k * 16, mul(value, w.scale(block, g)));
-      }
-      for (int64_t n = 0; n < 16 && b * 16 + n < count; n++) {
-        for (int64_t k = 0; k < padded; k++) {
-          const int64_t input = perm ? perm[k] : k;
-          if (input >= 0 && input < inputs) row[input] = columns[k * 16 + n];
+  const int64_t per_line = 32 / bits, line_count = group / per_line;
+  parallel_ranges(count / 16, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t g = 0; g < w.groups; g++)
+      for (int64_t j = 0; j < line_count; j++)
+        for (int64_t b = begin; b < end; b++) {
+          const int64_t block = first / 16 + b;
+          const Bytes line = load_bytes(lines + block * w.block_bytes() + g * w.group_bytes() + j * 64);
+          const F scale = w.scale(block, g);
+          const F middle = set1((float)(1 << (bits - 1)));
+          const F shift = zeros ? sub(middle, to_float(load_u8(zeros + (block * w.groups + g) * 16))) : zero();
+          for (int64_t i = 0; i < per_line; i++) {
+            const int64_t k = g * group + j * per_line + i, input = perm ? perm[k] : k;
+            if (input < 0 || input >= inputs) continue;
+            const F level = bits == 4 ? nibble_less_8(line, (int)(i < 4 ? 8 * i : 8 * i - 28)) : byte_less_128(line, (int)(8 * i));
+            store_as(y, dtype, input * count + b * 16, mul(add(level, shift), scale));
+          }
         }
-        for (int64_t i = 0; i < inputs; i += 16) store_upto(y, dtype, (b * 16 + n) * inputs + i, load(row + i), inputs - i);
-      }
-    }
   });
 }
 

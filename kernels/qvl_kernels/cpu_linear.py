@@ -55,13 +55,17 @@ class PackedWeight:
         step = max(BLOCK, UNPACKED_AT_ONCE // (self.inputs * x.element_size()) // BLOCK * BLOCK)
         y = x.new_empty(*x.shape[:-1], self.outputs)
         for first in range(0, self.outputs, step):
-            part = self.unpacked(first, min(step, self.outputs - first), x.dtype)
-            y[..., first : first + len(part)] = F.linear(x, part)
+            part = self.unpacked(first, min(step, self.padded_outputs - first), x.dtype)
+            y[..., first : first + step] = (x @ part)[..., : self.outputs - first]
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
+    @property
+    def padded_outputs(self) -> int:
+        return _up(self.outputs, BLOCK)
+
     def unpacked(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Rows first to first + count of the weight, [count, inputs]."""
-        part = torch.empty(count, self.inputs, dtype=dtype)
+        """Outputs first to first + count as columns, [inputs, count]; both are multiples of 16."""
+        part = torch.empty(self.inputs, count, dtype=dtype)
         library().ready().dequantize(
             self.lines.data_ptr(), self.scales.data_ptr(), _pointer(self.zeros), self.bits, self.group, self.outputs,
             self.inputs, self.padded, _pointer(self.perm), first, count, CODES[dtype], part.data_ptr(),
