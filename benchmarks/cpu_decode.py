@@ -1,4 +1,4 @@
-"""Whole steps of the full-size model with random weights on this CPU, beside llama.cpp in turns. One JSON line a figure.
+"""Whole steps of the full-size model, random weights, on this CPU, llama.cpp in turns. One JSON line a figure.
 
     python -m benchmarks.cpu_decode --precision fast --contexts 0,300,2000 --prefill 512
         [--llama SERVE MODEL.gguf]   # a server that answers "tg N", "pp N" and "depth N" on its standard input
@@ -96,7 +96,7 @@ def picture(engine: Engine) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="qwen-vl-chat-int4", help="a synthetic model: qwen-vl-chat-int4 or qwen-vl-chat")
+    parser.add_argument("--model", default="qwen-vl-chat-int4", help="qwen-vl-chat-int4 or qwen-vl-chat")
     parser.add_argument("--precision", default="fast", choices=["exact", "fast"])
     parser.add_argument("--contexts", default="0,300,2000")
     parser.add_argument("--prefill", type=int, default=512)
@@ -118,7 +118,7 @@ def main() -> None:
     if asked.picture:
         picture(engine)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say(peak_resident_gb=peak / 1e9, **{k: v for k, v in engine.report()["kernels"].items()})
+    say(peak_resident_gb=peak / 1e9, **engine.report()["kernels"])
 
 
 if __name__ == "__main__":

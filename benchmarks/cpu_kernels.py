@@ -42,18 +42,19 @@ def gemv() -> None:
     for inputs, outputs in SHAPES:
         copies = max(2, (400 << 20) // (inputs * outputs // 2))
         weights = [random_int4(inputs, outputs) for _ in range(copies)]
-        x, nbytes = torch.randn(1, inputs), sum(w.nbytes for w in weights)
-        calls: Calls = {
-            "W4A8": lambda: [w.int8(x) for w in weights], "exact": lambda: [w.exact(x) for w in weights],
-            "read": reader(nbytes),
-        }  # fmt: skip
-        calls |= onnxruntime_linears([(inputs, outputs)] * copies, 1)
-        found = alternate(calls)
-        for name, timing in found.items():
-            speed = nbytes / timing.seconds / 1e9
-            say(gemv=name, inputs=inputs, outputs=outputs, us=timing.seconds / copies * 1e6, gb_s=speed,
-                of_read=speed / (nbytes / found["read"].seconds / 1e9), over_ours=timing.seconds / found["W4A8"].seconds,
-                load=timing.load, samples=timing.samples)  # fmt: skip
+        gemv_of(weights, torch.randn(1, inputs), onnxruntime_linears([(inputs, outputs)] * copies, 1))
+
+
+def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> None:
+    nbytes = sum(w.nbytes for w in weights)
+    found = alternate({
+        "W4A8": lambda: [w.int8(x) for w in weights], "exact": lambda: [w.exact(x) for w in weights],
+        "read": reader(nbytes), **peers,
+    })  # fmt: skip
+    for name, timing in found.items():
+        say(gemv=name, inputs=weights[0].inputs, outputs=weights[0].outputs, us=timing.seconds / len(weights) * 1e6,
+            gb_s=nbytes / timing.seconds / 1e9, of_read=found["read"].seconds / timing.seconds,
+            over_ours=timing.seconds / found["W4A8"].seconds, load=timing.load, samples=timing.samples)  # fmt: skip
 
 
 def gemm(rows: int = 512) -> None:
@@ -69,23 +70,26 @@ def gemm(rows: int = 512) -> None:
 
 
 def attention() -> None:
-    heads, dim, block_size = 32, 128, 16
     for context in (300, 2000):
-        blocks = -(-context // block_size)
-        table = torch.randperm(blocks).view(1, -1)
-        q = torch.randn(1, heads, dim).bfloat16()
-        calls: Calls = {}
-        sizes = {}
-        for dtype in (torch.bfloat16, torch.int8):
-            width = cpu.cache_width(dim, dtype)
-            layers = max(2, (400 << 20) // (blocks * block_size * heads * width * 4))
-            caches = [torch.zeros(2, blocks, heads, block_size, width, dtype=dtype) for _ in range(layers)]
-            name = str(dtype).removeprefix("torch.")
-            sizes[name] = layers * 2 * context * heads * width * dtype.itemsize
-            calls[name] = lambda caches=caches: [cpu.paged_attention(q, *c, table, [0, 1], [context]) for c in caches]
-        sizes["read"] = sizes["bfloat16"]
-        for name, timing in alternate(calls | {"read": reader(sizes["read"])}).items():
-            say(attention=name, context=context, gb_s=sizes[name] / timing.seconds / 1e9, load=timing.load)
+        attention_over(context)
+
+
+def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: int = 16) -> None:
+    blocks = -(-context // block_size)
+    table = torch.randperm(blocks).view(1, -1)
+    q = torch.randn(1, heads, dim).bfloat16()
+    calls: Calls = {}
+    sizes = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        width = cpu.cache_width(dim, dtype)
+        layers = max(2, (400 << 20) // (blocks * block_size * heads * width * 4))
+        caches = [torch.zeros(2, blocks, heads, block_size, width, dtype=dtype) for _ in range(layers)]
+        name = str(dtype).removeprefix("torch.")
+        sizes[name] = layers * 2 * context * heads * width * dtype.itemsize
+        calls[name] = lambda caches=caches: [cpu.paged_attention(q, *c, table, [0, 1], [context]) for c in caches]
+    sizes["read"] = sizes["bfloat16"]
+    for name, timing in alternate(calls | {"read": reader(sizes["read"])}).items():
+        say(attention=name, context=context, gb_s=sizes[name] / timing.seconds / 1e9, load=timing.load)
 
 
 def vision() -> None:

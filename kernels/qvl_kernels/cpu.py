@@ -17,7 +17,6 @@ from qvl_kernels import reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library
 from qvl_kernels.cpu_linear import linear, prepare_gptq, prepare_linear
 from qvl_kernels.reference import (
-    SCALE_BYTES,
     cache_width,
     cross_attention,
     from_cached,

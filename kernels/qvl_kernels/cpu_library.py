@@ -104,7 +104,7 @@ def _load() -> ctypes.CDLL:
     here = Path(__file__).parent
     found = [Path(named)] if named else [path for suffix in EXTENSION_SUFFIXES for path in here.glob(f"_cpu{suffix}")]
     if not found:
-        raise LibraryError("the CPU kernels were not built (no C++ compiler at install time?): pip install anew with g++")
+        raise LibraryError("the CPU kernels were not built (no C++ compiler at install time?): install g++, then anew")
     try:
         return ctypes.CDLL(str(found[0]))
     except OSError as fault:

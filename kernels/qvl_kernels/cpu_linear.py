@@ -122,7 +122,7 @@ def prepare_gptq(
     """A GPTQ linear in the kernels' layout. What they cannot hold runs as in the reference, with a warning."""
     reason = _unsupported(qweight, scales, bits)
     if reason is not None:
-        _log.warning("a GPTQ linear of %d outputs runs in plain torch, unpacked on each use: %s", len(scales[0]), reason)
+        _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", len(scales[0]), reason)
         slow = reference.prepare_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias, precision)
         return slow._replace(kernel=f"{slow.kernel} ({reason})")
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
@@ -135,8 +135,9 @@ def prepare_gptq(
     zeros = reference.unpack_rows(qzeros.t(), bits).t() + zero_offset
     middle = bool((zeros == 1 << (bits - 1)).all())
     packed = PackedWeight(
-        lines, _by_block(scales.half(), order.groups), None if middle else _by_block(zeros.to(torch.uint8), order.groups),
-        order.perm, _float(bias), bits, order.size, inputs, padded, outputs,
+        lines, _by_block(scales.half(), order.groups),
+        None if middle else _by_block(zeros.to(torch.uint8), order.groups), order.perm, _float(bias), bits, order.size,
+        inputs, padded, outputs,
     )  # fmt: skip
     details = f"groups of {order.size}{'' if middle else ', zero points'}{'' if order.perm is None else ', act-order'}"
     if precision == "fast":

@@ -2,8 +2,8 @@
 
 Shapes: n rows (tokens of all requests of a step, one after another, no padding), R requests, D channels, H heads of
 d channels, P pictures of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
-contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size + offset. Section numbers are those of the Qwen-VL specification that
-the tests are built on.
+contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size +
+offset. Section numbers are those of the Qwen-VL specification that the tests are built on.
 """
 
 from __future__ import annotations

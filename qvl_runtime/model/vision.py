@@ -55,7 +55,8 @@ class Resampler:
         self._kv_proj = make.dense(f"{name}.kv_proj") if config.width != config.output_dim else None
         self._ln_kv = _norm(config, make, f"{name}.ln_kv")
         weights, biases = (make.state.pop(f"{name}.attn.in_proj_{kind}").chunk(3) for kind in ("weight", "bias"))
-        self._to_k, self._to_v = (make.bind(f"{name}.attn.to_{n}", weights[i], biases[i]) for i, n in ((1, "k"), (2, "v")))
+        self._to_k = make.bind(f"{name}.attn.to_k", weights[1], biases[1])
+        self._to_v = make.bind(f"{name}.attn.to_v", weights[2], biases[2])
         self._out_proj = make.dense(f"{name}.attn.out_proj")
         positions = make.state[f"{name}.pos_embed"]
         # the queries are the same for every picture: projected once

@@ -37,7 +37,7 @@ def test_the_published_sizes(name: str, small: ModelConfig) -> None:
 
 @pytest.mark.unit
 def test_an_unknown_name() -> None:
-    with pytest.raises(ConfigError, match="'qwen-vl'.*qwen-vl-chat-int4"):
+    with pytest.raises(ConfigError, match=r"'qwen-vl'.*qwen-vl-chat-int4"):
         synthetic_config("qwen-vl", ModelConfig.from_folder(NANO))
 
 
