@@ -267,6 +267,7 @@ class EngineConfig:
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     dtype: str = "auto"  # "auto": what the checkpoint says
     precision: Literal["exact", "fast"] = "exact"  # fast: kernels may round activations, head and vision to int8
+    kv_cache: Literal["auto", "int8"] = "auto"  # auto: as the weights; int8: a level a channel and a scale a vector
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
@@ -282,6 +283,7 @@ class EngineConfig:
             raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
         require_choice("dtype", self.dtype, ("auto", *DTYPES))
         require_choice("precision", self.precision, PRECISIONS)
+        require_choice("kv_cache", self.kv_cache, ("auto", "int8"))
         require_positive(self, "", "max_image_bytes", "max_image_pixels", "image_timeout_s", "image_cache_bytes")
         if self.max_images < 0:
             raise ConfigError(f"max_images is {self.max_images}; expected 0 (no pictures) or more")

@@ -63,7 +63,11 @@ def describe(folder: Path, runner: Runner, load_s: float) -> dict[str, Any]:
             "picture_features": images.bytes,
         },
         "caches": {
-            "kv": {"slots": cache.num_slots, "free": cache.free_tokens},
+            "kv": {
+                "dtype": str(cache.layers[0].k.dtype).removeprefix("torch."),
+                "slots": cache.num_slots,
+                "free": cache.free_tokens,
+            },
             "pictures": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
         },
     }

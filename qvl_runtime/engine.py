@@ -83,7 +83,8 @@ class Engine:
         else:
             state = SyntheticState(config, kind, asked.repeat_blocks)
         network = QwenVL(config, state, asked.precision)
-        cache = KVCache(config, self.max_model_len, kind, place)
+        cached_as = torch.int8 if asked.kv_cache == "int8" else kind
+        cache = KVCache(config, self.max_model_len, cached_as, place)
         self._runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())
