@@ -16,7 +16,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup triton demo test lint nano eval-nano clean
+.PHONY: help setup triton demo test asan ubsan lint nano eval-nano clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,19 @@ demo: $(STAMP) ## caption a picture, answer a question, box an object: about a m
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# A sanitizer's library must be loaded before Python; its flags reach every kernel source through QVL_CXXFLAGS.
+SANITIZED = rm -rf build/$@ && QVL_CXXFLAGS='-fsanitize=$(1) -fno-omit-frame-pointer -g' \
+	$(BIN)/python setup.py -q build_ext --build-lib build/$@ --build-temp build/$@/objects \
+	&& LD_PRELOAD="$$($${CXX:-g++} -print-file-name=$(2)) $$($${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 QVL_CPU_LIBRARY=$$(ls build/$@/qvl_kernels/_cpu*) \
+	$(BIN)/python -m pytest tests/kernels -q $(PYTEST_FLAGS)
+
+asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their tests
+	$(call SANITIZED,address,libasan.so)
+
+ubsan: $(STAMP) ## the same with UndefinedBehaviorSanitizer
+	$(call SANITIZED,undefined -fno-sanitize-recover=all,libubsan.so)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.settings import mapping, read_fields, read_json, require_choice, require_divides, require_positive
 
+PRECISIONS = ("exact", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _RUNS = "qvl_runtime runs Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4 (model_type 'qwen', QWenLMHeadModel)"
@@ -265,6 +266,9 @@ class EngineConfig:
 
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     dtype: str = "auto"  # "auto": what the checkpoint says
+    precision: Literal["exact", "fast"] = "exact"  # fast: kernels may round activations, head and vision to int8
+    synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
+    repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
     allow_urls: bool = True  # http(s) pictures
     max_image_bytes: int = 20 * 2**20
@@ -283,6 +287,7 @@ class EngineConfig:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
         require_choice("dtype", self.dtype, ("auto", *DTYPES))
+        require_choice("precision", self.precision, PRECISIONS)
         require_positive(self, "", "max_image_bytes", "max_image_pixels", "image_timeout_s", "image_cache_bytes")
         require_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         require_positive(self, "", "max_running", "max_step_tokens")

@@ -58,7 +58,8 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "kernels": kernel_report(model.device),
+        "precision": model.precision,
+        "kernels": kernel_report(model.device) | model.kernels,
         "memory": {
             **model.bytes_by_part,
             "weights": sum(model.bytes_by_part.values()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -31,6 +31,7 @@ from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.schedule.task import Request
 from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.hub import Source, resolve_model
+from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 
 _log = logging.getLogger("qvl_runtime")
 
@@ -72,8 +73,12 @@ class Engine:
             NANO if model is None else model, download=download, source=source, revision=revision, progress=progress
         )
         self.config = config = ModelConfig.from_folder(self.folder)
+        if asked.synthetic is not None:
+            self.config = config = synthetic_config(asked.synthetic, config)
         self.defaults = defaults = GenerationDefaults.from_folder(self.folder)
         self.tokenizer = Tokenizer.from_folder(self.folder, config.visual.n_queries, config.visual.image_start_id)
+        if asked.synthetic is not None:
+            self.folder = Path(f"synthetic {asked.synthetic}")  # what is said to run
         self.max_model_len = asked.max_model_len or config.context_limit
         limits = ImageLimits(
             max_bytes=asked.max_image_bytes, max_pixels=asked.max_image_pixels, timeout_s=asked.image_timeout_s,
@@ -83,7 +88,12 @@ class Engine:
             self.tokenizer, config.visual.image_size, defaults.chat_format, defaults.max_window_size, limits=limits
         )
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
-        network = QwenVL(config, load_state(self.folder, config, kind, place))
+        state: MutableMapping[str, Tensor]
+        if asked.synthetic is None:
+            state = load_state(self.folder, config, kind, place)
+        else:
+            state = SyntheticState(config, kind, asked.repeat_blocks)
+        network = QwenVL(config, state, asked.precision)
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
         room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, place)
         cache = KVCache(config, room, kept, place, asked.prefix_caching)

@@ -48,6 +48,23 @@ class ModelOptions:
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)
     ] = "auto"
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="exact, or fast: int8 activations, head and vision, where the device has kernels for it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "exact"
+
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Random weights of the size of qwen-vl-chat or qwen-vl-chat-int4, to measure; its answers are noise.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
 
     def folder(self) -> Path:
         """Where the checkpoint lies, downloaded if that was asked for."""

@@ -5,6 +5,7 @@ Every module of ops offers the names and signatures of `qvl_kernels.reference`, 
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import Protocol
 
@@ -17,15 +18,53 @@ class DeviceLike(Protocol):
 
 
 def ops_for(device: DeviceLike) -> ModuleType:
-    """The module of ops to use on a device. This is the one place where it is chosen."""
+    """The module of ops to use on a device. This is the one place where it is chosen.
+
+    `QVL_KERNELS=reference` asks for plain torch everywhere.
+    """
     from qvl_kernels import reference
 
-    return reference
+    if device.type != "cpu" or _reference_asked() or _cpu_fault() is not None:
+        return reference
+    from qvl_kernels import cpu
+
+    return cpu
 
 
 def report(device: DeviceLike) -> dict[str, str]:
     """What runs on a device and why, one line each: said in `Engine.report()` and in the first log line."""
+    if _reference_asked():
+        return _plain_torch("QVL_KERNELS=reference asks for it")
+    if device.type != "cpu":
+        return _plain_torch(f"this version has no kernels for {device.type}")
+    fault = _cpu_fault()
+    if fault is not None:
+        return _plain_torch(fault)
+    from qvl_kernels.cpu_library import library
+
+    used, available = library().instruction_set, ", ".join(library().available)
+    return {"ops": f"C++ kernels ({used})", "why": f"this CPU and build have {available}; QVL_CPU_ISA chooses"}
+
+
+def _plain_torch(why: str) -> dict[str, str]:
     return {
         "ops": "reference (plain torch)",
-        "why": f"this version has no kernels for {device.type}: torch's own run, and int4 weights are unpacked on use",
+        "why": f"{why}: torch's own run, and int4 weights are unpacked on use",
     }
+
+
+def _reference_asked() -> bool:
+    return os.environ.get("QVL_KERNELS") == "reference"
+
+
+def _cpu_fault() -> str | None:
+    """Why the CPU kernels do not run, or None. An instruction set asked for by name and not there is an error."""
+    from qvl_kernels.cpu_library import LibraryError, library
+
+    try:
+        library()
+    except LibraryError as fault:
+        if os.environ.get("QVL_CPU_ISA"):
+            raise
+        return str(fault)
+    return None

@@ -2,17 +2,21 @@
 
 Shapes: n rows (tokens of all requests of a step, one after another, no padding), R requests, D channels, H heads of
 d channels, P pictures of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
-contiguous run; a slot is block * block_size + offset. Section numbers are those of the Qwen-VL specification that
-the tests are built on.
+contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size +
+offset. Section numbers are those of the Qwen-VL specification that the tests are built on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Precision = Literal["exact", "fast"]  # fast: kernels may round activations and dense weights to int8
 
 # --- linear ------------------------------------------------------------------------------------------------------
 
@@ -55,6 +59,44 @@ def gptq_linear(
     return F.linear(x, weight.to(x.dtype), bias)
 
 
+class Bound(NamedTuple):
+    """A linear with its weights laid out as its kernel wants them."""
+
+    call: Linear
+    kernel: str  # what runs, for the report
+    nbytes: int  # of the weights as they are held
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., in] to [.., out], in x's dtype."""
+        return self.call(x)
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
+    """`linear` bound to its weights, once, at load. Here they stay as they are; a kernel may lay them out anew."""
+    return Bound(partial(linear, weight=weight, bias=bias), _name(weight), weight.nbytes)
+
+
+def prepare_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None, precision: Precision = "exact",
+) -> Bound:  # fmt: skip
+    """`gptq_linear` bound to its weights, once, at load: see `prepare_linear`."""
+    call = partial(
+        gptq_linear, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx, bits=bits, zero_offset=zero_offset,
+        bias=bias,
+    )  # fmt: skip
+    nbytes = sum(t.nbytes for t in (qweight, qzeros, scales, g_idx) if t is not None)
+    return Bound(call, f"int{bits}, unpacked on use", nbytes)
+
+
+def _name(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
+
+
 # --- norms and elementwise ---------------------------------------------------------------------------------------
 
 
@@ -63,6 +105,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return y.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream after an update, x + update, and its `rms_norm`."""
+    x = x + update
+    return x, rms_norm(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -78,6 +126,33 @@ def swiglu(up: Tensor, gate: Tensor) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU, x * Phi(x) with the error function (4.4); the tanh form is off by 8e-4 in the tower's output."""
     return F.gelu(x)
+
+
+# --- KV cache ---------------------------------------------------------------------------------------------------
+
+SCALE_BYTES = 4  # an int8 cache holds a vector's float32 scale behind its levels
+
+
+def cache_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements that a cached vector takes."""
+    return head_dim + SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
+def to_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Vectors [.., d] as a cache of `dtype` stores them. int8: x = scale * level, with scale = max |x| / 127."""
+    if dtype != torch.int8:
+        return x.to(dtype)
+    top = x.float().abs().amax(-1, keepdim=True)
+    levels = (x.float() * torch.where(top > 0, 127 / top, 0.0)).round().to(torch.int8)
+    return torch.cat([levels, (top / 127).contiguous().view(torch.int8)], -1)
+
+
+def from_cached(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stored vectors as `dtype`."""
+    if stored.dtype != torch.int8:
+        return stored.to(dtype)
+    levels, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (levels * scale).to(dtype)
 
 
 # --- decoder attention -------------------------------------------------------------------------------------------
@@ -102,11 +177,11 @@ def rotary_to_cache(
     qkv [n, 3 * H * d]; cos, sin float32 [n, r]; logn float32 [n]; caches [blocks, H, block_size, d]; slots int64 [n],
     all different. Gives q [n, H, d]; k and v are written into the caches.
     """
-    heads, block_size, head_dim = k_cache.shape[1:]
-    q, k, v = qkv.view(len(qkv), 3, heads, head_dim).unbind(1)
+    heads, block_size = k_cache.shape[1:3]
+    q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
     blocks, offsets = slots // block_size, slots % block_size
-    k_cache[blocks, :, offsets] = rotate_half(k, cos, sin).to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v.to(v_cache.dtype)
+    k_cache[blocks, :, offsets] = to_cached(rotate_half(k, cos, sin), k_cache.dtype)
+    v_cache[blocks, :, offsets] = to_cached(v, v_cache.dtype)
     return rotate_half(q, cos, sin) * logn.to(q.dtype).view(-1, 1, 1)
 
 
@@ -124,7 +199,10 @@ def paged_attention(
     for r, length in enumerate(context_lens):
         start, end = query_starts[r], query_starts[r + 1]
         blocks = block_tables[r, : -(-length // block_size)]
-        k, v = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(q.dtype) for cache in (k_cache, v_cache))
+        k, v = (
+            from_cached(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], q.dtype)
+            for cache in (k_cache, v_cache)
+        )
         rows = end - start
         causal = None
         if rows > 1:
@@ -132,42 +210,6 @@ def paged_attention(
         y = F.scaled_dot_product_attention(q[start:end].transpose(0, 1)[None], k[None], v[None], attn_mask=causal)
         out[start:end] = y[0].transpose(0, 1)
     return out.flatten(1)
-
-
-# --- the same over an int8 cache -------------------------------------------------------------------------------------
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [.., d] to int8 [.., d] and float32 scales [..], so that x is about q * scale: symmetric, 127 the largest."""
-    scale = x.float().abs().amax(-1).clamp(min=1e-12) / 127
-    return (x.float() / scale.unsqueeze(-1)).round().to(torch.int8), scale
-
-
-def rotary_to_cache_int8(
-    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor,
-    v_scale: Tensor, slots: Tensor,
-) -> Tensor:  # fmt: skip
-    """As `rotary_to_cache`, into int8 caches with a scale for each token and head, float32 [blocks, H, block_size]."""
-    heads, block_size, head_dim = k_cache.shape[1:]
-    q, k, v = qkv.view(len(qkv), 3, heads, head_dim).unbind(1)
-    blocks, offsets = slots // block_size, slots % block_size
-    for rows, cache, scales in ((rotate_half(k, cos, sin), k_cache, k_scale), (v, v_cache, v_scale)):
-        cache[blocks, :, offsets], scales[blocks, :, offsets] = quantize_rows(rows)
-    return rotate_half(q, cos, sin) * logn.to(q.dtype).view(-1, 1, 1)
-
-
-def paged_attention_int8(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor, v_scale: Tensor, block_tables: Tensor,
-    query_starts: Sequence[int], context_lens: Sequence[int],
-) -> Tensor:  # fmt: skip
-    """As `paged_attention`, over int8 caches: each row is unpacked to float32 and rounded to q's dtype."""
-    size = k_cache.shape[2]
-    used = torch.unique(torch.cat([row[: -(-n // size)] for row, n in zip(block_tables, context_lens, strict=True)]))
-    place = torch.zeros(len(k_cache), dtype=torch.int64, device=q.device)
-    place[used] = torch.arange(len(used), device=q.device)
-    pairs = ((k_cache, k_scale), (v_cache, v_scale))
-    k, v = ((cache[used] * scale[used].unsqueeze(-1)).to(q.dtype) for cache, scale in pairs)
-    return paged_attention(q, k, v, place[block_tables], query_starts, context_lens)
 
 
 # --- vision attention --------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple, Protocol
@@ -10,20 +10,18 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from qvl_runtime.config import ModelConfig
-from qvl_runtime.model.linear import Dense, Linear, decoder_linear
+from qvl_runtime.model.linear import Linear, Maker
 from qvl_runtime.model.rotary import Positions
 
 
 class LayerCache(NamedTuple):
-    """The KV cache of one layer, [blocks, H, block_size, d] each; keys are stored rotated.
+    """The KV cache of one layer, [blocks, H, block_size, width] each; keys are stored rotated.
 
-    In int8 a row of a head is its numbers times a scale, float32 [blocks, H, block_size].
+    The width is that of a head; in int8 each vector's scale stands behind it (`qvl_kernels.reference.cache_width`).
     """
 
     k: Tensor
     v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
 
 
 class Layout(NamedTuple):
@@ -61,16 +59,12 @@ class Block:
         """x [n, D], the residual stream, to the same after this block; keys and values of the rows enter the cache."""
         normed = self.ops.rms_norm(x, self.ln_1, self.eps)
         qkv = self.c_attn(normed)
-        tables = (layout.block_tables, layout.query_starts, layout.context_lens)
-        if cache.k_scale is None:
-            q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots)
-            context = self.ops.paged_attention(q, cache.k, cache.v, *tables)
-        else:
-            q = self.ops.rotary_to_cache_int8(qkv, at.cos, at.sin, at.logn, *cache, layout.slots)
-            context = self.ops.paged_attention_int8(q, *cache, *tables)
+        q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots)
+        context = self.ops.paged_attention(
+            q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
+        )
         attended = self.c_proj(context)
-        x = x + attended
-        normed_2 = self.ops.rms_norm(x, self.ln_2, self.eps)
+        x, normed_2 = self.ops.add_rms_norm(x, attended, self.ln_2, self.eps)
         up, gate = self.up(normed_2), self.gate(normed_2)
         mlp = self.down(self.ops.swiglu(up, gate))
         for name, value in (
@@ -84,12 +78,13 @@ class Block:
 class Decoder:
     """Blocks, the final norm and the head."""
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor], ops: ModuleType) -> None:
-        self._ops, self._eps = ops, config.layer_norm_epsilon
-        self.embedding = state["transformer.wte.weight"]
-        self._blocks = [_block(config, state, ops, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
-        self._ln_f = state["transformer.ln_f.weight"]
-        self._head = Dense(ops, self.embedding if config.tie_word_embeddings else state["lm_head.weight"])
+    def __init__(self, config: ModelConfig, make: Maker) -> None:
+        self._ops, self._eps = make.ops, config.layer_norm_epsilon
+        self.embedding = make.state["transformer.wte.weight"]
+        self._blocks = [_block(config, make, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
+        self._ln_f = make.state["transformer.ln_f.weight"]
+        head = make.state.pop("lm_head.weight", self.embedding)  # absent where it is tied
+        self._head = make.bind("lm_head", head)
 
     def forward(
         self, x: Tensor, at: Positions, layout: Layout, caches: Sequence[LayerCache], observe: Observer = unobserved
@@ -110,11 +105,11 @@ class Decoder:
         return self._head(self.normed(x))
 
 
-def _block(config: ModelConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> Block:
+def _block(config: ModelConfig, make: Maker, name: str) -> Block:
     def linear(part: str) -> Linear:
-        return decoder_linear(ops, state, f"{name}.{part}", config.quantization)
+        return make.decoder(f"{name}.{part}", config.quantization)
 
     return Block(
-        ops, config.layer_norm_epsilon, state[f"{name}.ln_1.weight"], state[f"{name}.ln_2.weight"],
+        make.ops, config.layer_norm_epsilon, make.state[f"{name}.ln_1.weight"], make.state[f"{name}.ln_2.weight"],
         linear("attn.c_attn"), linear("attn.c_proj"), linear("mlp.w1"), linear("mlp.w2"), linear("mlp.c_proj"),
     )  # fmt: skip

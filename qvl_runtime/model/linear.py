@@ -1,14 +1,19 @@
-"""A linear layer, dense or packed: what the model calls, whatever the checkpoint holds."""
+"""A linear layer, dense or packed: what the model calls, whatever the checkpoint holds.
+
+The ops module lays weights out as its kernels want them. Each is taken out of the state first, so that the tensor that
+was loaded can go when it is prepared: memory never holds both for more than one linear.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
+from qvl_kernels.reference import Bound, Precision
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.weights.gptq import GPTQLinear
 
@@ -20,37 +25,35 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    ops: ModuleType
-    weight: Tensor  # [out, in]
-    bias: Tensor | None = None  # [out]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = self.ops.linear(x, self.weight, self.bias)
-        return result
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """A GPTQ linear that stays packed in memory."""
+class Maker:
+    """Makes the linears of a model from its state, which it empties, and knows what it made."""
 
     ops: ModuleType
-    gptq: GPTQLinear
+    state: MutableMapping[str, Tensor]
+    precision: Precision
+    made: dict[str, Bound]  # by published name
 
-    def __call__(self, x: Tensor) -> Tensor:
-        w = self.gptq
-        result: Tensor = self.ops.gptq_linear(x, w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias)
-        return result
+    def bind(self, name: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A dense linear, said to be `name`, of tensors at hand."""
+        self.made[name] = self.ops.prepare_linear(weight, bias, self.precision)
+        return self.made[name]
 
+    def dense(self, name: str) -> Linear:
+        return self.bind(name, self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None))
 
-def dense(ops: ModuleType, state: Mapping[str, Tensor], name: str) -> Dense:
-    return Dense(ops, state[f"{name}.weight"], state.get(f"{name}.bias"))
+    def decoder(self, name: str, quantization: QuantizationConfig | None) -> Linear:
+        """One of the five linears of a decoder block, which are those that a checkpoint may hold packed.
 
-
-def decoder_linear(
-    ops: ModuleType, state: Mapping[str, Tensor], name: str, quantization: QuantizationConfig | None
-) -> Linear:
-    """One of the five linears of a decoder block, which are those that a checkpoint may hold packed."""
-    if quantization is None:
-        return dense(ops, state, name)
-    return Packed(ops, GPTQLinear.from_state(state, name, quantization))
+        Dense ones stay so in fast mode too: who wants a smaller decoder has the Int4 checkpoint.
+        """
+        if quantization is None:
+            weight, bias = self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None)
+            self.made[name] = self.ops.prepare_linear(weight, bias, "exact")
+            return self.made[name]
+        w = GPTQLinear.from_state(self.state, name, quantization)
+        for part in ("qweight", "qzeros", "scales", "g_idx", "bias"):
+            self.state.pop(f"{name}.{part}", None)
+        self.made[name] = self.ops.prepare_gptq(
+            w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias, self.precision
+        )
+        return self.made[name]

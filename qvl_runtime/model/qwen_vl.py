@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import ops_for
+from qvl_kernels.reference import Bound, Precision
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
+from qvl_runtime.model.linear import Maker
 from qvl_runtime.model.rotary import positions_of
 from qvl_runtime.model.vision import VisualTower
 
@@ -31,14 +34,22 @@ class Step:
 class QwenVL:
     """The model on one device. It holds weights and no state: the caches belong to the caller."""
 
-    def __init__(self, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
-        """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype."""
+    def __init__(
+        self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact"
+    ) -> None:
+        """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
+
+        It is emptied: what is kept of it lies in memory as the kernels want it.
+        """
         embedding = state["transformer.wte.weight"]
-        self.config, self.device, self.dtype = config, embedding.device, embedding.dtype
-        self.bytes_by_part = _bytes_by_part(state)
-        ops = ops_for(self.device)
-        self.visual = VisualTower(config.visual, state, ops)
-        self.decoder = Decoder(config, state, ops)
+        self.config, self.device, self.dtype, self.precision = config, embedding.device, embedding.dtype, precision
+        make = Maker(ops_for(self.device), state, precision, {})
+        self.decoder = Decoder(config, make)
+        self.visual = VisualTower(config.visual, make)
+        tied = config.tie_word_embeddings and precision == "exact"
+        self.bytes_by_part = _bytes_by_part(state, make.made, tied)
+        self.kernels = _kernels_by_part(make.made)
+        state.clear()
 
     @torch.inference_mode()
     def encode_pictures(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
@@ -61,11 +72,28 @@ class QwenVL:
         return self.decoder.logits(x)
 
 
-def _bytes_by_part(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Bytes of the weights: vision, language, embedding and head."""
+def _part(name: str) -> str:
+    if name.startswith("transformer.visual."):
+        return "vision"
+    return {"transformer.wte.weight": "embedding", "lm_head": "head"}.get(name, "language")
+
+
+def _bytes_by_part(rest: Mapping[str, Tensor], linears: Mapping[str, Bound], tied: bool) -> dict[str, int]:
+    """Bytes of the weights as they are held: vision, language, embedding and head."""
     parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
-    names = {"transformer.wte.weight": "embedding", "lm_head.weight": "head"}
-    for name, tensor in state.items():
-        part = "vision" if name.startswith("transformer.visual.") else names.get(name, "language")
-        parts[part] += tensor.nbytes
+    sizes = {name: t.nbytes for name, t in rest.items()} | {name: bound.nbytes for name, bound in linears.items()}
+    for name, size in sizes.items():
+        if not (tied and name == "lm_head"):
+            parts[_part(name)] += size
     return parts
+
+
+def _kernels_by_part(linears: Mapping[str, Bound]) -> dict[str, str]:
+    """What runs the linears of each part; where they differ, how many run on what."""
+    counts: dict[str, Counter[str]] = {}
+    for name, linear in linears.items():
+        counts.setdefault(f"{_part(name)} linears", Counter())[linear.kernel] += 1
+    return {
+        part: next(iter(found)) if len(found) == 1 else "; ".join(f"{n} x {kernel}" for kernel, n in found.items())
+        for part, found in counts.items()
+    }

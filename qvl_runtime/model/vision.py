@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from qvl_runtime.config import VisionConfig
 from qvl_runtime.model.language import Observer, unobserved
-from qvl_runtime.model.linear import Dense, dense
+from qvl_runtime.model.linear import Linear, Maker
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,10 +34,10 @@ class VisionBlock:
     heads: int
     ln_1: Norm
     ln_2: Norm
-    in_proj: Dense
-    out_proj: Dense
-    c_fc: Dense
-    c_proj: Dense
+    in_proj: Linear
+    out_proj: Linear
+    c_fc: Linear
+    c_proj: Linear
 
     def __call__(self, x: Tensor, observe: Observer) -> Tensor:
         """x [P, L, W], the residual stream, to the same after this block."""
@@ -51,16 +50,18 @@ class VisionBlock:
 class Resampler:
     """One cross attention from learned queries to the patches, with positions on queries and keys (4.5)."""
 
-    def __init__(self, config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> None:
-        self._ops, self._heads = ops, config.pool_heads
-        self._kv_proj = dense(ops, state, f"{name}.kv_proj") if config.width != config.output_dim else None
-        self._ln_kv = _norm(config, state, ops, f"{name}.ln_kv")
-        weights, biases = (state[f"{name}.attn.in_proj_{kind}"].chunk(3) for kind in ("weight", "bias"))
-        to_q, self._to_k, self._to_v = (Dense(ops, w, b) for w, b in zip(weights, biases, strict=True))
-        self._out_proj = dense(ops, state, f"{name}.attn.out_proj")
-        positions = state[f"{name}.pos_embed"]
+    def __init__(self, config: VisionConfig, make: Maker, name: str) -> None:
+        self._ops, self._heads = make.ops, config.pool_heads
+        self._kv_proj = make.dense(f"{name}.kv_proj") if config.width != config.output_dim else None
+        self._ln_kv = _norm(config, make, f"{name}.ln_kv")
+        weights, biases = (make.state.pop(f"{name}.attn.in_proj_{kind}").chunk(3) for kind in ("weight", "bias"))
+        self._to_k = make.bind(f"{name}.attn.to_k", weights[1], biases[1])
+        self._to_v = make.bind(f"{name}.attn.to_v", weights[2], biases[2])
+        self._out_proj = make.dense(f"{name}.attn.out_proj")
+        positions = make.state[f"{name}.pos_embed"]
         # the queries are the same for every picture: projected once
-        self._queries = to_q(_norm(config, state, ops, f"{name}.ln_q")(state[f"{name}.query"]) + positions)
+        queries = _norm(config, make, f"{name}.ln_q")(make.state[f"{name}.query"]) + positions
+        self._queries = make.ops.linear(queries, weights[0], biases[0])
         self._key_positions = resize_table(positions, config.grid)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,18 +72,18 @@ class Resampler:
 
 
 class VisualTower:
-    def __init__(self, config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType) -> None:
+    def __init__(self, config: VisionConfig, make: Maker) -> None:
         root = "transformer.visual"
         self.config = config
         # kernel and stride are one: the convolution is a product with the flattened patch
-        self._patch_proj = Dense(ops, state[f"{root}.conv1.weight"].flatten(1))
-        self._positions = resize_table(state[f"{root}.positional_embedding"], config.grid)
-        self._ln_pre = _norm(config, state, ops, f"{root}.ln_pre")
+        self._patch_proj = make.bind(f"{root}.conv1", make.state.pop(f"{root}.conv1.weight").flatten(1))
+        self._positions = resize_table(make.state[f"{root}.positional_embedding"], config.grid)
+        self._ln_pre = _norm(config, make, f"{root}.ln_pre")
         blocks = (f"{root}.transformer.resblocks.{i}" for i in range(config.layers))
-        self._blocks = [_block(config, state, ops, name) for name in blocks]
-        self._resampler = Resampler(config, state, ops, f"{root}.attn_pool")
-        self._ln_post = _norm(config, state, ops, f"{root}.ln_post")
-        self._proj = Dense(ops, state[f"{root}.proj"].t())  # published as [in, out]
+        self._blocks = [_block(config, make, name) for name in blocks]
+        self._resampler = Resampler(config, make, f"{root}.attn_pool")
+        self._ln_post = _norm(config, make, f"{root}.ln_post")
+        self._proj = make.bind(f"{root}.proj", make.state.pop(f"{root}.proj").t())  # published as [in, out]
 
     def forward(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
         """Normalised pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
@@ -119,13 +120,13 @@ def resize_table(table: Tensor, grid: int) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 
-def _norm(config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> Norm:
-    return Norm(ops, state[f"{name}.weight"], state[f"{name}.bias"], config.layer_norm_eps)
+def _norm(config: VisionConfig, make: Maker, name: str) -> Norm:
+    return Norm(make.ops, make.state[f"{name}.weight"], make.state[f"{name}.bias"], config.layer_norm_eps)
 
 
-def _block(config: VisionConfig, state: Mapping[str, Tensor], ops: ModuleType, name: str) -> VisionBlock:
+def _block(config: VisionConfig, make: Maker, name: str) -> VisionBlock:
     return VisionBlock(
-        ops, config.heads, _norm(config, state, ops, f"{name}.ln_1"), _norm(config, state, ops, f"{name}.ln_2"),
-        dense(ops, state, f"{name}.attn.in_proj"), dense(ops, state, f"{name}.attn.out_proj"),
-        dense(ops, state, f"{name}.mlp.c_fc"), dense(ops, state, f"{name}.mlp.c_proj"),
+        make.ops, config.heads, _norm(config, make, f"{name}.ln_1"), _norm(config, make, f"{name}.ln_2"),
+        make.dense(f"{name}.attn.in_proj"), make.dense(f"{name}.attn.out_proj"),
+        make.dense(f"{name}.mlp.c_fc"), make.dense(f"{name}.mlp.c_proj"),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qvl_kernels.reference import cache_width
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.language import LayerCache, Layout
@@ -29,10 +30,13 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, prefixes: bool = True
     ) -> None:
-        """tokens: rounded up to whole blocks; dtype int8 keeps a float32 scale beside each token and head."""
+        """tokens: rounded up to whole blocks; dtype int8 keeps a float32 scale behind each vector."""
         blocks = max(1, -(-tokens // BLOCK_SIZE))
-        shape = (blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
-        self.layers = [_layer(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        shape = (blocks, config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
+        self.layers = [
+            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(config.num_hidden_layers)
+        ]
         self.device = device
         self.pool = BlockPool(blocks)
         self.prefixes = PrefixCache(self.pool, BLOCK_SIZE) if prefixes else None
@@ -48,7 +52,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        return sum(t.nbytes for layer in self.layers for t in layer if t is not None) // self.num_slots
+        return sum(t.nbytes for layer in self.layers for t in layer) // self.num_slots
 
     def sequence(self, alpha: float, salt: str = "") -> Sequence:
         """A new, empty sequence with its NTK factor; use it in a `with` block, which gives its blocks back."""
@@ -71,8 +75,7 @@ class KVCache:
         """Copy the content of a block, in every layer."""
         for layer in self.layers:
             for tensor in layer:
-                if tensor is not None:
-                    tensor[target] = tensor[source]
+                tensor[target] = tensor[source]
 
     def check_integrity(self) -> None:
         """Raises `RuntimeError` with the first contradiction between pool, prefixes and block tables."""
@@ -84,8 +87,8 @@ class KVCache:
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """What a cache of this dtype takes for a token, before there is one."""
-    layer = _layer((1, config.num_attention_heads, 1, config.kv_channels), dtype, torch.device("meta"))
-    return config.num_hidden_layers * sum(t.nbytes for t in layer if t is not None)
+    vector = cache_width(config.kv_channels, dtype) * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
 def layout_of(sequences: Items[Sequence], counts: Items[int]) -> tuple[Tensor, Layout]:
@@ -98,19 +101,14 @@ def layout_of(sequences: Items[Sequence], counts: Items[int]) -> tuple[Tensor, L
     positions, slots = np.empty((2, starts[-1]), np.int64)
     for r, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
         tables[r, : len(sequence.blocks)] = sequence.blocks
-        at = np.arange(sequence.length - count, sequence.length)
-        positions[starts[r] : starts[r + 1]] = at
-        slots[starts[r] : starts[r + 1]] = tables[r, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        row, first = starts[r], sequence.length - count
+        if count == 1:  # decoding, where a handful of numpy calls would cost more than all the rest
+            positions[row] = first
+            slots[row] = sequence.blocks[first // BLOCK_SIZE] * BLOCK_SIZE + first % BLOCK_SIZE
+            continue
+        at = np.arange(first, sequence.length)
+        positions[row : row + count] = at
+        slots[row : row + count] = tables[r, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
     device = sequences[0].device
     at_slots, at_blocks, at_positions = (torch.from_numpy(a).to(device) for a in (slots, tables, positions))
     return at_positions, Layout(at_slots, at_blocks, starts, [s.length for s in sequences])
-
-
-def _layer(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> LayerCache:
-    def empty(*size: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=kind, device=device)
-
-    if dtype is not torch.int8:
-        return LayerCache(empty(*shape), empty(*shape))
-    k_scale, v_scale = (empty(*shape[:3], kind=torch.float32) for _ in range(2))
-    return LayerCache(empty(*shape), empty(*shape), k_scale, v_scale)

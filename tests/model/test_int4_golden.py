@@ -53,6 +53,7 @@ def test_decoder_anywhere(golden_local: Path) -> None:
 
     from qvl_kernels import reference
     from qvl_runtime.config import ModelConfig
+    from qvl_runtime.model.linear import Maker
     from qvl_runtime.model.rotary import positions_of
     from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 
@@ -60,7 +61,7 @@ def test_decoder_anywhere(golden_local: Path) -> None:
     config = ModelConfig.from_dict(json.loads((golden_local / "decoder_int4.json").read_text()))
     ids, want = state.pop("ids"), state.pop("logits")
     state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
-    decoder = Decoder(config, state, reference)
+    decoder = Decoder(config, Maker(reference, state, "exact", {}))
     cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
     with cache.sequence(ntk_alpha(config, len(ids))) as sequence:
         sequence.append(len(ids))

@@ -1,0 +1,98 @@
+"""Timing on a machine that others share: what is compared is run in turns, and samples say how disturbed they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DISTURBED = 0.15  # cores that other processes may use during a sample that counts
+
+
+class Timing(NamedTuple):
+    seconds: float  # a call: the median of undisturbed samples, or of the least disturbed third where they are few
+    best: float
+    samples: int
+    undisturbed: int
+    load: float  # cores that others used during the samples behind `seconds`
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]], wanted: int = 5, limit_s: float = 60.0, sample_s: float = 0.25,
+    processes: tuple[int, ...] = (),
+) -> dict[str, Timing]:  # fmt: skip
+    """Time the calls in turns until each has `wanted` undisturbed samples, or `limit_s` is over.
+
+    processes: ids whose work counts as ours, such as a peer's server.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    began = time.perf_counter()
+    while time.perf_counter() - began < limit_s:
+        for name, call in calls.items():
+            taken[name].append(_sample(call, sample_s, processes))
+        if all(sum(load < DISTURBED for _, load in samples) >= wanted for samples in taken.values()):
+            break
+    return {name: _summary(samples) for name, samples in taken.items()}
+
+
+def say(**figures: Any) -> None:
+    """One JSON line."""
+    print(json.dumps({key: _short(value) for key, value in figures.items()}), flush=True)
+
+
+def setting() -> dict[str, Any]:
+    """Where and when this is measured."""
+    import torch
+
+    from qvl_kernels import report
+    from qvl_runtime.device import device_name
+
+    cpu = torch.device("cpu")
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"), "commit": git.stdout.strip(), "hardware": device_name(cpu),
+        "torch": torch.__version__, "ops": report(cpu)["ops"],
+    }  # fmt: skip
+
+
+def _sample(call: Callable[[], object], least_s: float, processes: tuple[int, ...]) -> tuple[float, float]:
+    busy, own, start, count = _busy(), _own(processes), time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < least_s:
+        call()
+        count += 1
+    spent = time.perf_counter() - start
+    return spent / count, max(0.0, (_busy() - busy) - (_own(processes) - own)) / spent
+
+
+def _summary(samples: list[tuple[float, float]]) -> Timing:
+    calm = [sample for sample in samples if sample[1] < DISTURBED]
+    used = calm if len(calm) >= 3 else sorted(samples, key=lambda sample: sample[1])[: max(1, len(samples) // 3)]
+    seconds, load = (statistics.median(column) for column in zip(*used, strict=True))
+    return Timing(seconds, min(s for s, _ in samples), len(samples), len(calm), load)
+
+
+def _busy() -> float:
+    """CPU seconds that the whole machine has worked (Linux)."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _own(processes: tuple[int, ...]) -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    total = used.ru_utime + used.ru_stime
+    for process in processes:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,0 +1,190 @@
+"""Kernels on this CPU beside their peers, in turns, with the read ceiling of the same run. One JSON line a figure.
+
+    python -m benchmarks.cpu_kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
+    python -m benchmarks.cpu_kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
+    python -m benchmarks.cpu_kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
+    python -m benchmarks.cpu_kernels vision   # a block of the visual tower in bf16 and W8A8; torch in bf16
+
+Peers are no dependency: pip install onnx onnxruntime openvino into the environment to see them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.alternating import alternate, say, setting
+from qvl_kernels import cpu, cpu_library, cpu_linear
+
+SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096))  # inputs, outputs
+GROUP, LAYERS = 128, 4  # layers with weights of their own: 400 MB, more than any cache
+VISION_WIDTH, VISION_MLP, VISION_HEADS, PATCHES = 1664, 8192, 16, 1024
+
+Calls = dict[str, Callable[[], object]]
+
+
+def random_int4(inputs: int, outputs: int) -> cpu_linear.PackedWeight:
+    lines = cpu_linear._buffer(inputs * outputs // 2).random_()
+    scales = torch.full((outputs // 16, inputs // GROUP, 16), 0.002, dtype=torch.float16)
+    return cpu_linear.PackedWeight(lines, scales, None, None, None, 4, GROUP, inputs, inputs, outputs)
+
+
+def reader(nbytes: int) -> Callable[[], None]:
+    """Reads a buffer of its own as fast as the machine can."""
+    memory, total = cpu_linear._buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
+    return lambda: cpu_library.library().ready().read_memory(memory.data_ptr(), len(memory), total.data_ptr())
+
+
+def gemv() -> None:
+    for inputs, outputs in SHAPES:
+        copies = max(2, (400 << 20) // (inputs * outputs // 2))
+        weights = [random_int4(inputs, outputs) for _ in range(copies)]
+        gemv_of(weights, torch.randn(1, inputs), onnxruntime_linears([(inputs, outputs)] * copies, 1))
+
+
+def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> None:
+    nbytes = sum(w.nbytes for w in weights)
+    found = alternate({
+        "W4A8": lambda: [w.int8(x) for w in weights], "exact": lambda: [w.exact(x) for w in weights],
+        "read": reader(nbytes), **peers,
+    })  # fmt: skip
+    for name, timing in found.items():
+        say(gemv=name, inputs=weights[0].inputs, outputs=weights[0].outputs, us=timing.seconds / len(weights) * 1e6,
+            gb_s=nbytes / timing.seconds / 1e9, of_read=found["read"].seconds / timing.seconds,
+            over_ours=timing.seconds / found["W4A8"].seconds, load=timing.load, samples=timing.samples)  # fmt: skip
+
+
+def gemm(rows: int = 512) -> None:
+    weights = [random_int4(*shape) for shape in SHAPES]
+    inputs = [torch.randn(rows, w.inputs) for w in weights]
+    work = 2 * rows * sum(i * o for i, o in SHAPES)
+    calls: Calls = {"W4A8": lambda: [w.int8(x) for w, x in zip(weights, inputs, strict=True)]}
+    calls |= onnxruntime_linears(list(SHAPES), rows) | openvino_linears(list(SHAPES), rows)
+    found = alternate(calls, wanted=3)
+    for name, timing in found.items():
+        say(gemm=name, rows=rows, ms_a_layer=timing.seconds * 1e3, gop_s=work / timing.seconds / 1e9,
+            over_ours=timing.seconds / found["W4A8"].seconds, load=timing.load, samples=timing.samples)  # fmt: skip
+
+
+def attention() -> None:
+    for context in (300, 2000):
+        attention_over(context)
+
+
+def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: int = 16) -> None:
+    blocks = -(-context // block_size)
+    table = torch.randperm(blocks).view(1, -1)
+    q = torch.randn(1, heads, dim).bfloat16()
+    calls: Calls = {}
+    sizes = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        width = cpu.cache_width(dim, dtype)
+        layers = max(2, (400 << 20) // (blocks * block_size * heads * width * 4))
+        caches = [torch.zeros(2, blocks, heads, block_size, width, dtype=dtype) for _ in range(layers)]
+        name = str(dtype).removeprefix("torch.")
+        sizes[name] = layers * 2 * context * heads * width * dtype.itemsize
+        calls[name] = lambda caches=caches: [cpu.paged_attention(q, *c, table, [0, 1], [context]) for c in caches]
+    sizes["read"] = sizes["bfloat16"]
+    for name, timing in alternate(calls | {"read": reader(sizes["read"])}).items():
+        say(attention=name, context=context, gb_s=sizes[name] / timing.seconds / 1e9, load=timing.load)
+
+
+def vision() -> None:
+    w, mlp = VISION_WIDTH, VISION_MLP
+    linears = [(3 * w, w), (w, w), (mlp, w), (w, mlp)]
+    dense = [(torch.randn(o, i).bfloat16(), torch.zeros(o).bfloat16()) for o, i in linears]
+    norm = (torch.ones(w).bfloat16(), torch.zeros(w).bfloat16())
+    x = torch.randn(1, PATCHES, w).bfloat16()
+
+    def block(ops: object, layers: list[Callable[[Tensor], Tensor]]) -> Tensor:
+        qkv, out, fc, proj = layers
+        y = x + out(ops.vision_attention(qkv(ops.layer_norm(x, *norm, 1e-6)), VISION_HEADS))  # type: ignore[attr-defined]
+        return y + proj(ops.gelu(fc(ops.layer_norm(y, *norm, 1e-6))))  # type: ignore[attr-defined]
+
+    from qvl_kernels import reference
+
+    kinds = {
+        "torch bf16": (reference, [reference.prepare_linear(*d) for d in dense]),
+        "exact": (cpu, [cpu.prepare_linear(*d) for d in dense]),
+        "fast": (cpu, [cpu.prepare_linear(*d, "fast") for d in dense]),
+    }
+    with torch.inference_mode():
+        found = alternate({name: lambda k=kind: block(*k) for name, kind in kinds.items()})
+    for name, timing in found.items():
+        say(vision_block=name, ms=timing.seconds * 1e3, s_a_picture=timing.seconds * 48, load=timing.load)
+
+
+def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
+    """MatMulNBits at accuracy level 4 (int8 activations), all shapes in one session; nothing where not installed."""
+    try:
+        import numpy as np
+        import onnx
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError:
+        return {}
+    rng, nodes, held, outs, feeds = np.random.default_rng(0), [], [], [], {}
+    for n, (inputs, outputs) in enumerate(shapes):
+        packed = rng.integers(0, 256, (outputs, inputs // GROUP, GROUP // 2), dtype=np.uint8)
+        scales = np.full(outputs * inputs // GROUP, 0.002, np.float32)
+        held += [numpy_helper.from_array(packed, f"w{n}"), numpy_helper.from_array(scales, f"s{n}")]
+        nodes.append(helper.make_node(
+            "MatMulNBits", [f"x{inputs}", f"w{n}", f"s{n}"], [f"y{n}"], domain="com.microsoft", K=inputs, N=outputs,
+            bits=4, block_size=GROUP, accuracy_level=4,
+        ))  # fmt: skip
+        outs.append(helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, [rows, outputs]))
+        feeds[f"x{inputs}"] = rng.standard_normal((rows, inputs)).astype(np.float32)
+    ins = [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(value.shape)) for name, value in feeds.items()]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "linears", ins, outs, held), opset_imports=opsets, ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return {f"onnxruntime {onnxruntime.__version__} (onnx {onnx.__version__})": lambda: session.run(None, feeds)}
+
+
+def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
+    """Compressed int4 weights with its own choice of dynamic quantisation; nothing where not installed."""
+    try:
+        import numpy as np
+        import openvino as ov
+        from openvino import opset13 as op
+    except ImportError:
+        return {}
+    rng, results, parameters, held = np.random.default_rng(0), [], {}, []
+    for inputs, outputs in shapes:
+        x = parameters.setdefault(inputs, op.parameter([rows, inputs], ov.Type.f32))
+        groups = inputs // GROUP
+        raw = rng.integers(0, 256, outputs * inputs // 2, dtype=np.uint8)
+        middle = np.array([0x88], dtype=np.uint8)
+        held += [raw, middle]  # openvino shares their memory
+        levels = ov.op.Constant(ov.Tensor(raw, ov.Shape([outputs, groups, GROUP]), ov.Type.u4))
+        zero = ov.op.Constant(ov.Tensor(middle, ov.Shape([1, 1, 1]), ov.Type.u4))
+        centred = op.subtract(op.convert(levels, "f16"), op.convert(zero, "f16"))
+        scaled = op.multiply(centred, op.constant(np.full((outputs, groups, 1), 0.002, np.float16)))
+        weight = op.convert(op.reshape(scaled, op.constant(np.array([outputs, inputs])), False), "f32")
+        results.append(op.matmul(x, weight, False, True))
+    model = ov.Model(results, list(parameters.values()), "linears")
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
+    request = ov.Core().compile_model(model, "CPU", hints).create_infer_request()
+    feeds = [rng.standard_normal((rows, inputs)).astype(np.float32) for inputs in parameters]
+    return {f"openvino {ov.__version__}": lambda held=held: request.infer(feeds)}
+
+
+def main() -> None:
+    what = {"gemv": gemv, "gemm": gemm, "attention": attention, "vision": vision}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=what)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    say(**setting())
+    for name in asked.what:
+        what[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+// RMSNorm, LayerNorm and elementwise ops: one pass over memory, float32 inside.
+
+namespace {
+
+// y = x / sqrt(mean(x^2) + eps), rounded to `dtype`, times weight. With `update`, x + update comes first and is stored
+// to `total`: the residual stream and its norm in one go.
+void rms_norm(const void* x, const void* update, int64_t dtype, int64_t rows, int64_t width, const void* weight, double eps,
+              void* total, void* y) {
+  parallel_ranges(rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
+    float* row = scratch<float>(0, (width + 15) / 16 * 16);
+    for (int64_t m = begin; m < end; m++) {
+      F squares = zero();
+      for (int64_t i = 0; i < width; i += 16) {
+        F v = load_upto(x, dtype, m * width + i, width - i);
+        if (update) {
+          v = rounded(add(v, load_upto(update, dtype, m * width + i, width - i)), dtype);
+          store_upto(total, dtype, m * width + i, v, width - i);
+        }
+        squares = fma(v, v, squares);
+        store(row + i, v);
+      }
+      const F factor = set1(1.0f / __builtin_sqrtf(sum(squares) / (float)width + (float)eps));
+      for (int64_t i = 0; i < width; i += 16) {
+        const F v = rounded(mul(load(row + i), factor), dtype);
+        store_upto(y, dtype, m * width + i, mul(v, load_upto(weight, dtype, i, width - i)), width - i);
+      }
+    }
+  });
+}
+
+// y = (x - mean) / sqrt(variance + eps) * weight + bias
+void layer_norm(const void* x, int64_t dtype, int64_t rows, int64_t width, const void* weight, const void* bias, double eps,
+                void* y) {
+  parallel_ranges(rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
+    float* row = scratch<float>(0, (width + 15) / 16 * 16);
+    for (int64_t m = begin; m < end; m++) {
+      F total = zero();
+      for (int64_t i = 0; i < width; i += 16) {
+        const F v = load_upto(x, dtype, m * width + i, width - i);
+        total = add(total, v);
+        store(row + i, v);
+      }
+      const float mean = sum(total) / (float)width;
+      float squares = 0;  // of the differences: x^2 - mean^2 would cancel
+      int64_t i = 0;
+      F sums = zero();
+      for (; i + 16 <= width; i += 16) {
+        const F d = sub(load(row + i), set1(mean));
+        sums = fma(d, d, sums);
+      }
+      for (; i < width; i++) squares += (row[i] - mean) * (row[i] - mean);
+      const float factor = 1.0f / __builtin_sqrtf((sum(sums) + squares) / (float)width + (float)eps);
+      for (i = 0; i < width; i += 16) {
+        const int64_t n = width - i;
+        const F v = mul(sub(load(row + i), set1(mean)), set1(factor));
+        store_upto(y, dtype, m * width + i, fma(v, load_upto(weight, dtype, i, n), load_upto(bias, dtype, i, n)), n);
+      }
+    }
+  });
+}
+
+constexpr int64_t kElements = 16384;  // a chunk
+
+template <class Op> void elementwise(int64_t dtype, int64_t count, void* y, const Op& op) {
+  parallel_ranges(count, kElements, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 16) store_upto(y, dtype, i, op(i, end - i), end - i);
+  });
+}
+
+// up * silu(gate), silu(x) = x / (1 + e^-x), rounded to `dtype` as it would be on its own
+void swiglu(const void* up, const void* gate, int64_t dtype, int64_t count, void* y) {
+  elementwise(dtype, count, y, [&](int64_t i, int64_t n) {
+    const F g = load_upto(gate, dtype, i, n);
+    const F silu = rounded(div(g, add(set1(1.0f), exp(sub(zero(), g)))), dtype);
+    return mul(load_upto(up, dtype, i, n), silu);
+  });
+}
+
+// x * Phi(x)
+void gelu(const void* x, int64_t dtype, int64_t count, void* y) {
+  elementwise(dtype, count, y, [&](int64_t i, int64_t n) {
+    const F v = load_upto(x, dtype, i, n);
+    return mul(mul(v, set1(0.5f)), add(set1(1.0f), erf(mul(v, set1(0.70710678f)))));
+  });
+}
+
+}  // namespace

@@ -1,0 +1,146 @@
+// Sixteen lanes in two AVX2 registers: the names of simd_avx512.h.
+#pragma once
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
+#error "compile with -mavx2 -mfma -mf16c"
+#endif
+#include <immintrin.h>
+#include <stdint.h>
+
+// Before a loop over registers. Here it would only cost compile time: the compiler unrolls what fits.
+#define QVL_UNROLL
+
+namespace {
+
+constexpr int kTileRows = 3;         // 3 x 2 accumulators of two registers each, in 16 registers
+constexpr int kHighNibbleShift = 0;  // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first
+
+struct F { __m256 a, b; };
+struct I { __m256i a, b; };
+using Bytes = I;
+
+inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+inline F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline F abs(F x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline F copysign(F size, F from) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(sign, size.a), _mm256_and_ps(sign, from.a)),
+          _mm256_or_ps(_mm256_andnot_ps(sign, size.b), _mm256_and_ps(sign, from.b))};
+}
+inline float sum(F x) {
+  __m256 half = _mm256_add_ps(x.a, x.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline float highest(F x) {
+  __m256 half = _mm256_max_ps(x.a, x.b);
+  __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+
+inline I iset1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I imul(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+inline int32_t isum(I x) {
+  __m256i half = _mm256_add_epi32(x.a, x.b);
+  __m128i q = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+inline I shift_high(I x) { return x; }
+inline I nearest(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline F power_of_two(I x) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(x.a, bias), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(x.b, bias), 23))};
+}
+inline __m128i half_line(const void* p) { return _mm_loadl_epi64((const __m128i*)p); }
+inline I load_u8(const uint8_t* p) { return {_mm256_cvtepu8_epi32(half_line(p)), _mm256_cvtepu8_epi32(half_line(p + 8))}; }
+inline I load_i8(const int8_t* p) { return {_mm256_cvtepi8_epi32(half_line(p)), _mm256_cvtepi8_epi32(half_line(p + 8))}; }
+inline __m256i join16(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8); }
+inline void store_i8(int8_t* p, I x) {
+  __m256i words = join16(x.a, x.b);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+inline __m256 widen_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline F load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline F load_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+inline void store_f16(uint16_t* p, F x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+inline __m256i round_bf16(__m256 x) {  // to nearest, ties to even; a NaN stays one
+  __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), nan), 16);
+}
+inline void store_bf16(uint16_t* p, F x) {
+  __m256i words = _mm256_packus_epi32(round_bf16(x.a), round_bf16(x.b));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(words, 0xd8));
+}
+
+inline Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+inline void store_bytes(uint8_t* p, Bytes x) {
+  _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 32), x.b);
+}
+inline Bytes repeat4(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return iset1(word);
+}
+inline I add_bytes(I acc, Bytes x) { return iadd(acc, x); }
+inline Bytes low_nibbles(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8(0x0f);
+  return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+inline Bytes low_high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
+inline Bytes high_nibbles(Bytes x) { return low_high_nibbles(x); }
+
+// Nibbles: 15 * 127 * 2 fits 16 bits, so that vpmaddubsw is exact.
+inline __m256i nibble_products(__m256i w, __m256i x) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
+}
+inline void dot_nibbles(I& acc, Bytes w, Bytes x) {
+  acc = {_mm256_add_epi32(acc.a, nibble_products(w.a, x.a)), _mm256_add_epi32(acc.b, nibble_products(w.b, x.b))};
+}
+// Bytes: even and odd ones are widened to 16 bits apart, since 255 * 127 * 2 does not fit them.
+inline __m256i byte_products(__m256i w, __m256i x) {
+  __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8)));
+}
+inline void dot_bytes(I& acc, Bytes w, Bytes x) {
+  acc = {_mm256_add_epi32(acc.a, byte_products(w.a, x.a)), _mm256_add_epi32(acc.b, byte_products(w.b, x.b))};
+}
+
+inline F field_less(Bytes x, int shift, int mask, int less) {
+  const __m128i count = _mm_cvtsi32_si128(shift);
+  const __m256i m = _mm256_set1_epi32(mask), l = _mm256_set1_epi32(less);
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(_mm256_srl_epi32(x.a, count), m), l)),
+          _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(_mm256_srl_epi32(x.b, count), m), l))};
+}
+inline F nibble_less_8(Bytes x, int shift) { return field_less(x, shift, 15, 8); }
+inline F byte_less_128(Bytes x, int shift) { return field_less(x, shift, 255, 128); }
+
+}  // namespace

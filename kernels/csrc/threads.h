@@ -1,0 +1,27 @@
+// The pool that all kernels share, and scratch memory. Compiled once, for any machine.
+#pragma once
+#include <stdint.h>
+
+extern "C" {
+// Run f(context, i) for each i below `chunks`, on the pool and on the calling thread; returns when all are done.
+void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* context);
+// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until it asks for the same slot again.
+void* qvl_scratch(int slot, int64_t bytes);
+// How many threads work on a call, the caller included: as many as torch may use.
+__attribute__((visibility("default"))) void qvl_set_threads(int64_t count);
+}
+
+namespace {
+
+template <class Body> inline void parallel(int64_t chunks, const Body& body) {
+  qvl_run(chunks, [](const void* b, int64_t i) { (*(const Body*)b)(i); }, &body);
+}
+
+// body(begin, end) over [0, n) in steps of `step`
+template <class Body> inline void parallel_ranges(int64_t n, int64_t step, const Body& body) {
+  parallel((n + step - 1) / step, [&](int64_t i) { body(i * step, i * step + step < n ? i * step + step : n); });
+}
+
+template <class T> inline T* scratch(int slot, int64_t count) { return (T*)qvl_scratch(slot, count * (int64_t)sizeof(T)); }
+
+}  // namespace

@@ -1,0 +1,6 @@
+// AVX-512 VNNI, with GEMMs on AMX tiles.
+#include "simd_avx512.h"
+
+#include "variant.inl"
+
+const Entry* entries_amx() { return amx_granted() ? kEntries : nullptr; }

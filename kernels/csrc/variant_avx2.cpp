@@ -1,0 +1,5 @@
+#include "simd_avx2.h"
+
+#include "variant.inl"
+
+const Entry* entries_avx2() { return kEntries; }

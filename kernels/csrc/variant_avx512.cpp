@@ -1,0 +1,5 @@
+#include "simd_avx512.h"
+
+#include "variant.inl"
+
+const Entry* entries_avx512() { return kEntries; }

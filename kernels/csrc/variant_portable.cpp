@@ -1,0 +1,5 @@
+#include "simd_portable.h"
+
+#include "variant.inl"
+
+const Entry* entries_portable() { return kEntries; }

@@ -1,0 +1,212 @@
+"""Linears with their weights packed for the CPU kernels, and the choice of kernel by the number of rows."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels import reference
+from qvl_kernels.cpu_library import CODES, FLOATS, library
+from qvl_kernels.reference import Bound, Precision
+
+_log = logging.getLogger("qvl_kernels")
+
+BLOCK = 16  # outputs that lie side by side in a packed weight
+GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
+FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, torch's GEMM
+FEW_EXACT = 16  # rows up to which packed weights meet float activations in registers; beyond, they are unpacked
+UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
+LINE, HUGE_PAGE = 64, 2 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedWeight:
+    """A weight of 4 or 8 bits in the layout of csrc/linear_int8.inl."""
+
+    lines: Tensor  # uint8
+    scales: Tensor  # float16 [blocks, groups, 16]
+    zeros: Tensor | None  # uint8 [blocks, groups, 16]; None: the middle
+    perm: Tensor | None  # int32 [padded], the input at each place, -1 for none; None: in order, then padding
+    bias: Tensor | None  # float32 [outputs]
+    bits: int
+    group: int
+    inputs: int
+    padded: int
+    outputs: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.lines, self.scales, self.zeros, self.perm) if t is not None)
+
+    def int8(self, x: Tensor) -> Tensor:
+        """Activations rounded to int8, for each row and group."""
+        return self._run(library().ready().linear_int8, x)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """Activations as they are: few rows in registers; more through torch's GEMM, some outputs at a time."""
+        rows = x.numel() // self.inputs
+        if rows <= FEW_EXACT:
+            return self._run(library().ready().linear_exact, x)
+        step = max(BLOCK, UNPACKED_AT_ONCE // (self.inputs * x.element_size()) // BLOCK * BLOCK)
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        for first in range(0, self.outputs, step):
+            part = self.unpacked(first, min(step, self.padded_outputs - first), x.dtype)
+            y[..., first : first + step] = (x @ part)[..., : self.outputs - first]
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    @property
+    def padded_outputs(self) -> int:
+        return _up(self.outputs, BLOCK)
+
+    def unpacked(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Outputs first to first + count as columns, [inputs, count]; both are multiples of 16."""
+        part = torch.empty(self.inputs, count, dtype=dtype)
+        library().ready().dequantize(
+            self.lines.data_ptr(), self.scales.data_ptr(), _pointer(self.zeros), self.bits, self.group, self.outputs,
+            self.inputs, self.padded, _pointer(self.perm), first, count, CODES[dtype], part.data_ptr(),
+        )  # fmt: skip
+        return part
+
+    def _run(self, kernel: object, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        kernel(  # type: ignore[operator]
+            x.data_ptr(), CODES[x.dtype], x.numel() // self.inputs, self.inputs, self.padded, _pointer(self.perm),
+            self.lines.data_ptr(), self.scales.data_ptr(), _pointer(self.zeros), self.bits, self.group, self.outputs,
+            _pointer(self.bias), y.data_ptr(),
+        )  # fmt: skip
+        return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.linear`: few rows at the speed of memory, more through torch's GEMM."""
+    rows = x.numel() // max(1, x.shape[-1])
+    dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous()
+    if not dense or not 0 < rows <= FEW_DENSE:
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    library().ready().linear_dense(
+        x.data_ptr(), CODES[x.dtype], rows, x.shape[-1], weight.data_ptr(), len(weight), _pointer(bias), y.data_ptr()
+    )
+    return y
+
+
+def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
+    """A dense linear; fast: its weight rounded to 8 bits, for each output and group of inputs."""
+    if precision == "exact":
+        weight = weight.contiguous()
+        return Bound(lambda x: linear(x, weight, bias), str(weight.dtype).removeprefix("torch."), weight.nbytes)
+    outputs, inputs = weight.shape
+    group = GROUPS[0] if inputs >= GROUPS[0] else GROUPS[-1]
+    padded = _up(inputs, group)
+    lines = _buffer(_up(outputs, BLOCK) * padded)
+    scales = torch.empty(_up(outputs, BLOCK) // BLOCK, padded // group, BLOCK, dtype=torch.float16)
+    weight = weight.contiguous()
+    library().ready().pack_dense(
+        weight.data_ptr(), CODES[weight.dtype], outputs, inputs, padded, group, lines.data_ptr(), scales.data_ptr()
+    )
+    packed = PackedWeight(lines, scales, None, None, _float(bias), 8, group, inputs, padded, outputs)
+    return Bound(packed.int8, f"int8 W8A8, groups of {group}", packed.nbytes)
+
+
+def prepare_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None, precision: Precision = "exact",
+) -> Bound:  # fmt: skip
+    """A GPTQ linear in the kernels' layout. What they cannot hold runs as in the reference, with a warning."""
+    reason = _unsupported(qweight, scales, bits)
+    if reason is not None:
+        _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", len(scales[0]), reason)
+        slow = reference.prepare_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias, precision)
+        return slow._replace(kernel=f"{slow.kernel} ({reason})")
+    inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
+    order = _order(inputs, len(scales), g_idx)
+    lines = _buffer(outputs * len(order.groups) * order.size * bits // 8)
+    words, padded = qweight.contiguous(), len(order.groups) * order.size
+    library().ready().pack_gptq(
+        words.data_ptr(), inputs, padded, outputs, bits, _pointer(order.perm), lines.data_ptr()
+    )
+    zeros = reference.unpack_rows(qzeros.t(), bits).t() + zero_offset
+    middle = bool((zeros == 1 << (bits - 1)).all())
+    packed = PackedWeight(
+        lines, _by_block(scales.half(), order.groups),
+        None if middle else _by_block(zeros.to(torch.uint8), order.groups), order.perm, _float(bias), bits, order.size,
+        inputs, padded, outputs,
+    )  # fmt: skip
+    details = f"groups of {order.size}{'' if middle else ', zero points'}{'' if order.perm is None else ', act-order'}"
+    if precision == "fast":
+        return Bound(packed.int8, f"int{bits} W{bits}A8, {details}", packed.nbytes)
+    return Bound(packed.exact, f"int{bits}, float activations, {details}", packed.nbytes)
+
+
+class _Order(NamedTuple):
+    """How inputs stand in a packed weight."""
+
+    size: int  # inputs a group
+    groups: Tensor  # int64, the checkpoint's group of each
+    perm: Tensor | None  # int32 [size * groups], -1: padding; None: in order
+
+
+def _order(inputs: int, groups: int, g_idx: Tensor | None) -> _Order:
+    """Inputs sorted by their group (act-order), each group padded to whole groups of the largest size that fits."""
+    if g_idx is None:
+        g_idx = torch.arange(inputs) // -(-inputs // groups)
+    counts = torch.bincount(g_idx.long(), minlength=groups)
+    largest = int(counts.max())
+    size = next((s for s in GROUPS if largest % s == 0), GROUPS[-1])
+    wholes = (counts + size - 1) // size
+    by_group = torch.arange(groups).repeat_interleave(wholes)
+    perm = torch.full((len(by_group) * size,), -1, dtype=torch.int32)
+    sorted_inputs = torch.argsort(g_idx.long(), stable=True)
+    starts = (wholes * size).cumsum(0) - wholes * size  # of each group in perm
+    ranks = torch.arange(inputs) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    perm[starts.repeat_interleave(counts) + ranks] = sorted_inputs.to(torch.int32)
+    in_order = torch.equal(perm[:inputs], torch.arange(inputs, dtype=torch.int32))
+    return _Order(size, by_group, None if in_order else perm)
+
+
+def _unsupported(qweight: Tensor, scales: Tensor, bits: int) -> str | None:
+    if bits not in (4, 8):
+        return f"{bits} bits"
+    if qweight.shape[1] % BLOCK:
+        return f"{qweight.shape[1]} outputs are no multiple of {BLOCK}"
+    if not torch.equal(scales.half().to(scales.dtype), scales):
+        return "its scales do not fit float16"
+    return None
+
+
+def _by_block(table: Tensor, groups: Tensor) -> Tensor:
+    """[G, outputs] to [blocks, groups, 16]."""
+    return table[groups].view(len(groups), -1, BLOCK).transpose(0, 1).contiguous()
+
+
+def _buffer(nbytes: int) -> Tensor:
+    """Uninitialised bytes, in huge pages where they are large enough to gain from them."""
+    memory = _aligned(nbytes, HUGE_PAGE if nbytes >= HUGE_PAGE else LINE)
+    if nbytes >= HUGE_PAGE:
+        library().ready().advise_huge(memory.data_ptr(), nbytes)
+    return memory
+
+
+def _aligned(nbytes: int, to: int) -> Tensor:
+    raw = torch.empty(nbytes + to, dtype=torch.uint8)
+    start = -raw.data_ptr() % to
+    return raw[start : start + nbytes]
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

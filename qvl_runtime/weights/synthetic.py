@@ -1,0 +1,102 @@
+"""Models of the published sizes with random weights, made in memory: to measure speed and memory without a download."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING
+
+from qvl_runtime.config import ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.errors import ConfigError
+from qvl_runtime.weights.layout import TensorSpec, expected_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SYNTHETIC = ("qwen-vl-chat", "qwen-vl-chat-int4")
+GROUP = 128  # inputs that share a scale, as in the published Int4 checkpoint
+NOISE = 1 << 22  # random numbers that all tensors are tiled from: 9.6 billion would take minutes to draw
+
+
+def synthetic_config(name: str, vocabulary: ModelConfig) -> ModelConfig:
+    """The published sizes; the ids of pictures are those of `vocabulary`, whose tokenizer the model is used with."""
+    if name not in SYNTHETIC:
+        raise ConfigError(f"synthetic is {name!r}; supported are {' and '.join(SYNTHETIC)}")
+    visual = VisionConfig(
+        image_size=448, patch_size=14, width=1664, layers=48, heads=16, mlp_ratio=4.9231, output_dim=4096,
+        image_start_id=vocabulary.visual.image_start_id,
+    )  # fmt: skip
+    return ModelConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=22016, vocab_size=151936,
+        seq_length=2048, visual=visual, dtype="bfloat16",
+        quantization=QuantizationConfig(bits=4, group_size=GROUP) if name.endswith("int4") else None,
+    )  # fmt: skip
+
+
+class SyntheticState(MutableMapping[str, "Tensor"]):
+    """The tensors that a configuration calls for, each made when it is asked for: a state that needs no memory yet.
+
+    With `repeat_blocks` all blocks of a kind share the tensors of the first. What is read for a token is the same, and
+    a dense model of 19 GB fits where it would not; weights that kernels lay out anew are separate all the same.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, repeat_blocks: bool = False) -> None:
+        import torch
+
+        self._specs = {name: spec for name, spec in expected_tensors(config).items() if not spec.optional}
+        self._dtype, self._repeat = dtype, repeat_blocks
+        self._made: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        self._normal = torch.randn(NOISE, generator=generator)
+        self._words = torch.randint(-(2**31), 2**31, (NOISE,), generator=generator).to(torch.int32)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            found = self._first.get(kind) if self._repeat and kind != name else None
+            self._made[name] = self._make(name, self._specs[name]) if found is None else found
+            if self._repeat and kind != name:
+                self._first[kind] = self._made[name]
+        return self._made[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._made[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        self._made.pop(name, None)
+        self._specs.pop(name, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._specs])
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    def _make(self, name: str, spec: TensorSpec) -> Tensor:
+        """Values that keep activations near 1: norms of ones, no biases, weights of variance 1 / inputs."""
+        import torch
+
+        kind = name.rpartition(".")[2]
+        if kind == "qzeros":
+            return torch.full(spec.shape, 0x77777777, dtype=torch.int32)  # 7 stored is 8
+        if kind == "scales":  # a level's root mean square is 4.6
+            groups = spec.shape[0]
+            return torch.full(spec.shape, 1 / (4.6 * math.sqrt(groups * GROUP)), dtype=torch.float16)
+        if spec.packed:
+            return _tiled(self._words, spec.shape)
+        if len(spec.shape) == 1:
+            return torch.full(spec.shape, float(kind == "weight"), dtype=self._dtype)
+        scale = 1 / math.sqrt(math.prod(spec.shape[1:]))
+        return _tiled((self._normal * scale).to(self._dtype), spec.shape)
+
+
+def _tiled(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    made = torch.empty(math.prod(shape), dtype=noise.dtype)
+    for start in range(0, len(made), len(noise)):
+        part = made[start : start + len(noise)]
+        part.copy_(noise[: len(part)])
+    return made.view(shape)

@@ -1,0 +1,144 @@
+"""Norms, elementwise ops, rotary with the cache write, and paged attention, at odd shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl_kernels import cpu, reference
+from tests.kernels.compare import EPSILON, KV8_ERROR, as_good_as_torch, relative
+
+pytestmark = pytest.mark.unit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 16), (2, 255), (7, 257), (3, 5, 64), (1, 1), (17, 4096), (0, 32))
+BLOCK_SIZE = 16
+EXP_ERROR = 2e-6  # of the attention and silu kernels' own exp, in a sum, over float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms(isa: str, rng: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, update = (torch.randn(shape, generator=rng).to(dtype) * 3 for _ in range(2))
+    weight, bias = (torch.randn(shape[-1], generator=rng).to(dtype) for _ in range(2))
+    same = (weight, 1e-6)
+    as_good_as_torch(cpu.rms_norm(x, *same), reference.rms_norm(x, *same), _rms_norm(x.double(), weight))
+    total, normed = cpu.add_rms_norm(x, update, *same)
+    assert torch.equal(total, x + update)
+    as_good_as_torch(normed, reference.rms_norm(total, *same), _rms_norm(total.double(), weight))
+    want = torch.nn.functional.layer_norm(x.double(), (shape[-1],), weight.double(), bias.double(), 1e-6)
+    as_good_as_torch(cpu.layer_norm(x, weight, bias, 1e-6), reference.layer_norm(x, weight, bias, 1e-6), want)
+
+
+def test_layer_norm_of_a_large_mean_does_not_cancel(isa: str, rng: torch.Generator) -> None:
+    x = torch.randn(3, 1664, generator=rng) + 1e4
+    one, none = torch.ones(1664), torch.zeros(1664)
+    want = torch.nn.functional.layer_norm(x.double(), (1664,), eps=1e-6)
+    as_good_as_torch(cpu.layer_norm(x, one, none, 1e-6), reference.layer_norm(x, one, none, 1e-6), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_elementwise(isa: str, rng: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, gate = (torch.randn(shape, generator=rng).to(dtype) * 4 for _ in range(2))
+    as_good_as_torch(cpu.gelu(x), reference.gelu(x), torch.nn.functional.gelu(x.double()))
+    want = x.double() * torch.nn.functional.silu(gate.double())
+    as_good_as_torch(cpu.swiglu(x, gate), reference.swiglu(x, gate), want)
+
+
+def test_far_from_zero(isa: str) -> None:
+    """Where exp would overflow or vanish."""
+    x = torch.tensor([-1e4, -100.0, -88.0, -30.0, 0.0, 30.0, 100.0, 1e4])
+    as_good_as_torch(cpu.gelu(x), reference.gelu(x), torch.nn.functional.gelu(x.double()))
+    one = torch.ones_like(x)
+    as_good_as_torch(cpu.swiglu(one, x), reference.swiglu(one, x), torch.nn.functional.silu(x.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(("rows", "heads", "dim", "rotary"), [(1, 1, 128, 128), (7, 3, 64, 32), (17, 2, 48, 48)])
+def test_rotary_to_cache(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, rows: int, heads: int,
+    dim: int, rotary: int,
+) -> None:  # fmt: skip
+    qkv = torch.randn(rows, 3 * heads * dim, generator=rng).to(dtype)
+    angles = torch.randn(rows, rotary, generator=rng) * 5
+    logn = 1 + torch.rand(rows, generator=rng)
+    slots = torch.randperm(3 * BLOCK_SIZE, generator=rng)[:rows]
+    ours, plain = ([empty_cache(3, heads, dim, cache_dtype or dtype) for _ in range(2)] for _ in range(2))
+    q = cpu.rotary_to_cache(qkv, angles.cos(), angles.sin(), logn, *ours, slots)
+    want_q = reference.rotary_to_cache(qkv, angles.cos(), angles.sin(), logn, *plain, slots)
+    _one_rounding(q, want_q, dtype)
+    for mine, theirs in zip(ours, plain, strict=True):
+        a, b = (reference.from_cached(c, torch.float32) for c in (mine, theirs))
+        if cache_dtype is None:
+            _one_rounding(a, b, dtype)
+        else:  # a tie may fall to either side: one level of 127
+            assert (a - b).abs().max() <= b.abs().max() / 127 * 1.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 128), (3, 64), (2, 16), (2, 256)])
+def test_decode_attention(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, heads: int, dim: int
+) -> None:
+    """Requests of 1, 2, 15, 16, 17 and 257 tokens in one step: a last block with one, some and all slots."""
+    _attention(rng, dtype, cache_dtype, heads, dim, rows=[1] * 6, lengths=[1, 2, 15, 16, 17, 257])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_prefill_beside_decode(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None
+) -> None:
+    """Whole prompts, chunks of prompts, a few rows at a time, and single rows."""
+    _attention(rng, dtype, cache_dtype, 2, 64, rows=[33, 1, 20, 3, 4], lengths=[33, 40, 100, 3, 50])
+
+
+def test_head_sizes_without_a_kernel_are_torchs(isa: str, rng: torch.Generator) -> None:
+    _attention(rng, torch.float32, None, 2, 24, rows=[1, 5], lengths=[20, 5])
+
+
+def _attention(
+    rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, heads: int, dim: int,
+    rows: Sequence[int], lengths: Sequence[int],
+) -> None:  # fmt: skip
+    """Ours against float64 over the same cache, in blocks in no order, with garbage where no token is."""
+    widest = max(-(-n // BLOCK_SIZE) for n in lengths)
+    blocks = torch.randperm(widest * len(lengths), generator=rng).view(len(lengths), widest)
+    caches = [empty_cache(blocks.numel(), heads, dim, cache_dtype or dtype) for _ in range(2)]
+    for r, length in enumerate(lengths):
+        at = torch.arange(length)
+        for cache in caches:
+            vectors = torch.randn(length, heads, dim, generator=rng).to(dtype)
+            cache[blocks[r, at // BLOCK_SIZE], :, at % BLOCK_SIZE] = reference.to_cached(vectors, cache.dtype)
+    q = torch.randn(sum(rows), heads, dim, generator=rng).to(dtype) * 2
+    starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
+    got = cpu.paged_attention(q, *caches, blocks, starts, lengths)
+    plain = reference.paged_attention(q, *caches, blocks, starts, lengths)
+    floats = [reference.from_cached(cache, torch.float32) for cache in caches]
+    want = reference.paged_attention(q.double(), *(c.double() for c in floats), blocks, starts, lengths)
+    as_good_as_torch(got, plain, want)
+    if cache_dtype is not None:
+        assert relative(got, want) < KV8_ERROR
+
+
+def empty_cache(blocks: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Slots that nobody wrote hold 0, or NaN where the dtype has it: who reads them is found out."""
+    shape = (blocks, heads, BLOCK_SIZE, reference.cache_width(dim, dtype))
+    return torch.zeros(shape, dtype=dtype) if dtype == torch.int8 else torch.full(shape, torch.nan, dtype=dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+
+
+def _one_rounding(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    both = ~want.isnan()
+    assert torch.equal(both, ~got.isnan())
+    got, want = got[both].double(), want[both].double()
+    assert ((got - want).abs() <= 2 * EPSILON[dtype] * want.abs().clamp(min=1)).all()
