@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from qvl_runtime.errors import ConfigError
@@ -105,7 +106,8 @@ class Scheduler:
     def _admit(self, plan: dict[Task, Planned], budget: int) -> None:
         """Start waiting tasks while there is room for the whole of what they know and a block for each that runs."""
         while budget and self.waiting and len(self.running) < self._limits.running:
-            task = next((t for t in self.waiting if not t.request.held), None)
+            candidates = islice(self.waiting, self._limits.running)
+            task = next((t for t in candidates if not (t.request.held or self._better_later(t))), None)
             if task is None:
                 return
             found = task.sequence.find_prefix(task.token_ids, task.spans)
@@ -120,6 +122,24 @@ class Scheduler:
             count = min(task.pending, budget)
             plan[task] = self._reserved(task, count, 0)
             budget -= count
+
+    def _better_later(self, task: Task) -> bool:
+        """Whether a prompt that is being prefilled begins as this one does, its first picture included.
+
+        Waiting for it, a step or a few, saves computing the picture's keys and values again.
+        """
+        if self._cache.prefixes is None or not task.spans:
+            return False
+        span = task.spans[0]
+        return any(
+            other.pending > 1
+            and not other.request.held
+            and other.spans
+            and (other.spans[0].start, other.spans[0].picture.digest) == (span.start, span.picture.digest)
+            and other.sequence.root == task.sequence.root
+            and other.token_ids[: span.start] == task.token_ids[: span.start]
+            for other in self.running
+        )
 
     def _count(self, task: Task, found: int) -> None:
         """For the hit rate and the usage: a task that was preempted has been counted."""

@@ -174,6 +174,19 @@ def test_the_second_question_about_a_picture_costs_its_own_tokens(nano: Engine) 
     assert second.timings.prompt_tokens == 8 and second.usage.cached_tokens == 10 + SPAN
 
 
+def test_questions_about_one_picture_that_come_together_compute_it_once() -> None:
+    engine = Engine(dtype="float32", max_step_tokens=64)
+    prompts = [prompt_of(engine, range(10), picture(161), [i] * 20) for i in range(4)]
+    prompts.append(prompt_of(engine, range(9), picture(161), [5] * 20))  # not the same beginning
+    first, *others, last = engine.generate(prompts, greedy(4))
+    assert [c.usage.cached_tokens for c in (first, *others)] == [0] + 3 * [10 + SPAN]
+    assert last.usage.cached_tokens < 10
+    fresh = Engine(dtype="float32", prefix_caching=False)
+    assert [c.token_ids for c in (first, *others, last)] == [
+        fresh.generate([p], greedy(4))[0].token_ids for p in prompts
+    ]
+
+
 def test_pictures_of_a_step_are_seen_together_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(dtype="float32")
     passes: list[int] = []
