@@ -22,7 +22,8 @@ KERNELS = find_packages("kernels", include=["qvl_kernels*"])
 
 CSRC = Path("kernels/csrc")
 COMMON = ["-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]  # g++ 12's own headers; other compilers' pragmas
+# g++ 12's own intrinsics headers warn of the first two; the pragmas are other compilers'
+COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 SOURCES = {
     "library.cpp": ["-O2"],
     "threads.cpp": ["-O2"],
