@@ -54,7 +54,8 @@ def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
     console.print(f"picture  {plan.image}")
     tasks = {"caption": plan.caption_prompt, "question": plan.question, "box": plan.box_prompt}
     answers = {task: ask(engine, plan.image, prompt, console) for task, prompt in tasks.items()}
-    boxes = list(dict.fromkeys(box for answer in answers.values() for box in answer.boxes))
+    # a thing that was boxed twice, in the caption and on request, is drawn once
+    boxes = list({box.label: box for answer in answers.values() for box in answer.boxes}.values())
     draw_boxes(answers["box"].pictures[0].original, boxes).save(out)
     console.print(f"\nwrote    {out}, with {len(boxes)} box{'' if len(boxes) == 1 else 'es'} drawn\n")
     console.print(what_ran(engine))
@@ -86,7 +87,9 @@ def what_ran(engine: Engine) -> Table:
     model, memory = said["model"], said["memory"]
     table = Table.grid(padding=(0, 2))
     table.add_row("ran on", f"{said['device']}, {said['dtype']}")
-    table.add_row("kernels", "; ".join(said["kernels"].values()))
+    kernels = dict(said["kernels"])
+    table.add_row("kernels", f"{kernels.pop('ops')}: {kernels.pop('why')}")
+    table.add_row("", "; ".join(f"{part}: {kernel}" for part, kernel in kernels.items()))
     table.add_row("model", f"{Path(model['folder']).name}, loaded in {model['load_s']:.1f} s")
     table.add_row("memory", f"{size(memory['weights'])} of weights, {size(memory['kv_reserved'])} of cache")
     return table
