@@ -19,9 +19,8 @@ import torch
 from benchmarks.alternating import alternate, say, setting
 from benchmarks.cpu_kernels import reader
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule.generation import last_logits
 from qvl_runtime.schedule.runner import Chunk
-from qvl_runtime.schedule.sampler import Sampler
+from qvl_runtime.schedule.sampler import Draws, Row, sample
 
 READ = 1 << 30  # bytes a sample of the ceiling
 
@@ -44,18 +43,18 @@ class Llama:
 
 
 def decode(engine: Engine, context: int, llama: Llama | None) -> None:
-    runner, model = engine._runner, engine._runner.model
+    runner, model = engine.loop.runner, engine.loop.runner.model
     weights = sum(model.bytes_by_part[part] for part in ("language", "head"))
     nbytes = weights + context * runner.cache.bytes_per_token
     params = SamplingParams(temperature=0.0).resolve(engine.defaults)
     with runner.cache.sequence(1.0) as sequence:
         if context:
             runner.run([Chunk(sequence, [1] * context)])
-        sampler = Sampler(params, [1], engine.config.vocab_size, model.device)
+        draws = Draws(params, [1], engine.config.vocab_size, model.device, 0)
 
         def step() -> None:
             sequence.truncate(context)
-            sampler(last_logits(runner, model, Chunk(sequence, [1])))
+            sample(model.logits(runner.run([Chunk(sequence, [1])])), [Row(draws, 0)])
 
         calls: dict[str, Callable[[], object]] = {"qvl": step, "read": reader(READ)}
         if llama is not None:
@@ -71,12 +70,12 @@ def decode(engine: Engine, context: int, llama: Llama | None) -> None:
 
 
 def prefill(engine: Engine, tokens: int, llama: Llama | None) -> None:
-    runner, model = engine._runner, engine._runner.model
+    runner, model = engine.loop.runner, engine.loop.runner.model
     with runner.cache.sequence(1.0) as sequence:
 
         def run() -> None:
             sequence.truncate(0)
-            last_logits(runner, model, Chunk(sequence, [1] * tokens))
+            model.logits(runner.run([Chunk(sequence, [1] * tokens)])[-1:])
 
         calls: dict[str, Callable[[], object]] = {"qvl": run}
         if llama is not None:
@@ -88,7 +87,7 @@ def prefill(engine: Engine, tokens: int, llama: Llama | None) -> None:
 
 
 def picture(engine: Engine) -> None:
-    model, size = engine._runner.model, engine.config.visual.image_size
+    model, size = engine.loop.runner.model, engine.config.visual.image_size
     pixels = torch.randn(1, 3, size, size)
     timing = alternate({"picture": lambda: model.encode_pictures(pixels)}, wanted=3)["picture"]
     say(picture=engine.engine_config.precision, s=timing.seconds, load=timing.load, samples=timing.samples)

@@ -163,9 +163,16 @@ def int8(args: argparse.Namespace) -> int:
     return 0
 
 
+def full_size(args: argparse.Namespace) -> Engine:
+    """The model named, or a synthetic one of a published size."""
+    if args.synthetic is None:
+        return Engine(args.model, max_model_len=2048)
+    return Engine(synthetic=args.synthetic, precision=args.precision, device="cpu", max_model_len=2048)
+
+
 def second(args: argparse.Namespace) -> int:
     """Time to first token of the first question about a picture and of the second."""
-    engine = Engine(args.model, max_model_len=2048)
+    engine = full_size(args)
     ratios = []
     for i in range(args.requests if args.requests < 20 else 3):
         look = picture(1000 + i, 448)
@@ -185,7 +192,7 @@ def second(args: argparse.Namespace) -> int:
 
 def throughput(args: argparse.Namespace) -> int:
     """Tokens per second of one request and of several decoding together."""
-    engine = Engine(args.model, max_model_len=2048)
+    engine = full_size(args)
     speeds = {}
     for many in (1, 2, 4, 8):
         requests = [
@@ -228,6 +235,8 @@ def main() -> int:
     commands = {f.__name__: f for f in (equal, soak, overhead, int8, second, throughput, drafts)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--model", type=Path, default=NANO)
+    parser.add_argument("--synthetic", help="for second and throughput: qwen-vl-chat-int4, random weights of that size")
+    parser.add_argument("--precision", default="exact", choices=["exact", "fast"], help="of the synthetic model")
     parser.add_argument("--requests", type=int, default=None, help="default: 200, for soak 2,000")
     parser.add_argument("--running", type=int, default=64)
     parser.add_argument("--steps", type=int, default=50)
