@@ -91,8 +91,12 @@ class AsyncEngine:
         answer: asyncio.Future[dict[str, Any]] = home.create_future()
 
         def ask() -> None:
-            said = self.engine.report()
-            home.call_soon_threadsafe(resolve, answer, said)
+            try:
+                said = self.engine.report()
+            except Exception as error:
+                home.call_soon_threadsafe(refuse, answer, error)
+            else:
+                home.call_soon_threadsafe(resolve, answer, said)
 
         self._order(ask)
         return await answer
@@ -174,7 +178,7 @@ class AsyncEngine:
     def _begin(self, reader: Reader, encoded: Encoded, params: SamplingParams | None, streamed: bool) -> None:
         try:
             reader.request = self.engine.submit(encoded, params, streamed)
-        except QVLError as error:
+        except Exception as error:  # whatever it is, it is its reader's: the worker lives on
             self._send(reader, [error])
         else:
             self._readers.add(reader)
@@ -217,3 +221,9 @@ def resolve(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> No
     """Answer a future whose asker may have gone."""
     if not future.done():
         future.set_result(value)
+
+
+def refuse(future: asyncio.Future[dict[str, Any]], error: Exception) -> None:
+    """Fail a future whose asker may have gone."""
+    if not future.done():
+        future.set_exception(error)

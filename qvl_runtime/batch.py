@@ -65,7 +65,7 @@ def run_batch(engine: Engine, source: Path, target: Path, params: SamplingParams
                 yield index, prompt, own
 
     errors = tokens = 0
-    with target.open("a", encoding="utf-8") as file:
+    with target.open("a", encoding="utf-8", errors="backslashreplace") as file:
 
         def write() -> Iterator[Progress]:
             nonlocal done, errors, tokens
@@ -89,17 +89,21 @@ def resume_at(source: Path, target: Path) -> int:
     """How many answers `target` holds already; a last line that was cut off in writing is removed."""
     if not target.exists():
         return 0
+    if source.exists() and source.samefile(target):
+        raise PromptError(f"{target} holds the requests: name another file for the answers")
     whole = target.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        with target.open("r+b") as file:
-            file.truncate(len(kept))
     answers = kept.splitlines()
     for index, (answer, line) in enumerate(zip(answers, lines_of(source), strict=False)):
         if not _answers(answer, index, line):
             raise PromptError(f"line {index + 1} of {target} does not answer {source}: name another file, or remove it")
     if len(answers) > count_records(source):
         raise PromptError(f"{target} has more lines than {source}: name another file, or remove it")
+    if len(kept) < len(whole):
+        if not whole[len(kept) :].startswith(b'{"index": '):
+            raise PromptError(f"{target} ends in what is no answer of a batch: name another file, or remove it")
+        with target.open("r+b") as file:
+            file.truncate(len(kept))
     return len(answers)
 
 
@@ -155,11 +159,13 @@ def _own_params(given: Any, params: SamplingParams) -> SamplingParams:
     if not isinstance(given, dict) or not set(given) <= known:
         raise PromptError(f'"params" is {given!r}; expected an object with some of {", ".join(sorted(known))}')
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    if "logit_bias" in values:
-        values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
     try:
+        if "logit_bias" in values:
+            values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
         return replace(params, **values)
-    except TypeError as error:
+    except QVLError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
         raise PromptError(f'"params" has a value of the wrong type ({error})') from None
 
 

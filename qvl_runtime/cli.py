@@ -215,9 +215,10 @@ def batch(
     before = resume_at(requests, answers)
     if before and not quiet:
         say(f"{before} of {total} are answered already in {answers}")
-    began, last = time.perf_counter(), None
+    engine, last = models.open(), None
+    began = time.perf_counter()
     with progress_bar(answers.name, total, before, shown=not quiet) as advance:
-        for last in run_batch(models.open(), requests, answers, params):
+        for last in run_batch(engine, requests, answers, params):
             advance(last.done)
     if last is not None and not quiet:
         took = time.perf_counter() - began

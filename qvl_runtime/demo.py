@@ -54,8 +54,9 @@ def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
     console.print(f"picture  {plan.image}")
     tasks = {"caption": plan.caption_prompt, "question": plan.question, "box": plan.box_prompt}
     answers = {task: ask(engine, plan.image, prompt, console) for task, prompt in tasks.items()}
-    # a thing that was boxed twice, in the caption and on request, is drawn once
-    boxes = list({box.label: box for answer in answers.values() for box in answer.boxes}.values())
+    boxes = list(answers["caption"].boxes)
+    known = {box.label for box in boxes}  # what the caption has boxed is not drawn again on request
+    boxes += [box for box in answers["box"].boxes if box.label not in known]
     draw_boxes(answers["box"].pictures[0].original, boxes).save(out)
     console.print(f"\nwrote    {out}, with {len(boxes)} box{'' if len(boxes) == 1 else 'es'} drawn\n")
     console.print(what_ran(engine))

@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 
 def choose_device(name: str) -> torch.device:
     """Auto is a GPU where torch can use one, else the CPU. Raises `ConfigError` for a device that is not there."""
+    EngineConfig(device=name)  # refuses what is no device's name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

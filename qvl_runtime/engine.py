@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -103,6 +103,9 @@ class Engine:
         )  # fmt: skip
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())
+        kernels = self.report()["kernels"]
+        if "reference" in kernels["ops"] and not os.environ.get("QVL_KERNELS"):
+            _log.warning("no fast kernels: %s", kernels["why"])
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -140,7 +143,8 @@ class Engine:
         most = window or 2 * self.engine_config.max_running
         try:
             while True:
-                for tag, prompt, params in islice(waiting, most - len(open_requests)):
+                while len(open_requests) < most and (following := next(waiting, None)) is not None:
+                    tag, prompt, params = following
                     try:
                         open_requests.append(self.submit(self.encode(prompt), params, tag=tag))
                     except QVLError as error:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.batch import run_batch
+from qvl_runtime.batch import resume_at, run_batch
 from qvl_runtime.cli import app
 from qvl_runtime.errors import PromptError
 from qvl_runtime.options import ModelOptions
@@ -105,3 +105,15 @@ def test_the_command(engine: Engine, source: Path, monkeypatch: pytest.MonkeyPat
     assert "8 of 8 are answered already" in qvl("batch", source, target).stderr
     missing = qvl("batch", source.with_name("none.jsonl"), target)
     assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
+
+
+def test_what_is_no_file_of_answers_is_left_as_it_is(tmp_path: Path) -> None:
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"prompt": "Hello!"}')  # no newline at its end
+    with pytest.raises(PromptError, match="holds the requests"):
+        resume_at(requests, requests)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("keep me")
+    with pytest.raises(PromptError, match="no answer of a batch"):
+        resume_at(requests, notes)
+    assert requests.read_text() == '{"prompt": "Hello!"}' and notes.read_text() == "keep me"

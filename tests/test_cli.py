@@ -57,7 +57,7 @@ def test_quiet_keeps_notes_to_itself(engine: FakeEngine) -> None:
 def test_pictures_come_before_the_text_in_order(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
     other = str(make_picture(tmp_path / "cat.png"))
     assert qvl("generate", "Compare", "--image", picture, "-i", other, "--system", "Be brief.").exit_code == 0
-    (messages, _), = engine.asked
+    ((messages, _),) = engine.asked
     assert messages == [
         {"role": "system", "content": "Be brief."},
         {

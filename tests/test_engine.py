@@ -228,3 +228,17 @@ def test_other_dtypes_answer(name: str, dtype: str, picture: Image.Image) -> Non
     folder = Path(__file__).parent.parent / "qvl_runtime" / name
     out = Engine(folder, dtype=dtype, max_model_len=512).chat(about(picture, "Box the red square."))
     assert isinstance(out, Completion) and out.finish_reason == "stop" and out.boxes
+
+
+def test_refused_requests_do_not_end_the_others(engine: Engine) -> None:
+    """More refusals than a window holds, and then a good one."""
+    asked = [(i, "<img>nowhere.png</img>" if i < 9 else "Hello!", SamplingParams(max_tokens=2)) for i in range(10)]
+    answered = dict(engine.as_completed(asked, window=2))
+    assert sorted(answered) == list(range(10))
+    assert isinstance(answered[9], Completion) and all(isinstance(answered[i], QVLError) for i in range(9))
+
+
+def test_a_tiny_temperature_is_no_accident_for_the_neighbours(engine: Engine) -> None:
+    params = [SamplingParams(max_tokens=4, temperature=t, seed=1) for t in (1e-40, 0, 1.0)]
+    cold, greedy, _ = engine.generate([GREETING] * 3, params)
+    assert cold.token_ids == greedy.token_ids

@@ -54,7 +54,10 @@ def _plain_torch(why: str) -> dict[str, str]:
 
 
 def _reference_asked() -> bool:
-    return os.environ.get("QVL_KERNELS") == "reference"
+    asked = os.environ.get("QVL_KERNELS", "")
+    if asked not in ("", "reference"):
+        raise ValueError(f"QVL_KERNELS is {asked!r}; expected 'reference', or nothing for the fastest there is")
+    return asked == "reference"
 
 
 def _cpu_fault() -> str | None:

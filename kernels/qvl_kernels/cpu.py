@@ -39,7 +39,7 @@ MOST_DIM = 256  # the widest head of the attention kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not _same_floats(x, weight):
+    if not _same_floats(x, weight) or weight.shape != x.shape[-1:]:
         return reference.rms_norm(x, weight, eps)
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]
@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if not _same_floats(x, weight, update) or x.shape != update.shape:
+    if not _same_floats(x, weight, update) or x.shape != update.shape or weight.shape != x.shape[-1:]:
         return reference.add_rms_norm(x, update, weight, eps)
     x, update = x.contiguous(), update.contiguous()
     total, y = torch.empty_like(x), torch.empty_like(x)
@@ -63,7 +63,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    if not _same_floats(x, weight, bias):
+    if not _same_floats(x, weight, bias) or not weight.shape == bias.shape == x.shape[-1:]:
         return reference.layer_norm(x, weight, bias, eps)
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     width = x.shape[-1]

@@ -87,7 +87,8 @@ class PackedWeight:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`: few rows at the speed of memory, more through torch's GEMM."""
     rows = x.numel() // max(1, x.shape[-1])
-    dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous()
+    dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
+    dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
     if not dense or not 0 < rows <= FEW_DENSE:
         return F.linear(x, weight, bias)
     x = x.contiguous()
@@ -121,7 +122,8 @@ def prepare_gptq(
     bias: Tensor | None = None, precision: Precision = "exact",
 ) -> Bound:  # fmt: skip
     """A GPTQ linear in the kernels' layout. What they cannot hold runs as in the reference, with a warning."""
-    reason = _unsupported(qweight, scales, bits)
+    zeros = reference.unpack_rows(qzeros.t(), bits).t() + zero_offset
+    reason = _unsupported(qweight, scales, zeros, bits)
     if reason is not None:
         _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", len(scales[0]), reason)
         slow = reference.prepare_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias, precision)
@@ -130,10 +132,7 @@ def prepare_gptq(
     order = _order(inputs, len(scales), g_idx)
     lines = _buffer(outputs * len(order.groups) * order.size * bits // 8)
     words, padded = qweight.contiguous(), len(order.groups) * order.size
-    library().ready().pack_gptq(
-        words.data_ptr(), inputs, padded, outputs, bits, _pointer(order.perm), lines.data_ptr()
-    )
-    zeros = reference.unpack_rows(qzeros.t(), bits).t() + zero_offset
+    library().ready().pack_gptq(words.data_ptr(), inputs, padded, outputs, bits, _pointer(order.perm), lines.data_ptr())
     middle = bool((zeros == 1 << (bits - 1)).all())
     packed = PackedWeight(
         lines, _by_block(scales.half(), order.groups),
@@ -172,13 +171,15 @@ def _order(inputs: int, groups: int, g_idx: Tensor | None) -> _Order:
     return _Order(size, by_group, None if in_order else perm)
 
 
-def _unsupported(qweight: Tensor, scales: Tensor, bits: int) -> str | None:
+def _unsupported(qweight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> str | None:
     if bits not in (4, 8):
         return f"{bits} bits"
     if qweight.shape[1] % BLOCK:
         return f"{qweight.shape[1]} outputs are no multiple of {BLOCK}"
     if not torch.equal(scales.half().to(scales.dtype), scales):
         return "its scales do not fit float16"
+    if int(zeros.max()) > 255:
+        return "a zero point is 256"
     return None
 
 

@@ -47,6 +47,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        self._check_types()
         _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         _check("temperature", self.temperature, _none_or(self.temperature, 0, math.inf), "0 (greedy) or more")
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1")
@@ -60,6 +61,21 @@ class SamplingParams:
         timeout = self.timeout_s
         _check("timeout_s", timeout, timeout is None or 0 < timeout < math.inf, "a number of seconds above 0")
         _check("stop", self.stop, all(self.stop), "strings of at least one character")
+
+    def _check_types(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "n", "logprobs"):
+            value = getattr(self, name)
+            _check(name, value, (value is None and name != "n") or _is_whole(value), "a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "timeout_s"):
+            value = getattr(self, name)
+            _check(name, value, (value is None and name != "min_p") or _is_number(value), "a number")
+        texts = isinstance(self.stop, (tuple, list)) and all(isinstance(text, str) for text in self.stop)
+        _check("stop", self.stop, texts, "strings")
+        ids = isinstance(self.stop_token_ids, (tuple, list)) and all(map(_is_whole, self.stop_token_ids))
+        _check("stop_token_ids", self.stop_token_ids, ids, "whole numbers")
+        bias = self.logit_bias
+        known = isinstance(bias, Mapping) and all(map(_is_whole, bias)) and all(map(_is_number, bias.values()))
+        _check("logit_bias", bias, known and all(v < math.inf for v in bias.values()), "token ids to finite numbers")
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
         """The same with every None filled in from generation_config.json; seed stays as it is."""
@@ -161,6 +177,14 @@ class StreamPiece(NamedTuple):
     text: str
     token_ids: tuple[int, ...] = ()
     completion: Completion | None = None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _none_or(value: float | None, low: float, high: float) -> bool:

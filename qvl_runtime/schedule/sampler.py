@@ -112,7 +112,8 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     params = [row.draws.params for row in rows]
     vocab = scores.shape[1]
     temperature = scores.new_tensor([p.temperature or 1.0 for p in params])
-    probs = (scores / temperature[:, None]).softmax(-1)
+    # relative to the likeliest, which stays finite however small the temperature
+    probs = ((scores - scores.amax(-1, keepdim=True)) / temperature[:, None].clamp(min=1e-30)).softmax(-1)
     top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=scores.device)
     top_p = scores.new_tensor([1.0 if p.top_p is None else p.top_p for p in params])
     min_p = scores.new_tensor([p.min_p for p in params])

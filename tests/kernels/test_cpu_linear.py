@@ -95,9 +95,7 @@ def test_a_group_tail_in_order(isa: str, rng: torch.Generator, precision: refere
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_exact_is_as_good_as_torch(
-    isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int, bits: int
-) -> None:
+def test_exact_is_as_good_as_torch(isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int, bits: int) -> None:
     w = gptq(rng, 80 if rows < 100 else 48, 256, 64, sym=False, bits=bits, bias=False)
     x = torch.randn(rows, 256, generator=rng).to(dtype)
     plain = reference.gptq_linear(x, w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset)

@@ -140,7 +140,9 @@ def test_the_time_limit_is_for_the_whole(site: str, path: str) -> None:
     assert time.monotonic() - begin < 5, "a byte every 50 ms must not keep it alive"
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.png", "http://[::1/a.png", "http:///a.png", "http://host:port/a"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1/a.png", "http://[::1/a.png", "http:///a.png", "http://host:port/a"]
+)
 def test_addresses_that_lead_nowhere(url: str) -> None:
     with pytest.raises(DownloadError, match="cannot be fetched") as caught:
         load_image(url, 28, QUICK)

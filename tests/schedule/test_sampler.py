@@ -134,6 +134,8 @@ def test_logit_bias_moves_the_choice_but_not_the_logprob() -> None:
         ("max_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0),
         ("top_p", 1.1), ("top_k", -1), ("min_p", 2.0), ("repetition_penalty", 0.0), ("seed", -1), ("n", 0),
         ("logprobs", -1), ("stop", ("",)),
+        ("stop", (1,)), ("stop_token_ids", ("a",)), ("logit_bias", {1: "x"}), ("logit_bias", {1: math.inf}),
+        ("max_tokens", 2.5), ("n", 1.5), ("logprobs", True), ("temperature", "hot"),
     ],
 )  # fmt: skip
 def test_out_of_range(field: str, value: object) -> None:

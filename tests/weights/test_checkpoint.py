@@ -94,9 +94,7 @@ def test_weights_of_the_right_dtype_are_the_mapped_file(
     assert copied == []
 
 
-def test_data_at_an_odd_byte_is_copied_to_an_even_one(
-    raw: dict[str, Any], make_state: Fixture, write: Fixture
-) -> None:
+def test_data_at_an_odd_byte_is_copied_to_an_even_one(raw: dict[str, Any], make_state: Fixture, write: Fixture) -> None:
     config = ModelConfig.from_dict(raw)
     state = make_state(config, torch.bfloat16)
     path = write(raw, state) / "model.safetensors"
