@@ -48,8 +48,8 @@ def ask(engine: Engine, pictures: np.ndarray, which: Sequence[int], questions: S
     return answers
 
 
-def evaluate(folder: Path, dtype: str, scenes: int, chinese: bool) -> Tally:
-    engine = Engine(folder, dtype=dtype, max_model_len=1024)
+def evaluate(folder: Path, dtype: str, precision: str, scenes: int, chinese: bool) -> Tally:
+    engine = Engine(folder, dtype=dtype, precision=precision, max_model_len=1024)
     print(engine.summary())
     config = SceneConfig(side=engine.config.visual.image_size)
     return score(lambda *asked: ask(engine, *asked), config, scenes, chinese=chinese)
@@ -75,6 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--int4", action="store_true", help="score its Int4 sibling, MODEL_int4, beside it")
     parser.add_argument("--dtype", default="auto", help="of both (default: what each checkpoint says)")
+    parser.add_argument("--precision", default="exact", choices=["exact", "fast"], help="of the kernels")
     parser.add_argument("--scenes", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--chinese", action="store_true", help="ask in Chinese")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
@@ -85,7 +86,7 @@ def main() -> None:
     folders = [args.model, args.model.with_name(f"{args.model.name}_int4")] if args.int4 else [args.model]
     began, tallies = time.perf_counter(), {}
     for folder in folders:
-        tallies[folder.name] = evaluate(folder, args.dtype, args.scenes, args.chinese)
+        tallies[folder.name] = evaluate(folder, args.dtype, args.precision, args.scenes, args.chinese)
     print(f"\n{args.scenes} scenes, {'Chinese' if args.chinese else 'English'}, {time.perf_counter() - began:.0f} s\n")
     print(table(tallies))
     if args.out is not None:
