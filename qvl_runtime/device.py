@@ -31,6 +31,10 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device is {name!r}, but there is no usable GPU ({built}): use device='cpu' or 'auto'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+    try:
+        kernel_report(device)
+    except (ValueError, RuntimeError) as fault:  # what QVL_KERNELS or QVL_CPU_ISA ask for is not there
+        raise ConfigError(str(fault)) from fault
     return device
 
 

@@ -120,12 +120,15 @@ def show(report: dict[str, Any]) -> None:
 def _checks() -> list[Check]:
     import torch
 
+    from qvl_kernels import report
     from qvl_runtime.prompt.fonts import INSTALL_HINT, pick_font
 
     def has(module: str) -> bool:
         return find_spec(module) is not None
 
+    compiled = report(torch.device("cpu"))["ops"].startswith("C++")
     return [
+        Check("C++ kernels", compiled, "plain torch on the CPU, int4 unpacked on each use: install g++, then anew"),
         Check("CUDA GPU", torch.cuda.is_available(), "the CPU computes: fine for a small model, slow for 9.6 billion"),
         Check("triton", has("triton"), "plain torch on a GPU: pip install 'qvl-runtime[cuda]'"),
         Check("modelscope", has("modelscope"), "no --source modelscope: pip install 'qvl-runtime[modelscope]'"),

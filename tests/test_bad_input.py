@@ -110,3 +110,9 @@ def test_prompt_longer_than_the_context() -> None:
 def test_sampling_out_of_range(option: str, value: float, wanted: str) -> None:
     said = error_of("Hello", option, value)
     assert str(value) in said and wanted in said
+
+
+def test_kernels_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVL_KERNELS", "refernce")
+    said = error_of("Hello")
+    assert "'refernce'" in said and "expected 'reference'" in said
