@@ -12,14 +12,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-from qvl_runtime.errors import PromptError, QVLError
-from qvl_runtime.options import OUTPUT, ModelOptions, SamplingOptions, with_options
+from qvl_runtime.commands import add_command
+from qvl_runtime.errors import PromptError
+from qvl_runtime.options import OUTPUT, ModelOptions, SamplingOptions
+from qvl_runtime.profile.commands import profile_app
 from qvl_runtime.terminal import (
     INTERRUPTED,
     LogLines,
@@ -32,11 +33,8 @@ from qvl_runtime.terminal import (
     receive,
     save_drawing,
     say,
-    say_error,
     speed_line,
 )
-
-P = ParamSpec("P")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,33 +66,12 @@ Quiet = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback.", rich_help_panel=OUTPUT)]
 
 
-def reported(command: Callable[P, int]) -> Callable[P, None]:
-    """Turn what a command returns or raises into an exit code and, for an error, one line."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            code = command(*args, **kwargs)
-        except KeyboardInterrupt:
-            say("interrupted")
-            code = INTERRUPTED
-        except BrokenPipeError:
-            raise  # the reader has gone, as in `qvl … | head`; typer ends in silence
-        except Exception as error:
-            if kwargs.get("debug"):
-                raise
-            expected = isinstance(error, (QVLError, OSError))
-            say_error(error if expected else f"{type(error).__name__}: {error} (a fault of qvl; --debug shows where)")
-            code = 2 if expected else 1
-        raise typer.Exit(code)
-
-    return run
-
-
 def command(function: Callable[..., int]) -> Callable[..., int]:
     """Make the function a command of `qvl`; it returns an exit code."""
-    app.command()(with_options(reported(function)))
-    return function
+    return add_command(app, function)
+
+
+app.add_typer(profile_app, name="profile")
 
 
 @app.callback()

@@ -1,0 +1,1 @@
+"""What a model costs on this machine: speed by the published method, memory, and how both grow."""

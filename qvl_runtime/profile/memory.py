@@ -1,0 +1,128 @@
+"""Peak memory as the model's authors measured it: encoding 2048 tokens, and generating 8192.
+
+Their table, on an A100-SXM4-80G with the original code, read as GiB: BF16 22.60 and 28.01, Int4 11.82 and 17.23. Device
+memory on a GPU; on a CPU the resident memory of the whole process, Python and torch included.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qvl_runtime.engine import Engine
+from qvl_runtime.profile import steps
+from qvl_runtime.profile.speed import kind_of
+from qvl_runtime.schedule.request import SamplingParams
+
+ENCODED, GENERATED = 2048, 8192  # tokens
+PUBLISHED = {
+    ("bf16", "encode"): 22.60, ("bf16", "generate"): 28.01, ("int4", "encode"): 11.82, ("int4", "generate"): 17.23,
+}  # fmt: skip
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One of the two published cases, or the loading that comes before them. Bytes."""
+
+    name: str  # "load", "encode" or "generate"
+    tokens: int
+    peak: int
+    published_gib: float | None  # of the original, on a GPU
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    weights: str
+    counted: str  # what the peaks are of
+    base: int  # before the model was loaded
+    parts: dict[str, int]  # bytes of the weights as they are held
+    kv_per_token: int
+    cases: tuple[Case, ...]
+    notes: tuple[str, ...]
+
+
+def profile_memory(
+    open_engine: Callable[[], Engine], progress: Callable[[str], None] = lambda what: None
+) -> MemoryReport:
+    """Load the model and run both cases; a process of its own, since a peak that was reached before stays.
+
+    Where the context is shorter than a case, the case is as long as the context, and says so.
+    """
+    base = resident()
+    progress("load")
+    reset_peak()
+    engine = open_engine()
+    device, cache = engine.loop.runner.model.device, engine.loop.runner.cache
+    cases = [Case("load", 0, peak(device), None, "")]
+    longest = min(engine.max_model_len, cache.num_slots)
+    notes = []
+    kind = kind_of(engine)
+    full_size = (engine.config.num_hidden_layers, engine.config.hidden_size) == (32, 4096)
+    for name, wanted, run in (("encode", ENCODED, encode), ("generate", GENERATED, generate)):
+        tokens = min(wanted, longest - 1 if name == "encode" else longest)  # encoding leaves room for an answer
+        if tokens < wanted:
+            notes.append(f"{name}: {tokens} tokens in place of {wanted}, which is what context and KV cache hold")
+        progress(f"{name} {tokens} tokens")
+        reset_peak(device)
+        how = run(engine, tokens)
+        cases.append(Case(name, tokens, peak(device), PUBLISHED.get((kind, name)) if full_size else None, how))
+    counted = "memory that torch allocated on the device" if device.type == "cuda" else "resident memory of the process"
+    return MemoryReport(
+        kind, counted, base, dict(engine.loop.runner.model.bytes_by_part), cache.bytes_per_token, tuple(cases),
+        tuple(notes),
+    )  # fmt: skip
+
+
+def encode(engine: Engine, tokens: int) -> str:
+    """A picture and text, `tokens` in all, and one token of an answer."""
+    size, span = engine.config.visual.image_size, engine.config.visual.n_queries + 2
+    picture = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8).numpy()
+    visual = engine.config.visual
+    opening = [visual.image_start_id, visual.image_end_id] if tokens > span else []
+    text = [1] * (tokens - (span if opening else 0))
+    images = [picture] if opening else []
+    engine.generate([{"token_ids": opening + text, "images": images}], SamplingParams(max_tokens=1, temperature=0.0))
+    return "one picture and text, computed" if opening else "text, computed"
+
+
+def generate(engine: Engine, tokens: int) -> str:
+    """The last steps of an answer that fills the KV cache up to `tokens`."""
+    steps.decode(engine, [tokens - 1], rounds=1)
+    return "KV cache written up to the last token, then two steps"
+
+
+def resident() -> int:
+    """Bytes of physical memory that this process has."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+    return peak(torch.device("cpu"))
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes since the last `reset_peak`, or since the process began where that cannot be reset."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak(device: torch.device | None = None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        try:
+            clear.write_text("5")  # "reset the peak resident set size", proc(5)
+        except OSError:  # not allowed everywhere: peaks then are those since the start
+            return
