@@ -46,7 +46,8 @@ def requests(engine: Engine, count: int, pictures: int, turn: int) -> list[tuple
         if dice.random() < 2 / 3:
             shown = {"type": "image", "image": noise[dice.randrange(pictures)]}
             parts = [shown, {"type": "text", "text": dice.choice(QUESTIONS)}]
-        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=dice.choice((8, 16, 32)), cache_salt=f"{turn}")
+        length = dice.choice((8, 16, 32))
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, cache_salt=f"{turn}")
         made.append(([{"role": "user", "content": parts}], params))
     return made
 
