@@ -7,8 +7,9 @@ calculated is the same, so is the time; what such a step says is not.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -28,15 +29,31 @@ def decode(engine: Engine, contexts: Items[int], batch: int = 1, rounds: int = 5
 
     The contexts take turns, so that a slow minute of the machine slows them all.
     """
-    runner, longest = engine.loop.runner, max(contexts)
-    per_sequence = -(-(longest + 1) // BLOCK_SIZE) * BLOCK_SIZE
-    if batch * per_sequence > runner.cache.num_slots:
+    samples: dict[int, list[float]] = {context: [] for context in contexts}
+    with decoding(engine, max(contexts), batch) as step:
+        for round_ in range(rounds + 1):  # the first is not counted
+            for context in contexts:
+                began = time.perf_counter()
+                step(context)
+                if round_:
+                    samples[context].append(time.perf_counter() - began)
+    return {context: Spread.of(taken) for context, taken in samples.items()}
+
+
+@contextmanager
+def decoding(engine: Engine, longest: int, batch: int = 1) -> Iterator[Callable[[int], None]]:
+    """A call that decodes a token of `batch` sequences at a context of up to `longest`, as often as it is called.
+
+    Raises `CapacityError` where the KV cache does not hold so much.
+    """
+    runner = engine.loop.runner
+    blocks = batch * -(-(longest + 1) // BLOCK_SIZE)
+    if blocks * BLOCK_SIZE > runner.cache.num_slots:
         raise CapacityError(
-            f"{batch} sequences of {longest} tokens need {batch * per_sequence} slots of KV cache, and there are "
+            f"{batch} sequences of {longest} tokens need {blocks * BLOCK_SIZE} slots of KV cache, and there are "
             f"{runner.cache.num_slots}: ask for shorter ones, or raise kv_cache_bytes"
         )
-    engine.loop.scheduler.make_room(batch * per_sequence // BLOCK_SIZE)
-    samples: dict[int, list[float]] = {context: [] for context in contexts}
+    engine.loop.scheduler.make_room(blocks)
     with ExitStack() as stack:
         sequences = [stack.enter_context(runner.cache.sequence(1.0)) for _ in range(batch)]
         for sequence in sequences:
@@ -44,17 +61,14 @@ def decode(engine: Engine, contexts: Items[int], batch: int = 1, rounds: int = 5
         params = SamplingParams(temperature=0.0).resolve(engine.defaults)
         device, vocabulary = runner.model.device, engine.config.vocab_size
         rows = [Row(Draws(params, [1], vocabulary, device, 0), 0) for _ in sequences]
-        for round_ in range(rounds + 1):  # the first is not counted
-            for context in contexts:
-                for sequence in sequences:
-                    sequence.length = context
-                began = time.perf_counter()
-                hidden = runner.run([Chunk(sequence, [1]) for sequence in sequences])
-                sample(runner.model.logits(hidden), rows)
-                finish(device)
-                if round_:
-                    samples[context].append(time.perf_counter() - began)
-    return {context: Spread.of(taken) for context, taken in samples.items()}
+
+        def step(context: int) -> None:
+            for sequence in sequences:
+                sequence.length = context
+            sample(runner.model.logits(runner.run([Chunk(sequence, [1]) for sequence in sequences])), rows)
+            finish(device)
+
+        yield step
 
 
 def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Spread:

@@ -1,0 +1,111 @@
+"""The same work on qvl, on llama.cpp and on plain torch in bfloat16, in turns in one run. One JSON line a figure.
+
+    python -m benchmarks.peers --contexts 0,300,2000 --prefill 512 --picture [--llama SERVE MODEL.gguf]
+
+qvl runs the full-size Int4 model, llama.cpp its Q4_0 twin (`benchmarks.peers.llama_build`), torch the definition of
+every op in bfloat16: a faithful implementation of the original without tricks. All weights are random, which costs the
+same. `over_ours` is how many times longer than the first qvl it takes. torch's blocks share the memory of one, which
+is larger than the caches, for 19 GB beside the others would not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+from benchmarks.alternating import Timing, alternate, say, setting
+from benchmarks.cpu_decode import Llama
+from qvl_kernels.ceiling import reader
+from qvl_runtime import Engine
+from qvl_runtime.profile import steps
+
+READ = 1 << 30  # bytes a sample of the ceiling
+Calls = dict[str, Callable[[], object]]
+
+
+def engines(precisions: list[str], plain: bool) -> dict[str, Engine]:
+    """What runs in this process, by name."""
+    common = {"device": "cpu", "max_model_len": 4096, "kv_cache_bytes": 3 << 30}
+    made = {f"qvl {p}": Engine(synthetic="qwen-vl-chat-int4", precision=p, **common) for p in precisions}
+    if plain:
+        os.environ["QVL_KERNELS"] = "reference"
+        made["torch bf16"] = Engine(synthetic="qwen-vl-chat", repeat_blocks=True, dtype="bfloat16", **common)
+        del os.environ["QVL_KERNELS"]
+    return made
+
+
+def decode(found: dict[str, Engine], context: int, llama: Llama | None) -> None:
+    with ExitStack() as stack:
+        turns: Calls = {
+            name: partial(stack.enter_context(steps.decoding(engine, context)), context)
+            for name, engine in found.items()
+        }
+        read = reader(torch.device("cpu"), READ)
+        if llama is not None:
+            llama(f"depth {context}")
+            turns["llama.cpp"] = lambda: llama("tg 1")
+        timings = alternate(turns | {"read": read.call}, processes=_processes(llama), limit_s=90)
+    ceiling = read.nbytes / timings["read"].seconds
+    for name, timing in timings.items():
+        if name != "read":
+            reads = steps.bytes_read(found[name], context) if name in found else None
+            rate = None if reads is None else reads / timing.seconds
+            _say(timings, name, decode=name, context=context, tok_s=1 / timing.seconds,
+                 gb_s=rate and rate / 1e9, of_read=rate and rate / ceiling, read_gb_s=ceiling / 1e9)  # fmt: skip
+
+
+def prefill(found: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
+    turns: Calls = {name: lambda e=engine: steps.prefill(e, tokens, rounds=1) for name, engine in found.items()}
+    if llama is not None:
+        turns["llama.cpp"] = lambda: llama(f"pp {tokens}")
+    timings = alternate(turns, wanted=3, processes=_processes(llama), limit_s=150)
+    for name, timing in timings.items():
+        _say(timings, name, prefill=name, tokens=tokens, tok_s=tokens / timing.seconds, s=timing.seconds)
+
+
+def picture(found: dict[str, Engine]) -> None:
+    timings = alternate(
+        {name: lambda e=engine: steps.pictures(e, 1, rounds=1) for name, engine in found.items()}, wanted=3, limit_s=150
+    )
+    for name, timing in timings.items():
+        _say(timings, name, picture=name, s=timing.seconds)
+
+
+def _say(timings: dict[str, Timing], name: str, **figures: object) -> None:
+    ours, timing = next(iter(timings.values())), timings[name]
+    say(**figures, over_ours=timing.seconds / ours.seconds, load=timing.load, samples=timing.samples)
+
+
+def _processes(llama: Llama | None) -> tuple[int, ...]:
+    return () if llama is None else (llama.process.pid,)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precisions", default="fast", help="of qvl: fast, exact, or both with a comma")
+    parser.add_argument("--contexts", default="0,300,2000")
+    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--picture", action="store_true", help="also one picture through the full visual tower")
+    parser.add_argument("--no-torch", action="store_true", help="leave plain torch out")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--llama", nargs=2, metavar=("SERVE", "MODEL"))
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    say(**setting())
+    found = engines(asked.precisions.split(","), not asked.no_torch)
+    llama = Llama(*asked.llama, asked.threads) if asked.llama else None
+    for context in map(int, filter(None, asked.contexts.split(","))):
+        decode(found, context, llama)
+    if asked.prefill:
+        prefill(found, asked.prefill, llama)
+    if asked.picture:
+        picture(found)
+
+
+if __name__ == "__main__":
+    main()

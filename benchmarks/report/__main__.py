@@ -1,0 +1,82 @@
+"""The whole report, to benchmarks/results/<machine>-<date>/: JSON, a Markdown page and plots.
+
+    python -m benchmarks.report             # nano and the full-size model with random weights: under 40 minutes
+    python -m benchmarks.report --quick     # nano alone, little of everything, to out/report: under 3 minutes
+    python -m benchmarks.report --only "full-size Int4, fast" --only nano
+
+Each model runs in a process of its own. What does not fit this machine is left out, and the page says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import serving
+from benchmarks.report.gather import MODELS, QUICK
+from benchmarks.report.page import write_page
+from benchmarks.report.plots import draw
+from qvl_runtime.device import free_memory
+from qvl_runtime.profile.commands import plain
+from qvl_runtime.profile.machine import Machine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measured(label: str, quick: bool) -> dict[str, Any]:
+    """What `gather` says of one model, or why it was left out."""
+    needed, free = MODELS[label].memory_gib, free_memory(device()) / 2**30
+    if needed > free:
+        return {"label": label, "skipped": f"needs {needed:.0f} GiB of memory, and {free:.1f} are free"}
+    command = [sys.executable, "-m", "benchmarks.report.gather", label, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{label}: {' '.join(command)} ended with code {done.returncode}; what it said is above")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def folder_name(machine: Machine) -> str:
+    """Such as "intel-r-xeon-r-processor-2-threads-2026-11-22"."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine.device.removeprefix("cpu ").lower()).strip("-")
+    return f"{name}-{machine.date[:10]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", action="append", choices=MODELS, help="measure this model; repeat for several")
+    parser.add_argument("--out", type=Path, help="the folder to write; without it, one named after machine and day")
+    asked = parser.parse_args()
+    began, machine = time.perf_counter(), Machine.here(device())
+    out = asked.out or (
+        ROOT / "out" / "report" if asked.quick else ROOT / "benchmarks" / "results" / folder_name(machine)
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    models = [measured(label, asked.quick) for label in asked.only or (QUICK if asked.quick else MODELS)]
+    print("serving", file=sys.stderr)
+    rates, count = ([float("inf")], 6) if asked.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
+    report = {
+        "machine": plain(machine), "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
+        "quick": asked.quick, "models": models, "serving": serving.measure({}, rates, count, 6),
+    }  # fmt: skip
+    report["minutes"] = (time.perf_counter() - began) / 60
+    (out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    pictures = draw(report, out)
+    write_page(report, pictures, out / "README.md")
+    print(f"{out / 'README.md'}: {report['minutes']:.1f} minutes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

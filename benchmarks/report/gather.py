@@ -1,0 +1,88 @@
+"""One model in one process: its speed, its growth and its memory as JSON, for `benchmarks.report` to put together."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime import Engine
+from qvl_runtime.profile.commands import plain
+from qvl_runtime.profile.growth import growth
+from qvl_runtime.profile.machine import Machine
+from qvl_runtime.profile.memory import profile_memory
+from qvl_runtime.profile.speed import LENGTHS, profile_speed
+
+NANO_INT4 = Path(__file__).resolve().parents[2] / "qvl_runtime" / "nano_int4"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is measured: options of `Engine`, and how much of it."""
+
+    label: str
+    options: dict[str, Any]
+    curves: bool = False  # also how cost grows
+    memory_gib: float = 0.0  # that it needs; skipped where the machine has less
+    note: str = ""
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+    lengths: tuple[int, ...] = field(default=LENGTHS)
+
+
+FULL = {"max_model_len": 8448, "kv_cache_bytes": 4352 * 2**20}  # 8192 tokens and what a batch needs
+MODELS = {
+    model.label: model
+    for model in (
+        Model("nano", {}, curves=True),
+        Model("nano Int4, fast", {"model": str(NANO_INT4), "precision": "fast"}),
+        Model(
+            "full-size Int4, fast", {"synthetic": "qwen-vl-chat-int4", "precision": "fast", **FULL}, curves=True,
+            memory_gib=14,
+        ),
+        Model("full-size Int4, exact", {"synthetic": "qwen-vl-chat-int4", **FULL}, memory_gib=16),
+        Model(
+            "full-size BF16", {"synthetic": "qwen-vl-chat", "repeat_blocks": True, **FULL}, memory_gib=10,
+            batches=(1, 8),
+            note="all blocks share the memory of one, so its peak memory is not that of the model: see `qvl plan`",
+        ),
+    )
+}  # fmt: skip
+QUICK = ("nano",)
+
+
+def gather(model: Model, quick: bool) -> dict[str, Any]:
+    """Speed and growth from one engine; memory from another, after the first is gone."""
+
+    def progress(what: str) -> None:
+        print(f"{model.label}: {what}", file=sys.stderr, flush=True)
+
+    memory = None
+    if not model.options.get("repeat_blocks"):  # first, while the process is as new
+        memory = plain(profile_memory(lambda: Engine(**model.options), progress))
+        gc.collect()
+    engine = Engine(**model.options)
+    lengths = LENGTHS[:1] if quick else model.lengths
+    batches = model.batches[:2] if quick else model.batches
+    speed = profile_speed(engine, 8 if quick else None, lengths, batches, 3 if quick else 5, progress)
+    curves = growth(engine, speed.ceilings, quick, progress) if model.curves else []
+    return {
+        "label": model.label, "options": model.options, "note": model.note, "summary": engine.summary(),
+        "kernels": engine.report()["kernels"], "machine": plain(Machine.here(engine.loop.runner.model.device)),
+        "speed": plain(speed), "growth": plain(curves), "memory": memory,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("label", choices=MODELS)
+    parser.add_argument("--quick", action="store_true")
+    asked = parser.parse_args()
+    print(json.dumps(gather(MODELS[asked.label], asked.quick)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The report as a Markdown page: every figure with its command, hardware, date and commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> None:
+    """pictures: titles by file name, in the page's folder."""
+    machine, models = report["machine"], report["models"]
+    measured = [model for model in models if "skipped" not in model]
+    lines = [
+        f"# {machine['device']}, {machine['date'][:10]}", "",
+        f"`{report['command']}`: {report['minutes']:.0f} minutes; {machine['system']}, {machine['memory_gib']:.0f} "
+        f"GiB, Python {machine['python']}, torch {machine['torch_version']}, qvl {machine['qvl']} at {machine['commit']}.",
+        "Figures are medians, with p10 and p90 behind them; full-size weights are random, which costs the same. "
+        "Published figures are those of the original code on one A100-SXM4-80G: other hardware, for orientation.", "",
+        *table(("model", "read at best", "16-bit product at best", "kernels"), [
+            (m["label"], spread(m["speed"]["ceilings"]["read_gb_s"], "GB/s"),
+             spread(m["speed"]["ceilings"]["gemm_gop_s"], "Gop/s"), m["kernels"]["ops"]) for m in measured
+        ]),
+        *(f"- {m['label']}: left out, {m['skipped']}" for m in models if "skipped" in m), "",
+        "## Speed", "", *image(pictures, "speed.png"),
+        *table(("model", "generated", "tokens/s", "GB/s", "of the read ceiling", "original, A100", "measured as"), [
+            (m["label"], mean["length"], spread(mean["tok_s"]), f"{mean['gb_s']:.1f}", f"{mean['of_read']:.0%}",
+             mean["published"] or "", mean["how"]) for m in measured for mean in m["speed"]["means"]
+        ]),
+        "Several sequences decoded together, tokens/s of all:", "",
+        *table(("model", "together", "tokens/s", "context"), [
+            (m["label"], b["size"], spread(b["tok_s"]), b["context"]) for m in measured for b in m["speed"]["batches"]
+        ]),
+        "## Time", "", *image(pictures, "time.png"),
+        *table(("model", "tokens", "first token", "p50", "p95", "p99", "picture", "tower", "prefill", "decode"), [
+            timing(m) for m in measured
+        ]),
+        "## Memory", "", *image(pictures, "memory.png"),
+        *table(("model", "case", "peak, GiB", "original, A100", "how"), [
+            (m["label"], f"{case['name']} {case['tokens'] or ''}", f"{case['peak'] / GIB:.2f}",
+             case["published_gib"] or "", case["how"])
+            for m in measured if m["memory"] for case in m["memory"]["cases"]
+        ]),
+        *(f"- {m['label']}: {m['note']}" for m in measured if m["note"]), "",
+        "## Growth", "",
+    ]  # fmt: skip
+    for model in measured:
+        for curve in model["growth"]:
+            points = ", ".join(f"{p['x']}: {spread(p['seconds'], 's')}" for p in curve["points"])
+            said = f"**{model['label']}, {curve['name']}** against {curve['axis']}. {curve['bound']}"
+            lines += [said, "", points, ""]
+        if model["growth"]:
+            lines += image(pictures, f"growth-{model['label'].replace(',', '').replace(' ', '-').lower()}.png")
+    lines += [
+        "## Serving", "", *image(pictures, "serving.png"),
+        "Poisson arrivals over `AsyncEngine` on nano; two thirds have one of six pictures (`benchmarks/serving.py`).",
+        "",
+        *table(("rate", "tokens/s", "TTFT p50 / p95 / p99, s", "TPOT p50 / p95 / p99, ms", "prefix hits"), [
+            serving(record) for record in report["serving"]
+        ]),
+    ]  # fmt: skip
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
+    """Lines of a Markdown table, and an empty one; nothing where there are no rows."""
+    if not rows:
+        return []
+    lines = [heads, ("---",) * len(heads), *rows]
+    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines] + [""]
+
+
+def image(pictures: dict[str, str], name: str) -> list[str]:
+    return [f"![{pictures[name]}]({name})", ""] if name in pictures else []
+
+
+def spread(value: dict[str, float], unit: str = "") -> str:
+    return f"{value['median']:.3g} ({value['p10']:.3g}-{value['p90']:.3g}) {unit}".strip()
+
+
+def timing(model: dict[str, Any]) -> tuple[Any, ...]:
+    answer = model["speed"]["answer"]
+    gaps = [f"{1e3 * answer['tpot_s'][p]:.1f} ms" for p in ("p50", "p95", "p99")]
+    parts = [f"{answer['timings'][part]:.2f} s" for part in ("picture_s", "vision_s", "prefill_s", "decode_s")]
+    return (model["label"], answer["tokens"], f"{answer['ttft_s']:.2f} s", *gaps, *parts)
+
+
+def serving(record: dict[str, Any]) -> tuple[Any, ...]:
+    def three(name: str, unit: float) -> str:
+        return " / ".join(f"{unit * value:.3g}" for value in record.get(name, {}).values())
+
+    rate = record["rate"]
+    named = rate if isinstance(rate, str) else "all at once" if rate == float("inf") else f"{rate:g} a second"
+    hits = f"{record['prefix_hit_rate']:.0%}" if "prefix_hit_rate" in record else ""
+    return (named, f"{record['tok_s']:.1f}", three("ttft_s", 1), three("tpot_s", 1e3), hits)
