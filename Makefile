@@ -16,7 +16,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup triton demo test asan ubsan lint nano eval-nano clean
+.PHONY: help setup triton demo test asan ubsan lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -65,6 +65,12 @@ nano: $(STAMP) ## train the small checkpoint anew: 2.5 hours on 2 cores, resumes
 
 eval-nano: $(STAMP) ## score the small checkpoint and its Int4 sibling on 500 scenes that they never saw
 	$(BIN)/python -m tools.eval_nano --int4 $(NANO_FLAGS)
+
+report: $(STAMP) ## measure this machine: benchmarks/results/<machine>-<date>/, under 40 minutes
+	$(BIN)/python -m benchmarks.report
+
+report-quick: $(STAMP) ## the same at the smallest sizes, to out/report: does it still run?
+	$(BIN)/python -m benchmarks.report --quick
 
 clean: ## remove the environment, builds, caches and outputs
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,7 +15,8 @@ def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> 
     lines = [
         f"# {machine['device']}, {machine['date'][:10]}", "",
         f"`{report['command']}`: {report['minutes']:.0f} minutes; {machine['system']}, {machine['memory_gib']:.0f} "
-        f"GiB, Python {machine['python']}, torch {machine['torch_version']}, qvl {machine['qvl']} at {machine['commit']}.",
+        f"GiB, Python {machine['python']}, torch {machine['torch_version']}, qvl {machine['qvl']} at commit "
+        f"{machine['commit'] or 'unknown'}.",
         "Figures are medians, with p10 and p90 behind them; full-size weights are random, which costs the same. "
         "Published figures are those of the original code on one A100-SXM4-80G: other hardware, for orientation.", "",
         *table(("model", "read at best", "16-bit product at best", "kernels"), [

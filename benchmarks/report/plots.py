@@ -47,7 +47,7 @@ def speed(pyplot: Any, models: list[Model]) -> bool:
     rows = [(m, mean) for m in full for mean in m["speed"]["means"]]
     if not rows:
         return False
-    _, axes = pyplot.subplots(figsize=(8, 0.6 + 0.75 * len(rows)))
+    _, axes = pyplot.subplots(figsize=(8, 0.9 + 0.75 * len(rows)))
     for y, (_, mean) in enumerate(rows):
         rate, ceiling = mean["tok_s"], mean["tok_s"]["median"] / max(mean["of_read"], 1e-9)
         axes.barh(y + 0.27, ceiling, 0.25, color=BEST, label="this machine's memory at best" if not y else None)
@@ -56,11 +56,11 @@ def speed(pyplot: Any, models: list[Model]) -> bool:
         if mean["published"]:
             axes.barh(y - 0.27, mean["published"], 0.25, color=PUBLISHED,
                       label="original on an A100-80G (other hardware)" if not y else None)  # fmt: skip
-        axes.text(rate["median"], y, f" {rate['median']:.2f}", va="center")
+        axes.text(rate["p90"], y, f"  {rate['median']:.3g}", va="center")
     axes.set_yticks(range(len(rows)), [f"{m['label']}\n{mean['length']} tokens" for m, mean in rows])
     axes.set_xlabel("tokens a second, one sequence")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, ncols=3, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     return True
 
 

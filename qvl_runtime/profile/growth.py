@@ -78,12 +78,12 @@ def slope(taken: dict[int, Spread]) -> float:
 
 def _decode_bound(engine: Engine, taken: dict[int, Spread], ceilings: Ceilings) -> str:
     per_token = engine.loop.runner.cache.bytes_per_token
-    rate = per_token / max(slope(taken), 1e-12) / 1e9
-    first = min(taken)
+    first, growth_s = min(taken), slope(taken)
     weights = steps.bytes_read(engine, first) / taken[first].median / 1e9
+    further = f"{per_token / growth_s / 1e9:.1f} GB/s" if growth_s > 0 else "a speed lost in the spread"
     return (
         f"Memory: at context {first} a step reads weights and cache at {weights:.1f} GB/s, and each further token of "
-        f"context adds {per_token / 2**10:.0f} KiB read at {rate:.1f} GB/s, of {ceilings.read_gb_s.median:.1f} at best."
+        f"context adds {per_token / 2**10:.0f} KiB read at {further}, of {ceilings.read_gb_s.median:.1f} at best."
     )
 
 

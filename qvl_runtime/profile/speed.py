@@ -72,11 +72,11 @@ class SpeedReport:
 
 def profile_speed(
     engine: Engine, tokens: int | None = None, lengths: Sequence[int] = LENGTHS, batches: Sequence[int] = (1, 2, 4, 8),
-    rounds: int = 5, progress: Callable[[str], None] = lambda what: None,
+    rounds: int = 5, progress: Callable[[str], None] = lambda what: None, ceilings: Ceilings | None = None,
 ) -> SpeedReport:  # fmt: skip
     """Measure one answer of `tokens` tokens to one picture, the mean over each length, and batches of sequences.
 
-    tokens None: the whole of the longest length on a GPU, 32 on a CPU. Lengths that were not generated are measured at
+    tokens None: the whole of the longest length on a GPU, 32 on a CPU; ceilings None: measured first. Lengths that were not generated are measured at
     `SAMPLED` contexts along them, and said to be. Raises `ConfigError` where nothing fits into the model's context.
     """
     model = engine.loop.runner.model
@@ -88,8 +88,9 @@ def profile_speed(
         tokens = max(fitting, default=room) if model.device.type == "cuda" else 32
     if not 2 <= tokens <= room:
         raise ConfigError(f"tokens is {tokens}; expected 2 to {room}, which is what the context and KV cache hold")
-    progress("ceilings")
-    ceilings = Ceilings.measured(model.device, model.dtype)
+    if ceilings is None:
+        progress("ceilings")
+        ceilings = Ceilings.measured(model.device, model.dtype)
     progress(f"one picture, {tokens} tokens")
     answer, gaps = _answer(engine, tokens)
     means = []
