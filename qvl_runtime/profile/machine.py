@@ -6,12 +6,12 @@ import platform
 import subprocess
 import time
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from qvl_runtime import __version__
 from qvl_runtime.device import device_name
 from qvl_runtime.profile.spread import Spread
 
@@ -43,7 +43,7 @@ class Machine:
             system=f"{platform.system()} {platform.release()}",
             python=platform.python_version(),
             torch_version=torch.__version__,
-            qvl=__version__,
+            qvl=_version(),
             commit=_commit(),
             date=time.strftime("%Y-%m-%d %H:%M"),
         )
@@ -98,6 +98,13 @@ def _memory(device: torch.device) -> int:
     if info.is_file():
         return int(info.read_text().split("MemTotal:")[1].split()[0]) * 1024
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("qvl-runtime")
+    except PackageNotFoundError:  # a checkout that is not installed: its commit says more
+        return "not installed"
 
 
 def _commit() -> str:

@@ -76,8 +76,9 @@ def profile_speed(
 ) -> SpeedReport:  # fmt: skip
     """Measure one answer of `tokens` tokens to one picture, the mean over each length, and batches of sequences.
 
-    tokens None: the whole of the longest length on a GPU, 32 on a CPU; ceilings None: measured first. Lengths that were not generated are measured at
-    `SAMPLED` contexts along them, and said to be. Raises `ConfigError` where nothing fits into the model's context.
+    tokens None: the whole of the longest length on a GPU, 32 on a CPU; ceilings None: measured first. Lengths that were
+    not generated are measured at `SAMPLED` contexts along them, and said to be. Raises `ConfigError` where nothing fits
+    into the model's context.
     """
     model = engine.loop.runner.model
     start = engine.config.visual.n_queries + 2
