@@ -125,12 +125,16 @@ def _load() -> ctypes.CDLL:
     here = Path(__file__).parent
     found = [Path(named)] if named else [path for suffix in EXTENSION_SUFFIXES for path in here.glob(f"_cpu{suffix}")]
     if not found:
-        raise LibraryError(f"the CPU kernels were not built (no C++ compiler at install time?): install g++ and {_REBUILD}")
+        raise LibraryError(
+            f"the CPU kernels were not built (no C++ compiler at install time?): install g++ and {_REBUILD}"
+        )
     try:
         handle = ctypes.CDLL(str(found[0]))
     except OSError as fault:
         raise LibraryError(f"{found[0].name} cannot be loaded ({fault}): {_REBUILD}") from fault
     abi = handle.qvl_abi() if hasattr(handle, "qvl_abi") else "none"
     if abi != ABI:
-        raise LibraryError(f"{found[0]} was built from other sources: its ABI is {abi}, this version wants {ABI}; {_REBUILD}")
+        raise LibraryError(
+            f"{found[0]} was built from other sources: its ABI is {abi}, this version wants {ABI}; {_REBUILD}"
+        )
     return handle
