@@ -5,17 +5,21 @@ publishes a package named `kernels`, and a second one of that name in site-packa
 
 The C++ part is one shared library with plain C entry points, which knows neither Python's ABI nor torch's. Each
 instruction set is a source file with flags of its own and is chosen at run time, so that a wheel runs on any CPU of
-its architecture. Without a compiler the package installs all the same, and runs on plain torch.
+its architecture. A compiler that does not know an instruction set loses that one only; without a compiler the package
+installs all the same, and runs on plain torch. Both are said in a line.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
 
 RUNTIME = find_packages(".", include=["qvl_runtime*"])
 KERNELS = find_packages("kernels", include=["qvl_kernels*"])
@@ -24,35 +28,61 @@ CSRC = Path("kernels/csrc")
 COMMON = ["-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 # g++ 12's own intrinsics headers warn of the first two; the pragmas are other compilers'
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
-SOURCES = {
-    "library.cpp": ["-O2"],
+SHARED = {
     "threads.cpp": ["-O2"],
     "pack.cpp": ["-O2", "-ftree-vectorize"],
     "variant_portable.cpp": ["-O2", "-ftree-vectorize"],
 }
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-X86_SOURCES = {
+VARIANTS = {  # of x86: what a compiler may lack, and library.cpp then does without (QVL_NO_AMX and so on)
+    "variant_amx.cpp": ["-O2", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "variant_avx512.cpp": ["-O2", *AVX512],
     "variant_avx2.cpp": ["-O2", *AVX2],
-    "variant_avx512.cpp": ["-O3", *AVX512],
-    "variant_amx.cpp": ["-O3", *AVX512, "-mamx-tile", "-mamx-int8"],
 }
+LIBRARY = "library.cpp"
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildKernels(build_ext):
-    """Compiles each source with its own flags, which distutils' extensions cannot say."""
+    """Compiles each source with its own flags, which distutils' extensions cannot say, several at a time."""
 
     def build_extension(self, ext: Extension) -> None:
-        sources = SOURCES | (X86_SOURCES if platform.machine().lower() in ("x86_64", "amd64") else {})
-        extra = os.environ.get("QVL_CXXFLAGS", "").split()  # the sanitizers of `make asan`
-        objects = []
-        for name, flags in sources.items():
-            objects += self.compiler.compile(
-                [str(CSRC / name)], self.build_temp, extra_postargs=[*COMMON, *flags, *extra], depends=ext.depends
-            )
+        try:
+            self._build(ext)
+        except (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError) as fault:
+            if os.environ.get("QVL_CXXFLAGS"):  # a build that was asked for by name, as by `make asan`
+                raise SystemExit(f"the CPU kernels are not built: {fault}") from fault
+            say(f"the CPU kernels are not built, and plain torch will run instead: {fault}")
+
+    def _build(self, ext: Extension) -> None:
+        self.mkpath(self.build_temp)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            variants = {n: pool.submit(self._compile, ext, n, flags) for n, flags in VARIANTS.items() if ON_X86}
+            shared = [pool.submit(self._compile, ext, name, flags) for name, flags in SHARED.items()]
+        objects, missing = [objects for future in shared for objects in future.result()], []
+        for name, future in variants.items():
+            try:
+                objects += future.result()
+            except CompileError as fault:
+                kind = name.removeprefix("variant_").removesuffix(".cpp")
+                missing.append(f"-DQVL_NO_{kind.upper()}")
+                say(f"the CPU kernels are built without {kind}, which this compiler cannot build: {fault}")
+        objects += self._compile(ext, LIBRARY, ["-O2", *missing])
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(target))
+        extra = os.environ.get("QVL_CXXFLAGS", "").split()
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", *extra], target_lang="c++")
+
+    def _compile(self, ext: Extension, name: str, flags: list[str]) -> list[str]:
+        extra = os.environ.get("QVL_CXXFLAGS", "").split()  # the sanitizers of `make asan`
+        flags = [*COMMON, *flags, *extra]
+        return self.compiler.compile([str(CSRC / name)], self.build_temp, extra_postargs=flags, depends=ext.depends)
+
+
+def say(line: str) -> None:
+    """To the standard error, which pip shows with -v and a build from a checkout always."""
+    print(f"qvl_runtime: {line}", file=sys.stderr)
 
 
 setup(
@@ -61,7 +91,7 @@ setup(
     ext_modules=[
         Extension(
             "qvl_kernels._cpu",
-            [str(CSRC / name) for name in [*SOURCES, *X86_SOURCES]],
+            [str(CSRC / name) for name in [LIBRARY, *SHARED, *VARIANTS]],
             depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in CSRC.glob(pattern)),
             language="c++",
             optional=True,

@@ -68,6 +68,22 @@ inline F exp(F x) {
   return mul(p, power_of_two(n));
 }
 
+// 2^x for x <= 0 with a relative error below 2e-7; below 2^-126 it stays there. In fewer steps than e^x.
+inline F exp2(F x) {
+  x = max(x, set1(-126.0f));
+  I n = nearest(x);
+  F r = sub(x, to_float(n));
+  F p = set1(1.52527338e-5f);
+  p = fma(p, r, set1(1.54035304e-4f));
+  p = fma(p, r, set1(1.33335581e-3f));
+  p = fma(p, r, set1(9.61812911e-3f));
+  p = fma(p, r, set1(5.55041087e-2f));
+  p = fma(p, r, set1(0.240226507f));
+  p = fma(p, r, set1(0.693147181f));
+  p = fma(p, r, set1(1.0f));
+  return mul(p, power_of_two(n));
+}
+
 // erf(x) with an absolute error below 3e-7: Abramowitz and Stegun 7.1.26.
 inline F erf(F x) {
   F size = abs(x), t = div(set1(1.0f), fma(size, set1(0.3275911f), set1(1.0f)));

@@ -18,24 +18,34 @@ struct Variant {
 
 #if defined(__x86_64__)
 // __builtin_cpu_supports asks CPUID and also whether the system saves the registers.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
-// Bits 24 and 25 of EDX in leaf 7: tiles, and int8 products on them. gcc 12's cpu_supports does not know these names.
+#if !defined(QVL_NO_AMX)
+// Bits 22, 24 and 25 of EDX in leaf 7: products of bfloat16 on tiles, tiles, and products of int8; bit 5 of EAX in its
+// subleaf 1: bfloat16 in registers. gcc 12's cpu_supports does not know the first three names.
 bool has_amx() {
   unsigned a, b, c, d;
-  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 && entries_amx();
+  const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 13) == 13;
+  return tiles && has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) && entries_amx();
 }
+#endif
 #endif
 
 const Variant* variants() {
   static const Variant all[] = {
 #if defined(__x86_64__)
+#if !defined(QVL_NO_AMX)
       {"amx", has_amx(), entries_amx},
+#endif
+#if !defined(QVL_NO_AVX512)
       {"avx512", has_avx512(), entries_avx512},
+#endif
+#if !defined(QVL_NO_AVX2)
       {"avx2", has_avx2(), entries_avx2},
+#endif
 #endif
       {"portable", true, entries_portable},
       {nullptr, false, nullptr},
@@ -43,9 +53,9 @@ const Variant* variants() {
   return all;
 }
 
-void* find(const Entry* entry, const char* name) {
+const Entry* find(const Entry* entry, const char* name) {
   for (; entry->name; entry++)
-    if (!std::strcmp(entry->name, name)) return entry->function;
+    if (!std::strcmp(entry->name, name)) return entry;
   return nullptr;
 }
 
@@ -61,9 +71,12 @@ extern "C" const char* qvl_instruction_sets(void) {
   return names.c_str();
 }
 
-extern "C" void* qvl_kernel(const char* instruction_set, const char* name) {
-  if (void* packing = find(entries_pack(), name)) return packing;
-  for (const Variant* v = variants(); v->name; v++)
-    if (v->usable && !std::strcmp(v->name, instruction_set)) return find(v->entries(), name);
-  return nullptr;
+extern "C" int64_t qvl_abi(void) { return kAbi; }
+
+extern "C" void* qvl_kernel(const char* instruction_set, const char* name, const char** arguments) {
+  const Entry* found = find(entries_pack(), name);
+  for (const Variant* v = variants(); v->name && !found; v++)
+    if (v->usable && !std::strcmp(v->name, instruction_set)) found = find(v->entries(), name);
+  if (found && arguments) *arguments = found->arguments;
+  return found ? found->function : nullptr;
 }

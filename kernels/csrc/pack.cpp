@@ -85,10 +85,10 @@ void advise_huge(void* memory, int64_t bytes) {
 }
 
 const Entry kEntries[] = {
-    {"pack_gptq", (void*)pack_gptq},
-    {"pack_dense", (void*)pack_dense},
-    {"advise_huge", (void*)advise_huge},
-    {nullptr, nullptr},
+    QVL_ENTRY(pack_gptq),
+    QVL_ENTRY(pack_dense),
+    QVL_ENTRY(advise_huge),
+    {nullptr, nullptr, nullptr},
 };
 
 }  // namespace

@@ -99,6 +99,22 @@ inline void store_bf16(uint16_t* p, F x) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(words, 0xd8));
 }
 
+inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
+  const __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 16));
+  const __m256i high = _mm256_set1_epi32((int32_t)0xffff0000);
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+}
+inline F row_sums(const F* x) {
+  alignas(64) float sums[16];
+  for (int i = 0; i < 16; i++) sums[i] = sum(x[i]);
+  return load(sums);
+}
+inline void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[j * 16 + i] = from[i * stride + j];
+}
+
 inline Bytes load_bytes(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }

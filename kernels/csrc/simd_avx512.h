@@ -55,12 +55,62 @@ inline F load_bf16(const uint16_t* p) {
 }
 inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_f16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+#if defined(__AVX512BF16__)
+inline void store_bf16(uint16_t* p, F a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
+#else
 inline void store_bf16(uint16_t* p, F a) {  // to nearest, ties to even; a NaN stays one
   __m512i bits = _mm512_castps_si512(a);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+}
+#endif
+
+// 32 bfloat16 as their even and their odd elements: two cheap moves, where widening them in order takes four.
+inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int32_t)0xffff0000)));
+}
+
+inline F interleaved_sum(F a, F b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline F pairwise_sum(F a, F b) {
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+inline F quarter_sum(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+// The sum of each of 16 registers, one a lane: 15 additions, where one at a time takes 64.
+inline F row_sums(const F* x) {
+  F fours[4];
+QVL_UNROLL
+  for (int i = 0; i < 4; i++)
+    fours[i] = pairwise_sum(interleaved_sum(x[4 * i], x[4 * i + 1]), interleaved_sum(x[4 * i + 2], x[4 * i + 3]));
+  return quarter_sum(quarter_sum(fours[0], fours[1]), quarter_sum(fours[2], fours[3]));
+}
+
+// 16 x 16 words, from rows `stride` words apart to columns one after another.
+inline void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {
+  I a[16], b[16];
+QVL_UNROLL
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * stride);
+QVL_UNROLL
+  for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+QVL_UNROLL
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+QVL_UNROLL
+  for (int j = 0; j < 4; j++) {
+    const I low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), high = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
+    const I low2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), high2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_si512(to + j * 16, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_storeu_si512(to + (j + 8) * 16, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_storeu_si512(to + (j + 4) * 16, _mm512_shuffle_i32x4(high, high2, 0x88));
+    _mm512_storeu_si512(to + (j + 12) * 16, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
 }
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -90,6 +90,20 @@ inline void store_bf16(uint16_t* p, F x) {  // to nearest, ties to even; a NaN s
   }
 }
 
+inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
+  even = lanes<F>([&](int i) { return float_of((uint32_t)p[2 * i] << 16); });
+  odd = lanes<F>([&](int i) { return float_of((uint32_t)p[2 * i + 1] << 16); });
+}
+inline F row_sums(const F* x) {
+  alignas(64) float sums[16];
+  for (int i = 0; i < 16; i++) sums[i] = sum(x[i]);
+  return load(sums);
+}
+inline void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[j * 16 + i] = from[i * stride + j];
+}
+
 inline Bytes load_bytes(const uint8_t* p) { Bytes r; memcpy(r.v, p, 64); return r; }
 inline void store_bytes(uint8_t* p, Bytes x) { memcpy(p, x.v, 64); }
 inline Bytes repeat4(const int8_t* p) {

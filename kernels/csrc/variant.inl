@@ -11,6 +11,18 @@
 
 #include "norms.inl"
 
+#include "rotary.inl"
+
+#include "attention_decode.inl"
+
+#include "attention_rows.inl"
+
+#include "attention_float.inl"
+
+#if defined(__AMX_BF16__)
+#include "attention_amx.inl"
+#endif
+
 #include "attention.inl"
 
 #include "ceiling.inl"
@@ -18,18 +30,18 @@
 namespace {
 
 const Entry kEntries[] = {
-    {"linear_int8", (void*)linear_int8},
-    {"linear_exact", (void*)linear_exact},
-    {"linear_dense", (void*)linear_dense},
-    {"dequantize", (void*)dequantize},
-    {"rms_norm", (void*)rms_norm},
-    {"layer_norm", (void*)layer_norm},
-    {"swiglu", (void*)swiglu},
-    {"gelu", (void*)gelu},
-    {"rotary_to_cache", (void*)rotary_to_cache},
-    {"paged_attention", (void*)paged_attention},
-    {"read_memory", (void*)read_memory},
-    {nullptr, nullptr},
+    QVL_ENTRY(linear_int8),
+    QVL_ENTRY(linear_exact),
+    QVL_ENTRY(linear_dense),
+    QVL_ENTRY(dequantize),
+    QVL_ENTRY(rms_norm),
+    QVL_ENTRY(layer_norm),
+    QVL_ENTRY(swiglu),
+    QVL_ENTRY(gelu),
+    QVL_ENTRY(rotary_to_cache),
+    QVL_ENTRY(attention),
+    QVL_ENTRY(read_memory),
+    {nullptr, nullptr, nullptr},
 };
 
 }  // namespace

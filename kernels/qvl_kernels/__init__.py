@@ -40,10 +40,15 @@ def report(device: DeviceLike) -> dict[str, str]:
     fault = _cpu_fault()
     if fault is not None:
         return _plain_torch(fault)
-    from qvl_kernels.cpu_library import library
+    from qvl_kernels import cpu_attention
+    from qvl_kernels.cpu_library import SLOWER, library
 
     used, available = library().instruction_set, ", ".join(library().available)
-    return {"ops": f"C++ kernels ({used})", "why": f"this CPU and build have {available}; QVL_CPU_ISA chooses"}
+    said = {"ops": f"C++ kernels ({used})", "why": f"this CPU and build have {available}; QVL_CPU_ISA chooses"}
+    said["attention"] = cpu_attention.report()
+    if SLOWER:
+        said["in plain torch"] = "; ".join(f"{op}: {reason}" for op, reason in SLOWER.items())
+    return said
 
 
 def _plain_torch(why: str) -> dict[str, str]:

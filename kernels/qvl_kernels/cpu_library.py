@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ import torch
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
+ABI = 2  # of csrc/library.h: what the library must have been built with
+_REBUILD = "build it anew: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
+
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "linear_int8": "PiiiiPPPPiiiPP",
@@ -26,12 +30,23 @@ _SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "swiglu": "PiiiP",
     "gelu": "PiiP",
     "rotary_to_cache": "PiiiiPPiPPPPiiP",
-    "paged_attention": "PiiiiPPiiPiPPP",
+    "attention": "PiiiiiPPiiiiiPiiPPiP",
     "pack_gptq": "PiiiiPP",
     "pack_dense": "PiiiiiPP",
     "advise_huge": "Pi",
     "read_memory": "PiP",
 }
+
+
+_log = logging.getLogger("qvl_kernels")
+SLOWER: dict[str, str] = {}  # ops that ran in plain torch since the process began, and why: for the report
+
+
+def slower(op: str, reason: str) -> None:
+    """Note that an op runs in plain torch; the first time, and for each new reason, with a warning."""
+    if SLOWER.get(op) != reason:
+        SLOWER[op] = reason
+        _log.warning("%s runs in plain torch, one to ten times slower than its C++ kernel: %s", op, reason)
 
 
 class LibraryError(RuntimeError):
@@ -48,7 +63,8 @@ class Library:
         """
         handle = _load()
         handle.qvl_instruction_sets.restype = ctypes.c_char_p
-        handle.qvl_kernel.restype, handle.qvl_kernel.argtypes = ctypes.c_void_p, (ctypes.c_char_p, ctypes.c_char_p)
+        handle.qvl_kernel.restype = ctypes.c_void_p
+        handle.qvl_kernel.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p))
         self.available = tuple(handle.qvl_instruction_sets().decode().split())
         self.instruction_set = instruction_set or self.available[0]
         if self.instruction_set not in self.available:
@@ -70,9 +86,14 @@ class Library:
         return self.kernels
 
     def _kernel(self, handle: ctypes.CDLL, name: str) -> Callable[..., None]:
-        address = handle.qvl_kernel(self.instruction_set.encode(), name.encode())
-        if not address:
-            raise LibraryError(f"{handle._name} has no kernel {name!r}: it was built from another version; build anew")
+        found = ctypes.c_char_p()
+        address = handle.qvl_kernel(self.instruction_set.encode(), name.encode(), ctypes.byref(found))
+        arguments = (found.value or b"").decode()
+        if not address or arguments != _SIGNATURES[name]:
+            raise LibraryError(
+                f"{handle._name} was built from other sources: its kernel {name!r} takes {arguments or 'nothing'}, "
+                f"this version gives {_SIGNATURES[name]}; {_REBUILD}"
+            )
         kernel: Callable[..., None] = ctypes.CFUNCTYPE(None, *(_KINDS[k] for k in _SIGNATURES[name]))(address)
         return kernel
 
@@ -104,8 +125,16 @@ def _load() -> ctypes.CDLL:
     here = Path(__file__).parent
     found = [Path(named)] if named else [path for suffix in EXTENSION_SUFFIXES for path in here.glob(f"_cpu{suffix}")]
     if not found:
-        raise LibraryError("the CPU kernels were not built (no C++ compiler at install time?): install g++, then anew")
+        raise LibraryError(
+            f"the CPU kernels were not built (no C++ compiler at install time?): install g++ and {_REBUILD}"
+        )
     try:
-        return ctypes.CDLL(str(found[0]))
+        handle = ctypes.CDLL(str(found[0]))
     except OSError as fault:
-        raise LibraryError(f"{found[0].name} cannot be loaded ({fault}): build anew") from fault
+        raise LibraryError(f"{found[0].name} cannot be loaded ({fault}): {_REBUILD}") from fault
+    abi = handle.qvl_abi() if hasattr(handle, "qvl_abi") else "none"
+    if abi != ABI:
+        raise LibraryError(
+            f"{found[0]} was built from other sources: its ABI is {abi}, this version wants {ABI}; {_REBUILD}"
+        )
+    return handle

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import cpu, reference
+from qvl_kernels import cpu, cpu_library, reference, report
 from tests.kernels.compare import EPSILON, KV8_ERROR, as_good_as_torch, relative
 
 pytestmark = pytest.mark.unit
@@ -100,8 +100,50 @@ def test_prefill_beside_decode(
     _attention(rng, dtype, cache_dtype, 2, 64, rows=[33, 1, 20, 3, 4], lengths=[33, 40, 100, 3, 50])
 
 
-def test_head_sizes_without_a_kernel_are_torchs(isa: str, rng: torch.Generator) -> None:
-    _attention(rng, torch.float32, None, 2, 24, rows=[1, 5], lengths=[20, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("dim", [8, 24, 104])
+def test_head_sizes_that_fill_no_line(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, dim: int
+) -> None:
+    _attention(rng, dtype, cache_dtype, 2, dim, rows=[1, 5, 17], lengths=[20, 5, 33])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_over_several_passes(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """More keys than one pass takes (256), more rows than one job (512), and chunks that end across both."""
+    _attention(rng, dtype, None, 1, 32, rows=[530, 31, 2], lengths=[530, 300, 257])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pictures", "patches", "heads", "dim"), [(1, 257, 2, 104), (3, 16, 1, 64), (2, 1, 3, 8)])
+def test_vision_attention(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, pictures: int, patches: int, heads: int, dim: int
+) -> None:
+    qkv = torch.randn(pictures, patches, 3 * heads * dim, generator=rng).to(dtype)
+    want = reference.vision_attention(qkv.double(), heads)
+    as_good_as_torch(cpu.vision_attention(qkv, heads), reference.vision_attention(qkv, heads), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_cross_attention(isa: str, rng: torch.Generator, dtype: torch.dtype, pictures: int) -> None:
+    q, k, v = (torch.randn(*n, 2 * 48, generator=rng).to(dtype) for n in ((33,), (pictures, 70), (pictures, 70)))
+    want = reference.cross_attention(q.double(), k.double(), v.double(), 2)
+    as_good_as_torch(cpu.cross_attention(q, k, v, 2), reference.cross_attention(q, k, v, 2), want)
+
+
+def test_what_runs_in_plain_torch_is_said_once(
+    rng: torch.Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_library, "SLOWER", {})
+    wide = torch.randn(1, 3, 3 * 320, generator=rng)
+    for _ in range(2):
+        assert torch.equal(cpu.vision_attention(wide, 1), reference.vision_attention(wide, 1))
+        cpu.gelu(wide.double())
+    assert [r.message.split()[0] for r in caplog.records] == ["vision_attention", "gelu"]
+    assert "320 channels" in caplog.text and "float64" in caplog.text
+    assert "320 channels" in report(torch.device("cpu"))["in plain torch"]
 
 
 def _attention(

@@ -1,0 +1,104 @@
+// Attention of many rows: prefill over the paged cache, pictures' patches, the resampler's queries.
+//
+// A job is up to kRowsAtOnce rows of a head, against kKeysAtOnce keys after keys, with a running maximum for each row
+// (Dao 2023). Keys and values of a pass are laid out for the products once, and serve all strips of rows. The products
+// are a policy: AMX tiles for bfloat16 (attention_amx.inl), fused multiply-adds in float for all else
+// (attention_float.inl).
+
+namespace {
+
+constexpr int64_t kKeysAtOnce = 256, kRowsAtOnce = 512;
+constexpr int64_t kScoreStride = kKeysAtOnce + 16;  // floats; rows 1 KiB apart would share sets of the L1 cache
+
+// Rows of queries, or of a result, with strides in elements.
+struct Rows {
+  void* data;
+  int64_t dtype, per_row, per_head;
+  void* vector(int64_t row, int64_t head) const { return at(data, dtype, row * per_row + head * per_head); }
+};
+
+// A stored vector, of whatever dtype, as floats with zeros up to `padded`.
+inline void widen(const void* from, int64_t dtype, int64_t dim, int64_t padded, float* to) {
+  if (dtype != kInt8) {
+    for (int64_t i = 0; i < padded; i += 16) store(to + i, i < dim ? load_upto(from, dtype, i, dim - i) : zero());
+    return;
+  }
+  const F scale = set1(cached_scale<kInt8>(from, dim));
+  for (int64_t i = 0; i < padded; i += 16) {
+    alignas(16) int8_t levels[16] = {0};
+    if (i < dim) memcpy(levels, (const int8_t*)from + i, (size_t)(dim - i < 16 ? dim - i : 16));
+    store(to + i, mul(to_float(load_i8(levels)), scale));
+  }
+}
+
+// What a row keeps between passes: its highest score, in powers of two, and the sum of its weights.
+struct Softmax {
+  float top = -__builtin_inff(), total = 0;
+
+  // The first `count` scores to weights 2^(scale * score - top), what follows up to `padded` to zeros. Gives what all
+  // that came before has to be multiplied with.
+  float weigh(float* scores, int64_t count, int64_t padded, float scale) {
+    const int64_t whole = (count + 15) / 16 * 16;
+    for (int64_t i = count; i < whole; i++) scores[i] = -__builtin_inff();
+    for (int64_t i = whole; i < padded; i += 16) store(scores + i, zero());
+    if (!count) return 1.0f;
+    F most = set1(-__builtin_inff());
+    for (int64_t i = 0; i < whole; i += 16) most = max(most, load(scores + i));
+    const float before = top, here = highest(most) * scale;
+    top = here > before ? here : before;
+    const F shift = set1(-top), factor = set1(scale);
+    F sums = zero();
+    for (int64_t i = 0; i < whole; i += 16) {
+      const F weight = exp2(fma(load(scores + i), factor, shift));
+      store(scores + i, weight);
+      sums = add(sums, weight);
+    }
+    const float shrink = total > 0 ? sum(exp2(set1(before - top))) / 16 : 0.0f;
+    total = total * shrink + sum(sums);
+    return shrink;
+  }
+};
+
+struct Job {
+  Rows q, y;
+  Cache k, v;
+  const int64_t* table;
+  int64_t head, dim, row, rows;  // rows of this job, from `row` on
+  int64_t seen, causal;          // keys that the first row sees, and how many more each next one does: 0 or 1
+  int64_t sees(int64_t i) const { return seen + causal * i; }
+};
+
+template <class Products> void attend_rows(const Job& job) {
+  const int64_t padded = (job.dim + 31) / 32 * 32, keys = job.sees(job.rows - 1);
+  Products products(job.dim, padded);
+  const int64_t held = (job.rows + Products::kStrip - 1) / Products::kStrip * Products::kStrip * padded;
+  float* sums = scratch<float>(0, held);  // whole strips, so that products may work in place
+  float* scores = scratch<float>(1, Products::kStrip * kScoreStride);
+  memset(sums, 0, (size_t)held * 4);
+  Softmax softmax[kRowsAtOnce];
+  const float scale = 1.44269504f / __builtin_sqrtf((float)job.dim);
+  for (int64_t first = 0; first < keys; first += kKeysAtOnce) {
+    const int64_t here = keys - first < kKeysAtOnce ? keys - first : kKeysAtOnce;
+    products.take(job, first, here);
+    for (int64_t r = 0; r < job.rows; r += Products::kStrip) {
+      const int64_t rows = job.rows - r < Products::kStrip ? job.rows - r : Products::kStrip;
+      const int64_t last = job.sees(r + rows - 1) - first, count = last < here ? last : here;
+      if (count <= 0) continue;
+      const int64_t wide = (count + 31) / 32 * 32;
+      products.score(job, r, rows, wide, scores);
+      float shrink[Products::kStrip];
+      for (int64_t m = 0; m < rows; m++) {
+        const int64_t seen = job.sees(r + m) - first;
+        shrink[m] = softmax[r + m].weigh(scores + m * kScoreStride, seen < 0 ? 0 : seen < count ? seen : count, wide, scale);
+      }
+      products.add_values(scores, shrink, rows, wide, sums + r * padded);
+    }
+  }
+  for (int64_t r = 0; r < job.rows; r++) {
+    const F part = set1(1.0f / softmax[r].total);
+    void* y = job.y.vector(job.row + r, job.head);
+    for (int64_t i = 0; i < job.dim; i += 16) store_upto(y, job.y.dtype, i, mul(load(sums + r * padded + i), part), job.dim - i);
+  }
+}
+
+}  // namespace
