@@ -17,6 +17,7 @@ from qvl_kernels.reference import Bound, Packed, Precision
 _log = logging.getLogger("qvl_kernels")
 
 LAYOUT = "cpu-1"  # of packed weights in files; another number when csrc/linear_int8.inl reads them differently
+LAYOUTS = (LAYOUT, *reference.LAYOUTS)
 BLOCK = 16  # outputs that lie side by side in a packed weight
 GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
 FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, torch's GEMM

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LAYOUTS = ("gptq",)  # of packed linears that these ops read
 Precision = Literal["exact", "fast"]  # fast: kernels may round activations and dense weights to int8
 
 # --- linear ------------------------------------------------------------------------------------------------------

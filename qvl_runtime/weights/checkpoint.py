@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ _USUAL_STEMS = ("model", "pytorch_model")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin", "adapter_model.safetensors")
 
 
-class Checkpoint:
+class Checkpoint(Mapping[str, "torch.Tensor"]):
     """An open checkpoint: names, shapes and mapped tensors of all its files. It holds nothing but mappings.
 
     Tensors stay valid when the checkpoint is gone and must not be written to.
@@ -57,8 +58,31 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return tuple(self.folder / name for name in self._shards)
+
     def file(self, name: str) -> str:
         return self._files[name]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor as stored; 0 where there is none of that name."""
+        import torch
+
+        return self.elements(name) * int(getattr(torch, self.info(name).dtype).itemsize) if name in self else 0
+
+    def elements(self, name: str) -> int:
+        return math.prod(self.info(name).shape) if name in self else 0
 
     def info(self, name: str) -> TensorInfo:
         return self._shards[self._files[name]].infos[name]
