@@ -301,6 +301,36 @@ def verify(
     return run_verify(folder, quiet)
 
 
+@command
+def plan(
+    *,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a hub id that is here.")],
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="A GPU, such as a100-40; else this machine.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    vision: Annotated[str, typer.Option(metavar="NAME", help="keep, or int8.")] = "keep",
+    head: Annotated[str, typer.Option(metavar="NAME", help="keep, int8 or int4.")] = "keep",
+    kv: Annotated[str, typer.Option(metavar="NAME", help="auto, or int8.")] = "auto",
+    embedding_on_host: Annotated[
+        bool, typer.Option("--embedding-on-host", help="Leave the embedding table in the host's mapped file.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Say what a model needs and what fits, before anything of it is loaded.
+
+    [cyan]qvl plan Qwen/Qwen-VL-Chat-Int4[/cyan]
+
+    [cyan]qvl plan Qwen/Qwen-VL-Chat --gpu 3090 --kv int8[/cyan]
+    """
+    from qvl_runtime.plan_report import plan_of, show, show_json
+    from qvl_runtime.weights.hub import resolve_model
+    from qvl_runtime.weights.plan import Choices
+
+    found = plan_of(resolve_model(model), gpu, Choices(dtype, vision, head, kv, embedding_on_host))
+    (show_json if as_json else show)(found)
+    return 0
+
+
 def main() -> None:
     """Entry point of `qvl`."""
     for stream in (sys.stdout, sys.stderr):

@@ -57,7 +57,7 @@ def gptq_linear(
 ) -> Tensor:  # fmt: skip
     """x [.., in] times a GPTQ linear, its weight rounded once, to x's dtype."""
     weight = gptq_dequantize(qweight, qzeros, scales, g_idx, bits, zero_offset)
-    return F.linear(x, weight.to(x.dtype), bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Bound(NamedTuple):
@@ -108,10 +108,13 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
     """A packed linear bound to its kernel; nothing is copied. Raises `ValueError` for a layout that is not its own."""
     if packed.layout != "gptq":
         raise ValueError(f"the reference ops read the layout 'gptq'; found {packed.layout!r}")
-    tensors = {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}
-    nbytes = sum(t.nbytes for name, t in tensors.items() if t is not None and name != "bias")
-    bits = packed.fields["bits"]
-    return Bound(partial(gptq_linear, **tensors, **packed.fields), f"int{bits}, unpacked on use", nbytes)
+    found, bits = packed.tensors, packed.fields["bits"]
+    call = partial(
+        gptq_linear, qweight=found["qweight"], qzeros=found["qzeros"], scales=found["scales"], g_idx=found.get("g_idx"),
+        bits=bits, zero_offset=packed.fields["zero_offset"], bias=found.get("bias"),
+    )  # fmt: skip
+    nbytes = sum(tensor.nbytes for name, tensor in found.items() if name != "bias")
+    return Bound(call, f"int{bits}, unpacked on use", nbytes)
 
 
 def prepare_gptq(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,14 +118,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
 
 def load_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu",
+    skip: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint that fits `config` as {published name: tensor}, ready to compute with in `dtype` on `device`.
 
     Packed words and `g_idx` stay int32; GPTQ scales stay as stored unless `dtype` is float32, which holds them exactly.
     A tensor that is already of that dtype and device is the mapped file itself: nothing is copied, and it must not be
     written to. Others are converted one by one, so that memory peaks at most one tensor above its final size. A tied
-    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent.
+    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in `skip` are left out.
     """
     import torch
 
@@ -134,7 +135,7 @@ def load_state(
     state = {}
     for name in checkpoint.names:
         spec = expected.get(name)
-        if spec is None:  # known and harmless, or `open` would have raised
+        if spec is None or name.rpartition(".")[0] in skip:  # known and harmless, or `open` would have raised
             continue
         tensor = checkpoint.tensor(name)
         as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)

@@ -126,14 +126,14 @@ class _Job(NamedTuple):
             for part in recipe.parts or (recipe.name,):
                 held = self.checkpoint.elements(f"{part}.weight" if recipe.parts else part)
                 if recipe.bits is not None:
-                    size += held * (recipe.bits + 0.25) / 8  # type: ignore[assignment]
+                    size += held * (4 * recipe.bits + 1) // 32
                 elif recipe.parts:  # once as packed, and scales and zero points again for the way back
-                    size += sum(stored.get(f"{part}.{k}", 0) * n for k, n in (("qweight", 1), ("scales", 2.1)))  # type: ignore[assignment,misc]
+                    size += stored[f"{part}.qweight"] + 2 * stored[f"{part}.scales"]
                 else:
                     size += held * width
         free = shutil.disk_usage(_existing(self.destination)).free
         packed = sum(bool(recipe.parts) for recipe in found)
-        return Outline(sum(stored.values()), int(size), free, packed, len(found) - packed, self.dtype_name)
+        return Outline(sum(stored.values()), size, free, packed, len(found) - packed, self.dtype_name)
 
     def write(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Every recipe that no whole file holds yet."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.weights.checkpoint import load_state
+from qvl_runtime.weights.checkpoint import Checkpoint, load_state
 from qvl_runtime.weights.layout import expected_tensors
 from qvl_runtime.weights.manifest import Manifest, PackedLinear, is_converted
+from qvl_runtime.weights.recipes import ConvertOptions, make, recipes
 from qvl_runtime.weights.shards import Shard, open_shard
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
     Raises `CheckpointError` for a converted folder that lacks something, is damaged, or is meant for another device.
     """
     if not is_converted(folder):
-        return Weights(load_state(folder, config, dtype, device), {})
+        return _published(folder, config, dtype, device)
     manifest = Manifest.read(folder)
     _refuse_layouts(folder, manifest, device)
     shards = open_shards(folder, manifest)
@@ -51,7 +52,21 @@ def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
-    return Weights(state, {n: packed_linear(n, linear, manifest, where, device) for n, linear in manifest.linears.items()})
+    linears = manifest.linears.items()
+    return Weights(state, {name: packed_linear(name, linear, manifest, where, device) for name, linear in linears})
+
+
+def _published(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """A published checkpoint. On a CPU its packed linears are laid out here, and each one's pages given back."""
+    from qvl_kernels import ops_for
+
+    if device.type != "cpu" or config.quantization is None:
+        return Weights(load_state(folder, config, dtype, device), {})
+    checkpoint, ops = Checkpoint.open(folder, config), ops_for(device)
+    linears = [recipe for recipe in recipes(config, ConvertOptions()) if recipe.parts]
+    packed = {made.name: made.packed for recipe in linears for made in make(recipe, checkpoint, config, ops)}
+    parts = {part for recipe in linears for part in recipe.parts}
+    return Weights(load_state(folder, config, dtype, device, parts), packed)
 
 
 def packed_linear(
@@ -69,7 +84,8 @@ def open_shards(folder: Path, manifest: Manifest) -> dict[str, Shard]:
     """The files of a converted checkpoint; raises `CheckpointError` for one that is missing, damaged or another's."""
     shards = {name: open_shard(folder / name) for name in manifest.shards}
     for name, record in manifest.shards.items():
-        lacks, more = record.tensors.keys() - shards[name].infos.keys(), shards[name].infos.keys() - record.tensors.keys()
+        known, found = record.tensors.keys(), shards[name].infos.keys()
+        lacks, more = known - found, found - known
         if lacks or more:
             raise CheckpointError(
                 f"{folder / name} lacks {len(lacks)} tensors and has {len(more)} that the manifest does not know "
@@ -89,8 +105,9 @@ def _refuse_layouts(folder: Path, manifest: Manifest, device: torch.device) -> N
     readable = ops_for(device).LAYOUTS
     strange = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))
     if strange:
+        reads = ", ".join(map(repr, readable))
         raise CheckpointError(
-            f"{folder} has linears in the layout {strange[0]!r}; what runs here reads {', '.join(map(repr, readable))}: "
+            f"{folder} has linears in the layout {strange[0]!r}; what runs here reads {reads}: "
             "convert its source anew with this version, or leave QVL_KERNELS out"
         )
 

@@ -24,6 +24,8 @@ TARGETS = ("cpu", "cuda")
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 ROUNDED_GROUP = 128  # inputs that share a scale where floats are rounded to 8 or 4 bits
 ROWS_AT_ONCE = 2048  # outputs rounded together: 34 MB of floats at 4096 inputs, six times that on the way
+_POOL = "transformer.visual.attn_pool.attn"
+SLICES = (f"{_POOL}.to_k", f"{_POOL}.to_v", "transformer.visual.proj")  # linears that no published name is
 _VISION = (".attn.in_proj", ".attn.out_proj", ".mlp.c_fc", ".mlp.c_proj", ".kv_proj")
 
 
@@ -62,6 +64,7 @@ def recipes(config: ModelConfig, options: ConvertOptions) -> Iterator[Recipe]:
             yield Recipe(name)
         if recipe is not None and linears.pop(recipe.parts, None) is not None:
             yield recipe
+    yield from linears.values()  # those that are slices of a tensor which stays
 
 
 def _linears(config: ModelConfig, options: ConvertOptions) -> Iterator[Recipe]:
@@ -75,6 +78,7 @@ def _linears(config: ModelConfig, options: ConvertOptions) -> Iterator[Recipe]:
             prefix, _, kind = name.rpartition(".")
             if kind == "weight" and prefix.startswith("transformer.visual.") and prefix.endswith(_VISION):
                 yield Recipe(prefix, (prefix,), 8)
+        yield from (Recipe(name, (name,), 8) for name in SLICES)
     if options.head != KEEP:
         source = "transformer.wte" if config.tie_word_embeddings else "lm_head"
         yield Recipe("lm_head", (source,), int(options.head.removeprefix("int")))
@@ -111,6 +115,15 @@ def make(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops
         release(tensors[f"{part}.qweight"])
 
 
+def _slice(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one of `SLICES`, as the model cuts them."""
+    if name.endswith(".proj"):
+        return tensors[name].t().contiguous(), None
+    number = 1 if name.endswith(".to_k") else 2
+    weight, bias = (tensors[f"{_POOL}.in_proj_{kind}"].chunk(3)[number] for kind in ("weight", "bias"))
+    return weight, bias
+
+
 def _pack(ops: ModuleType, w: GPTQLinear) -> Packed:
     packed: Packed = ops.pack_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias)
     return packed
@@ -120,7 +133,7 @@ def _rounded(tensors: Mapping[str, Tensor], name: str, bits: int) -> GPTQLinear:
     """A dense linear rounded to nearest, some outputs at a time: 8 bits symmetric, 4 bits with zero points."""
     import torch
 
-    weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
+    weight, bias = _slice(tensors, name) if name in SLICES else (tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
     outputs, inputs = weight.shape
     if outputs % 32:
         raise ConfigError(f"{name} has {outputs} outputs; rounding to {bits} bits takes a multiple of 32: keep it")
@@ -129,7 +142,8 @@ def _rounded(tensors: Mapping[str, Tensor], name: str, bits: int) -> GPTQLinear:
     for start in range(0, outputs, ROWS_AT_ONCE):
         rows = weight[start : start + ROWS_AT_ONCE]
         parts.append(quantize_rtn(rows, bits, group, sym=bits == 8))
-        release(rows)
+        if name not in SLICES:
+            release(rows)
     first = parts[0]
     qweight, qzeros, scales = (torch.cat([getattr(p, kind) for p in parts], 1) for kind in GPTQ_TENSORS[:3])
     return GPTQLinear(qweight, qzeros, scales, first.g_idx, bias, bits, first.group_size, first.zero_offset)

@@ -97,7 +97,7 @@ class _Reader:
         outputs = len(self._last[1]) // len(linear.parts)  # those side by side are as wide as each other
         first = linear.parts.index(part) * outputs
         levels, bits = self._last[1][first : first + outputs], self._quantization.bits if self._quantization else 0
-        return torch.cat([pack_rows(chunk.t(), bits) for chunk in levels.split(COLUMNS_AT_ONCE)], 1)
+        return torch.cat([pack_rows(chunk.t(), bits) for chunk in torch.split(levels, COLUMNS_AT_ONCE)], 1)
 
 
 def _write(path: Path, file: SourceFile, reader: _Reader) -> int:

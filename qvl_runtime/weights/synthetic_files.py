@@ -65,7 +65,8 @@ def _write_files(folder: Path, state: SyntheticState, most: int) -> dict[str, in
             size = 0
         groups[-1].append(name)
         size += own
-    weight_map, sizes = {}, {}
+    weight_map: dict[str, str] = {}
+    sizes: dict[str, int] = {}
     for number, names in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         sizes[file] = _write_file(folder / file, names, state)

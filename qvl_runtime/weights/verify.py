@@ -37,7 +37,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
             faults.append(f"{name} is missing")
             continue
         try:
-            read = _shard(folder / name, record, faults, lambda done, before=size: progress(before + done))
+            read = _shard(folder / name, record, faults, progress, size)
         except CheckpointError as error:
             faults.append(str(error))
             continue
@@ -45,7 +45,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
     return Verified(tensors, size, faults)
 
 
-def _shard(path: Path, record: ShardRecord, faults: list[str], progress: Callable[[int], None]) -> int:
+def _shard(path: Path, record: ShardRecord, faults: list[str], progress: Callable[[int], None], before: int) -> int:
     with path.open("rb") as file:
         length = file.read(LENGTH)
         front = length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
@@ -61,5 +61,5 @@ def _shard(path: Path, record: ShardRecord, faults: list[str], progress: Callabl
             faults.append(f"{name} in {path.name} was changed")
         release(tensor)
         done += tensor.nbytes
-        progress(done)
+        progress(before + done)
     return done
