@@ -230,6 +230,84 @@ def demo(*, out: Out = Path("out/demo.png"), models: ModelOptions, debug: Debug 
     return 0
 
 
+@command
+def convert(
+    *,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a hub id that is here.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The new folder.")],
+    to: Annotated[
+        str, typer.Option("--target", "--to", metavar="NAME", help="cpu or cuda; hf: back to what was published.")
+    ] = "cpu",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of what stays float: auto, float16, …")] = "auto",
+    vision: Annotated[str, typer.Option(metavar="NAME", help="keep, or int8: half the tower's size.")] = "keep",
+    head: Annotated[str, typer.Option(metavar="NAME", help="keep, int8 or int4.")] = "keep",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Lay a checkpoint out for the kernels of a CPU or GPU, once, so that every later start takes a second.
+
+    Stopped at any moment, the same command goes on where it was. With --to hf, the published files come back.
+
+    [cyan]qvl convert Qwen/Qwen-VL-Chat-Int4 ./chat-int4-cpu[/cyan]
+
+    [cyan]qvl convert ./my-finetune ./my-finetune-cpu --vision int8 --head int8[/cyan]
+
+    [cyan]qvl convert ./chat-int4-cpu ./chat-int4-again --to hf[/cyan]
+    """
+    from qvl_runtime.weights.hub import resolve_model
+    from qvl_runtime.weights_commands import run_convert, run_restore, target_of
+
+    options = target_of(to, {"dtype": dtype, "vision": vision, "head": head})
+    folder = resolve_model(source)
+    if options is None:
+        return run_restore(folder, destination, quiet)
+    return run_convert(folder, destination, options, dry_run, quiet)
+
+
+@command
+def verify(
+    *,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `qvl convert` made.")],
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Say whether a converted checkpoint is still what was written, and if not, which tensor of it."""
+    from qvl_runtime.weights_commands import run_verify
+
+    return run_verify(folder, quiet)
+
+
+@command
+def plan(
+    *,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a hub id that is here.")],
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="A GPU, such as a100-40; else this machine.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16.")] = "auto",
+    vision: Annotated[str, typer.Option(metavar="NAME", help="keep, or int8.")] = "keep",
+    head: Annotated[str, typer.Option(metavar="NAME", help="keep, int8 or int4.")] = "keep",
+    kv: Annotated[str, typer.Option(metavar="NAME", help="auto, or int8.")] = "auto",
+    embedding_on_host: Annotated[
+        bool, typer.Option("--embedding-on-host", help="Leave the embedding table in the host's mapped file.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Say what a model needs and what fits, before anything of it is loaded.
+
+    [cyan]qvl plan Qwen/Qwen-VL-Chat-Int4[/cyan]
+
+    [cyan]qvl plan Qwen/Qwen-VL-Chat --gpu 3090 --kv int8[/cyan]
+    """
+    from qvl_runtime.plan_report import plan_of, show, show_json
+    from qvl_runtime.weights.hub import resolve_model
+    from qvl_runtime.weights.plan import Choices
+
+    found = plan_of(resolve_model(model), gpu, Choices(dtype, vision, head, kv, embedding_on_host))
+    (show_json if as_json else show)(found)
+    return 0
+
+
 def main() -> None:
     """Entry point of `qvl`."""
     for stream in (sys.stdout, sys.stderr):

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from qvl_runtime.config import EngineConfig, GenerationDefaults, ModelConfig
+from qvl_runtime.config import EngineConfig, GenerationDefaults
 from qvl_runtime.device import choose_device, choose_dtype, describe, kv_cache_tokens
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.model.qwen_vl import QwenVL
@@ -29,8 +29,8 @@ from qvl_runtime.schedule.runner import Chunk, Runner, Span
 from qvl_runtime.schedule.scheduler import StepLimits
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.schedule.task import Request
-from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.hub import Source, resolve_model
+from qvl_runtime.weights.packed import load_weights, model_config
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 
 _log = logging.getLogger("qvl_runtime")
@@ -72,7 +72,7 @@ class Engine:
         self.folder = resolve_model(
             NANO if model is None else model, download=download, source=source, revision=revision, progress=progress
         )
-        self.config = config = ModelConfig.from_folder(self.folder)
+        self.config = config = model_config(self.folder)
         if asked.synthetic is not None:
             self.config = config = synthetic_config(asked.synthetic, config)
         self.defaults = defaults = GenerationDefaults.from_folder(self.folder)
@@ -90,10 +90,10 @@ class Engine:
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
         state: MutableMapping[str, Tensor]
         if asked.synthetic is None:
-            state = load_state(self.folder, config, kind, place)
+            state, laid_out = load_weights(self.folder, config, kind, place)
         else:
-            state = SyntheticState(config, kind, asked.repeat_blocks)
-        network = QwenVL(config, state, asked.precision)
+            state, laid_out = SyntheticState(config, kind, asked.repeat_blocks), {}
+        network = QwenVL(config, state, asked.precision, laid_out)
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
         room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, place)
         cache = KVCache(config, room, kept, place, asked.prefix_caching)

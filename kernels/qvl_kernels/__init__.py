@@ -31,6 +31,20 @@ def ops_for(device: DeviceLike) -> ModuleType:
     return cpu
 
 
+def packing_for(target: str) -> ModuleType:
+    """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and gptq_levels.
+
+    Raises `RuntimeError` where that cannot be done here.
+    """
+    if target == "cpu":
+        from qvl_kernels import cpu_linear
+        from qvl_kernels.cpu_library import library
+
+        library()
+        return cpu_linear
+    raise RuntimeError(f"this version has no layout for {target}")
+
+
 def report(device: DeviceLike) -> dict[str, str]:
     """What runs on a device and why, one line each: said in `Engine.report()` and in the first log line."""
     if _reference_asked():

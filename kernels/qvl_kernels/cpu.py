@@ -12,7 +12,7 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.cpu_attention import cross_attention, paged_attention, vision_attention
 from qvl_kernels.cpu_library import CODES, FLOATS, library, slower
-from qvl_kernels.cpu_linear import linear, prepare_gptq, prepare_linear
+from qvl_kernels.cpu_linear import LAYOUTS, bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.reference import (
     cache_width,
     from_cached,
@@ -24,9 +24,10 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
-    "add_rms_norm", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
-    "layer_norm", "linear", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache",
-    "rotate_half", "swiglu", "to_cached", "unpack_rows", "vision_attention",
+    "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize",
+    "gptq_levels", "gptq_linear", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq",
+    "prepare_linear", "rms_norm", "rotary_to_cache", "rotate_half", "swiglu", "to_cached", "unpack_rows",
+    "vision_attention",
 ]  # fmt: skip
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

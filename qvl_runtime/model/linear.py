@@ -6,15 +6,15 @@ was loaded can go when it is prepared: memory never holds both for more than one
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from qvl_kernels.reference import Bound, Precision
+from qvl_kernels.reference import Bound, Packed, Precision
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.weights.gptq import GPTQLinear
 
@@ -51,13 +51,18 @@ class Maker:
     state: MutableMapping[str, Tensor]
     precision: Precision
     made: dict[str, Bound]  # by published name
+    laid_out: Mapping[str, Packed] = field(default_factory=dict)  # of a converted checkpoint: these need no making
 
     def bind(self, name: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """A dense linear, said to be `name`, of tensors at hand."""
+        if name in self.laid_out:
+            return self._as_it_lies(name)
         self.made[name] = self.ops.prepare_linear(weight, bias, self.precision)
         return self.made[name]
 
     def dense(self, name: str) -> Linear:
+        if name in self.laid_out:
+            return self._as_it_lies(name)
         return self.bind(name, self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None))
 
     def decoder(self, name: str, quantization: QuantizationConfig | None) -> Linear:
@@ -65,6 +70,8 @@ class Maker:
 
         Dense ones stay so in fast mode too: who wants a smaller decoder has the Int4 checkpoint.
         """
+        if name in self.laid_out:
+            return self._as_it_lies(name)
         if quantization is None:
             weight, bias = self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None)
             self.made[name] = self.ops.prepare_linear(weight, bias, "exact")
@@ -78,6 +85,10 @@ class Maker:
         do packed ones that order their inputs differently, which a quantiser gives that takes one after the other.
         """
         first, second = parts
+        if name in self.laid_out:
+            return self._as_it_lies(name)
+        if first in self.laid_out:
+            return SideBySide(self._as_it_lies(first), self._as_it_lies(second))
         if quantization is None:
             if self.state[f"{first}.weight"].device.type == "cpu":
                 return SideBySide(self.decoder(first, None), self.decoder(second, None))
@@ -92,6 +103,10 @@ class Maker:
         if joint is None:
             return SideBySide(self._packed(first, one), self._packed(second, other))
         return self._packed(name, joint)
+
+    def _as_it_lies(self, name: str) -> Linear:
+        self.made[name] = self.ops.bind(self.laid_out[name], self.precision)
+        return self.made[name]
 
     def _gptq(self, name: str, quantization: QuantizationConfig) -> GPTQLinear:
         w = GPTQLinear.from_state(self.state, name, quantization)

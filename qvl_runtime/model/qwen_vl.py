@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import ops_for
-from qvl_kernels.reference import Bound, Precision
+from qvl_kernels.reference import Bound, Packed, Precision
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
 from qvl_runtime.model.linear import Maker
@@ -35,18 +35,19 @@ class QwenVL:
     """The model on one device. It holds weights and no state: the caches belong to the caller."""
 
     def __init__(
-        self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact"
-    ) -> None:
-        """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
+        self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact",
+        laid_out: Mapping[str, Packed] | None = None,
+    ) -> None:  # fmt: skip
+        """laid_out: linears of a converted checkpoint, in their kernels' layout; the state lacks those. state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
 
         It is emptied: what is kept of it lies in memory as the kernels want it.
         """
         embedding = state["transformer.wte.weight"]
         self.config, self.device, self.dtype, self.precision = config, embedding.device, embedding.dtype, precision
-        make = Maker(ops_for(self.device), state, precision, {})
+        make = Maker(ops_for(self.device), state, precision, {}, laid_out or {})
         self.decoder = Decoder(config, make)
         self.visual = VisualTower(config.visual, make)
-        tied = config.tie_word_embeddings and precision == "exact"
+        tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in make.laid_out
         self.bytes_by_part = _bytes_by_part(state, make.made, tied)
         self.kernels = _kernels_by_part(make.made)
         state.clear()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ _USUAL_STEMS = ("model", "pytorch_model")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin", "adapter_model.safetensors")
 
 
-class Checkpoint:
+class Checkpoint(Mapping[str, "torch.Tensor"]):
     """An open checkpoint: names, shapes and mapped tensors of all its files. It holds nothing but mappings.
 
     Tensors stay valid when the checkpoint is gone and must not be written to.
@@ -57,8 +58,31 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return tuple(self.folder / name for name in self._shards)
+
     def file(self, name: str) -> str:
         return self._files[name]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor as stored; 0 where there is none of that name."""
+        import torch
+
+        return self.elements(name) * int(getattr(torch, self.info(name).dtype).itemsize) if name in self else 0
+
+    def elements(self, name: str) -> int:
+        return math.prod(self.info(name).shape) if name in self else 0
 
     def info(self, name: str) -> TensorInfo:
         return self._shards[self._files[name]].infos[name]
@@ -94,14 +118,15 @@ class Checkpoint:
 
 
 def load_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu",
+    skip: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint that fits `config` as {published name: tensor}, ready to compute with in `dtype` on `device`.
 
     Packed words and `g_idx` stay int32; GPTQ scales stay as stored unless `dtype` is float32, which holds them exactly.
     A tensor that is already of that dtype and device is the mapped file itself: nothing is copied, and it must not be
     written to. Others are converted one by one, so that memory peaks at most one tensor above its final size. A tied
-    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent.
+    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in `skip` are left out.
     """
     import torch
 
@@ -110,7 +135,7 @@ def load_state(
     state = {}
     for name in checkpoint.names:
         spec = expected.get(name)
-        if spec is None:  # known and harmless, or `open` would have raised
+        if spec is None or name.rpartition(".")[0] in skip:  # known and harmless, or `open` would have raised
             continue
         tensor = checkpoint.tensor(name)
         as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)

@@ -38,10 +38,10 @@ def save_checkpoint(
         tied = raw_config.get("tie_word_embeddings", False)
         stored = {k: v.contiguous() for k, v in state.items() if not (tied and k == "lm_head.weight")}
         save_file(stored, partial / "model.safetensors", metadata={"format": "pt"})
-        _write_json(partial / "config.json", raw_config)
+        write_json(partial / "config.json", raw_config)
         quantization = raw_config.get("quantization_config")
         if quantization is not None:
-            _write_json(partial / "quantize_config.json", quantization)
+            write_json(partial / "quantize_config.json", quantization)
         sources = [companions / name for name in _COMPANIONS] if companions is not None else []
         for source in filter(Path.is_file, sources):
             shutil.copyfile(source, partial / source.name)
@@ -65,5 +65,5 @@ def quantized_config(raw_config: Mapping[str, Any], quantization: QuantizationCo
     return {**raw_config, **dtype, "quantization_config": section}
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.weights.tensor_file import CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
+_SAFETENSORS_DTYPES = {code: name for name, code in CODES.items()}
 _LFS_POINTER = b"version https://git-lfs"
 
 

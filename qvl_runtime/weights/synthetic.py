@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qvl_runtime.config import ModelConfig, QuantizationConfig, VisionConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.weights.layout import TensorSpec, expected_tensors
+from qvl_runtime.weights.shards import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,13 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
     a dense model of 19 GB fits where it would not; weights that kernels lay out anew are separate all the same.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, repeat_blocks: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, repeat_blocks: bool = False, optional: bool = False
+    ) -> None:
+        """optional: also what a checkpoint need not hold, and published ones do, such as `g_idx`."""
         import torch
 
-        self._specs = {name: spec for name, spec in expected_tensors(config).items() if not spec.optional}
+        self._specs = {name: spec for name, spec in expected_tensors(config).items() if optional or not spec.optional}
         self._dtype, self._repeat = dtype, repeat_blocks
         self._made: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
@@ -74,6 +78,16 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self._specs)
 
+    def looks(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor that need not be made for it."""
+        spec = self._specs[name]
+        scales = "float16" if name.endswith(".scales") else str(self._dtype).removeprefix("torch.")
+        return TensorInfo(spec.shape, "int32" if spec.packed else scales)
+
+    def forget(self, name: str) -> None:
+        """Give back a tensor's memory; asked for again it is made again."""
+        self._made.pop(name, None)
+
     def _make(self, name: str, spec: TensorSpec) -> Tensor:
         """Values that keep activations near 1: norms of ones, no biases, weights of variance 1 / inputs."""
         import torch
@@ -84,6 +98,8 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
         if kind == "scales":  # a level's root mean square is 4.6
             groups = spec.shape[0]
             return torch.full(spec.shape, 1 / (4.6 * math.sqrt(groups * GROUP)), dtype=torch.float16)
+        if kind == "g_idx":
+            return torch.arange(*spec.shape, dtype=torch.int32) // GROUP
         if spec.packed:
             return _tiled(self._words, spec.shape)
         if len(spec.shape) == 1:

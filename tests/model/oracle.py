@@ -16,7 +16,7 @@ from qvl_runtime.prompt.images import load_image
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner, Span
-from qvl_runtime.weights.checkpoint import load_state
+from qvl_runtime.weights.packed import load_weights
 
 LOGITS = 2e-4  # the oracle's own tolerances in float32 (golden/README.md); its independent second
 TOWER = 2e-5  # implementation differs by 4e-5 and 4e-6
@@ -46,12 +46,16 @@ def without_padding(ids: Tensor, mask: Tensor) -> list[list[int]]:
 class Oracle:
     """A checkpoint, a cache for it, and the folder in which the original was run."""
 
-    def __init__(self, root: Path, name: str, dtype: torch.dtype = torch.float32, **overrides: object) -> None:
+    def __init__(
+        self, root: Path, name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None, **overrides: object
+    ) -> None:
+        """folder: where the checkpoint is, if not in `root` under its name."""
         from dataclasses import replace
 
-        self.root = root
-        self.config = replace(ModelConfig.from_folder(root / name), **overrides)
-        self.model = QwenVL(self.config, load_state(root / name, self.config, dtype))
+        self.root, folder = root, folder or root / name
+        self.config = replace(ModelConfig.from_folder(folder), **overrides)
+        state, laid_out = load_weights(folder, self.config, dtype, torch.device("cpu"))
+        self.model = QwenVL(self.config, state, laid_out=laid_out)
         self.cache = KVCache(self.config, 4096, dtype, torch.device("cpu"))
         self.runner = Runner(self.model, self.cache, ImageCache(1 << 24))
 

@@ -1,0 +1,120 @@
+"""What `qvl plan` says: the needs of a checkpoint on this machine or a named GPU, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.terminal import size
+from qvl_runtime.weights.machines import Machine, gpu
+from qvl_runtime.weights.manifest import Manifest, is_converted
+from qvl_runtime.weights.packed import model_config
+from qvl_runtime.weights.plan import Choices, Load, Peak, Plan, ways_to_fit
+
+CONTEXTS = (300, 2048, 8192)
+DOCUMENTED = {"encoding 2048 tokens": Load(2049, 2048), "generating 8192 tokens": Load(8193, 1)}
+
+
+def plan_of(folder: Path, gpu_name: str | None, choices: Choices, measure: bool = True) -> dict[str, Any]:
+    """The plan of a checkpoint folder as plain values; bytes, tokens a second."""
+    config = model_config(folder)
+    if is_converted(folder):
+        made = Manifest.read(folder)
+        choices = Choices(choices.dtype, made.vision, made.head, choices.kv, choices.embedding_on_host)
+    machine = this_machine(measure) if gpu_name is None else gpu(gpu_name)
+    plan = Plan(config, choices, "cpu" if gpu_name is None else "cuda")
+    loads = dict(DOCUMENTED) | {"a whole context, 8 pictures": Load(config.context_limit, config.context_limit, 8)}
+    room = plan.room(machine)
+    return {
+        "model": str(folder), "machine": machine._asdict(), "dtype": plan.dtype, "weights": plan.weights,
+        "weights_total": sum(plan.weights.values()), "kv_per_token": plan.kv_per_token,
+        "kv_per_picture": plan.kv_per_picture, "features_per_picture": plan.feature_bytes,
+        "fits": {"tokens": room.tokens, "pictures": room.pictures},
+        "peaks": {name: _peak(plan, load, machine) for name, load in loads.items()},
+        "speed_bounds": {str(n): plan.bound_tokens_per_s(machine, n) for n in CONTEXTS},
+    }  # fmt: skip
+
+
+def show(plan: dict[str, Any]) -> None:
+    """The plan as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, machine = Console(), plan["machine"]
+    parts = ", ".join(f"{name} {size(count)}" for name, count in plan["weights"].items() if count)
+    console.print(f"weights   {size(plan['weights_total'])} in {plan['dtype']}: {parts}", highlight=False)
+    console.print(
+        f"KV cache  {size(plan['kv_per_token'])} a token; a picture takes {size(plan['kv_per_picture'])} there and "
+        f"{size(plan['features_per_picture'])} of features", highlight=False,
+    )  # fmt: skip
+    fits = plan["fits"]
+    console.print(
+        f"fits      {machine['name']} ({size(machine['memory'])}): {fits['tokens']:,} tokens, or {fits['pictures']:,} "
+        "pictures with their tokens", highlight=False,
+    )  # fmt: skip
+    table = Table("at its peak", "weights", "KV", "features", "workspace", "reserved", "total", "")
+    for name, peak in plan["peaks"].items():
+        held = sum(peak[part] for part in ("vision", "language", "embedding", "head"))
+        cells = [size(n) for n in (held, *(peak[p] for p in ("kv", "features", "workspace", "reserved", "total")))]
+        table.add_row(name, *cells, "fits" if peak["fits"] else f"too large; {peak['way_out']}")
+    console.print(table)
+    if any(plan["speed_bounds"].values()):
+        said = ", ".join(f"{rate:.1f} at {n} tokens" for n, rate in plan["speed_bounds"].items() if rate)
+        console.print(f"speed     at most, by bytes a token over memory bandwidth: {said} (a bound, not a forecast)")
+
+
+def show_json(plan: dict[str, Any]) -> None:
+    print(json.dumps(plan, ensure_ascii=False, indent=2))
+
+
+def this_machine(measure: bool = True) -> Machine:
+    """This computer: the memory that can be had, how fast it is read, and what this process takes without a model."""
+    import torch
+
+    from qvl_runtime.device import device_name, free_memory
+
+    base = process_bytes()
+    return Machine(
+        device_name(torch.device("cpu")), free_memory(torch.device("cpu")) + base,
+        read_bandwidth() if measure else None, base,
+    )  # fmt: skip
+
+
+def process_bytes() -> int:
+    """Bytes that a process holds once it has imported what a run imports and multiplied once; 0 where none tells."""
+    import torch
+
+    import qvl_runtime.engine  # noqa: F401 - for what it brings along
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.ones(64, 64, dtype=dtype)
+        torch.nn.functional.scaled_dot_product_attention(*(x.view(1, 4, 16, 64),) * 3) @ x
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def read_bandwidth() -> float | None:
+    """Bytes a second that this CPU reads from memory: the best of three passes over 256 MB; None without kernels."""
+    import time
+
+    import torch
+
+    x, best = torch.ones(64 << 20, dtype=torch.float32), 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        x.sum()
+        best = max(best, x.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def _peak(plan: Plan, load: Load, machine: Machine) -> dict[str, Any]:
+    peak: Peak = plan.peak(load, machine)
+    ways = ways_to_fit(plan, load, machine)
+    fits = peak.total <= machine.memory
+    way_out = ways[0][0] if ways else "a larger machine" if not fits else None
+    return {**peak._asdict(), "total": peak.total, "fits": fits, "way_out": way_out}

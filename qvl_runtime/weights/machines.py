@@ -1,0 +1,38 @@
+"""What a GPU has, by name: memory as its driver reports it, and how fast it reads it, as its maker says."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qvl_runtime.errors import ConfigError
+
+
+class Machine(NamedTuple):
+    """Where a model is to run."""
+
+    name: str
+    memory: int  # bytes
+    bandwidth: float | None  # bytes a second; None: not known
+    reserved: int = 0  # bytes that are not the model's: the driver's context, or the process without a model
+
+
+CONTEXT = 600 << 20  # a CUDA context with some dozens of kernels loaded; 450 to 650 MiB by driver and card
+_MIB = {  # name: (MiB, GB/s)
+    "a100-40": (40960, 1555), "a100-80": (81920, 2039), "h100": (81559, 3350), "h200": (143771, 4800),
+    "3090": (24576, 936), "4090": (24564, 1008), "a10": (23028, 600), "l4": (23034, 300), "l40s": (46068, 864),
+}  # fmt: skip
+_TOO_OLD = {"t4": 7.5, "v100": 7.0, "p100": 6.0, "2080ti": 7.5}
+
+
+def gpu(name: str) -> Machine:
+    """A GPU of the table; raises `ConfigError` for one that is not in it, and for one that the kernels cannot run on."""
+    key = name.lower().replace(" ", "-").replace("rtx-", "").replace("rtx", "").removesuffix("gb")
+    if key in _TOO_OLD:
+        raise ConfigError(
+            f"the {name.upper()} has compute capability {_TOO_OLD[key]}; the kernels need 8.0 or higher (A10, 3090, "
+            "A100 and later): bfloat16 and asynchronous copies are not in it"
+        )
+    if key not in _MIB:
+        raise ConfigError(f"gpu is {name!r}; known are {', '.join(_MIB)}")
+    mib, rate = _MIB[key]
+    return Machine(name.upper(), mib << 20, rate * 1e9, CONTEXT)

@@ -1,0 +1,221 @@
+"""What a model needs of memory and what it can do at best, from its configuration alone: nothing is loaded.
+
+The sum is weights + KV cache + features of pictures + workspace, beside what the process or the driver takes anyway.
+Workspace is what one step of `max_step_tokens` rows holds at its widest point, in the MLP, or the visual tower with
+the pictures that it encodes together. Logits are one row's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.settings import require_choice
+from qvl_runtime.weights.layout import decoder_linears, expected_tensors
+from qvl_runtime.weights.machines import Machine
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+GROUP = 128  # inputs that share a scale where floats are rounded
+SCALE = 2  # bytes
+BLOCK = 16  # tokens of a KV block
+SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
+FAULT = 64 << 10  # bytes that Linux brings in where one of a mapped file is read
+PICTURES_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the user decides, and the plan shows the price of."""
+
+    dtype: str = "auto"
+    vision: str = "keep"  # or "int8"
+    head: str = "keep"  # or "int8", "int4"
+    kv: str = "auto"  # or "int8"
+    embedding_on_host: bool = False  # GPU: rows are fetched from the host's mapped file
+    step_tokens: int = 1024  # rows that a step computes at most
+
+    def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, ("auto", *WIDTHS))
+        require_choice("vision", self.vision, ("keep", "int8"))
+        require_choice("head", self.head, ("keep", "int8", "int4"))
+        require_choice("kv", self.kv, ("auto", "int8"))
+
+
+class Load(NamedTuple):
+    """What is asked of the model at its worst moment."""
+
+    tokens: int  # in the KV cache, of all requests together
+    prompt: int  # tokens that are computed in steps of many; the rest are generated one by one
+    pictures: int = 0  # whose features are kept
+    together: int = PICTURES_AT_ONCE  # pictures that go through the tower in one pass
+
+
+class Peak(NamedTuple):
+    """Bytes at the worst moment, by what they are for."""
+
+    vision: int
+    language: int
+    embedding: int
+    head: int
+    kv: int
+    features: int
+    workspace: int
+    reserved: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Room(NamedTuple):
+    """What fits beside the weights."""
+
+    tokens: int
+    pictures: int
+
+
+class Plan:
+    """The needs of one model with some choices, on a kind of device: "cpu" or "cuda"."""
+
+    def __init__(self, config: ModelConfig, choices: Choices | None = None, device: str = "cpu") -> None:
+        self.config, self.choices, self.device = config, choices or Choices(), device
+        self.dtype = config.dtype if self.choices.dtype == "auto" else self.choices.dtype
+        self.width = WIDTHS[self.dtype]
+        self.weights = weight_bytes(config, self.width, self.choices)
+
+    @property
+    def kv_per_token(self) -> int:
+        return kv_per_token(self.config, 1 if self.choices.kv == "int8" else self.width)
+
+    @property
+    def kv_per_picture(self) -> int:
+        """Of the tokens that a picture takes in a prompt, start and end included."""
+        return self.config.visual.span * self.kv_per_token
+
+    @property
+    def feature_bytes(self) -> int:
+        """Of one picture, kept so that it need not be encoded again."""
+        return self.config.visual.n_queries * self.config.hidden_size * self.width
+
+    def peak(self, load: Load, machine: Machine | None = None) -> Peak:
+        """Memory at the worst moment of a load.
+
+        On a CPU weights are pages of a file, there when they were read: no tower without a picture, and of the
+        embedding the rows of the tokens, in the pieces that the system reads.
+        """
+        parts = dict(self.weights)
+        if self.device == "cpu":
+            parts["vision"] *= load.pictures > 0
+            if parts["head"]:  # else they are tied, and the head reads the whole table
+                parts["embedding"] = min(parts["embedding"], load.prompt * FAULT)
+        elif self.choices.embedding_on_host:
+            parts["embedding"] = 0
+        return Peak(
+            **parts, kv=-(-load.tokens // BLOCK) * BLOCK * self.kv_per_token,
+            features=load.pictures * self.feature_bytes, workspace=self._workspace(load),
+            reserved=0 if machine is None else machine.reserved,
+        )  # fmt: skip
+
+    def room(self, machine: Machine) -> Room:
+        """How many tokens, and how many pictures with their tokens, fit beside the weights at a full step."""
+        empty = self.peak(Load(0, self.choices.step_tokens, 1), machine)
+        if self.device == "cpu":
+            empty = empty._replace(embedding=self.weights["embedding"])
+        free = max(0, machine.memory - empty.total)
+        return Room(free // self.kv_per_token, free // (self.kv_per_picture + self.feature_bytes))
+
+    def bytes_read_per_token(self, context: int) -> int:
+        """What generating one token reads: the decoder, the head, and the KV cache of its context."""
+        return self.weights["language"] + self._head_read + context * self.kv_per_token
+
+    @property
+    def _head_read(self) -> int:
+        return self.weights["head"] or self.weights["embedding"]  # tied: the table is the head
+
+    def bound_tokens_per_s(self, machine: Machine, context: int) -> float | None:
+        """The most that one request can get, if reading memory were all: a bound, not a forecast."""
+        return None if machine.bandwidth is None else machine.bandwidth / self.bytes_read_per_token(context)
+
+    def _workspace(self, load: Load) -> int:
+        c, rows = self.config, min(load.prompt, self.choices.step_tokens)
+        hidden, ffn = c.hidden_size, c.ffn_width
+        mlp = rows * self.width * (2 * hidden + 3 * ffn)  # x, its norm, up | gate, their product
+        attention = rows * self.width * 6 * hidden  # x, q | k | v, q rotated, what comes out
+        if self.device == "cpu":  # prefill gathers keys and values of the context
+            attention += 2 * min(load.prompt, load.tokens) * hidden * self.width
+        v, many = c.visual, min(load.pictures, load.together)
+        tower = many * v.num_patches * self.width * (2 * v.width + 2 * v.mlp_width)
+        logits = c.vocab_size * (self.width + 4)  # one row, and once more in float32
+        return max(mlp, attention, tower) + logits
+
+
+def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str, int]:
+    """Bytes of the weights as kernels hold them, by part."""
+    parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
+    linears = decoder_linears(config)
+    for name, spec in expected_tensors(config).items():
+        size = 1
+        for n in spec.shape:
+            size *= n
+        prefix, _, kind = name.rpartition(".")
+        if name.startswith("transformer.visual."):
+            small = choices.vision == "int8" and len(spec.shape) == 2 and kind in ("weight", "proj", "in_proj_weight")
+            if small and kind == "in_proj_weight":
+                size -= size // 3  # queries are projected once, at load
+            parts["vision"] += _rounded(size, 8) if small else size * width
+        elif name == "lm_head.weight":
+            parts["head"] += _head(size, width, choices)
+        elif name == "transformer.wte.weight":
+            parts["embedding"] += size * width
+            if config.tie_word_embeddings and choices.head != "keep":
+                parts["head"] += _head(size, width, choices)
+        else:
+            packed = config.quantization is not None and prefix in linears
+            parts["language"] += _packed(config, kind, size) if packed else size * width
+    return parts
+
+
+def kv_per_token(config: ModelConfig, width: int) -> int:
+    """Bytes of keys and values of a token; int8 (width 1) keeps a scale behind each vector."""
+    vector = config.kv_channels * width + (SCALE_OF_VECTOR if width == 1 else 0)
+    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
+
+
+def ways_to_fit(plan: Plan, load: Load, machine: Machine) -> list[tuple[str, Peak]]:
+    """Choices that make a load fit, the least first, each with its peak; empty where it fits as it is or never."""
+    if plan.peak(load, machine).total <= machine.memory:
+        return []
+    steps: list[tuple[str, dict[str, str | bool]]] = [
+        ("an int8 KV cache", {"kv": "int8"}), ("an int8 visual tower", {"vision": "int8"}),
+        ("an int8 head", {"head": "int8"}), ("the embedding on the host", {"embedding_on_host": True}),
+    ]  # fmt: skip
+    if plan.device == "cpu":
+        steps.pop()  # it is there anyway
+    chosen, words, found = plan.choices, [], []
+    for word, change in steps:
+        chosen = replace(chosen, **change)  # type: ignore[arg-type]
+        words.append(word)
+        peak = Plan(plan.config, chosen, plan.device).peak(load, machine)
+        if peak.total <= machine.memory:
+            found.append((", ".join(words), peak))
+    return found[:1]
+
+
+def _head(size: int, width: int, choices: Choices) -> int:
+    return size * width if choices.head == "keep" else _rounded(size, int(choices.head.removeprefix("int")))
+
+
+def _rounded(size: int, bits: int) -> int:
+    """Levels, a scale for each group, and for 4 bits a zero point of a byte."""
+    return size * bits // 8 + size // GROUP * (SCALE + (bits == 4))
+
+
+def _packed(config: ModelConfig, kind: str, size: int) -> int:
+    """A tensor of a GPTQ linear as kernels hold it: zero points only where they differ, in a byte each."""
+    kinds = config.quantization
+    if kinds is None or kind == "bias" or (kind == "g_idx" and not kinds.desc_act):
+        return 0  # a bias is counted with no part: 0.2 MB of 3.3 GB
+    if kind == "qzeros":
+        return 0 if kinds.sym else size * (32 // kinds.bits)
+    return size * (SCALE if kind == "scales" else 4)

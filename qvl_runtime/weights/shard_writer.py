@@ -1,0 +1,101 @@
+"""The files of a converted checkpoint, written one after another: each tensor starts on a multiple of 64 bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qvl_runtime.weights.manifest import PackedLinear, ShardRecord
+from qvl_runtime.weights.tensor_file import TensorFile, Written, header_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LINE = 64  # bytes: a cache line, and the widest load of a CPU
+SHARD = 1 << 30  # bytes after which a file is closed: what a conversion that is stopped does again
+HEADER = 1 << 18  # bytes before the first tensor: a page's multiple
+ENTRY = 96  # bytes that a header says of a tensor beside its name, and some
+
+
+class Entry(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]  # its elements in order
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Entry:
+        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), [tensor])
+
+    @property
+    def nbytes(self) -> int:
+        import math
+
+        import torch
+
+        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
+
+
+class Shard(NamedTuple):
+    """A file that is whole."""
+
+    name: str
+    record: ShardRecord
+    items: list[str]  # what was added
+    linears: dict[str, PackedLinear]
+    bytes: int
+
+
+class ShardWriter:
+    """Fills files in `folder`, numbered after those that are there.
+
+    A file may hold no gaps, so tensors whose size is no multiple of 64 bytes wait in memory (they are small) and go
+    last, those whose size is a multiple of the most first: each then starts on a multiple of its element's size.
+    """
+
+    def __init__(self, folder: Path, shards: dict[str, ShardRecord]) -> None:
+        self._folder, self._number = folder, len(shards)
+        self.items: list[str] = []
+        self._linears: dict[str, PackedLinear] = {}
+        self._written: dict[str, Written] = {}
+        self._waiting: list[Entry] = []
+        self._said = 0
+        self._file: TensorFile | None = None
+
+    def add(self, item: str, entries: Iterator[Entry], linears: dict[str, PackedLinear]) -> None:
+        """Write the tensors of an item; `linears` is what they make, complete when `entries` is through."""
+        if self._file is None:
+            self._number += 1
+            self._file = TensorFile(self._folder / f"qvl-{self._number:05}.safetensors", HEADER)
+        for entry in entries:
+            self._said += len(entry.name) + ENTRY
+            if entry.nbytes % LINE:
+                self._waiting.append(entry._replace(parts=[part.clone() for part in entry.parts]))
+            else:
+                self._written[entry.name] = self._file.append(entry.parts, entry.dtype, entry.shape)
+        self.items.append(item)
+        self._linears |= linears
+
+    @property
+    def full(self) -> bool:
+        """Whether this file has enough, in bytes or in names."""
+        return self._file is not None and (self._file.size >= SHARD or self._said > HEADER // 2)
+
+    def close(self) -> Shard:
+        """Finish the file."""
+        if self._file is None:
+            raise ValueError("nothing was added")
+        self._waiting.sort(key=lambda entry: -(entry.nbytes & -entry.nbytes))
+        for entry in self._waiting:
+            self._written[entry.name] = self._file.append(entry.parts, entry.dtype, entry.shape)
+        with self._file as file:
+            front = file.finish(header_of(self._written))
+        record = ShardRecord(hashlib.sha256(front).hexdigest(), {n: w.sha256 for n, w in self._written.items()})
+        shard = Shard(file.path.name, record, self.items, self._linears, file.size + len(front))
+        self.items, self._linears, self._written, self._waiting, self._said = [], {}, {}, [], 0
+        self._file = None
+        return shard

@@ -1,0 +1,152 @@
+"""Writing one safetensors file as its tensors come, with the SHA-256 of each; its header is written last.
+
+A safetensors file is the length of its header (8 bytes), a JSON header, and the tensors' bytes without a gap. The
+header is padded with spaces, so that the bytes start where the writer wants them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from qvl_runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+FLUSH = 128 << 20  # bytes after which the disk is told to start
+LENGTH = 8  # bytes that say how long the header is
+
+
+class Written(NamedTuple):
+    """A tensor in a file."""
+
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+    begin: int  # byte offsets from the first tensor's
+    end: int
+    sha256: str
+
+
+class TensorFile:
+    """A file that appears by a rename when it is whole. Use it in a `with` block, and `finish` inside."""
+
+    def __init__(self, path: Path, data_start: int, digests: bool = True) -> None:
+        """data_start: where tensors begin in the file; the length and the header must fit before it."""
+        self._digests = digests
+        self.path, self.size, self._data_start = path, 0, data_start
+        self._partial = path.with_name(f"{path.name}.part")
+        self._file = self._partial.open("wb", buffering=0)
+        self._file.seek(data_start)
+        self._hashing = ThreadPoolExecutor(1)  # hashing 1 GB takes a second or two, and writing it as long
+        self._flushing, self._flushed_to = ThreadPoolExecutor(1), 0
+        self._flush: Future[None] | None = None
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hashing.shutdown()
+        self._flushing.shutdown()
+        if not self._file.closed:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def append(self, parts: Iterable[Tensor], dtype: str, shape: tuple[int, ...]) -> Written:
+        """Write a tensor that comes in parts, one after another."""
+        begin, digest = self.size, hashlib.sha256()
+        for part in parts:
+            view = memory(part)
+            hashed = self._hashing.submit(digest.update, view) if self._digests else None
+            self._write(view)
+            if hashed is not None:
+                hashed.result()
+            self.size += len(view)
+            self._flush_behind()
+        return Written(CODES[dtype], shape, begin, self.size, digest.hexdigest() if self._digests else "")
+
+    def finish(self, header: bytes) -> bytes:
+        """Write the header and give the file its name; returns all that stands before the tensors."""
+        room = self._data_start - LENGTH
+        if len(header) > room:
+            raise ValueError(f"a header of {len(header)} bytes does not fit the {room} kept for it")
+        front = room.to_bytes(LENGTH, "little") + header.ljust(room)
+        self._file.seek(0)
+        self._write(memoryview(front))
+        with self._room():
+            if self._flush is not None:
+                self._flush.result()  # a disk says once that it is full
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._partial.replace(self.path)
+        return front
+
+    def _flush_behind(self) -> None:
+        """Keep the disk busy while more is written, so that `finish` need not wait for a gigabyte."""
+        if self._flush is not None and self._flush.done():
+            with self._room():
+                self._flush.result()
+            self._flush = None
+        if self._flush is None and self.size - self._flushed_to >= FLUSH:
+            self._flushed_to = self.size
+            self._flush = self._flushing.submit(os.fsync, self._file.fileno())
+
+    def _write(self, view: memoryview) -> None:
+        with self._room():
+            while view:
+                view = view[self._file.write(view) :]
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(
+                f"the disk is full at byte {self.size:,} of {self.path.name} in {self.path.parent}: make room and give "
+                "the same command again"
+            ) from error
+
+
+def header_of(tensors: dict[str, Written]) -> bytes:
+    """The JSON header of a file with these tensors, in their order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, t in tensors.items():
+        entries[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.begin, t.end]}
+    return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def read_header(path: Path) -> bytes:
+    """The JSON header of a safetensors file that is known to be one, with its padding."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(LENGTH), "little"))
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied where it is contiguous."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

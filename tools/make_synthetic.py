@@ -1,0 +1,42 @@
+"""Write a checkpoint of random weights with the published names, shapes, files and index, at any size.
+
+    python -m tools.make_synthetic /tmp/synthetic-int4 --like nano                         # 9.73 GB in five files
+    python -m tools.make_synthetic /tmp/synthetic-bf16 --like nano --kind qwen-vl-chat     # 19.3 GB in ten
+    python -m tools.make_synthetic /tmp/small --like nano --layers 2 --vision-layers 2     # the same, less deep
+
+The tokenizer and the ids of pictures are those of the checkpoint `--like`. Its answers are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qvl_runtime.errors import QVLError
+from qvl_runtime.weights.synthetic import SYNTHETIC
+from qvl_runtime.weights.synthetic_files import write_synthetic
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the new folder")
+    parser.add_argument("--like", type=Path, required=True, help="a checkpoint folder whose tokenizer it is to have")
+    parser.add_argument("--kind", choices=SYNTHETIC, default="qwen-vl-chat-int4")
+    parser.add_argument("--layers", type=int, help="decoder blocks (default: 32)")
+    parser.add_argument("--vision-layers", type=int, help="blocks of the visual tower (default: 48)")
+    parser.add_argument("--file-bytes", type=int, default=2 * 10**9, help="most bytes a file (default: 2 GB)")
+    asked = parser.parse_args(arguments)
+    try:
+        files = write_synthetic(
+            asked.folder, asked.like, asked.kind, asked.layers, asked.vision_layers, asked.file_bytes
+        )
+    except QVLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{asked.folder}: {sum(files.values()):,} bytes in {len(files)} files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
