@@ -4,10 +4,10 @@ With H = sum of x xᵀ over the calibration rows and H = R Rᵀ, R upper triangu
 
     |E R|², E = W - Ŵ:   its column j is E[:, j] R[j, j] + sum over k < j of E[:, k] R[k, j]
 
-so once the inputs before j are rounded, the best target for input j is w[j] + (sum over k < j of E[k] R[k, j]) / R[j, j].
-Those are the paper's updates, which it writes with the inverse of H; this form (that of Babai's nearest plane algorithm)
-needs one Cholesky factorisation and no inverse. Sums over earlier inputs go halves by halves, as matrix products, where
-the paper goes in blocks of 128.
+so once the inputs before j are rounded, input j is best w[j] + (sum over k < j of E[:, k] R[k, j]) / R[j, j].
+Those are the paper's updates, which it writes with the inverse of H; this form, that of Babai's nearest plane
+algorithm, needs one Cholesky factorisation and no inverse. Sums over earlier inputs go halves by halves, as matrix
+products, where the paper goes in blocks of 128.
 
 Everything here is laid out [in, out], float32: an input's weights are one contiguous row.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,8 +75,8 @@ class Solver:
             _log.warning("damping %g leaves the inputs' statistics singular; trying %g", damping, 10 * damping)
             damping *= 10
         raise CheckpointError(
-            f"{len(x)} calibration rows of {x.shape[1]} inputs have no usable statistics even with damping {damping:g}; "
-            "expected finite activations: does the float checkpoint answer sensibly?"
+            f"{len(x)} calibration rows of {x.shape[1]} inputs have no usable statistics even with damping "
+            f"{damping / 10:g}; expected finite activations: does the float checkpoint answer sensibly?"
         )
 
     def solve(self, weight: Tensor, factor: Factor, bias: Tensor | None = None) -> GPTQLinear:
@@ -89,15 +89,15 @@ class Solver:
         groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // group_size
         place = factor.order if self.order == "static" else torch.arange(inputs, device=weight.device)
         by_input = weight.t().to(torch.float32)
-        pass_ = _Pass(by_input[factor.order], factor.upper, q, group_size, groups[place])
+        work = _Pass(by_input[factor.order], factor.upper, q, group_size, groups[place])
         if self.order == "static":
-            pass_.fix_grids(by_input)
-        pass_.run(0, inputs)
-        levels, g_idx = torch.empty_like(pass_.levels), torch.empty_like(groups)
-        levels[factor.order], g_idx[factor.order] = pass_.levels, groups[place]
+            work.fix_grids(by_input)
+        work.run(0, inputs)
+        levels, g_idx = torch.empty_like(work.levels), torch.empty_like(groups)
+        levels[factor.order], g_idx[factor.order] = work.levels, groups[place]
         in_order = torch.equal(g_idx, groups) and inputs % group_size == 0
         return pack_linear(
-            levels, pass_.scales, pass_.zeros, None if in_order else g_idx, bias, q.bits, group_size, q.zero_offset
+            levels, work.scales, work.zeros, None if in_order else g_idx, bias, q.bits, group_size, q.zero_offset
         )
 
 
@@ -119,7 +119,7 @@ class _Pass:
 
     def fix_grids(self, weight: Tensor) -> None:
         """Choose every grid before anything is rounded, for groups of inputs in their natural order."""
-        for group, rows in enumerate(weight.split(self._size)):
+        for group, rows in enumerate(torch.split(weight, self._size)):
             self._fix(group, rows)
         self._fixed = True
 
@@ -140,7 +140,8 @@ class _Pass:
         """What inputs start to end would best be, were they not to be rounded."""
         here = slice(start, end)
         block = self.upper[here, here].t()
-        return self.weight[here] + torch.linalg.solve_triangular(block, self.carried[here], upper=False)
+        targets: Tensor = self.weight[here] + torch.linalg.solve_triangular(block, self.carried[here], upper=False)
+        return targets
 
     def _fix(self, group: int, rows: Tensor) -> None:
         q = self._quantization
@@ -159,16 +160,16 @@ class _Pass:
 def _hessian(x: Tensor) -> Tensor:
     """The sum of x xᵀ over rows, float32 [in, in].
 
-    Rows that are bfloat16 stay exact when they are rounded to it again: oneDNN may then multiply them as such and add in
-    float32, which is faster on CPUs with AMX.
+    Rows that are bfloat16 stay exact when they are rounded to it again: oneDNN may then multiply them as such and add
+    in float32, which is faster on CPUs with AMX.
     """
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     if x.dtype is torch.bfloat16:
         settings.fp32_precision = "bf16"
     try:
-        for rows in x.split(ROWS_AT_ONCE):
+        for rows in torch.split(x, ROWS_AT_ONCE):
             rows = rows.float()
             total.addmm_(rows.t(), rows)
     finally:
