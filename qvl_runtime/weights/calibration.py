@@ -118,6 +118,6 @@ def _cut(starts: Sequence[int], span: int, length: int, limit: int) -> int:
     if length <= limit:
         return length
     last = bisect_right(starts, limit) - 1
-    if last >= 0 and starts[last] < limit <= starts[last] + span:
+    if last >= 0 and limit <= starts[last] + span:
         return starts[last] - 1  # its <img> goes, too
     return limit
