@@ -205,6 +205,55 @@ def batch(
 
 
 @command
+def quantize(
+    *,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A float checkpoint: a folder or a hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    method: Annotated[str, typer.Option(metavar="NAME", help="gptq, or rtn: round to nearest.")] = "gptq",
+    bits: Annotated[int, typer.Option(metavar="N", help="4 or 8.")] = 4,
+    group: Annotated[int, typer.Option(metavar="N", help="Inputs that share a scale: 32, 64, 128 or -1, all.")] = 128,
+    asym: Annotated[bool, typer.Option("--asym", help="Zero points where zero falls, not in the middle.")] = False,
+    act_order: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Which inputs are rounded first: static: those that matter most; full: they form the groups, too "
+            "(desc_act, slower to run); none: as they come.",
+        ),
+    ] = "static",
+    damping: Annotated[float, typer.Option(metavar="X", help="Added to the statistics' diagonal, of its mean.")] = 0.01,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Conversations in Qwen-VL's fine-tuning JSON; without: a built-in set."),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="Conversations to use; an eighth is held out.")] = 64,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Cut conversations to so many.")] = 512,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the errors (needs matplotlib).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what it takes, and stop.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Quantise a float checkpoint with GPTQ, into the layout of Qwen-VL-Chat-Int4; vision stays as it is.
+
+    Memory holds one layer at a time. Stopped, even by kill -9, the same command goes on after the last whole layer.
+
+    [cyan]qvl quantize my-finetune my-finetune-int4 --calibration train.json[/cyan]
+
+    [cyan]qvl quantize Qwen/Qwen-VL-Chat chat-int4 --group 64 --plot errors.png[/cyan]
+    """
+    from qvl_runtime.quantizing import QuantizeRequest, quantize_checkpoint
+
+    asked = QuantizeRequest(
+        source, destination, calibration, device, plot, dry_run, as_json, quiet,
+        {"method": method, "bits": bits, "group_size": group, "sym": not asym, "order": act_order, "damping": damping,
+         "samples": samples, "max_tokens": max_tokens},
+    )  # fmt: skip
+    return quantize_checkpoint(asked)
+
+
+@command
 def info(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
     """Say what is here: versions, device, kernels, the model's size; and what each missing part costs.
 

@@ -23,7 +23,7 @@ FLOORS = {
     "model": 2, "weights": 2,
     "schedule": 3,
     "device": 4, "engine": 4, "async_engine": 4,
-    "profile": 5, "weights_commands": 5, "plan_report": 5,
+    "profile": 5, "weights_commands": 5, "plan_report": 5, "quantize_report": 5, "quantizing": 5,
     "terminal": 5, "options": 5, "commands": 5, "repl": 5, "doctor": 5, "demo": 5, "batch": 5, "cli": 5,
 }  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_every_requirement_is_pinned_and_every_pin_exact() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line) for line in lines)
     assert (pins["torch"], pins["triton"]) == ("2.13.0", "3.9.0")
     text = (ROOT / "pyproject.toml").read_text()
-    tables = re.findall(r"(?ms)^(?:dependencies|cuda|train|dev) = \[(.*?)\]", text)
+    tables = re.findall(r"(?ms)^(?:dependencies|cuda|plot|train|dev) = \[(.*?)\]", text)
     wanted = re.findall(r'"([\w.-]+)>=', "".join(tables))
     assert len(wanted) > 10
     assert {name.lower() for name in wanted} <= {name.lower() for name in pins}

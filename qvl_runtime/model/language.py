@@ -88,7 +88,7 @@ class Decoder:
     def __init__(self, config: ModelConfig, make: Maker) -> None:
         self._ops, self._eps = make.ops, config.layer_norm_epsilon
         self.embedding = make.state["transformer.wte.weight"]
-        self._blocks = [_block(config, make, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
+        self._blocks = [make_block(config, make, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
         self._ln_f = make.state["transformer.ln_f.weight"]
         head = make.state.pop("lm_head.weight", self.embedding)  # absent where it is tied
         self._head = make.bind("lm_head", head)
@@ -118,7 +118,8 @@ def _of_layer(observe: Observer, i: int) -> Observer:
     return lambda name, value: observe(f"layer{i}.{name}", value)
 
 
-def _block(config: ModelConfig, make: Maker, name: str) -> Block:
+def make_block(config: ModelConfig, make: Maker, name: str) -> Block:
+    """The block whose tensors are called `name`.*, its linears made by `make`."""
     def linear(part: str) -> Linear:
         return make.decoder(f"{name}.{part}", config.quantization)
 

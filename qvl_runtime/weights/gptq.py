@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.weights.grid import Grid, grid_between
 from qvl_runtime.weights.layout import decoder_linears
 
 if TYPE_CHECKING:
@@ -110,13 +111,31 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)  # two's complement, said openly
 
 
+def pack_linear(
+    levels: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int,
+    group_size: int, zero_offset: int,
+) -> GPTQLinear:  # fmt: skip
+    """A linear of unpacked whole numbers: levels [in, out]; scales and zero points [G, out], said as they are."""
+    import torch
+
+    return GPTQLinear(
+        qweight=pack_rows(levels, bits),
+        qzeros=pack_rows((zeros - zero_offset).t(), bits).t().contiguous(),
+        scales=scales.to(torch.float16).contiguous(),
+        g_idx=g_idx,
+        bias=bias,
+        bits=bits,
+        group_size=group_size,
+        zero_offset=zero_offset,
+    )
+
+
 def quantize_rtn(
     weight: Tensor, bits: int, group_size: int, sym: bool, *, bias: Tensor | None = None, zero_offset: int = 1
 ) -> GPTQLinear:
     """Round a weight [out, in] to the nearest point of its group's grid, which is at most half a scale away.
 
-    Scales are rounded to float16 before they are used. Symmetric: the zero point is the middle of the range; otherwise
-    it is where zero falls.
+    `weights.grid` says which grid that is.
     """
     import torch
 
@@ -124,28 +143,16 @@ def quantize_rtn(
         raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantised")
     out_features, in_features = weight.shape
     group_size = in_features if group_size == -1 else group_size
-    groups, top = -(-in_features // group_size), 2**bits - 1
+    groups = -(-in_features // group_size)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - in_features))
     grouped = padded.view(out_features, groups, group_size)
-    high = grouped.abs().amax(dim=2) if sym else grouped.amax(dim=2).clamp(min=0)
-    low = -high if sym else grouped.amin(dim=2).clamp(max=0)
-    if zero_offset:  # a zero point of 0 cannot be stored minus one, so the range reaches a step below zero
-        low = torch.minimum(low, -high / (top - 1))
-    scales = ((high - low) / top).to(torch.float16).float()
-    scales = torch.where(scales == 0, 1.0, scales)  # a group of zeros, or one below float16's range
-    zeros = torch.full_like(scales, (top + 1) // 2) if sym else (-low / scales).round().clamp(zero_offset, top)
-    levels = (grouped / scales.unsqueeze(2)).round() + zeros.unsqueeze(2)
-    levels = levels.clamp(0, top).view(out_features, -1)[:, :in_features]
-    return GPTQLinear(
-        qweight=pack_rows(levels.t(), bits),
-        qzeros=pack_rows(zeros - zero_offset, bits).t().contiguous(),
-        scales=scales.t().to(torch.float16).contiguous(),
-        g_idx=_groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
-        bias=bias,
-        bits=bits,
-        group_size=group_size,
-        zero_offset=zero_offset,
-    )
+    grid = grid_between(grouped.amin(dim=2), grouped.amax(dim=2), bits, sym, zero_offset)
+    levels = Grid(grid.scales.unsqueeze(2), grid.zeros.unsqueeze(2), grid.top).levels(grouped)
+    return pack_linear(
+        levels.view(out_features, -1)[:, :in_features].t(), grid.scales.t(), grid.zeros.t(),
+        _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
+        bias, bits, group_size, zero_offset,
+    )  # fmt: skip
 
 
 def quantize_state(

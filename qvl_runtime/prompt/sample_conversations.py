@@ -1,0 +1,131 @@
+"""Conversations to calibrate on where nobody brings any: drawn pictures with questions, and a few texts.
+
+Picture `n` is the same on every machine with the same Pillow: grounds, coloured shapes, words and bars, in English and
+Chinese by turns, in the formats of Qwen-VL's own tasks: grounded captions, boxes, counts, reading.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from qvl_runtime.prompt.conversations import Conversation, Said
+from qvl_runtime.prompt.listformat import box_text
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+TEXTS = Path(__file__).parent.parent / "assets" / "calibration.json"
+EVERY_TEXT = 4  # one conversation in four is text alone
+SIDE = 448  # pixels
+COLOURS = {
+    "red": ("红色", (210, 40, 45)), "green": ("绿色", (40, 150, 65)), "blue": ("蓝色", (40, 85, 205)),
+    "yellow": ("黄色", (240, 215, 50)), "black": ("黑色", (25, 25, 28)), "white": ("白色", (245, 245, 245)),
+    "orange": ("橙色", (240, 140, 30)), "purple": ("紫色", (135, 55, 165)),
+}  # fmt: skip
+SHAPES = {"circle": "圆形", "square": "方形", "triangle": "三角形", "diamond": "菱形"}
+WORDS = ("OPEN", "Exit 12", "SALE 50%", "Room 204", "3.1416", "Hello", "No. 77", "TAXI", "2026-11-22", "42")
+
+
+class _Thing(NamedTuple):
+    """What is drawn somewhere; its box in per mille of the side."""
+
+    name: tuple[str, str]  # English, Chinese
+    box: tuple[int, int, int, int]
+
+    def grounded(self, chinese: bool) -> str:
+        return f"<ref>{self.name[chinese]}</ref><box>{box_text(self.box)}</box>"
+
+
+def sample_conversations(count: int) -> list[Conversation]:
+    """The first `count` of a fixed, endless list."""
+    texts = json.loads(TEXTS.read_text(encoding="utf-8"))
+    found = []
+    for number in range(count):
+        where = f"built-in conversation {number + 1}"
+        if number % EVERY_TEXT == EVERY_TEXT - 1:
+            text = texts[number // EVERY_TEXT % len(texts)]
+            said = [Said("user", text["question"]), Said("assistant", text["answer"])]
+        else:
+            said = _about_a_picture(random.Random(number), chinese=number % 2 == 1)
+        found.append(Conversation(where, tuple(said)))
+    return found
+
+
+def _about_a_picture(rng: random.Random, chinese: bool) -> list[Said]:
+    picture, things, word, bars = _draw(rng)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)  # five times as fast, and nobody keeps it
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    captions = "".join(thing.grounded(chinese) for thing in things)
+    asked = rng.choice(things)
+    turns = {
+        "caption": ("Generate the caption in English with grounding:", "用中文描述图片并框出物体:", captions),
+        "box": (f"Box the {asked.name[0]}.", f"框出图中的{asked.name[1]}", asked.grounded(chinese)),
+        "count": ("How many shapes are there?", "图中有几个图形?", str(len(things))),
+        "read": ("What is written in the picture?", "图中写的是什么?", word),
+        "bars": ("Which bar is the highest, and how high is it?", "哪一根柱子最高?有多高?",
+                 f"{1 + bars.index(max(bars))}: {max(bars)}" if bars else ""),
+        "describe": ("Describe the picture.", "描述这张图片",
+                     ("、" if chinese else ", ").join(thing.name[chinese] for thing in things) + f", {word}"),
+    }  # fmt: skip
+    chosen = rng.sample([task for task in turns if turns[task][2]], 3)
+    said = []
+    for number, task in enumerate(chosen):
+        heading = f"Picture 1: <img>{url}</img>\n" if number == 0 else ""
+        said += [Said("user", heading + turns[task][chinese]), Said("assistant", turns[task][2])]
+    return said
+
+
+def _draw(rng: random.Random) -> tuple[Image.Image, list[_Thing], str, list[int]]:
+    """A picture with its shapes, the word in it, and the heights of its bars, of which there may be none."""
+    from PIL import ImageDraw, ImageFont
+
+    picture = _ground(rng)
+    pen = ImageDraw.Draw(picture)
+    cells = rng.sample([(column, row) for column in range(3) for row in range(2)], rng.randint(1, 4))
+    things = [_shape(rng, pen, *cell) for cell in cells]
+    word = rng.choice(WORDS)
+    ink, paper = rng.sample([(20, 20, 20), (250, 250, 250), (20, 60, 160), (250, 230, 120)], 2)
+    font = ImageFont.load_default(rng.randint(28, 48))
+    at = (rng.randint(10, 60), 335 + rng.randint(0, 40))
+    left, top, right, bottom = pen.textbbox(at, word, font=font)
+    pen.rectangle((left - 8, top - 6, right + 8, bottom + 6), fill=paper)
+    pen.text(at, word, fill=ink, font=font)
+    bars = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))] if rng.random() < 0.4 else []
+    for number, height in enumerate(bars):
+        pen.rectangle((300 + 28 * number, 440 - 10 * height, 320 + 28 * number, 440), fill=(90, 90, 200))
+    return picture, things, word, bars
+
+
+def _ground(rng: random.Random) -> Image.Image:
+    """A gradient with some noise: nothing in a photo is quite even."""
+    from PIL import Image
+
+    one, other = ((rng.randint(60, 255), rng.randint(60, 255), rng.randint(60, 255)) for _ in range(2))
+    ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((SIDE, SIDE))
+    ground = Image.composite(Image.new("RGB", (SIDE, SIDE), one), Image.new("RGB", (SIDE, SIDE), other), ramp)
+    grain = Image.frombytes("L", (SIDE // 4, SIDE // 4), rng.randbytes((SIDE // 4) ** 2)).resize((SIDE, SIDE))
+    return Image.blend(ground, grain.convert("RGB"), rng.uniform(0.02, 0.2))
+
+
+def _shape(rng: random.Random, pen: ImageDraw.ImageDraw, column: int, row: int) -> _Thing:
+    kind, colour = rng.choice(list(SHAPES)), rng.choice(list(COLOURS))
+    size = rng.randint(70, 120)
+    x, y = 149 * column + rng.randint(4, 145 - size), 160 * row + rng.randint(4, 155 - size)
+    corners: dict[str, list[tuple[float, float]]] = {
+        "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
+        "triangle": [(0.5, 0), (1, 1), (0, 1)],
+        "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
+    }
+    chinese, rgb = COLOURS[colour]
+    if kind == "circle":
+        pen.ellipse((x, y, x + size, y + size), fill=rgb)
+    else:
+        pen.polygon([(x + size * u, y + size * v) for u, v in corners[kind]], fill=rgb)
+    x1, y1, x2, y2 = (1000 * v // SIDE for v in (x, y, x + size, y + size))
+    return _Thing((f"{colour} {kind}", f"{chinese}{SHAPES[kind]}"), (x1, y1, x2, y2))

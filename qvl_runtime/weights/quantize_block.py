@@ -1,0 +1,163 @@
+"""One decoder block, quantised in the one forward pass over all calibration rows that it takes.
+
+The block is the model's own. Its linears come from a maker whose linears quantise themselves when they are called: each
+gathers the statistics of the inputs it is given, rounds its weight, and answers with the rounded one. So what comes
+later in the block is calibrated on what is quantised before it ("true sequential"), w1 and w2 share their statistics,
+and the block's output is what the next block will really get.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qvl_kernels.reference import gptq_dequantize
+from qvl_runtime.config import ModelConfig, QuantizationConfig
+from qvl_runtime.model.language import LayerCache, Layout, make_block, unobserved
+from qvl_runtime.model.linear import Linear, Maker, SideBySide
+from qvl_runtime.model.rotary import Positions, ntk_alpha, positions_of
+from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
+from qvl_runtime.weights.quantize_solver import Factor, Solver
+
+Method = Literal["gptq", "rtn"]
+BLOCK_SIZE = 16  # slots of a cache block
+MEASURED_ROWS = 512  # held-out rows that errors are measured on: more change the third digit
+
+
+class LinearError(NamedTuple):
+    """What quantising a linear does to its outputs, on conversations that it was not calibrated on.
+
+    Errors are |x (W - Ŵ)ᵀ| / |x Wᵀ| over `MEASURED_ROWS` rows.
+    """
+
+    layer: int
+    linear: str  # "attn.c_attn"
+    error: float
+    rtn_error: float  # the same for rounding to nearest
+    damping: float  # share of the mean diagonal; 0 for round to nearest
+    seconds: float
+
+
+class Rows(NamedTuple):
+    """Where the calibration rows of all conversations stand, those held out last: one model call."""
+
+    at: Positions
+    layout: Layout
+    cache_blocks: int
+    fitted: int  # rows that statistics are gathered on; those after it are held out
+
+    @classmethod
+    def of(cls, config: ModelConfig, lengths: Sequence[int], held_out: int, device: torch.device) -> Rows:
+        """Rows of conversations of these lengths, the last `held_out` of which are only measured."""
+        starts = list(accumulate(lengths, initial=0))
+        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+        firsts = list(accumulate(blocks, initial=0))
+        tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int64, device=device)
+        for r, count in enumerate(blocks):
+            tables[r, :count] = torch.arange(firsts[r], firsts[r] + count)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        slots = torch.cat([torch.arange(n) + f * BLOCK_SIZE for n, f in zip(lengths, firsts, strict=False)]).to(device)
+        at = positions_of(config, positions, [ntk_alpha(config, length) for length in lengths], starts)
+        return cls(at, Layout(slots, tables, starts, list(lengths)), firsts[-1], starts[len(lengths) - held_out])
+
+
+@dataclass(slots=True, eq=False)
+class Bench:
+    """Where the linears of one block are quantised: its float weights, how it is done, and what has been."""
+
+    layer: int
+    state: MutableMapping[str, Tensor]
+    method: Method
+    solver: Solver
+    fitted: int
+    progress: Callable[[int], None]  # hears how many linears of this block are done
+    packed: dict[str, Tensor] = field(default_factory=dict)  # the published tensors
+    errors: list[LinearError] = field(default_factory=list)
+    _factor: tuple[Tensor, Factor] | None = None  # of the inputs that were seen last
+
+    def quantize(self, name: str, x: Tensor) -> Tensor:
+        """Quantise linear `name` on its inputs x [n, in]; its outputs [n, out] with the rounded weight."""
+        began = time.perf_counter()
+        weight = self.state.pop(f"{name}.weight").to(x.device)
+        bias = self.state.pop(f"{name}.bias", None)
+        q = self.solver.quantization
+        nearest = quantize_rtn(weight, q.bits, q.group_size, q.sym, bias=bias, zero_offset=q.zero_offset)
+        if self.method == "rtn":
+            chosen, damping = nearest, 0.0
+        else:
+            factor = self._factor_of(x)
+            chosen, damping = self.solver.solve(weight, factor, bias), factor.damping
+        rounded = _dequantized(chosen)
+        measured = x[self.fitted :][:: -(-(len(x) - self.fitted) // MEASURED_ROWS)].float()
+        exact = weight.float()
+        size = (measured @ exact.t()).norm().clamp(min=torch.finfo(torch.float32).tiny)
+        error, rtn_error = (
+            float((measured @ (exact - other).t()).norm() / size) for other in (rounded, _dequantized(nearest))
+        )
+        outputs = torch.nn.functional.linear(x, rounded.to(x.dtype), None if bias is None else bias.to(x))
+        self.packed |= {key: tensor.cpu() for key, tensor in chosen.tensors(name).items()}
+        part, seconds = name.split(".", 3)[3], time.perf_counter() - began
+        self.errors.append(LinearError(self.layer, part, error, rtn_error, damping, seconds))
+        self.progress(len(self.errors))
+        return outputs
+
+    def _factor_of(self, x: Tensor) -> Factor:
+        """Of the same inputs, as of w1 and w2, once."""
+        if self._factor is None or self._factor[0] is not x:
+            self._factor = None  # gone before the next is made: one of the 9.6 B model takes 0.5 GB
+            self._factor = (x, self.solver.factor(x[: self.fitted]))
+        return self._factor[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unquantized:
+    """A linear that the first call quantises."""
+
+    bench: Bench
+    name: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.bench.quantize(self.name, x)
+
+    def partial(self, x: Tensor) -> Tensor:
+        return self(x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizingMaker(Maker):
+    """Makes blocks whose linears quantise themselves."""
+
+    bench: Bench
+
+    def decoder(self, name: str, quantization: QuantizationConfig | None) -> Linear:
+        return Unquantized(self.bench, name)
+
+    def side_by_side(self, name: str, parts: Sequence[str], quantization: QuantizationConfig | None) -> Linear:
+        first, second = (Unquantized(self.bench, part) for part in parts)
+        return SideBySide(first, second)
+
+
+@torch.inference_mode()
+def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, x: Tensor, rows: Rows) -> Tensor:
+    """Quantise the block of `bench`: the residual stream x [n, D] before it to that after it.
+
+    What was made is in `bench.packed` and `bench.errors`; `bench.state` must hold the block's tensors.
+    """
+    block = make_block(config, QuantizingMaker(ops, bench.state, "exact", {}, bench), f"transformer.h.{bench.layer}")
+    shape = (rows.cache_blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
+    cache = LayerCache(x.new_empty(shape), x.new_empty(shape))
+    x, update = block(x, ops.rms_norm(x, block.ln_1, block.eps), rows.at, rows.layout, cache, unobserved)
+    return x + update
+
+
+def _dequantized(linear: GPTQLinear) -> Tensor:
+    return gptq_dequantize(
+        linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset
+    )

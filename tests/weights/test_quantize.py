@@ -1,0 +1,299 @@
+"""A whole quantisation: the published layout, what the model computes, stops at any moment, and refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.errors import CapacityError, CheckpointError, ConfigError, PromptError
+from qvl_runtime.weights import quantize
+from qvl_runtime.weights.calibration import _cut
+from qvl_runtime.weights.checkpoint import load_state
+from qvl_runtime.weights.gptq import quantize_state
+from qvl_runtime.weights.quantize import QuantizeOptions, Quantizer
+
+pytestmark = pytest.mark.cpu
+ROUNDING = 2**10 * torch.finfo(torch.float32).eps  # sums of 384 numbers in another order, through two layers and a head
+FEW = QuantizeOptions(samples=8, group_size=32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint of two layers with a vocabulary of bytes; its numbers are whole in float16."""
+    from qvl_runtime.weights.layout import expected_tensors
+    from tests.weights.conftest import RAW
+
+    folder = tmp_path_factory.mktemp("quantize") / "float"
+    folder.mkdir()
+    raw = {**RAW, "vocab_size": 480, "seq_length": 512, "visual": {**RAW["visual"], "image_start_id": 470}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    lines = [f"{b64encode(bytes([value])).decode()} {value}" for value in range(256)]
+    (folder / "qwen.tiktoken").write_text("\n".join(lines))
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, spec in expected_tensors(ModelConfig.from_dict(raw)).items():
+        scale = 1.0 if len(spec.shape) == 1 else spec.shape[-1] ** -0.5
+        state[name] = (torch.randn(spec.shape, generator=generator) * scale).half().float()
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def run(source: Path, target: Path, options: QuantizeOptions = FEW, **more: Any) -> Quantizer:
+    quantizer = Quantizer.open(source, target, options, **more)
+    quantizer.run()
+    return quantizer
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path) -> Path:
+    """What comes of FEW, never interrupted."""
+    run(source, source.parent / "whole")
+    return source.parent / "whole"
+
+
+def test_the_result_is_a_published_checkpoint(source: Path, whole: Path) -> None:
+    config = ModelConfig.from_folder(whole)
+    assert config.quantization == FEW.quantization and config.dtype == "float16"
+    state = load_state(whole, config, torch.float16)
+    assert {f"transformer.h.1.mlp.w1.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx", "bias")} <= set(state)
+    assert {tensor.dtype for name, tensor in state.items() if name.endswith(("weight", "scales", "bias"))} <= {
+        torch.float16, torch.int32,
+    }  # fmt: skip
+    before = load_file(source / "model.safetensors")
+    for name in ("transformer.wte.weight", "transformer.visual.proj", "transformer.h.0.ln_1.weight", "lm_head.weight"):
+        assert torch.equal(state[name], before[name].half())
+    assert sorted(digest(whole)) == [
+        "config.json", "model.safetensors", "quantize_config.json", "quantize_report.json", "qwen.tiktoken",
+    ]  # fmt: skip
+    assert not [path for path in whole.parent.iterdir() if path.name.endswith(".partial")]
+    engine = Engine(whole, dtype="float32")
+    assert len(engine.generate(["Hello"], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+
+def test_each_linear_beats_rounding_to_nearest_on_conversations_it_has_not_seen(whole: Path) -> None:
+    report = json.loads((whole / "quantize_report.json").read_text())
+    assert [(e["layer"], e["linear"]) for e in report["linears"]] == [
+        (layer, name) for layer in (0, 1) for name in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
+    ]
+    assert all(0 < e["error"] < 0.9 * e["rtn_error"] for e in report["linears"])
+    assert report["calibration"]["held_out"] == 1
+
+
+def test_blocks_are_calibrated_on_what_the_quantised_model_computes(source: Path, tmp_path: Path) -> None:
+    """The residual stream that the quantiser ends with is that of the finished model on the same conversation."""
+    quantizer = Quantizer.open(source, tmp_path / "out", FEW)
+    seen: list[torch.Tensor] = []
+    original = quantize.quantize_block
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "quantize_block", watched)
+        quantizer.run()
+    engine = Engine(tmp_path / "out", dtype="float32")
+    start = 0
+    for sample in quantizer.calibration.samples:
+        rows = seen[-1][start : start + len(sample.token_ids)]
+        start += len(rows)
+        pictures = [picture.original for _, picture in sample.pictures]
+        found = engine.score({"token_ids": sample.token_ids, "images": pictures}, return_logits=True).logits
+        decoder = engine.loop.runner.model.decoder
+        expected = decoder.logits(decoder._ops.rms_norm(rows, decoder._ln_f, decoder._eps))
+        assert found is not None
+        assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
+
+
+def test_round_to_nearest_is_what_it_was(source: Path, tmp_path: Path) -> None:
+    quantizer = run(source, tmp_path / "rtn", replace(FEW, method="rtn"))
+    config = ModelConfig.from_folder(source)
+    expected = quantize_state(load_state(source, config, torch.float32), config, quantizer.options.quantization)
+    found = load_file(tmp_path / "rtn" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [replace(FEW, order="full"), replace(FEW, group_size=-1, sym=False), replace(FEW, bits=8, group_size=128)],
+    ids=["full-order", "asym-one-group", "int8"],
+)
+def test_every_kind_loads_and_says_what_it_is(options: QuantizeOptions, source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", options)
+    config = ModelConfig.from_folder(tmp_path / "out")
+    assert config.quantization == options.quantization
+    assert config.quantization.desc_act is (options.order == "full")
+    Engine(tmp_path / "out", dtype="float32").score("Hello")
+
+
+def test_big_models_come_in_shards_with_an_index(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SHARD", 200_000)
+    run(source, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    config = ModelConfig.from_folder(whole)
+    one, other = (load_state(folder, config, torch.float16) for folder in (whole, tmp_path / "out"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    sizes = [tensor.nbytes for name, tensor in load_file(whole / "model.safetensors").items()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+class Stopped(BaseException):
+    pass
+
+
+def test_stopped_after_any_linear_it_goes_on_and_gives_the_same_bytes(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    def stop_at(linear: int) -> Callable[[int], None]:
+        def progress(done: int) -> None:
+            started.append(done)
+            if done == linear:
+                raise Stopped
+
+        return progress
+
+    for linear in (0, 3, 5, 9, 10):
+        started: list[int] = []
+        with pytest.raises(Stopped):
+            Quantizer.open(source, tmp_path / "out", FEW).run(stop_at(linear))
+        assert not (tmp_path / "out").exists()
+    started = []
+    Quantizer.open(source, tmp_path / "out", FEW).run(stop_at(-1))
+    assert started[0] == 5  # the first layer was not done again
+    assert digest(tmp_path / "out") == digest(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_killed_at_ten_random_moments_nothing_looks_whole_that_is_not(
+    source: Path, whole: Path, tmp_path: Path
+) -> None:
+    target, rng, wanted = tmp_path / "out", random.Random(7), digest(whole)
+    began = time.perf_counter()
+    run(source, tmp_path / "timed")
+    took = time.perf_counter() - began
+    for _ in range(10):
+        child = os.fork()
+        if child == 0:
+            try:
+                run(source, target)
+            finally:
+                os._exit(0)
+        time.sleep(rng.uniform(0, took))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if target.exists():
+            assert digest(target) == wanted
+            shutil.rmtree(target)
+            shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
+    run(source, target)
+    assert digest(target) == wanted
+
+
+def test_another_run_in_progress_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
+    def stop(done: int) -> None:
+        if done:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        Quantizer.open(source, tmp_path / "out", FEW).run(stop)
+    with pytest.raises(CheckpointError, match=r"0 layers .* other settings \(bits 4 instead of 8\).*remove the folder"):
+        run(source, tmp_path / "out", replace(FEW, bits=8))
+
+
+def test_no_more_than_one_layer_is_mapped(source: Path, tmp_path: Path) -> None:
+    quantizer = Quantizer.open(source, tmp_path / "out", FEW)
+    held = quantizer._bench(1, quantizer_rows(quantizer), lambda done: None).state
+    assert {name.split(".")[2] for name in held} == {"1"}
+
+
+def quantizer_rows(quantizer: Quantizer) -> Any:
+    c = quantizer.calibration
+    return quantize.Rows.of(quantizer.config, c.lengths, c.held_out, torch.device("cpu"))
+
+
+def test_sources_and_destinations_that_cannot_be(source: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="quantised already, to 4 bits"):
+        Quantizer.open(whole, tmp_path / "out", FEW)
+    with pytest.raises(CheckpointError, match="exists already"):
+        Quantizer.open(source, whole, FEW)
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        Quantizer.open(source, source, FEW)
+    with pytest.raises(ConfigError, match="group size is 48; supported are 32, 64, 128, -1"):
+        QuantizeOptions(group_size=48)
+    with pytest.raises(ConfigError, match="bits is 3"):
+        QuantizeOptions(bits=3)
+    with pytest.raises(ConfigError, match="there are 1 conversations"):
+        Quantizer.open(source, tmp_path / "out", replace(FEW, samples=1))
+    with pytest.raises(CapacityError, match=r"needs about .* GiB, and 0.0 GiB are free"):
+        Quantizer.open(source, tmp_path / "out", FEW).refuse_beyond(1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes on the way and its disk has 1,000 free"):
+        Quantizer.open(source, tmp_path / "deep" / "out", FEW)
+
+
+def test_weights_that_float16_cannot_hold_are_named_first(source: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(source, wide)
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"][3, 4] = 1e6
+    save_file(state, wide / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight holds 1e\+06, beyond the 65504"):
+        Quantizer.open(wide, tmp_path / "out", FEW)
+
+
+def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    records = [
+        {"id": str(number), "conversations": [{"from": "user", "value": f"Picture 1: <img>a.png</img>\n{number}?"},
+                                              {"from": "assistant", "value": "word " * 40}]}
+        for number in range(4)
+    ]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    options = replace(FEW, samples=3, max_tokens=100)
+    quantizer = run(source, tmp_path / "out", options, calibration=tmp_path / "data.json")
+    outline = quantizer.outline()
+    assert (outline.conversations, outline.shortened, outline.rows) == (3, 3, 300)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert "transformer.h.0.attn.c_attn.qweight" in file.keys()  # noqa: SIM118 - not a dict
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(PromptError, match=r"data.json line 1 \(record \d\): picture 1 .*a.png"):
+        Quantizer.open(source, tmp_path / "again", options, calibration=tmp_path / "data.json")
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(3, 3), (9, 9), (10, 9), (14, 9), (15, 15), (20, 19), (24, 19), (25, 25), (30, 30), (50, 30)]
+)
+def test_a_conversation_is_never_cut_inside_a_picture(limit: int, kept: int) -> None:
+    # <img> at 9, four pads from 10, </img> at 14; and again from 19
+    assert _cut([10, 20], 4, 30, limit) == kept
