@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.alternating import say, setting
+from benchmarks.alternating import others, say, setting
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine import NANO
 from tests.schedule.drive import all_together, greedy, one_at_a_time, picture, prompt_of, random_requests
@@ -83,12 +83,14 @@ def soak(args: argparse.Namespace) -> int:
         if done % (args.requests // 10) == 0:
             gc.collect()
             marks.append(resident() / 2**20)
-            print(f"{done:5} requests: {marks[-1]:.1f} MiB resident, {engine.report()['caches']}", flush=True)
+            images = engine.loop.runner.images
+            note(args, requests=done, resident_mib=marks[-1], objects=len(gc.get_objects()), pictures=len(images),
+                 picture_bytes=images.bytes)  # fmt: skip
     cache = engine.loop.runner.cache
     cache.check_integrity()
     leaked = cache.pool.num_blocks - cache.pool.available
     growth = max(marks[1:]) - marks[0]
-    print(f"growth after the first tenth: {growth:.1f} MiB of {marks[0]:.0f}; blocks leaked: {leaked}")
+    note(args, growth_after_the_first_tenth_mib=growth, blocks_leaked=leaked)
     return int(leaked > 0 or growth > 0.02 * marks[0])
 
 
@@ -114,12 +116,11 @@ def int8(args: argparse.Namespace) -> int:
     error = torch.cat([(a - b).flatten() for a, b in pairs])
     spread = torch.cat([a.flatten() for a, _ in pairs]).std()
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean()
-    print(f"logits: error {error.square().mean().sqrt():.4f} rms, {error.abs().max():.3f} at most; spread {spread:.2f}")
-    print(
-        f"the likeliest token is the same at {100 * same:.2f} % of the positions\n\n| | 16 bits | int8 |\n|---|---|---|"
-    )
-    for name in rows["auto"]:
-        print(f"| {name} | {rows['auto'][name]:,.1f} | {rows['int8'][name]:,.1f} |")
+    note(args, int8_kv_beside=engine.engine_config.dtype, logits_error_rms=float(error.square().mean().sqrt()),
+         logits_error_most=float(error.abs().max()), logits_spread=float(spread), same_likeliest=float(same),
+         rows=len(torch.cat(logits["auto"])))  # fmt: skip
+    for kind, row in rows.items():
+        note(args, kv_dtype=kind, scenes=args.scenes, **row)
     return 0
 
 
@@ -240,7 +241,10 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     if args.command != "equal":
         note(args, **setting())
-    return commands[args.command](args)
+    load = others()
+    code = commands[args.command](args)
+    note(args, load=load(), exit_code=code)
+    return code
 
 
 if __name__ == "__main__":
