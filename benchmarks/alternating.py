@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 DISTURBED = 0.15  # cores that other processes may use during a sample that counts
 
+PAUSE = 0.02  # seconds between two samples: a peer's threads, and torch's, spin for some ms after their last work
+
 
 class Timing(NamedTuple):
     seconds: float  # a call: the median of undisturbed samples, or of the least disturbed third where they are few
@@ -43,6 +45,12 @@ def alternate(
     return {name: _summary(samples) for name, samples in taken.items()}
 
 
+def others() -> Callable[[], float]:
+    """Start watching the machine; what comes back says how many cores other processes have used since."""
+    busy, own, start = _busy(), _own(()), time.perf_counter()
+    return lambda: max(0.0, (_busy() - busy) - (_own(()) - own)) / (time.perf_counter() - start)
+
+
 def say(**figures: Any) -> None:
     """One JSON line."""
     print(json.dumps({key: _short(value) for key, value in figures.items()}), flush=True)
@@ -64,6 +72,7 @@ def setting() -> dict[str, Any]:
 
 
 def _sample(call: Callable[[], object], least_s: float, processes: tuple[int, ...]) -> tuple[float, float]:
+    time.sleep(PAUSE)
     busy, own, start, count = _busy(), _own(processes), time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < least_s:
         call()

@@ -53,7 +53,7 @@ def decode(engine: Engine, context: int, llama: Llama | None) -> None:
         draws = Draws(params, [1], engine.config.vocab_size, model.device, 0)
 
         def step() -> None:
-            sequence.truncate(context)
+            # the context grows by a token each time, as the peer's does
             sample(model.logits(runner.run([Chunk(sequence, [1])])), [Row(draws, 0)])
 
         calls: dict[str, Callable[[], object]] = {"qvl": step, "read": reader(READ)}

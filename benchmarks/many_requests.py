@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
+import io
+import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks.alternating import others, say, setting
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine import NANO
 from tests.schedule.drive import all_together, greedy, one_at_a_time, picture, prompt_of, random_requests
@@ -36,34 +38,33 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def equal(args: argparse.Namespace) -> int:
-    """Greedy tokens of random mixed requests, together against one at a time."""
-    wrong = 0
-    references: dict[str, list[tuple[int, ...]]] = {}
+    """Greedy tokens of random mixed requests, together against one at a time; what --results has is not run again."""
+    model, references = args.model.name, dict[str, list[tuple[int, ...]]]()
+    kept = args.results.read_text().splitlines() if args.results and args.results.exists() else []
+    done = {(line["equal"], line["switches"]): line["differ"] for line in map(json.loads, kept) if "switches" in line}
+    note(args, **setting())
     for name, options in SWITCHES.items():
-        engine = Engine(args.model, dtype="float32", max_model_len=4096, **options)
+        if (model, name) in done:
+            continue
+        engine = Engine(args.model, dtype=args.dtype, max_model_len=4096, **options)
         wanted = random_requests(engine, args.requests, 2500)
         kind = str(options.get("kv_dtype", "auto"))
         if kind not in references:
             alone = Engine(
-                args.model,
-                dtype="float32",
-                max_model_len=4096,
-                kv_dtype=kind,
-                prefix_caching=False,
+                args.model, dtype=args.dtype, max_model_len=4096, kv_dtype=kind, prefix_caching=False,
                 max_step_tokens=4096,
-            )
+            )  # fmt: skip
             references[kind] = one_at_a_time(alone, wanted)
         got = all_together(engine, wanted, preempt="all" in name or name == "preemption")
         differ = [i for i, (a, b) in enumerate(zip(got, references[kind], strict=True)) if a is not None and a != b]
         said = engine.report()
-        hits, preemptions = said["caches"]["prefixes"], said["requests"]["preemptions"]
-        print(
-            f"{name:16} {sum(a is not None for a in got)} answered, {len(differ)} differ {differ[:5]}; "
-            f"{preemptions} preemptions, {0 if hits is None else hits['hit_tokens']} tokens found",
-            flush=True,
-        )
-        wrong += len(differ)
-    return int(wrong > 0)
+        hits = said["caches"]["prefixes"]
+        done[model, name] = differ
+        note(args, equal=model, switches=name, dtype=args.dtype, requests=args.requests,
+             answered=sum(a is not None for a in got), differ=differ, steps=engine.loop.steps,
+             preemptions=said["requests"]["preemptions"], hit_tokens=0 if hits is None else hits["hit_tokens"],
+             drafts=said["drafts"])  # fmt: skip
+    return int(any(done.values()))
 
 
 def soak(args: argparse.Namespace) -> int:
@@ -82,54 +83,15 @@ def soak(args: argparse.Namespace) -> int:
         if done % (args.requests // 10) == 0:
             gc.collect()
             marks.append(resident() / 2**20)
-            print(f"{done:5} requests: {marks[-1]:.1f} MiB resident, {engine.report()['caches']}", flush=True)
+            images = engine.loop.runner.images
+            note(args, requests=done, resident_mib=marks[-1], objects=len(gc.get_objects()), pictures=len(images),
+                 picture_bytes=images.bytes)  # fmt: skip
     cache = engine.loop.runner.cache
     cache.check_integrity()
     leaked = cache.pool.num_blocks - cache.pool.available
     growth = max(marks[1:]) - marks[0]
-    print(f"growth after the first tenth: {growth:.1f} MiB of {marks[0]:.0f}; blocks leaked: {leaked}")
+    note(args, growth_after_the_first_tenth_mib=growth, blocks_leaked=leaked)
     return int(leaked > 0 or growth > 0.02 * marks[0])
-
-
-def overhead(args: argparse.Namespace) -> int:
-    """CPU milliseconds a decoding step spends outside the model, with a model that computes nothing."""
-    engine = Engine(args.model, max_model_len=4096, max_step_tokens=4096)
-    model, vocab = engine.loop.runner.model, engine.config.vocab_size
-    width, spent = engine.config.hidden_size, dict.fromkeys(("schedule", "layout", "sample", "step"), 0.0)
-    hidden = torch.zeros(1, width)
-    logits = torch.randn(args.running, vocab)
-    model.forward = lambda step, caches, observe: hidden.expand(len(step.token_ids), -1)  # type: ignore[method-assign]
-    model.logits = lambda x: logits[: len(x)]  # type: ignore[method-assign]
-    params = SamplingParams(max_tokens=10**4, temperature=args.temperature, top_p=0.5, ignore_eos=True)
-    for i in range(args.running):
-        engine.submit(engine.encode({"token_ids": [*[*range(200)] * 5, i]}), params)
-        if i == 0:
-            engine.loop.step()  # the others find all but their last token: each still has a table of its own
-    loop = engine.loop
-    while len(loop.scheduler.running) < args.running or any(t.pending > 1 for t in loop.scheduler.running):
-        loop.step()
-
-    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            began = time.thread_time()
-            result = function(*given)
-            spent[name] += time.thread_time() - began
-            return result
-
-        return run
-
-    loop.scheduler.schedule = timed("schedule", loop.scheduler.schedule)  # type: ignore[method-assign]
-    loop.runner._step = timed("layout", loop.runner._step)  # type: ignore[method-assign]
-    loop._sample = timed("sample", loop._sample)  # type: ignore[method-assign]
-    step = timed("step", loop.step)
-    for _ in range(args.steps):
-        step()
-    each = {name: 1000 * s / args.steps for name, s in spent.items()}
-    rest = each["step"] - each["sample"]
-    print(f"{args.running} running at about 1,000 tokens each, {args.steps} steps, vocabulary {vocab}")
-    print(f"scheduler and cache {rest:.2f} ms a step (schedule {each['schedule']:.2f}, layout {each['layout']:.2f})")
-    print(f"sampler {each['sample']:.2f} ms a step at temperature {args.temperature}")
-    return 0
 
 
 def int8(args: argparse.Namespace) -> int:
@@ -154,74 +116,103 @@ def int8(args: argparse.Namespace) -> int:
     error = torch.cat([(a - b).flatten() for a, b in pairs])
     spread = torch.cat([a.flatten() for a, _ in pairs]).std()
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean()
-    print(f"logits: error {error.square().mean().sqrt():.4f} rms, {error.abs().max():.3f} at most; spread {spread:.2f}")
-    print(
-        f"the likeliest token is the same at {100 * same:.2f} % of the positions\n\n| | 16 bits | int8 |\n|---|---|---|"
-    )
-    for name in rows["auto"]:
-        print(f"| {name} | {rows['auto'][name]:,.1f} | {rows['int8'][name]:,.1f} |")
+    note(args, int8_kv_beside=engine.engine_config.dtype, logits_error_rms=float(error.square().mean().sqrt()),
+         logits_error_most=float(error.abs().max()), logits_spread=float(spread), same_likeliest=float(same),
+         rows=len(torch.cat(logits["auto"])))  # fmt: skip
+    for kind, row in rows.items():
+        note(args, kv_dtype=kind, scenes=args.scenes, **row)
     return 0
 
 
-def full_size(args: argparse.Namespace) -> Engine:
+def of_size(args: argparse.Namespace, **options: Any) -> Engine:
     """The model named, or a synthetic one of a published size."""
     if args.synthetic is None:
-        return Engine(args.model, max_model_len=2048)
-    return Engine(synthetic=args.synthetic, precision=args.precision, device="cpu", max_model_len=2048)
+        return Engine(args.model, max_model_len=2048, **options)
+    return Engine(synthetic=args.synthetic, precision=args.precision, device="cpu", max_model_len=2048, **options)
+
+
+def photo(seed: int) -> bytes:
+    """A JPEG of 1024 x 768 pixels, another one for each seed."""
+    file = io.BytesIO()
+    picture(seed, 32).resize((1024, 768)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def second(args: argparse.Namespace) -> int:
-    """Time to first token of the first question about a picture and of the second."""
-    engine = full_size(args)
-    ratios = []
-    for i in range(args.requests if args.requests < 20 else 3):
-        look = picture(1000 + i, 448)
-        times = []
-        for question in ("What is in the picture?", "Which colour has it?"):
-            content = [{"type": "image", "image": look}, {"type": "text", "text": question}]
-            answer = engine.chat([{"role": "user", "content": content}], greedy(2))
-            times.append(answer.timings.ttft_s)
-            print(
-                f"{answer.usage.cached_tokens:5} of {answer.usage.prompt_tokens} tokens found, {times[-1]:.3f} s",
-                flush=True,
-            )
+    """Time to first token of two questions about a picture, each of the length that Qwen's vocabulary makes of
+
+    "What is in the picture?" in a chat: 23 tokens before the picture and 12 after it, of which the first is the same.
+    """
+    engine, ratios = of_size(args), []
+    for i in range(args.repeats + 1):
+        file, times = photo(1000 + i), []
+        for question in ("first", "second"):
+            ids = [9, *(ord(question[0]) + k for k in range(11))]
+            answer = engine.generate([prompt_of(engine, range(23), picture(0), ids) | {"images": [file]}], greedy(2))[0]
+            spent = answer.timings
+            times.append(spent.ttft_s)
+            note(args, question=question, model=engine.folder.name, precision=args.precision, ttft_s=spent.ttft_s,
+                 tokens=answer.usage.prompt_tokens, found=answer.usage.cached_tokens, picture_s=spent.picture_s,
+                 queue_s=spent.queue_s, vision_s=spent.vision_s, prefill_s=spent.prefill_s)  # fmt: skip
         ratios.append(times[0] / times[1])
-    print(f"the second question's first token comes {median(ratios):.1f} x sooner")
+    note(args, second_question_sooner=median(ratios[1:]), repeats=args.repeats)
     return 0
 
 
 def throughput(args: argparse.Namespace) -> int:
-    """Tokens per second of one request and of several decoding together."""
-    engine = full_size(args)
-    speeds = {}
-    for many in (1, 2, 4, 8):
-        requests = [
-            engine.submit(engine.encode({"token_ids": [i, 1, 2, 3]}), greedy(args.steps + 1)) for i in range(many)
-        ]
-        engine.loop.step()
-        began = time.perf_counter()
-        while not all(request.done for request in requests):
+    """Tokens per second of one request and of several decoding together, in turns."""
+    engine, spent = of_size(args), {many: list[float]() for many in (1, 2, 4, 8)}
+    for _ in range(args.repeats):
+        for many, seconds in spent.items():
+            prompts = [engine.encode({"token_ids": [i, 1, 2, 3]}) for i in range(many)]
+            requests = [engine.submit(prompt, greedy(args.steps + 2)) for prompt in prompts]
             engine.loop.step()
-        speeds[many] = many * args.steps / (time.perf_counter() - began)
-        print(f"{many} together: {speeds[many]:.2f} tok/s, {speeds[many] / speeds[1]:.2f} x one", flush=True)
+            engine.loop.step()
+            began = time.perf_counter()
+            while not all(request.done for request in requests):
+                engine.loop.step()
+            seconds.append((time.perf_counter() - began) / args.steps)
+    one = median(spent[1])
+    for many, seconds in spent.items():
+        step = median(seconds)
+        note(args, together=many, model=engine.folder.name, precision=args.precision, tok_s=many / step,
+             step_ms=1000 * step, over_one=many * one / step, repeats=args.repeats)  # fmt: skip
     return 0
 
 
 def drafts(args: argparse.Namespace) -> int:
-    """Prompt lookup on and off, on captions of noise and on a prompt whose text repeats."""
-    for name in ("caption", "repeated text"):
-        told = []
-        for length in (0, args.drafts):
-            engine = Engine(args.model, max_model_len=2048, speculative_tokens=length)
-            prompt: Any = [{"image": picture(5, 144)}, {"text": "Generate the caption in English with grounding:"}]
-            if name == "repeated text":
-                prompt = {"token_ids": [*range(60)] * 8}
-            engine.generate([prompt], greedy(4))
-            answer = engine.generate([prompt], greedy(args.steps))[0]
-            told.append((answer.timings.decode_tokens_per_s, answer.token_ids, engine.report()["drafts"]))
-        (plain, want, _), (fast, got, counts) = told
-        print(f"{name}: {plain:.1f} to {fast:.1f} tok/s, {fast / plain:.2f} x; {counts}; same tokens: {want == got}")
+    """Prompt lookup on and off in turns, on a caption of noise and on a prompt whose text repeats."""
+    engine = of_size(args, speculative_tokens=args.drafts)
+    drafter = engine.loop.drafter
+    prompts: dict[str, Any] = {
+        "caption": [{"image": picture(5, 144)}, {"text": "Generate the caption in English with grounding:"}],
+        "repeated text": {"token_ids": [*range(60)] * 3},
+    }
+    for name, prompt in prompts.items():
+        spent: dict[bool, list[float]] = {False: [], True: []}
+        said: dict[bool, tuple[int, ...]] = {}
+        proposed, accepted = (drafter.proposed, drafter.accepted) if drafter else (0, 0)
+        for _ in range(args.repeats + 1):
+            for on in spent:
+                engine.loop.drafter = engine.loop.scheduler._drafter = drafter if on else None
+                answer = engine.generate([prompt], greedy(args.steps))[0]
+                spent[on].append(answer.timings.decode_s / answer.timings.decoded_tokens)
+                said[on] = answer.token_ids
+        plain, drafted = (median(spent[on][1:]) for on in (False, True))
+        if drafter:
+            proposed, accepted = drafter.proposed - proposed, drafter.accepted - accepted
+        note(args, drafts=name, model=engine.folder.name, precision=args.precision, length=args.drafts, tok_s=1 / plain,
+             tok_s_with_drafts=1 / drafted, gain=plain / drafted, proposed=proposed, accepted=accepted,
+             same_tokens=said[False] == said[True], repeats=args.repeats)  # fmt: skip
     return 0
+
+
+def note(args: argparse.Namespace, **figures: Any) -> None:
+    """One JSON line, printed and kept in the file of results where there is one."""
+    say(**figures)
+    if args.results:
+        with args.results.open("a") as lines, redirect_stdout(lines):
+            say(**figures)
 
 
 def resident() -> int:
@@ -232,23 +223,28 @@ def resident() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (equal, soak, overhead, int8, second, throughput, drafts)}
+    commands = {f.__name__: f for f in (equal, soak, int8, second, throughput, drafts)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--model", type=Path, default=NANO)
-    parser.add_argument("--synthetic", help="for second and throughput: qwen-vl-chat-int4, random weights of that size")
+    parser.add_argument("--synthetic", help="for second, throughput and drafts: qwen-vl-chat-int4, random weights")
     parser.add_argument("--precision", default="exact", choices=["exact", "fast"], help="of the synthetic model")
+    parser.add_argument("--dtype", default="float32", help="for equal")
+    parser.add_argument("--results", type=Path, help="a file to append the lines to")
     parser.add_argument("--requests", type=int, default=None, help="default: 200, for soak 2,000")
-    parser.add_argument("--running", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     args.requests = args.requests or (2000 if args.command == "soak" else 200)
     torch.set_num_threads(args.threads)
-    print(f"{args.command}: {args.model.name}, {platform.machine()}, {args.threads} threads, torch {torch.__version__}")
-    return commands[args.command](args)
+    if args.command != "equal":
+        note(args, **setting())
+    load = others()
+    code = commands[args.command](args)
+    note(args, load=load(), exit_code=code)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""What a decoding step costs outside its kernels: `python -m benchmarks.overhead`. One JSON line a figure.
+
+    python -m benchmarks.overhead                                                        # nano
+    python -m benchmarks.overhead --synthetic qwen-vl-chat-int4 --precision fast --context 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch.nn.functional as F
+
+from benchmarks.alternating import say, setting
+from qvl_kernels.cpu_library import library
+from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.schedule import loop as loop_module
+
+SCHEDULING = ("loop", "schedule", "layout")  # parts that know requests and blocks, and no numbers of the model
+
+
+class Parts:
+    """Seconds by part, each without the parts that it calls."""
+
+    def __init__(self) -> None:
+        self.spent, self.calls = Counter[str](), Counter[str]()
+        self._inner = [0.0]
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            self._inner.append(0.0)
+            result = function(*given, **named)
+            took = time.perf_counter() - began
+            self.spent[name] += took - self._inner.pop()
+            self._inner[-1] += took
+            self.calls[name] += 1
+            return result
+
+        return run
+
+    def watch(self, owner: Any, attribute: str, name: str) -> None:
+        setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
+
+
+def watched(engine: Engine) -> Parts:
+    """The engine with every part of a step timed. Kernels are the C++ ones and torch's GEMM and attention."""
+    parts, loop = Parts(), engine.loop
+    for kernel in vars(library().kernels):
+        parts.watch(library().kernels, kernel, "kernels")
+    parts.watch(F, "linear", "kernels")
+    parts.watch(F, "scaled_dot_product_attention", "kernels")
+    parts.watch(loop.runner.model, "forward", "model")
+    parts.watch(loop.runner.model, "logits", "model")
+    parts.watch(loop.runner, "_step", "layout")
+    parts.watch(loop.scheduler, "schedule", "schedule")
+    parts.watch(loop_module, "sample", "sampler")
+    parts.watch(loop, "step", "loop")
+    return parts
+
+
+def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int, temperature: float) -> None:
+    """Medians over the steps of so many requests of about `context` tokens, whose beginnings are shared."""
+    params = SamplingParams(max_tokens=10**4, temperature=temperature, ignore_eos=True, seed=0)
+    loop, requests = engine.loop, []
+    for i in range(running):
+        ids = [(7 * j) % 200 for j in range(context - 1)]
+        requests.append(engine.submit(engine.encode({"token_ids": [*ids, i]}), params))
+        loop.step()  # the others find all but their last token
+    while any(task.pending > 1 for task in loop.scheduler.running) or len(loop.scheduler.running) < running:
+        loop.step()
+    found: list[Counter[str]] = []
+    for _ in range(steps):
+        parts.spent.clear()
+        parts.calls.clear()
+        loop.step()
+        found.append(Counter(parts.spent))
+    for request in requests:
+        loop.cancel(request)
+    ms = {name: 1000 * median(spent[name] for spent in found) for name in found[0]}
+    step = sum(ms.values())
+    calls = parts.calls["kernels"]
+    marshalling = calls * empty_call()
+    outside = step - ms["kernels"] + marshalling
+    scheduling = sum(ms[name] for name in SCHEDULING)
+    say(running=running, context=context, steps=steps, step_ms=step, outside_kernels_ms=outside,
+        outside_kernels=outside / step, scheduler_and_cache_ms=scheduling, scheduler_and_cache=scheduling / step,
+        kernel_calls=calls, of_calls_themselves_ms=marshalling,
+        **{f"{name}_ms": value for name, value in ms.items()})  # fmt: skip
+
+
+def empty_call(repeats: int = 1000) -> float:
+    """Milliseconds of a kernel call that has nothing to do: what ctypes takes for its arguments."""
+    kernel = library().kernels.rms_norm
+    began = time.perf_counter()
+    for _ in range(repeats):
+        kernel(None, None, 0, 0, 16, None, 1e-6, None, None)
+    return 1000 * (time.perf_counter() - began) / repeats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint; without it the shipped nano")
+    parser.add_argument("--synthetic", help="qwen-vl-chat-int4: random weights of that size")
+    parser.add_argument("--precision", default="exact", choices=["exact", "fast"])
+    parser.add_argument("--running", default="1,64", help="requests that decode together")
+    parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    asked = parser.parse_args()
+    engine = Engine(asked.model, synthetic=asked.synthetic, precision=asked.precision, device="cpu", max_model_len=4096)
+    say(**setting(), model=engine.folder.name, precision=asked.precision, temperature=asked.temperature)
+    parts = watched(engine)
+    for running in map(int, asked.running.split(",")):
+        decode(engine, parts, running, asked.context, asked.steps, asked.temperature)
+
+
+if __name__ == "__main__":
+    main()
