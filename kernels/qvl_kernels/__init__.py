@@ -95,8 +95,8 @@ def _require_triton(device: torch.device) -> dict[str, str]:
     name, found = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
         raise UnsupportedError(
-            f"{device} ({name}) has compute capability {found[0]}.{found[1]}; the GPU kernels need 8.0 or higher (A100, "
-            f"RTX 30 and what came after): {way_out}"
+            f"{device} ({name}) has compute capability {found[0]}.{found[1]}; the GPU kernels need 8.0 or higher "
+            f"(A100, RTX 30 and what came after): {way_out}"
         )
     return {
         "ops": f"Triton kernels (sm_{found[0]}{found[1]})",

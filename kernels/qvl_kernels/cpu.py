@@ -17,11 +17,13 @@ from qvl_kernels import reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library
 from qvl_kernels.cpu_linear import linear, prepare_gptq, prepare_linear
 from qvl_kernels.reference import (
+    HOST_LAYOUT,
     cache_width,
     cross_attention,
     from_cached,
     gptq_dequantize,
     gptq_linear,
+    on_host,
     rotate_half,
     to_cached,
     unpack_rows,
@@ -29,6 +31,7 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
+    "HOST_LAYOUT",
     "add_rms_norm", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
     "layer_norm", "linear", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache",
     "rotate_half", "swiglu", "to_cached", "unpack_rows", "vision_attention",
@@ -108,9 +111,10 @@ def rotary_to_cache(
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int],
-    context_lens: Sequence[int],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
+    query_starts, context_lens = on_host(query_starts), on_host(context_lens)
     rows = [query_starts[r + 1] - query_starts[r] for r in range(len(context_lens))]
     head_dim, block_size = q.shape[-1], k_cache.shape[2]
     covered = q.dtype in FLOATS and head_dim % 16 == 0 and head_dim <= MOST_DIM and block_size % 16 == 0

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HOST_LAYOUT = True  # starts and lengths of requests are read on the host; False: launches follow from shapes alone
 Precision = Literal["exact", "fast"]  # fast: kernels may round activations and dense weights to int8
 
 # --- linear ------------------------------------------------------------------------------------------------------
@@ -185,9 +186,16 @@ def rotary_to_cache(
     return rotate_half(q, cos, sin) * logn.to(q.dtype).view(-1, 1, 1)
 
 
+def on_host(numbers: Sequence[int] | Tensor) -> Sequence[int]:
+    """Numbers that a kernel on a GPU would read on the device."""
+    if isinstance(numbers, Tensor):
+        return [int(number) for number in numbers.tolist()]
+    return numbers
+
+
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int],
-    context_lens: Sequence[int],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
     """Causal attention of each request's new rows over its cached keys, those of the new rows included (5.3).
 
@@ -196,6 +204,7 @@ def paged_attention(
     decoding, more are prefill, whole or in chunks. Scale 1/sqrt(d). Gives [n, H * d].
     """
     block_size, out = k_cache.shape[2], torch.empty_like(q)
+    query_starts, context_lens = on_host(query_starts), on_host(context_lens)
     for r, length in enumerate(context_lens):
         start, end = query_starts[r], query_starts[r + 1]
         blocks = block_tables[r, : -(-length // block_size)]

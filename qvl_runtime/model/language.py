@@ -25,12 +25,15 @@ class LayerCache(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1]."""
+    """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1].
+
+    Starts and lengths are numbers, or int64 tensors for ops that read them on the device (`ops.HOST_LAYOUT`).
+    """
 
     slots: Tensor  # int64 [n], the slot each row's key and value go to
     block_tables: Tensor  # int64 [R, most blocks]
-    query_starts: Sequence[int]  # R + 1 row numbers
-    context_lens: Sequence[int]  # R, tokens in the cache after this step
+    query_starts: Sequence[int] | Tensor  # R + 1 row numbers
+    context_lens: Sequence[int] | Tensor  # R, tokens in the cache after this step
 
 
 class Observer(Protocol):
