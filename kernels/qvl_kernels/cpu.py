@@ -17,7 +17,6 @@ from qvl_kernels import reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library
 from qvl_kernels.cpu_linear import linear, prepare_gptq, prepare_linear
 from qvl_kernels.reference import (
-    HOST_LAYOUT,
     cache_width,
     cross_attention,
     from_cached,
@@ -31,7 +30,6 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
-    "HOST_LAYOUT",
     "add_rms_norm", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
     "layer_norm", "linear", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache",
     "rotate_half", "swiglu", "to_cached", "unpack_rows", "vision_attention",

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HOST_LAYOUT = True  # starts and lengths of requests are read on the host; False: launches follow from shapes alone
 Precision = Literal["exact", "fast"]  # fast: kernels may round activations and dense weights to int8
 
 # --- linear ------------------------------------------------------------------------------------------------------
@@ -200,7 +199,7 @@ def rotary_to_cache(
 
 
 def on_host(numbers: Sequence[int] | Tensor) -> Sequence[int]:
-    """Numbers that a kernel on a GPU would read on the device."""
+    """Numbers that may lie on a device; reading them from there waits for it."""
     if isinstance(numbers, Tensor):
         return [int(number) for number in numbers.tolist()]
     return numbers
@@ -214,7 +213,8 @@ def paged_attention(
 
     q [n, H, d]; block_tables int64 [R, most blocks]; query_starts R + 1 row numbers, so that request r has the rows
     query_starts[r] to query_starts[r + 1], which are the last of its context_lens[r] tokens. One row a request is
-    decoding, more are prefill, whole or in chunks. Scale 1/sqrt(d). Gives [n, H * d].
+    decoding, more are prefill, whole or in chunks. Where every request decodes, both may be integer tensors on q's
+    device, which a kernel can read there, so that its launch fits a graph. Scale 1/sqrt(d). Gives [n, H * d].
     """
     block_size, out = k_cache.shape[2], torch.empty_like(q)
     query_starts, context_lens = on_host(query_starts), on_host(context_lens)

@@ -28,7 +28,7 @@ class LayerCache(NamedTuple):
 class Layout(NamedTuple):
     """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1].
 
-    Starts and lengths are numbers, or int64 tensors for ops that read them on the device (`ops.HOST_LAYOUT`).
+    Starts and lengths are numbers; in a captured decode step, whose launches outlive them, int64 tensors.
     """
 
     slots: Tensor  # int64 [n], the slot each row's key and value go to

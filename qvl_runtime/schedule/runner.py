@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qvl_runtime.model.language import Layout, Observer, unobserved
+from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
 from qvl_runtime.prompt.images import Picture, to_pixels
@@ -91,7 +91,8 @@ class Runner:
         ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, sum(counts))
         factors = np.repeat([self._frequencies.row(chunk.sequence.alpha) for chunk in chunks], counts)
         rows, features = [], []
-        for chunk, start in zip(chunks, layout.query_starts, strict=False):
+        for chunk, end in zip(chunks, accumulate(counts), strict=True):
+            start = end - len(chunk.token_ids)
             for span in chunk.spans:
                 rows.append(torch.arange(len(span.features), device=device) + start + span.start)
                 features.append(span.features)
@@ -99,17 +100,10 @@ class Runner:
             token_ids=torch.from_numpy(ids).to(device),
             positions=positions.to(device),
             frequencies=self._frequencies.table[torch.from_numpy(factors).to(device)],
-            layout=self._placed(layout),
+            layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),
             picture_rows=torch.cat(rows) if rows else None,
             picture_features=torch.cat(features) if features else None,
         )
-
-    def _placed(self, layout: Layout) -> Layout:
-        """The layout as the ops want it: on the device, but for the numbers that they read on the host."""
-        device, starts, lengths = self.model.device, layout.query_starts, layout.context_lens
-        if not self.model.ops.HOST_LAYOUT:
-            starts, lengths = (torch.tensor(numbers, device=device) for numbers in (starts, lengths))
-        return Layout(layout.slots.to(device), layout.block_tables.to(device), starts, lengths)
 
 
 @contextmanager

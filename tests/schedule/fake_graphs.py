@@ -87,7 +87,8 @@ class _Reads(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.partition(".")[0]
-        assert name not in self.FORBIDDEN, f"a captured step calls {name}, which a CUDA graph cannot hold"
+        by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        assert name not in self.FORBIDDEN and not by_mask, f"a captured step calls {name}: no CUDA graph holds that"
         return func(*args, **(kwargs or {}))
 
 

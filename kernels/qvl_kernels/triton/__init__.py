@@ -28,6 +28,4 @@ if find_spec("triton") is None:
 
 from qvl_kernels.reference import SCALE_BYTES, Bound, Precision, cache_width, from_cached, to_cached
 
-HOST_LAYOUT = False  # launches follow from shapes alone, so that a CUDA graph can hold them
-
-__all__ = ["HOST_LAYOUT", "SCALE_BYTES", "Bound", "Precision", "cache_width", "from_cached", "to_cached"]
+__all__ = ["SCALE_BYTES", "Bound", "Precision", "cache_width", "from_cached", "to_cached"]
