@@ -22,7 +22,7 @@ from qvl_runtime.model.rotary import Frequencies
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
 
-BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; a step of the most rows allowed has one of its own
+BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; the most rows that are allowed have one of their own
 COLUMNS = 5  # numbers that a row has beside its block table
 
 
@@ -73,13 +73,17 @@ class Inputs:
 
 
 class DecodeGraphs:
-    """The decode steps of a model over one KV cache, for up to `most` sequences of up to `longest` tokens."""
+    """The decode steps of a model over one KV cache, for up to `most` sequences of up to `longest` tokens.
+
+    More than the last bucket of sequences are decoded without a graph.
+    """
 
     def __init__(
         self, model: QwenVL, cache: KVCache, frequencies: Frequencies, capture: Capture, most: int, longest: int
     ) -> None:
         """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use."""
         self.replays = 0
+        most = min(most, BUCKETS[-1])
         self._cache, self._frequencies, self._most = cache, frequencies, most
         width = COLUMNS + -(-longest // BLOCK_SIZE)
         on_gpu = model.device.type == "cuda"
