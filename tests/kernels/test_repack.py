@@ -8,7 +8,6 @@ import torch
 from qvl_kernels import reference, repack
 from tests.kernels.gptq import checkpoint
 
-
 SHAPES = [(128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (640, 128, 256)]
 
 
