@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library
-from qvl_kernels.cpu_linear import linear, prepare_gptq, prepare_linear
+from qvl_kernels.cpu_linear import bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.reference import (
     cache_width,
     cross_attention,
@@ -30,8 +30,8 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
-    "add_rms_norm", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
-    "layer_norm", "linear", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache",
+    "add_rms_norm", "bind", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_levels",
+    "gptq_linear", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache",
     "rotate_half", "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
 

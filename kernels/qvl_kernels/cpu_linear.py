@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library
-from qvl_kernels.reference import Bound, Precision
+from qvl_kernels.reference import Bound, Packed, Precision
 
 _log = logging.getLogger("qvl_kernels")
 
+LAYOUT = "cpu-1"  # of packed weights in files; another number when csrc/linear_int8.inl reads them differently
 BLOCK = 16  # outputs that lie side by side in a packed weight
 GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
 FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, torch's GEMM
 FEW_EXACT = 96  # rows up to which packed weights meet float activations in registers: 0.8 ms a row at 4096 x 11008,
 # where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
+LEVELS_AT_ONCE = 1024  # outputs: 45 MB of floats at 11008 inputs
 LINE, HUGE_PAGE = 64, 2 << 20  # bytes
 
 
@@ -43,6 +45,19 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.lines, self.scales, self.zeros, self.perm) if t is not None)
+
+    def as_packed(self) -> Packed:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return Packed(LAYOUT, tensors, {name: value for name, value in values.items() if isinstance(value, int)})
+
+    @classmethod
+    def from_packed(cls, packed: Packed) -> PackedWeight:
+        """Raises `ValueError` for another layout, or another version of this one."""
+        if packed.layout != LAYOUT:
+            raise ValueError(f"these CPU kernels read the layout {LAYOUT!r}; found {packed.layout!r}")
+        absent = dict.fromkeys(("zeros", "perm", "bias"))
+        return cls(**(absent | packed.tensors), **packed.fields)  # type: ignore[arg-type]
 
     def int8(self, x: Tensor) -> Tensor:
         """Activations rounded to int8, for each row and group."""
@@ -122,27 +137,66 @@ def prepare_gptq(
     bias: Tensor | None = None, precision: Precision = "exact",
 ) -> Bound:  # fmt: skip
     """A GPTQ linear in the kernels' layout. What they cannot hold runs as in the reference, with a warning."""
+    return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
+
+
+def pack_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None,
+) -> Packed:  # fmt: skip
+    """A GPTQ linear in the kernels' layout, or as published where they cannot hold it."""
     zeros = reference.unpack_rows(qzeros.t(), bits).t() + zero_offset
-    reason = _unsupported(qweight, scales, zeros, bits)
-    if reason is not None:
-        _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", len(scales[0]), reason)
-        slow = reference.prepare_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias, precision)
-        return slow._replace(kernel=f"{slow.kernel} ({reason})")
+    if _unsupported(qweight, scales, zeros, bits) is not None:
+        return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
     order = _order(inputs, len(scales), g_idx)
     lines = _buffer(outputs * len(order.groups) * order.size * bits // 8)
     words, padded = qweight.contiguous(), len(order.groups) * order.size
     library().ready().pack_gptq(words.data_ptr(), inputs, padded, outputs, bits, _pointer(order.perm), lines.data_ptr())
     middle = bool((zeros == 1 << (bits - 1)).all())
-    packed = PackedWeight(
+    return PackedWeight(
         lines, _by_block(scales.half(), order.groups),
         None if middle else _by_block(zeros.to(torch.uint8), order.groups), order.perm, _float(bias), bits, order.size,
         inputs, padded, outputs,
-    )  # fmt: skip
-    details = f"groups of {order.size}{'' if middle else ', zero points'}{'' if order.perm is None else ', act-order'}"
+    ).as_packed()  # fmt: skip
+
+
+def bind(packed: Packed, precision: Precision = "exact") -> Bound:
+    """A packed linear bound to its kernel, in this layout or as published: that is laid out now, if it can be."""
+    if packed.layout == "gptq":
+        given = {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+        again = pack_gptq(**given, **packed.fields)  # type: ignore[arg-type]
+        return _plain(again, precision) if again.layout == "gptq" else bind(again, precision)
+    w = PackedWeight.from_packed(packed)
+    details = f"groups of {w.group}{', zero points' if w.zeros is not None else ''}"
+    details += "" if w.perm is None else ", act-order"
     if precision == "fast":
-        return Bound(packed.int8, f"int{bits} W{bits}A8, {details}", packed.nbytes)
-    return Bound(packed.exact, f"int{bits}, float activations, {details}", packed.nbytes)
+        return Bound(w.int8, f"int{w.bits} W{w.bits}A8, {details}", w.nbytes)
+    return Bound(w.exact, f"int{w.bits}, float activations, {details}", w.nbytes)
+
+
+def gptq_levels(packed: Packed) -> Tensor:
+    """`reference.gptq_levels`, of either layout."""
+    if packed.layout == "gptq":
+        return reference.gptq_levels(packed)
+    w = PackedWeight.from_packed(packed)
+    plain = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantised, a level is itself minus the middle
+    middle, levels = 1 << (w.bits - 1), torch.empty(w.outputs, w.inputs, dtype=torch.uint8)
+    for first in range(0, w.outputs, LEVELS_AT_ONCE):
+        part = plain.unpacked(first, min(LEVELS_AT_ONCE, w.padded_outputs - first), torch.float32)
+        levels[first : first + LEVELS_AT_ONCE] = (part.t() + middle)[: w.outputs - first].to(torch.uint8)
+    return levels
+
+
+def _plain(packed: Packed, precision: Precision) -> Bound:
+    """What the kernels cannot hold, in plain torch, said aloud."""
+    qzeros, bits = packed.tensors["qzeros"], packed.fields["bits"]
+    zeros = reference.unpack_rows(qzeros.t(), bits).t() + packed.fields["zero_offset"]
+    reason = _unsupported(packed.tensors["qweight"], packed.tensors["scales"], zeros, bits)
+    outputs = packed.tensors["scales"].shape[1]
+    _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", outputs, reason)
+    slow = reference.bind(packed, precision)
+    return slow._replace(kernel=f"{slow.kernel} ({reason})")
 
 
 class _Order(NamedTuple):

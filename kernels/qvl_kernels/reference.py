@@ -80,9 +80,37 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
 
+class Packed(NamedTuple):
+    """A linear laid out for its kernel, not yet bound to it: what a converted checkpoint holds of it."""
+
+    layout: str  # such as "gptq": who can read it
+    tensors: dict[str, Tensor]
+    fields: dict[str, int]  # what the tensors do not say of themselves
+
+
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
     """`linear` bound to its weights, once, at load. Here they stay as they are; a kernel may lay them out anew."""
     return Bound(partial(linear, weight=weight, bias=bias), _name(weight), weight.nbytes)
+
+
+def pack_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None,
+) -> Packed:  # fmt: skip
+    """The weights of `gptq_linear` in the layout of these ops' kernels. Here they stay as published."""
+    found = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx, "bias": bias}
+    tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
+    return Packed("gptq", tensors, {"bits": bits, "zero_offset": zero_offset})
+
+
+def bind(packed: Packed, precision: Precision = "exact") -> Bound:
+    """A packed linear bound to its kernel; nothing is copied. Raises `ValueError` for a layout that is not its own."""
+    if packed.layout != "gptq":
+        raise ValueError(f"the reference ops read the layout 'gptq'; found {packed.layout!r}")
+    tensors = {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+    nbytes = sum(t.nbytes for name, t in tensors.items() if t is not None and name != "bias")
+    bits = packed.fields["bits"]
+    return Bound(partial(gptq_linear, **tensors, **packed.fields), f"int{bits}, unpacked on use", nbytes)
 
 
 def prepare_gptq(
@@ -90,12 +118,12 @@ def prepare_gptq(
     bias: Tensor | None = None, precision: Precision = "exact",
 ) -> Bound:  # fmt: skip
     """`gptq_linear` bound to its weights, once, at load: see `prepare_linear`."""
-    call = partial(
-        gptq_linear, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx, bits=bits, zero_offset=zero_offset,
-        bias=bias,
-    )  # fmt: skip
-    nbytes = sum(t.nbytes for t in (qweight, qzeros, scales, g_idx) if t is not None)
-    return Bound(call, f"int{bits}, unpacked on use", nbytes)
+    return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
+
+
+def gptq_levels(packed: Packed) -> Tensor:
+    """What `pack_gptq` was given: the stored integers, uint8 [out, in], inputs in the checkpoint's order."""
+    return unpack_rows(packed.tensors["qweight"], packed.fields["bits"]).t().to(torch.uint8)
 
 
 def _name(weight: Tensor) -> str:
