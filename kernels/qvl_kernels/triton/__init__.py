@@ -26,6 +26,25 @@ if find_spec("triton") is None:
         " `make triton` in a checkout; qvl_kernels.reference offers the same ops in plain torch"
     )
 
-from qvl_kernels.reference import SCALE_BYTES, Bound, Precision, cache_width, from_cached, to_cached
+from qvl_kernels.reference import (
+    SCALE_BYTES,
+    Bound,
+    Precision,
+    cache_width,
+    from_cached,
+    linear,
+    prepare_gptq,
+    prepare_linear,
+    to_cached,
+)
+from qvl_kernels.triton.activations import gelu, swiglu
+from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from qvl_kernels.triton.paged_attention import paged_attention
+from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
+from qvl_kernels.triton.rotary import rotary_to_cache
 
-__all__ = ["SCALE_BYTES", "Bound", "Precision", "cache_width", "from_cached", "to_cached"]
+__all__ = [
+    "SCALE_BYTES", "Bound", "Precision", "add_layer_norm", "add_rms_norm", "cache_width", "cross_attention",
+    "from_cached", "gelu", "layer_norm", "linear", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm",
+    "rotary_to_cache", "swiglu", "to_cached", "vision_attention",
+]  # fmt: skip
