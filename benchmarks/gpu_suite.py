@@ -116,7 +116,7 @@ def setting(place: Place) -> Row:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
-    parser.add_argument("--golden", type=Path, help="the folder with what the original computes: tiny/, lm_*.safetensors")
+    parser.add_argument("--golden", type=Path, help="what the original computes: tiny/, lm_*.safetensors")
     parser.add_argument("--only", help="parts, separated by commas")
     parser.add_argument("--budget", type=float, default=570, help="seconds after which no part begins")
     asked = parser.parse_args(arguments)

@@ -1,1 +1,1 @@
-"""What `python -m benchmarks.gpu_suite` is made of: each part gives rows, and runs at tiny sizes where there is no GPU."""
+"""The parts of `python -m benchmarks.gpu_suite`: each gives rows, and runs at tiny sizes where there is no GPU."""

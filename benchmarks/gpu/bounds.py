@@ -1,4 +1,4 @@
-"""What decoding can reach at the most: the bytes of a token over the bandwidth of the memory. Computed, not measured."""
+"""What decoding can reach at the most: a token's bytes over the bandwidth of the memory. Computed, not measured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qvl_runtime.weights.synthetic import SYNTHETIC, synthetic_config
 
 MACHINES = {"A100-SXM4-80GB": 2039, "H100 80GB HBM3": 3350}  # GB/s
 CONTEXTS = (2048, 8192)
+UNREAD = ("transformer.wte.weight",)
 
 
 def full_config(name: str) -> ModelConfig:
@@ -31,9 +32,6 @@ def weight_bytes(config: ModelConfig) -> int:
         if not (spec.optional or name.startswith("transformer.visual.") or name in UNREAD or name.endswith(".g_idx")):
             total += elements * (4 if spec.packed else 2)
     return total
-
-
-UNREAD = ("transformer.wte.weight",)
 
 
 def token_bytes(config: ModelConfig, context: int, kept: torch.dtype = torch.bfloat16) -> int:
