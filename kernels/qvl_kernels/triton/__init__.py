@@ -29,22 +29,27 @@ if find_spec("triton") is None:
 from qvl_kernels.reference import (
     SCALE_BYTES,
     Bound,
+    Packed,
     Precision,
     cache_width,
     from_cached,
+    gptq_dequantize,
+    gptq_linear,
     linear,
-    prepare_gptq,
-    prepare_linear,
     to_cached,
+    unpack_rows,
 )
 from qvl_kernels.triton.activations import gelu, swiglu
+from qvl_kernels.triton.linear import bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.paged_attention import paged_attention
 from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
 from qvl_kernels.triton.rotary import rotary_to_cache
+from qvl_kernels.triton.split_sum import summed
 
 __all__ = [
-    "SCALE_BYTES", "Bound", "Precision", "add_layer_norm", "add_rms_norm", "cache_width", "cross_attention",
-    "from_cached", "gelu", "layer_norm", "linear", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm",
-    "rotary_to_cache", "swiglu", "to_cached", "vision_attention",
+    "SCALE_BYTES", "Bound", "Packed", "Precision", "add_layer_norm", "add_rms_norm", "bind", "cache_width",
+    "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_levels", "gptq_linear", "layer_norm", "linear",
+    "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache", "summed",
+    "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
