@@ -12,9 +12,10 @@ from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.answer import Answer
+from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.request import SamplingParams
 from qvl_runtime.schedule.runner import Chunk, LogitsOf, Runner
-from qvl_runtime.schedule.sampler import Draws, Row, Sample, sample
+from qvl_runtime.schedule.sampler import Draws, Row, Sample
 from qvl_runtime.schedule.scheduler import Planned, Scheduler, StepLimits
 from qvl_runtime.schedule.sequence import Sequence
 from qvl_runtime.schedule.speculative import Drafter
@@ -39,6 +40,7 @@ class Loop:
         self.scheduler = Scheduler(runner.cache, limits, drafter)
         self.steps = 0
         self._tokenizer = tokenizer
+        self._sampler = sampler_for(runner.model.ops)
         self._numbers = count()
         self._timed: set[Request] = set()  # those with a deadline
 
@@ -147,7 +149,7 @@ class Loop:
                 outcomes.append(Outcome(own, []))
         if not at:
             return []
-        samples = iter(sample(logits_of(at), rows))
+        samples = iter(self._sampler(logits_of(at), rows))
         for planned, own_samples in outcomes:
             own_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes

@@ -1,7 +1,7 @@
 """The whole model on the GPU's kernels, in Triton's interpreter: float16 against what the original computes in float32.
 
 The bound is that of `test_precision`: our distance from the original may be twice that of plain torch at the same
-precision, as root mean squares. Each case is one model call or two, as the interpreter takes seconds for each.
+precision, as root mean squares. Few calls serve many cases: a row takes the interpreter some 50 ms.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from torch import Tensor
 
 from qvl_kernels import UnsupportedError, ops_for
 from qvl_runtime.model.language import Observer, unobserved
-from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.prompt.images import load_image
-from qvl_runtime.schedule.runner import Chunk, Span
+from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
+from qvl_runtime.schedule.runner import Chunk
+from tests.interpreter import patch_language_once
 from tests.model.oracle import Oracle, spelled_images, without_padding
+from tests.schedule.fake_graphs import FakeCapture
 
 pytestmark = [pytest.mark.cpu, pytest.mark.interpreter]
+
+
+PROMPTS = ("lm_i_text20", "lm_iv_long", "lm_ii_one_image")
 
 
 class Pair(NamedTuple):
@@ -39,6 +44,7 @@ def pair(request: pytest.FixtureRequest, golden: Path) -> Iterator[Pair]:
         patch.setenv("QVL_KERNELS", "reference")
         plain = Oracle(golden, request.param, torch.float16)
         patch.setenv("QVL_KERNELS", "triton")
+        patch_language_once()
         try:
             ops_for(torch.device("cpu"))
         except UnsupportedError as fault:
@@ -53,63 +59,102 @@ def no_worse(pair: Sequence[Tensor], want: Tensor, name: str) -> None:
     assert 0 < error <= 2 * yardstick, f"{name}: rms error {error:.2e}, plain torch {yardstick:.2e}"
 
 
-def test_pictures_batches_and_length(pair: Pair, golden: Path) -> None:
-    """One call: a text, a text past seq_length with its own NTK factor, a picture in a prompt. Then a step of each."""
-    quantised = pair.ours.config.quantization is not None
-    long, picture = load_file(golden / "lm_iv_long.safetensors"), load_file(golden / "lm_ii_one_image.safetensors")
-    text = load_file(golden / "lm_i_text20.safetensors")
-    int4 = load_file(golden / "lm_int4.safetensors")
-    prompts = [file["ids"][0].tolist() for file in (text, long, picture)]
-    assert [ntk_alpha(pair.ours.config, len(ids)) for ids in prompts] == [1, 7, 15]
-    got = list(zip(*(oracle.prefill(*prompts) for oracle in pair), strict=True))
-    at = picture["logits_positions"]
-    if quantised:  # no word of the original's on the second
-        no_worse(got[0], int4["i_logits"][0], "text")
-        no_worse([x[at] for x in got[2]], int4["ii_logits"][0], "picture")
-    else:
-        no_worse(got[0], text["logits"][0], "text")
-        no_worse(got[1], long["logits"][0], "past seq_length")
-        no_worse([x[at] for x in got[2]], picture["logits"][0], "picture")
+TAIL = 8  # tokens computed after a prefix that was found
+PREFIX = 288  # tokens of whole blocks before them, the picture's among them
 
 
-def test_decoding_in_a_batch(pair: Pair, golden: Path) -> None:
-    """Three lengths prefilled together, one of them in two chunks, then decoded together."""
-    if pair.ours.config.quantization is not None:
-        pytest.skip("the original's word on batches is for the float checkpoint")
+class Results(NamedTuple):
+    """Logits of one checkpoint on one module of ops."""
+
+    text: Tensor
+    long: Tensor | None  # past seq_length
+    picture: Tensor
+    after_prefix: Tensor  # the last rows of the picture's prompt, the rest found in the cache
+    next_step: Tensor | None  # of three prompts that decode together, one of them prefilled in two chunks
+
+
+def compute(oracle: Oracle, golden: Path) -> Results:
+    """A text, one past seq_length and one with a picture in a call; a prefix that is found; decoding in a batch.
+
+    Without the second and the last for the Int4 checkpoint, for which there is no word of the original's on them.
+    """
+    packed = oracle.config.quantization is not None
+    text, long, picture = (load_file(golden / f"{name}.safetensors")["ids"][0].tolist() for name in PROMPTS)
+    prompts = [text, picture] if packed else [text, picture, long]
+    (image,) = spelled_images(picture, oracle.config)
+    shown = load_image(oracle.root / image.path, oracle.config.visual.image_size)
+    spans = [ImageSpan(image.start, oracle.config.visual.n_queries, shown)]
+    chunks = [oracle.chunk(ids) for ids in prompts]
+    found = oracle.model.logits(oracle.runner.run(chunks)).split([len(ids) for ids in prompts])
+    first = chunks[1].sequence
+    first.publish(picture, spans)
+    with oracle.cache.sequence(first.alpha) as second:
+        assert second.find_prefix(picture, spans) == PREFIX and second.blocks == first.blocks[: PREFIX // BLOCK_SIZE]
+        after = oracle.model.logits(oracle.runner.run([Chunk(second, picture[PREFIX:])])[-TAIL:])
+    for chunk in chunks:
+        chunk.sequence.close()
+    if packed:
+        return Results(found[0], None, found[1], after, None)
+    return Results(found[0], found[2], found[1], after, decode_together(oracle, golden))
+
+
+def decode_together(oracle: Oracle, golden: Path) -> Tensor:
     want = load_file(golden / "lm_vi_left_padded.safetensors")
-    prompts, found = without_padding(want["ids"], want["attention_mask"]), []
-    for oracle in pair:
-        chunks = [oracle.chunk(ids) for ids in prompts]
-        first, *others = chunks
-        oracle.runner.run([first._replace(token_ids=first.token_ids[:9]), *others])
-        oracle.runner.run([first._replace(token_ids=first.token_ids[9:])])
-        step = [Chunk(c.sequence, ids.tolist()) for c, ids in zip(chunks, want["next_ids"], strict=True)]
-        found.append(oracle.runner.compute(step)([0, 1, 2]))
-        for chunk in chunks:
-            chunk.sequence.close()
-    no_worse(found, want["next_step_logits"], "next step")
+    chunks = [oracle.chunk(ids) for ids in without_padding(want["ids"], want["attention_mask"])]
+    first, *others = chunks
+    oracle.runner.run([first._replace(token_ids=first.token_ids[:9]), *others])
+    oracle.runner.run([first._replace(token_ids=first.token_ids[9:])])
+    step = [Chunk(c.sequence, ids.tolist()) for c, ids in zip(chunks, want["next_ids"], strict=True)]
+    logits = oracle.runner.compute(step)([0, 1, 2])
+    for chunk in chunks:
+        chunk.sequence.close()
+    return logits
 
 
-def test_a_prefix_that_is_found(pair: Pair, golden: Path) -> None:
-    """The picture's keys come from the cache: only what follows is computed."""
-    file, name = ("lm_int4", "ii_") if pair.ours.config.quantization is not None else ("lm_ii_one_image", "")
-    want, found = load_file(golden / f"{file}.safetensors"), []
-    ids = want[f"{name}ids"][0].tolist()
-    tail = 8
-    for oracle in pair:
-        (image,) = spelled_images(ids, oracle.config)
-        shown = load_image(oracle.root / image.path, oracle.config.visual.image_size)
-        spans = [ImageSpan(image.start, oracle.config.visual.n_queries, shown)]
-        (features,) = oracle.runner.features([shown])
-        alpha = ntk_alpha(oracle.config, len(ids))
-        with oracle.cache.sequence(alpha) as first, oracle.cache.sequence(alpha) as second:
-            oracle.runner.run([Chunk(first, ids, [Span(image.start, features)])])
-            first.publish(ids, spans)
-            assert second.find_prefix(ids, spans) == 288 and second.blocks[:18] == first.blocks[:18]
-            found.append(oracle.model.logits(oracle.runner.run([Chunk(second, ids[288:])])[-tail:]))
-    positions = want[f"{name}logits_positions"].tolist()
-    at = [positions.index(p) for p in range(len(ids) - tail, len(ids))]
-    no_worse(found, want[f"{name}logits"][0, at], "after the prefix")
+def test_near_the_original(pair: Pair, golden: Path) -> None:
+    ours, plain = (compute(oracle, golden) for oracle in pair)
+    picture = load_file(golden / f"{PROMPTS[2]}.safetensors")
+    positions = picture["logits_positions"]
+    if pair.ours.config.quantization is not None:
+        want = load_file(golden / "lm_int4.safetensors")
+        no_worse((ours.text, plain.text), want["i_logits"][0], "text")
+        shown = want["ii_logits"][0]
+    else:
+        no_worse((ours.text, plain.text), load_file(golden / f"{PROMPTS[0]}.safetensors")["logits"][0], "text")
+        shown = picture["logits"][0]
+        long, batch = (load_file(golden / f"{name}.safetensors") for name in (PROMPTS[1], "lm_vi_left_padded"))
+        for got, torchs, wanted, name in (
+            (ours.long, plain.long, long["logits"][0], "past seq_length"),
+            (ours.next_step, plain.next_step, batch["next_step_logits"], "decoding"),
+        ):
+            assert got is not None and torchs is not None
+            no_worse((got, torchs), wanted, name)
+    no_worse((ours.picture[positions], plain.picture[positions]), shown, "picture")
+    at = [positions.tolist().index(p) for p in range(len(ours.picture) - TAIL, len(ours.picture))]
+    no_worse((ours.after_prefix, plain.after_prefix), shown[at], "after the prefix")
+
+
+def test_graphs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step with padding, by a graph of these kernels: nothing in it reads a value, and it gives the same."""
+    runner = pair.ours.runner
+    capture = FakeCapture(pair.ours.model.ops, monkeypatch)
+    monkeypatch.setattr("qvl_runtime.schedule.decode_graphs.BUCKETS", (4,))
+    runner.capture(capture, 4, 64)
+    monkeypatch.setattr(runner, "graphs", runner.graphs)
+    sequences, found = [runner.cache.sequence(1.0), runner.cache.sequence(3.0)], []
+    for length, sequence in zip((5, 19), sequences, strict=True):
+        runner.run([Chunk(sequence, [*range(length)])])
+    for _ in range(2):
+        found.append(runner.compute([Chunk(sequence, [7]) for sequence in sequences])([0, 1]).clone())
+        for length, sequence in zip((5, 19), sequences, strict=True):
+            sequence.truncate(length)
+        runner.graphs = None
+    for sequence in sequences:
+        sequence.close()
+    kernels = {call.op for call in capture.captured[0]}
+    assert {"rotary_kernel", "rms_norm_kernel", "swiglu_kernel"} < kernels
+    gap = (found[0].float() - found[1].float()).abs().max()
+    assert gap <= 2**-8 * found[1].float().abs().max(), "further apart than a few roundings of float16"
 
 
 def test_the_tower(pair: Pair, golden: Path) -> None:

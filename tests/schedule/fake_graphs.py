@@ -30,11 +30,14 @@ class Call(NamedTuple):
 
 
 class FakeCapture:
-    """A `Capture` that watches the ops of a module while a captured function runs."""
+    """A `Capture` that watches the ops of a module, or the launches of Triton's, while a captured function runs."""
 
     def __init__(self, ops: ModuleType, patch: pytest.MonkeyPatch) -> None:
         self.captured: list[list[Call]] = []
         self._calls: list[Call] | None = None
+        if ops.__name__ == "qvl_kernels.triton":  # what its ops do around their launches must fit a graph too
+            self._watch_launches(patch)
+            return
         for name in OPS:
             patch.setattr(ops, name, self._watched(name, getattr(ops, name)))
 
@@ -58,6 +61,23 @@ class FakeCapture:
                 return calls, function()
         finally:
             self._calls = None
+
+    def _watch_launches(self, patch: pytest.MonkeyPatch) -> None:
+        from qvl_kernels.triton.launch import Launch
+
+        original = Launch.run
+
+        def run(launch: Launch) -> None:
+            if self._calls is not None:
+                given = {**launch.arguments, **launch.constants, "grid": launch.grid}
+                self._calls.append(Call(launch.kernel.__name__, tuple(
+                    (key, value.shape, value.dtype) if isinstance(value, Tensor) else (key, value)
+                    for key, value in given.items()
+                )))  # fmt: skip
+            with values_may_be_read():
+                original(launch)
+
+        patch.setattr(Launch, "run", run)
 
     def _watched(self, name: str, op: Callable[..., Any]) -> Callable[..., Any]:
         import inspect
