@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 
+from qvl_kernels import reference
 from qvl_kernels import report as kernel_report
 from qvl_runtime.config import EngineConfig, ModelConfig
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.model.qwen_vl import QwenVL
+from qvl_runtime.schedule.cuda_graphs import CudaCapture, CudaMeter
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
 from qvl_runtime.schedule.loop import Loop
+from qvl_runtime.schedule.runner import Runner
+from qvl_runtime.schedule.scheduler import StepLimits
+from qvl_runtime.schedule.warm_up import MARGIN, workspace_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +90,7 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
             "steps": loop.steps,
             "preemptions": loop.scheduler.preemptions,
         },
+        "graphs": loop.runner.graphs and {"rows": loop.runner.graphs.buckets, "replays": loop.runner.graphs.replays},
         "drafts": loop.drafter and {"proposed": loop.drafter.proposed, "accepted": loop.drafter.accepted},
     }  # fmt: skip
 
@@ -97,15 +104,19 @@ def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
     return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
 
 
-def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, device: torch.device) -> int:
-    """How many tokens the KV cache is to hold at `per_token` bytes each: the budget's, or a share of what is free.
+def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, spare: int | None = None) -> int:
+    """How many tokens the KV cache is to hold at `per_token` bytes each.
 
-    Raises `ConfigError` for a budget below a block; warns where no request can reach `context` tokens.
+    The budget's that is asked for; all of the `spare` bytes that a GPU has left; or on a CPU, which others use too, a
+    share of what is free. Raises `ConfigError` for a budget below a block; warns where no request can reach `context`
+    tokens.
     """
     if asked.kv_cache_bytes is not None:
         tokens, budget = asked.kv_cache_bytes // per_token, asked.kv_cache_bytes
+    elif spare is not None:
+        tokens, budget = spare // per_token, spare
     else:
-        budget = free_memory(device) // 2
+        budget = free_memory() // 2
         tokens = min(4 * context, budget // per_token)
     if tokens < BLOCK_SIZE:
         raise ConfigError(
@@ -120,10 +131,31 @@ def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, device: t
     return tokens
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on the device; on a CPU what the system calls available, page cache included."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def spare_bytes(model: QwenVL, asked: EngineConfig, kept: torch.dtype) -> int | None:
+    """Bytes of a GPU that nothing but the KV cache will need, found by a warm-up; None on a CPU."""
+    if model.device.type != "cuda" or asked.kv_cache_bytes is not None:
+        return None
+    meter = CudaMeter(model.device)
+    workspace = workspace_bytes(model, kept, StepLimits(asked.max_step_tokens, asked.max_running), meter)
+    free = meter.free()
+    spare = free - workspace - asked.image_cache_bytes - MARGIN
+    if spare <= 0:
+        raise ConfigError(
+            f"{device_name(model.device)} has {free / 2**20:,.0f} MiB left beside the weights; a step needs "
+            f"{workspace / 2**20:,.0f}, pictures {asked.image_cache_bytes / 2**20:,.0f} and the rest {MARGIN >> 20}: "
+            "lower max_step_tokens or image_cache_bytes, or use the Int4 checkpoint"
+        )
+    return spare
+
+
+def capture_graphs(runner: Runner, asked: EngineConfig, context: int) -> None:
+    """Have decode steps replayed as CUDA graphs, where the device has them, its ops allow it and it is not refused."""
+    if runner.model.device.type == "cuda" and asked.cuda_graphs and runner.model.ops is not reference:
+        runner.capture(CudaCapture(runner.model.device), asked.max_running, min(context, runner.cache.num_slots))
+
+
+def free_memory() -> int:
+    """Bytes that the system calls available, page cache included."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():

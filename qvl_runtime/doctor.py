@@ -130,7 +130,7 @@ def _checks() -> list[Check]:
     return [
         Check("C++ kernels", compiled, "plain torch on the CPU, int4 unpacked on each use: install g++, then anew"),
         Check("CUDA GPU", torch.cuda.is_available(), "the CPU computes: fine for a small model, slow for 9.6 billion"),
-        Check("triton", has("triton"), "plain torch on a GPU: pip install 'qvl-runtime[cuda]'"),
+        Check("triton", has("triton"), "no kernels for a GPU: pip install 'qvl-runtime[cuda]'"),
         Check("modelscope", has("modelscope"), "no --source modelscope: pip install 'qvl-runtime[modelscope]'"),
         Check("font for Chinese", not pick_font("框狗", 16)[1], f"Chinese labels are drawn as boxes: {INSTALL_HINT}"),
         Check("readline", has("readline"), "no arrow keys and no history in qvl chat"),

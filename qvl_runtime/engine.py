@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qvl_runtime.config import EngineConfig, GenerationDefaults
-from qvl_runtime.device import choose_device, choose_dtype, describe, kv_cache_tokens
+from qvl_runtime.device import capture_graphs, choose_device, choose_dtype, describe, kv_cache_tokens, spare_bytes
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
@@ -92,15 +92,16 @@ class Engine:
         if asked.synthetic is None:
             state, laid_out = load_weights(self.folder, config, kind, place)
         else:
-            state, laid_out = SyntheticState(config, kind, asked.repeat_blocks), {}
+            state, laid_out = SyntheticState(config, kind, asked.repeat_blocks, place), {}
         network = QwenVL(config, state, asked.precision, laid_out)
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
-        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, place)
+        spare = spare_bytes(network, asked, kept)
+        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, spare)
         cache = KVCache(config, room, kept, place, asked.prefix_caching)
-        self.loop = Loop(
-            Runner(network, cache, ImageCache(asked.image_cache_bytes)), self.tokenizer, self.max_model_len,
-            steps, Drafter(asked.speculative_tokens) if asked.speculative_tokens else None,
-        )  # fmt: skip
+        runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
+        capture_graphs(runner, asked, self.max_model_len)
+        drafter = Drafter(asked.speculative_tokens) if asked.speculative_tokens else None
+        self.loop = Loop(runner, self.tokenizer, self.max_model_len, steps, drafter)
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())
         kernels = self.report()["kernels"]

@@ -76,7 +76,7 @@ def this_machine(measure: bool = True) -> Machine:
 
     base = process_bytes()
     return Machine(
-        device_name(torch.device("cpu")), free_memory(torch.device("cpu")) + base,
+        device_name(torch.device("cpu")), free_memory() + base,
         read_bandwidth() if measure else None, base,
     )  # fmt: skip
 

@@ -34,9 +34,10 @@ def report() -> str:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int],
-    context_lens: Sequence[int],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
+    query_starts, context_lens = reference.on_host(query_starts), reference.on_host(context_lens)
     reason = _not_covered(q, k_cache, v_cache)
     if reason is not None:
         slower("paged_attention", reason)

@@ -230,17 +230,26 @@ def rotary_to_cache(
     return rotate_half(q, cos, sin) * logn.to(q.dtype).view(-1, 1, 1)
 
 
+def on_host(numbers: Sequence[int] | Tensor) -> Sequence[int]:
+    """Numbers that may lie on a device; reading them from there waits for it."""
+    if isinstance(numbers, Tensor):
+        return [int(number) for number in numbers.tolist()]
+    return numbers
+
+
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int],
-    context_lens: Sequence[int],
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
     """Causal attention of each request's new rows over its cached keys, those of the new rows included (5.3).
 
     q [n, H, d]; block_tables int64 [R, most blocks]; query_starts R + 1 row numbers, so that request r has the rows
     query_starts[r] to query_starts[r + 1], which are the last of its context_lens[r] tokens. One row a request is
-    decoding, more are prefill, whole or in chunks. Scale 1/sqrt(d). Gives [n, H * d].
+    decoding, more are prefill, whole or in chunks. Where every request decodes, both may be integer tensors on q's
+    device, which a kernel can read there, so that its launch fits a graph. Scale 1/sqrt(d). Gives [n, H * d].
     """
     block_size, out = k_cache.shape[2], torch.empty_like(q)
+    query_starts, context_lens = on_host(query_starts), on_host(context_lens)
     for r, length in enumerate(context_lens):
         start, end = query_starts[r], query_starts[r + 1]
         blocks = block_tables[r, : -(-length // block_size)]

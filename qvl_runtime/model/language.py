@@ -26,12 +26,15 @@ class LayerCache(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1]."""
+    """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1].
+
+    Starts and lengths are numbers; in a captured decode step, whose launches outlive them, int64 tensors.
+    """
 
     slots: Tensor  # int64 [n], the slot each row's key and value go to
     block_tables: Tensor  # int64 [R, most blocks]
-    query_starts: Sequence[int]  # R + 1 row numbers
-    context_lens: Sequence[int]  # R, tokens in the cache after this step
+    query_starts: Sequence[int] | Tensor  # R + 1 row numbers
+    context_lens: Sequence[int] | Tensor  # R, tokens in the cache after this step
 
 
 class Observer(Protocol):

@@ -25,7 +25,7 @@ class Step:
 
     token_ids: Tensor  # int64 [n]
     positions: Tensor  # int64 [n], from 0 in each request
-    alphas: Sequence[float]  # R, the NTK factor each request was admitted with
+    frequencies: Tensor  # float32 [n, rotary_dim / 2], by the NTK factor that the row's request was admitted with
     layout: Layout
     picture_rows: Tensor | None = None  # int64 [m], rows inside image spans
     picture_features: Tensor | None = None  # [m, D], what stands there in place of an embedding
@@ -38,13 +38,15 @@ class QwenVL:
         self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact",
         laid_out: Mapping[str, Packed] | None = None,
     ) -> None:  # fmt: skip
-        """laid_out: linears of a converted checkpoint, in their kernels' layout; the state lacks those. state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
+        """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
 
-        It is emptied: what is kept of it lies in memory as the kernels want it.
+        It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears of a converted
+        checkpoint, which lie so already; the state lacks them.
         """
         embedding = state["transformer.wte.weight"]
         self.config, self.device, self.dtype, self.precision = config, embedding.device, embedding.dtype, precision
-        make = Maker(ops_for(self.device), state, precision, {}, laid_out or {})
+        self.ops = ops_for(self.device)
+        make = Maker(self.ops, state, precision, {}, laid_out or {})
         self.decoder = Decoder(config, make)
         self.visual = VisualTower(config.visual, make)
         tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in make.laid_out
@@ -64,7 +66,7 @@ class QwenVL:
         if step.picture_rows is not None and step.picture_features is not None:
             x[step.picture_rows] = step.picture_features.to(x.dtype)
         observe("embed", x)
-        at = positions_of(self.config, step.positions, step.alphas, step.layout.query_starts)
+        at = positions_of(self.config, step.positions, step.frequencies)
         return self.decoder.forward(x, at, step.layout, caches, observe)
 
     @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -43,14 +42,30 @@ def inverse_frequencies(base: float, dim: int, alpha: float) -> Tensor:
     return 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
 
 
-def positions_of(
-    config: ModelConfig, positions: Tensor, alphas: Sequence[float], query_starts: Sequence[int]
-) -> Positions:
-    """Tables for n rows: positions int64 [n]; request r, with alphas[r], has rows query_starts[r] to [r + 1]."""
-    frequencies = torch.empty(len(positions), config.rotary_dim // 2, device=positions.device)
-    for r, alpha in enumerate(alphas):
-        rows = slice(query_starts[r], query_starts[r + 1])
-        frequencies[rows] = inverse_frequencies(config.rotary_emb_base, config.rotary_dim, alpha).to(positions.device)
+class Frequencies:
+    """The inverse frequencies of every NTK factor in use, in one tensor that stays where it is."""
+
+    MOST = 16  # factors are 2^k - 1 for a prompt of up to 2^(k - 1) training lengths
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.table = torch.zeros(self.MOST, config.rotary_dim // 2, device=device)  # float32, a row a factor
+        self._config = config
+        self._rows: dict[float, int] = {}
+
+    def row(self, alpha: float) -> int:
+        """Which row of the table a factor has; entered when it is first asked for."""
+        row = self._rows.get(alpha)
+        if row is None:
+            row = len(self._rows)
+            if row == self.MOST:
+                raise RuntimeError(f"alpha {alpha:g} would be the 17th NTK factor; expected powers of 2, less 1")
+            self.table[row] = inverse_frequencies(self._config.rotary_emb_base, self._config.rotary_dim, alpha)
+            self._rows[alpha] = row
+        return row
+
+
+def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor) -> Positions:
+    """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2]."""
     angles = positions.float().unsqueeze(1) * frequencies
     angles = torch.cat([angles, angles], dim=1)
     return Positions(angles.cos(), angles.sin(), logn_factors(config, positions))

@@ -114,7 +114,7 @@ def bytes_read(engine: Engine, context: int, batch: int = 1) -> int:
 def _write(engine: Engine, sequence: Sequence, tokens: int) -> None:
     sequence.append(tokens + 1)
     sequence.length = tokens
-    blocks = torch.tensor(sequence.blocks, device=sequence.device)
+    blocks = torch.tensor(sequence.blocks, device=engine.loop.runner.model.device)
     for layer in engine.loop.runner.cache.layers:
         for tensor in layer:
             tensor.index_fill_(0, blocks, 0)

@@ -7,17 +7,15 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.answer import Answer
+from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.request import SamplingParams
-from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.schedule.sampler import Draws, Row, Sample, sample
+from qvl_runtime.schedule.runner import Chunk, LogitsOf, Runner
+from qvl_runtime.schedule.sampler import Draws, Row, Sample
 from qvl_runtime.schedule.scheduler import Planned, Scheduler, StepLimits
 from qvl_runtime.schedule.sequence import Sequence
 from qvl_runtime.schedule.speculative import Drafter
@@ -42,6 +40,7 @@ class Loop:
         self.scheduler = Scheduler(runner.cache, limits, drafter)
         self.steps = 0
         self._tokenizer = tokenizer
+        self._sampler = sampler_for(runner.model.ops)
         self._numbers = count()
         self._timed: set[Request] = set()  # those with a deadline
 
@@ -100,8 +99,8 @@ class Loop:
         begun = [len(planned.task.request.tasks) for planned in plan]
         try:
             self._see(plan)
-            x = self.runner.run([Chunk(p.task.sequence, p.tokens, p.task.chunk_spans(p.known)) for p in plan])
-            return self._sample(plan, x)
+            chunks = [Chunk(p.task.sequence, p.tokens, p.task.chunk_spans(p.known)) for p in plan]
+            return self._sample(plan, self.runner.compute(chunks))
         except BaseException:
             for planned, length, tasks in zip(plan, lengths, begun, strict=True):
                 planned.task.sequence.truncate(length)
@@ -133,7 +132,7 @@ class Loop:
         for request in {task.request for task, _, _ in wanted}:
             request.clock.vision_s += took
 
-    def _sample(self, plan: list[Planned], x: Tensor) -> list[Outcome]:
+    def _sample(self, plan: list[Planned], logits_of: LogitsOf) -> list[Outcome]:
         """Logits for the rows that need them, and a token for each of those."""
         at: list[int] = []
         rows: list[Row] = []
@@ -150,8 +149,7 @@ class Loop:
                 outcomes.append(Outcome(own, []))
         if not at:
             return []
-        logits = self.runner.model.logits(x[torch.tensor(at, device=x.device)])
-        samples = iter(sample(logits, rows))
+        samples = iter(self._sampler(logits_of(at), rows))
         for planned, own_samples in outcomes:
             own_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
-from itertools import chain
+from contextlib import contextmanager
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
+from qvl_runtime.model.rotary import Frequencies
 from qvl_runtime.prompt.images import Picture, to_pixels
+from qvl_runtime.schedule.decode_graphs import Capture, DecodeGraphs
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
@@ -35,9 +39,18 @@ class Chunk(NamedTuple):
     spans: Items[Span] = ()
 
 
+LogitsOf = Callable[[Items[int]], Tensor]  # rows of a step, by number, to their logits [m, vocab]
+
+
 class Runner:
     def __init__(self, model: QwenVL, cache: KVCache, images: ImageCache) -> None:
         self.model, self.cache, self.images = model, cache, images
+        self.graphs: DecodeGraphs | None = None
+        self._frequencies = Frequencies(model.config, model.device)
+
+    def capture(self, capture: Capture, most: int, longest: int) -> None:
+        """From now on, decode up to `most` sequences of up to `longest` tokens by graphs, captured here."""
+        self.graphs = DecodeGraphs(self.model, self.cache, self._frequencies, capture, most, longest)
 
     def features(self, pictures: Items[Picture]) -> list[Tensor]:
         """Features [queries, D] of each picture; those not cached go through the tower together, each once."""
@@ -56,30 +69,52 @@ class Runner:
 
         Where it does not come to an end, Ctrl-C included, the sequences are as they were.
         """
-        lengths = [chunk.sequence.length for chunk in chunks]
-        try:
-            for chunk in chunks:
-                chunk.sequence.append(len(chunk.token_ids))
+        with _grown(chunks):
             return self.model.forward(self._step(chunks), self.cache.layers, observe)
-        except BaseException:
-            for chunk, length in zip(chunks, lengths, strict=True):
-                chunk.sequence.truncate(length)
-            raise
+
+    def compute(self, chunks: Items[Chunk]) -> LogitsOf:
+        """The same for a step of the loop, by a graph where there is one: gives the way to the logits of its rows.
+
+        What that gives holds until the next step.
+        """
+        decoding = all(len(chunk.token_ids) == 1 and not chunk.spans for chunk in chunks)
+        if self.graphs is None or not decoding or not self.graphs.take(len(chunks)):
+            hidden = self.run(chunks)
+            return lambda at: self.model.logits(hidden[torch.tensor(at, device=hidden.device)])
+        with _grown(chunks):
+            logits = self.graphs.run([c.sequence for c in chunks], [c.token_ids[0] for c in chunks])
+        return lambda at: logits if at == [*range(len(logits))] else logits[torch.tensor(at, device=logits.device)]
 
     def _step(self, chunks: Items[Chunk]) -> Step:
         device, counts = self.model.device, [len(chunk.token_ids) for chunk in chunks]
         positions, layout = layout_of([chunk.sequence for chunk in chunks], counts)
         ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, sum(counts))
+        factors = np.repeat([self._frequencies.row(chunk.sequence.alpha) for chunk in chunks], counts)
         rows, features = [], []
-        for chunk, start in zip(chunks, layout.query_starts, strict=False):
+        for chunk, end in zip(chunks, accumulate(counts), strict=True):
+            start = end - len(chunk.token_ids)
             for span in chunk.spans:
                 rows.append(torch.arange(len(span.features), device=device) + start + span.start)
                 features.append(span.features)
         return Step(
             token_ids=torch.from_numpy(ids).to(device),
-            positions=positions,
-            alphas=[chunk.sequence.alpha for chunk in chunks],
-            layout=layout,
+            positions=positions.to(device),
+            frequencies=self._frequencies.table[torch.from_numpy(factors).to(device)],
+            layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),
             picture_rows=torch.cat(rows) if rows else None,
             picture_features=torch.cat(features) if features else None,
         )
+
+
+@contextmanager
+def _grown(chunks: Items[Chunk]) -> Iterator[None]:
+    """The sequences with the tokens of a step; where it does not come to an end, Ctrl-C included, as they were."""
+    lengths = [chunk.sequence.length for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.sequence.append(len(chunk.token_ids))
+        yield
+    except BaseException:
+        for chunk, length in zip(chunks, lengths, strict=True):
+            chunk.sequence.truncate(length)
+        raise

@@ -83,7 +83,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
     for row, token in zip(rows, token_ids, strict=True):
         if row.draws.seen is not None:
             row.draws.seen[token] = True
-    tops = _likeliest(raw, normaliser, rows)
+    tops = likeliest(raw, normaliser, rows)
     return [
         Sample(token, TokenLogprob(token, logprob, top))
         for token, logprob, top in zip(token_ids, chosen, tops, strict=True)
@@ -148,7 +148,7 @@ def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, dice: Tens
     return torch.minimum(ranked, (kept > 0).sum(-1) - 1)
 
 
-def _likeliest(raw: Tensor, normaliser: Tensor, rows: Sequence[Row]) -> list[tuple[tuple[int, float], ...]]:
+def likeliest(raw: Tensor, normaliser: Tensor, rows: Sequence[Row]) -> list[tuple[tuple[int, float], ...]]:
     """The alternatives that each row asks for, with their log probabilities."""
     wanted = [min(row.draws.params.logprobs or 0, raw.shape[1]) for row in rows]
     if not any(wanted):

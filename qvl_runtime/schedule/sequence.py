@@ -11,8 +11,6 @@ from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.schedule.prefix_cache import Parent, Root
 
 if TYPE_CHECKING:
-    import torch
-
     from qvl_runtime.schedule.kv_cache import KVCache
 
 
@@ -30,10 +28,6 @@ class Sequence:
     def alpha(self) -> float:
         """The NTK factor that its keys are rotated with."""
         return self.root.alpha
-
-    @property
-    def device(self) -> torch.device:
-        return self._cache.device
 
     def needed(self, count: int) -> int:
         """Blocks that `reserve(count)` would allocate."""

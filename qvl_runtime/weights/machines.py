@@ -25,7 +25,7 @@ _TOO_OLD = {"t4": 7.5, "v100": 7.0, "p100": 6.0, "2080ti": 7.5}
 
 
 def gpu(name: str) -> Machine:
-    """A GPU of the table; raises `ConfigError` for one that is not in it, and for one that the kernels cannot run on."""
+    """A GPU of the table; raises `ConfigError` for one that is not there, or that the kernels cannot run on."""
     key = name.lower().replace(" ", "-").replace("rtx-", "").replace("rtx", "").removesuffix("gb")
     if key in _TOO_OLD:
         raise ConfigError(

@@ -22,7 +22,7 @@ from qvl_kernels.reference import gptq_dequantize
 from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.model.language import LayerCache, Layout, make_block, unobserved
 from qvl_runtime.model.linear import Linear, Maker, SideBySide
-from qvl_runtime.model.rotary import Positions, ntk_alpha, positions_of
+from qvl_runtime.model.rotary import Positions, inverse_frequencies, ntk_alpha, positions_of
 from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.weights.quantize_solver import Factor, Solver
 
@@ -64,7 +64,8 @@ class Rows(NamedTuple):
             tables[r, :count] = torch.arange(firsts[r], firsts[r] + count)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
         slots = torch.cat([torch.arange(n) + f * BLOCK_SIZE for n, f in zip(lengths, firsts, strict=False)]).to(device)
-        at = positions_of(config, positions, [ntk_alpha(config, length) for length in lengths], starts)
+        tables_of = [_frequencies(config, length).expand(length, -1) for length in lengths]
+        at = positions_of(config, positions, torch.cat(tables_of).to(device))
         return cls(at, Layout(slots, tables, starts, list(lengths)), firsts[-1], starts[len(lengths) - held_out])
 
 
@@ -134,7 +135,7 @@ class Unquantized:
 class QuantizingMaker(Maker):
     """Makes blocks whose linears quantise themselves."""
 
-    bench: Bench
+    bench: Bench = field(kw_only=True)
 
     def decoder(self, name: str, quantization: QuantizationConfig | None) -> Linear:
         return Unquantized(self.bench, name)
@@ -150,11 +151,17 @@ def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, x: Tensor
 
     What was made is in `bench.packed` and `bench.errors`; `bench.state` must hold the block's tensors.
     """
-    block = make_block(config, QuantizingMaker(ops, bench.state, "exact", {}, bench), f"transformer.h.{bench.layer}")
+    maker = QuantizingMaker(ops, bench.state, "exact", {}, bench=bench)
+    block = make_block(config, maker, f"transformer.h.{bench.layer}")
     shape = (rows.cache_blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
     cache = LayerCache(x.new_empty(shape), x.new_empty(shape))
     x, update = block(x, ops.rms_norm(x, block.ln_1, block.eps), rows.at, rows.layout, cache, unobserved)
     return x + update
+
+
+def _frequencies(config: ModelConfig, length: int) -> Tensor:
+    """Those of a conversation of so many tokens."""
+    return inverse_frequencies(config.rotary_emb_base, config.rotary_dim, ntk_alpha(config, length))
 
 
 def _dequantized(linear: GPTQLinear) -> Tensor:

@@ -43,8 +43,9 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, repeat_blocks: bool = False, optional: bool = False
-    ) -> None:
+        self, config: ModelConfig, dtype: torch.dtype, repeat_blocks: bool = False, device: torch.device | str = "cpu",
+        optional: bool = False,
+    ) -> None:  # fmt: skip
         """optional: also what a checkpoint need not hold, and published ones do, such as `g_idx`."""
         import torch
 
@@ -53,8 +54,8 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
         self._made: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
-        self._normal = torch.randn(NOISE, generator=generator)
-        self._words = torch.randint(-(2**31), 2**31, (NOISE,), generator=generator).to(torch.int32)
+        self._normal = torch.randn(NOISE, generator=generator).to(device)
+        self._words = torch.randint(-(2**31), 2**31, (NOISE,), generator=generator).to(device, torch.int32)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._made:
@@ -94,24 +95,29 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
 
         kind = name.rpartition(".")[2]
         if kind == "qzeros":
-            return torch.full(spec.shape, 0x77777777, dtype=torch.int32)  # 7 stored is 8
+            return self._full(spec.shape, 0x77777777, torch.int32)  # 7 stored is 8
         if kind == "scales":  # a level's root mean square is 4.6
             groups = spec.shape[0]
-            return torch.full(spec.shape, 1 / (4.6 * math.sqrt(groups * GROUP)), dtype=torch.float16)
+            return self._full(spec.shape, 1 / (4.6 * math.sqrt(groups * GROUP)), torch.float16)
         if kind == "g_idx":
-            return torch.arange(*spec.shape, dtype=torch.int32) // GROUP
+            return torch.arange(*spec.shape, dtype=torch.int32, device=self._words.device) // GROUP
         if spec.packed:
             return _tiled(self._words, spec.shape)
         if len(spec.shape) == 1:
-            return torch.full(spec.shape, float(kind == "weight"), dtype=self._dtype)
+            return self._full(spec.shape, float(kind == "weight"), self._dtype)
         scale = 1 / math.sqrt(math.prod(spec.shape[1:]))
         return _tiled((self._normal * scale).to(self._dtype), spec.shape)
+
+    def _full(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+        import torch
+
+        return torch.full(shape, value, dtype=dtype, device=self._normal.device)
 
 
 def _tiled(noise: Tensor, shape: tuple[int, ...]) -> Tensor:
     import torch
 
-    made = torch.empty(math.prod(shape), dtype=noise.dtype)
+    made = torch.empty(math.prod(shape), dtype=noise.dtype, device=noise.device)
     for start in range(0, len(made), len(noise)):
         part = made[start : start + len(noise)]
         part.copy_(noise[: len(part)])

@@ -54,7 +54,7 @@ def test_decoder_anywhere(golden_local: Path) -> None:
     from qvl_kernels import reference
     from qvl_runtime.config import ModelConfig
     from qvl_runtime.model.linear import Maker
-    from qvl_runtime.model.rotary import positions_of
+    from qvl_runtime.model.rotary import Frequencies, positions_of
     from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 
     state = load_file(golden_local / "decoder_int4.safetensors")
@@ -63,9 +63,10 @@ def test_decoder_anywhere(golden_local: Path) -> None:
     state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
     decoder = Decoder(config, Maker(reference, state, "exact", {}))
     cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
+    frequencies = Frequencies(config, torch.device("cpu"))
     with cache.sequence(ntk_alpha(config, len(ids))) as sequence:
         sequence.append(len(ids))
         at, layout = layout_of([sequence], [len(ids)])
-        positions = positions_of(config, at, [sequence.alpha], layout.query_starts)
+        positions = positions_of(config, at, frequencies.table[frequencies.row(sequence.alpha)])
         x = decoder.forward(decoder.embedding[ids], positions, layout, cache.layers)
     close(decoder.logits(x), want, LOGITS, "logits")

@@ -49,7 +49,7 @@ def test_past_seq_length(tiny: Oracle, golden: Path) -> None:
     alpha = ntk_alpha(tiny.config, len(ids))
     assert alpha == want["ntk_alpha"].item() == 7
     close(inverse_frequencies(10000, 64, alpha), want["inv_freq"], 0, "inv_freq")
-    at = positions_of(tiny.config, torch.arange(150), [alpha], [0, 150])
+    at = positions_of(tiny.config, torch.arange(150), inverse_frequencies(10000, 64, alpha))
     close(at.cos, want["rope_cos"], 1e-6, "cos")
     close(at.sin, want["rope_sin"], 1e-6, "sin")
     close(logn_factors(tiny.config, torch.arange(151)), want["logn"], 1e-6, "logn")

@@ -106,7 +106,8 @@ def _pipe_times(
     spec: Spec, machine: Machine, instructions: list[str], loop: list[str], warps: int
 ) -> dict[str, float]:
     """Seconds that each pipe needs for one launch; what lies outside the main loop counts once a warp."""
-    programs, once, each = math.prod(spec.launch.grid), sass.pipe_cycles(machine, instructions), sass.pipe_cycles(machine, loop)
+    programs = math.prod(spec.launch.grid)
+    once, each = (sass.pipe_cycles(machine, part) for part in (instructions, loop))
     loop_bytes = sum(sass.loads(loop)) * 32 * warps
     trips = spec.loop_trips
     if trips is None:

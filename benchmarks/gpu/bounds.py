@@ -1,0 +1,50 @@
+"""What decoding can reach at the most: a token's bytes over the bandwidth of the memory. Computed, not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.engine import NANO
+from qvl_runtime.schedule.kv_cache import bytes_per_token
+from qvl_runtime.weights.layout import expected_tensors
+from qvl_runtime.weights.synthetic import SYNTHETIC, synthetic_config
+
+MACHINES = {"A100-SXM4-80GB": 2039, "H100 80GB HBM3": 3350}  # GB/s
+CONTEXTS = (2048, 8192)
+UNREAD = ("transformer.wte.weight",)
+
+
+def full_config(name: str) -> ModelConfig:
+    return synthetic_config(name, ModelConfig.from_folder(NANO))
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Read for each token, in 16 bits or packed: the decoder and the head, but of the embedding a row only."""
+    total = 0
+    for name, spec in expected_tensors(config).items():
+        elements = 1
+        for extent in spec.shape:
+            elements *= extent
+        if not (spec.optional or name.startswith("transformer.visual.") or name in UNREAD or name.endswith(".g_idx")):
+            total += elements * (4 if spec.packed else 2)
+    return total
+
+
+def token_bytes(config: ModelConfig, context: int, kept: torch.dtype = torch.bfloat16) -> int:
+    """Read for one token after `context` others: weights, keys and values."""
+    return weight_bytes(config) + context * bytes_per_token(config, kept)
+
+
+def bounds() -> Iterator[dict[str, Any]]:
+    """A row for each model, machine and context, at the end of it and, as the table averages, half way."""
+    for name in SYNTHETIC:
+        config = full_config(name)
+        for machine, rate in MACHINES.items():
+            for context in CONTEXTS:
+                mean = token_bytes(config, context // 2)
+                yield {"model": name, "machine": machine, "context": context, "gb_a_token": mean / 1e9,
+                       "at_most_tok_s": rate * 1e9 / mean}  # fmt: skip

@@ -1,0 +1,160 @@
+"""The ops with inputs for them: at the published model's sizes, at odd ones, and tiny."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qvl_kernels.reference import cache_width, to_cached
+
+Outputs = tuple[Tensor, ...]
+BLOCK = 16  # slots of a cache block
+GROUP = 128  # inputs of a quantisation group
+
+
+class Case(NamedTuple):
+    """An op and its inputs: `bind` gives a call, so that what is done once at load is not timed."""
+
+    name: str
+    inputs: tuple[Any, ...]
+    bind: Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]
+    nbytes: int  # that it must move at the least
+    timed: bool = False
+
+
+def plain(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]:
+    """Calls an op by name; what it gives, and the caches that it wrote, are its outputs."""
+
+    def bind(ops: ModuleType, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
+        def call() -> Outputs:
+            made = getattr(ops, op)(*inputs)
+            found = made if isinstance(made, tuple) else (made,)
+            return found + (inputs[4:6] if op == "rotary_to_cache" else ())
+
+        return call
+
+    return bind
+
+
+def prepared(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]:
+    """A linear: its weights are laid out once."""
+
+    def bind(ops: ModuleType, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
+        x, *weights = inputs
+        linear = getattr(ops, op)(*weights)
+        return lambda: (linear(x),)
+
+    return bind
+
+
+class Maker:
+    """Random inputs of one dtype on one device, the same in every run."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._dice = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self._dice) * scale).to(self.device, self.dtype)
+
+    def case(self, op: str, inputs: tuple[Any, ...], moved: int, note: str, timed: bool) -> Case:
+        return Case(f"{op}, {note}", inputs, plain(op), moved, timed)
+
+    def rows(self, rows: int, width: int, timed: bool = False) -> Iterator[Case]:
+        """Norms and activations."""
+        x, up_gate, weight = self.normal(rows, width), self.normal(rows, 2 * width), self.normal(width)
+        note = f"{rows} x {width}"
+        yield self.case("rms_norm", (x, weight, 1e-6), 2 * x.nbytes, note, timed)
+        yield self.case("add_rms_norm", (x, x.flip(0), weight, 1e-6), 4 * x.nbytes, note, timed)
+        sums = torch.stack([x.float(), x.float().flip(0)])
+        yield self.case("add_rms_norm", (x, sums, weight, 1e-6), 3 * x.nbytes + sums.nbytes, f"{note}, 2 sums", False)
+        yield self.case("layer_norm", (x, weight, x[0].clone(), 1e-6), 2 * x.nbytes, note, timed)
+        yield self.case("swiglu", (up_gate,), 3 * x.nbytes, note, timed)
+        yield self.case("gelu", (x,), 2 * x.nbytes, note, timed)
+
+    def cached(self, contexts: list[int], heads: int, dim: int, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Caches with blocks in no order, and the block tables."""
+        most = -(-max(contexts) // BLOCK)
+        blocks = torch.randperm(len(contexts) * most, generator=self._dice)
+        shape = (len(blocks), heads, BLOCK, dim)
+        caches = [to_cached(self.normal(*shape), kept).contiguous() for _ in "kv"]
+        return caches[0], caches[1], blocks.view(len(contexts), most).to(self.device)
+
+    def attention(
+        self, rows: int, context: int, requests: int, heads: int, dim: int, int8: bool = False, timed: bool = False
+    ) -> Case:
+        """`rows` new tokens for each of some requests, of slightly different lengths."""
+        kept = torch.int8 if int8 else self.dtype
+        contexts = [max(rows, context - 3 * r) for r in range(requests)]
+        k, v, tables = self.cached(contexts, heads, dim, kept)
+        q, starts = self.normal(rows * requests, heads, dim), [rows * r for r in range(requests + 1)]
+        moved = 2 * sum(contexts) * heads * cache_width(dim, kept) * kept.itemsize + 2 * q.nbytes
+        note = f"{requests} x {rows} rows after {context}, {heads} x {dim}{', int8' if int8 else ''}"
+        return self.case("paged_attention", (q, k, v, tables, starts, contexts), moved, note, timed)
+
+    def rotary(self, rows: int, heads: int, dim: int, int8: bool = False, timed: bool = False) -> Case:
+        kept = torch.int8 if int8 else self.dtype
+        qkv, angle = self.normal(rows, 3 * heads * dim), torch.arange(rows * dim, device=self.device).view(rows, dim)
+        k = torch.zeros(-(-rows // BLOCK) + 1, heads, BLOCK, cache_width(dim, kept), dtype=kept, device=self.device)
+        slots = torch.randperm(rows, generator=self._dice).to(self.device)
+        logn = torch.linspace(1, 1.2, rows, device=self.device)
+        moved = 2 * qkv.nbytes + 8 * rows * dim
+        inputs = (qkv, angle.float().cos(), angle.float().sin(), logn, k, k.clone(), slots)
+        note = f"{rows} rows, {heads} x {dim}{', int8' if int8 else ''}"
+        return self.case("rotary_to_cache", inputs, moved, note, timed)
+
+    def pictures(self, pictures: int, patches: int, heads: int, dim: int, timed: bool = False) -> Iterator[Case]:
+        width, queries = heads * dim, max(1, patches // 4)
+        qkv, note = self.normal(pictures, patches, 3 * width), f"{pictures} x {patches}, {heads} x {dim}"
+        yield self.case("vision_attention", (qkv, heads), qkv.nbytes * 4 // 3, note, timed)
+        q, k, v = self.normal(queries, width), *(self.normal(pictures, patches, width) for _ in "kv")
+        yield self.case("cross_attention", (q, k, v, heads), 2 * k.nbytes + pictures * q.nbytes, note, timed)
+
+    def linears(self, rows: int, inputs: int, outputs: int, timed: bool = False, odd: bool = False) -> Iterator[Case]:
+        """int4 as GPTQ packs it, in order and symmetric, or `odd`: act-order with zero points of its own; and dense."""
+        groups, x = -(-inputs // GROUP), self.normal(rows, inputs)
+
+        def words(*shape: int) -> Tensor:
+            return torch.randint(-(2**31), 2**31, shape, generator=self._dice).to(self.device, torch.int32)
+
+        zeros = words(groups, outputs // 8) if odd else torch.full_like(words(groups, outputs // 8), 0x77777777)
+        order = torch.randperm(inputs, generator=self._dice).to(self.device) // GROUP if odd else None
+        scales = (torch.rand(groups, outputs, generator=self._dice) / 64 + 1 / 64).to(self.device, torch.float16)
+        packed = (x, words(inputs // 8, outputs), zeros, scales, None if order is None else order.int(), 4, 1)
+        moved = inputs * outputs // 2 + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
+        note = f"{rows} x {inputs} to {outputs}{', act-order, asymmetric' if odd else ''}"
+        yield Case(f"int4 linear, {note}", packed, prepared("prepare_gptq"), moved, timed)
+        if not odd:
+            weight = self.normal(outputs, inputs, scale=inputs**-0.5)
+            moved = weight.nbytes + x.nbytes + rows * outputs * x.element_size()
+            yield Case(f"dense linear, {note}", (x, weight), prepared("prepare_linear"), moved, timed)
+
+
+def cases(make: Maker, tiny: bool) -> Iterator[Case]:
+    """Odd sizes to be right at; then, on a GPU, those of the published model to be fast at."""
+    for rows, width in ((1, 64), (3, 96)) if tiny else ((1, 64), (7, 96), (257, 1664)):
+        yield from make.rows(rows, width)
+    for int8 in (False, True):
+        yield make.rotary(3, 2, 32, int8)
+        yield make.attention(1, 37, 2, 2, 32, int8)
+        yield make.attention(19, 37, 2, 2, 32, int8)
+    yield from make.pictures(1 if tiny else 2, 33, 2, 104)
+    for rows in (1, 5) if tiny else (1, 5, 16, 17, 255, 1025):
+        yield from make.linears(rows, 256, 384)
+        yield from make.linears(rows, 256, 384, odd=True)
+    if tiny:
+        return
+    for rows in (1, 16, 2048):
+        yield from make.rows(rows, 4096, timed=True)
+        yield make.rotary(rows, 32, 128, timed=True)
+        for inputs, outputs in ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)):
+            yield from make.linears(rows, inputs, outputs, timed=True)
+    for requests in (1, 16):
+        for int8 in (False, True):
+            yield make.attention(1, 2048, requests, 32, 128, int8, timed=True)
+    yield make.attention(2048, 2048, 1, 32, 128, timed=True)
+    yield from make.pictures(8, 1024, 16, 104, timed=True)

@@ -1,0 +1,83 @@
+"""Every kernel against its definition, and how near it comes to the memory's ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases import Case, Maker, cases
+from benchmarks.gpu.place import Place
+from qvl_kernels import reference
+from qvl_kernels.reference import from_cached
+
+Row = dict[str, Any]
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def correct(place: Place) -> Iterator[Row]:
+    """A row for each case and dtype: `of_allowed` is the error as a share of what is allowed, `right` whether it fits.
+
+    Allowed: twice the error of plain torch in the same dtype, both against plain torch in float32, and one rounding of
+    the largest result, as two correct programs may round a tie differently.
+    """
+    for dtype in place.dtypes:
+        for case in cases(Maker(place.device, dtype), place.tiny):
+            exact = case.bind(reference, _as_float(case.inputs))()
+            yardstick = case.bind(reference, _apart(case.inputs))()
+            ours = case.bind(place.ops, _apart(case.inputs))()
+            share = max(
+                _share(_plain(got, dtype), _plain(plain, dtype), _plain(want, torch.float32), dtype)
+                for got, plain, want in zip(ours, yardstick, exact, strict=True)
+            )
+            yield {"case": case.name, "dtype": _name(dtype), "of_allowed": share, "right": share <= 1}
+        place.settle()
+
+
+def speed(place: Place, ceiling: float) -> Iterator[Row]:
+    """A row for each timed case in each dtype: microseconds, GB/s of what must move, and percent of a copy."""
+    for dtype in place.dtypes:
+        for case in cases(Maker(place.device, dtype), place.tiny):
+            if case.timed or place.tiny:
+                yield _timed(case, place, dtype, ceiling)
+        place.settle()
+
+
+def _timed(case: Case, place: Place, dtype: torch.dtype, ceiling: float) -> Row:
+    taken = place.seconds(case.bind(place.ops, case.inputs))
+    rate = case.nbytes / taken
+    return {"case": case.name, "dtype": _name(dtype), "us": taken * 1e6, "bytes": case.nbytes, "gb_s": rate / 1e9,
+            "of_copy": rate / ceiling}  # fmt: skip
+
+
+def _share(got: Tensor, plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    error, torchs = ((x.double() - want.double()).abs().max() for x in (got, plain))
+    return float(error / (2 * torchs + ROUNDING[dtype] * want.double().abs().max()))
+
+
+def _plain(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cache in int8 is compared by what it stands for."""
+    return from_cached(value, dtype) if value.dtype == torch.int8 else value
+
+
+def _as_float(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same numbers in float32; GPTQ scales and int8 caches stay what they are."""
+    packed = any(isinstance(value, Tensor) and value.dtype == torch.int32 for value in inputs)
+    return tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() and not (packed and i == 3)
+        else value.clone() if isinstance(value, Tensor) else value
+        for i, value in enumerate(inputs)
+    )  # fmt: skip
+
+
+def _apart(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies, as an op may write into its inputs."""
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""The launches of one decoder layer in a decode step, as they happen: `python -m benchmarks.gpu.launches`.
+
+A model of the published widths with two layers runs a step in which launches are noted and not executed, so it takes no
+GPU. A layer is what lies between one rotary kernel and the next. torch's own kernels count as well, by operator.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.model.language import LayerCache, Layout
+from qvl_runtime.model.qwen_vl import QwenVL, Step
+
+MAKES_NO_KERNEL = ("empty", "detach", "_local_scalar_dense")  # of torch's operators, beside views
+
+
+class Seen(NamedTuple):
+    """A launch: its kernel, or torch's operator, and what it read and wrote at the most."""
+
+    kernel: str
+    programs: int  # 0 for torch's
+    nbytes: int
+
+
+@contextmanager
+def noted(run: bool = True) -> Iterator[list[Seen]]:
+    """Notes every launch within, those of Triton executed only with `run`."""
+    from qvl_kernels.triton.launch import Launch
+
+    seen: list[Seen] = []
+    original = Launch.run
+
+    def note(launch: Launch) -> None:
+        tensors = {t.data_ptr(): t for t in launch.arguments.values() if isinstance(t, Tensor)}
+        seen.append(Seen(launch.kernel.__name__, math.prod(launch.grid), sum(t.nbytes for t in tensors.values())))
+        if run:
+            with torch.utils._python_dispatch._disable_current_modes():
+                original(launch)
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.__name__.partition(".")[0]
+            made = func(*args, **(kwargs or {}))
+            if not func.is_view and not any(part in name for part in MAKES_NO_KERNEL) and made is not None:
+                tensors = [t for t in (*args, made) if isinstance(t, Tensor)]
+                seen.append(Seen(f"torch {name}", 0, sum(t.nbytes for t in tensors)))
+            return made
+
+    Launch.run = note  # type: ignore[method-assign]
+    try:
+        with Operators():
+            yield seen
+    finally:
+        Launch.run = original  # type: ignore[method-assign]
+
+
+def of_a_layer(seen: list[Seen]) -> list[Seen]:
+    """What lies between the first rotary kernel and the second, from the norm that a layer ends with."""
+    turns = [i for i, launch in enumerate(seen) if launch.kernel == "rotary_kernel"]
+    if len(turns) < 2:
+        raise RuntimeError(f"{len(turns)} rotary kernels were launched; expected those of at least two layers")
+    return seen[turns[0] : turns[1]]
+
+
+def decode_step(config: ModelConfig, quantised: bool, rows: int, context: int) -> list[Seen]:
+    """A layer's launches in a step of `rows` requests after `context` tokens; config: its widths."""
+    from qvl_runtime.weights.synthetic import SyntheticState
+
+    small = replace(config, num_hidden_layers=2, vocab_size=2048, visual=replace(config.visual, layers=1))
+    small = replace(small, quantization=config.quantization if quantised else None)
+    model = QwenVL(small, SyntheticState(small, torch.float16, repeat_blocks=not quantised))
+    blocks = -(-context // 16)
+    shape = (blocks + 1, small.num_attention_heads, 16, small.kv_channels)
+    caches = [LayerCache(torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.float16))] * 2
+    ones = torch.ones(rows, dtype=torch.int64)
+    layout = Layout(ones, torch.zeros(rows, blocks, dtype=torch.int64), torch.arange(rows + 1), ones * context)
+    step = Step(ones, ones, torch.ones(rows, small.rotary_dim // 2), layout)
+    with noted(run=False) as seen:
+        model.forward(step, caches)
+    return of_a_layer(seen)
+
+
+def main() -> None:
+    os.environ["TRITON_INTERPRET"], os.environ["QVL_KERNELS"] = "1", "triton"  # noted, and never run
+    from benchmarks.gpu.bounds import full_config
+
+    config = full_config("qwen-vl-chat-int4")
+    counted = {rows: decode_step(config, True, rows, 2048) for rows in (1, 16)}
+    if "--json" in sys.argv[1:]:
+        print(json.dumps([{"rows": rows, **seen._asdict()} for rows, launches in counted.items() for seen in launches]))
+        return
+    for rows, launches in counted.items():
+        print(f"\n{len(launches)} launches a layer, Int4, {rows} row{'s' * (rows > 1)} after 2048 tokens:\n")
+        print("| kernel | programs | MB of its tensors |\n|---|---:|---:|")
+        for launch in launches:
+            print(f"| {launch.kernel} | {launch.programs or ''} | {launch.nbytes / 1e6:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

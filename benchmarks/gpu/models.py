@@ -1,0 +1,113 @@
+"""Whole models on the kernels: near what the CPU computes in float32, and the same tokens with graphs and without."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.gpu.place import Place
+from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.engine import NANO
+
+Row = dict[str, Any]
+GOLDENS = {  # of the original code, where the folder with them is at hand: file, ids, logits, and the rows they are of
+    "tiny": (("lm_i_text20", "ids", "logits", None), ("lm_iv_long", "ids", "logits", None)),
+    "tiny-int4": (("lm_int4", "i_ids", "i_logits", None),),
+}
+
+
+def goldens(place: Place, folder: Path | None) -> Iterator[Row]:
+    """Root mean square errors of logits, ours and plain torch's on the CPU in the same dtype, against float32.
+
+    The oracle's checkpoints against what the original computes; nano and its Int4 sibling, a picture in the prompt,
+    against plain torch in float32. Ours may be twice plain torch's.
+    """
+    dtype = _name(place.dtypes[-1])
+    if folder is not None:
+        for name, files in GOLDENS.items():
+            for file, ids, logits, _ in files[: 1 if place.tiny else None]:
+                want = load_file(folder / f"{file}.safetensors")
+                prompt: dict[str, Any] = {"token_ids": want[ids][0].tolist()}
+                yield _judged(f"{name}, {file}", folder / name, prompt, want[logits][0], dtype, place)
+    for path in (NANO, NANO.parent / "nano_int4"):
+        prompt = _nano_prompt(picture=not place.tiny)
+        exact = _logits(path, prompt, "float32", torch.device("cpu"), "reference")
+        yield _judged(path.name, path, prompt, exact, dtype, place)
+
+
+def _judged(name: str, path: Path, prompt: dict[str, Any], want: Tensor, dtype: str, place: Place) -> Row:
+    ours = _logits(path, prompt, dtype, place.device, None)
+    plain = _logits(path, prompt, dtype, torch.device("cpu"), "reference")
+    error, yardstick = (float((x.float().cpu() - want).square().mean().sqrt()) for x in (ours, plain))
+    return {"model": name, "dtype": dtype, "rms_error": error, "plain_torch": yardstick,
+            "right": error <= 2 * yardstick}  # fmt: skip
+
+
+def graphs(place: Place) -> Iterator[Row]:
+    """Greedy answers to prompts of many lengths, together: by graphs and without, and one after another."""
+    greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
+    prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
+    for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
+        found, replays = [], 0
+        for on in (True, False):
+            engine = Engine(path, device=str(place.device), dtype=_name(place.dtypes[0]), max_model_len=256,
+                            kv_cache_bytes=64 << 20, cuda_graphs=on)  # fmt: skip
+            found.append([out.token_ids for out in engine.generate(prompts, greedy)])
+            used = engine.loop.runner.graphs
+            replays += used.replays if used is not None else 0
+            place.settle()
+        yield {"model": path.name, "requests": len(prompts), "replays": replays, "same_tokens": found[0] == found[1],
+               "right": found[0] == found[1] and (replays > 0) == (not place.tiny)}  # fmt: skip
+
+
+def _nano_prompt(picture: bool) -> dict[str, Any]:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    ids = [72, 101, 108, 108, 111]
+    if not picture:
+        return {"token_ids": ids}
+    marks = _marks()
+    return {"token_ids": [*marks, *ids], "images": [Image.fromarray(noise)]}
+
+
+def _marks() -> tuple[int, int]:
+    """The ids around a picture."""
+    from qvl_runtime.config import ModelConfig
+
+    visual = ModelConfig.from_folder(NANO).visual
+    return visual.image_start_id, visual.image_end_id
+
+
+def _logits(path: Path, prompt: dict[str, Any], dtype: str, device: torch.device, kernels: str | None) -> Tensor:
+    with _asked(kernels):
+        engine = Engine(path, device=str(device), dtype=dtype, max_model_len=512, kv_cache_bytes=64 << 20)
+        scored = engine.score(prompt, return_logits=True).logits
+    if scored is None:
+        raise RuntimeError("score gave no logits where they were asked for")
+    return scored
+
+
+@contextmanager
+def _asked(kernels: str | None) -> Iterator[None]:
+    """With QVL_KERNELS as given; None: as it is."""
+    before = os.environ.get("QVL_KERNELS")
+    if kernels is not None:
+        os.environ["QVL_KERNELS"] = kernels
+    try:
+        yield
+    finally:
+        os.environ.pop("QVL_KERNELS", None)
+        if before is not None:
+            os.environ["QVL_KERNELS"] = before
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,79 @@
+"""Where the suite runs: a GPU with its clock and its ceiling, or a CPU that stands in for one at tiny sizes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from types import ModuleType
+
+import torch
+
+PEAK_GB_S = {  # of the memory, by the vendor's data sheets
+    "A100-SXM4-80GB": 2039, "A100 80GB PCIe": 1935, "A100-SXM4-40GB": 1555, "H100 80GB HBM3": 3350, "H100 PCIe": 2000,
+    "H200": 4800, "A10": 600, "L4": 300, "L40S": 864, "RTX 3090": 936, "RTX 4090": 1008,
+}  # fmt: skip
+COPIED = 1 << 30  # bytes of the copy that is the ceiling
+
+
+@dataclass(frozen=True)
+class Place:
+    device: torch.device
+    tiny: bool  # no GPU: kernels run in Triton's interpreter, and their times say nothing
+
+    @classmethod
+    def find(cls) -> Place:
+        """The first GPU, or this CPU; there, sets what asks for the interpreter, before anybody imports triton."""
+        if torch.cuda.is_available():
+            return cls(torch.device("cuda", 0), False)
+        os.environ["TRITON_INTERPRET"], os.environ["QVL_KERNELS"] = "1", "triton"
+        return cls(torch.device("cpu"), True)
+
+    @property
+    def ops(self) -> ModuleType:
+        from qvl_kernels import ops_for
+
+        return ops_for(self.device)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The interpreter computes bfloat16 wrongly."""
+        return (torch.float16,) if self.tiny else (torch.float16, torch.bfloat16)
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes a second that the data sheet promises, where this GPU is known."""
+        name = "" if self.tiny else torch.cuda.get_device_name(self.device)
+        return next((gb * 10**9 for part, gb in PEAK_GB_S.items() if part in name), None)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """A call's time: on a GPU the median of many, each with a cold cache; else of one."""
+        if self.tiny:
+            began = time.perf_counter()
+            call()
+            return time.perf_counter() - began
+        call()
+        flushed = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(20)]
+        for start, end in events:
+            flushed.zero_()  # larger than any L2
+            start.record()  # type: ignore[no-untyped-call]
+            call()
+            end.record()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        return median(start.elapsed_time(end) for start, end in events) / 1e3
+
+    def copy_ceiling(self) -> float:
+        """Bytes a second that a large copy moves, read and written counted."""
+        size = COPIED >> 10 if self.tiny else COPIED
+        source = torch.zeros(size, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * size / self.seconds(lambda: target.copy_(source))
+
+    def settle(self) -> None:
+        """Wait for what is queued, and give back what is not used."""
+        if not self.tiny:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()

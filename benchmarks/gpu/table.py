@@ -1,0 +1,110 @@
+"""The documented table, on the full-size model with random weights: speed, memory, and requests together.
+
+Documented for an A100-SXM4-80G: tokens a second while generating up to 2048 and 8192 tokens after a picture, and peak
+memory there, of the original code in BF16 and Int4. Here the speed is that of tokens at `POINTS` places along the way,
+32 after each; a step's time grows evenly with the context, so that the mean of theirs is the mean of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.gpu.bounds import full_config, token_bytes
+from benchmarks.gpu.place import Place
+from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.schedule.kv_cache import bytes_per_token
+
+Row = dict[str, Any]
+SPEED = {("bf16", 2048): 28.87, ("bf16", 8192): 24.32, ("int4", 2048): 37.79, ("int4", 8192): 34.34}  # tok/s
+MEMORY = {("bf16", 2048): 22.60, ("bf16", 8192): 28.01, ("int4", 2048): 11.82, ("int4", 8192): 17.23}  # GB
+NAMES = {"bf16": "qwen-vl-chat", "int4": "qwen-vl-chat-int4"}
+PICTURE = 258  # tokens
+POINTS, DECODED = 5, 32
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def table(place: Place, kind: str) -> Iterator[Row]:
+    """Rows of speed, memory and throughput for `bf16` or `int4`; tiny: of nano, to see that all of it runs."""
+    contexts = (12, 20) if place.tiny else (2048, 8192)
+    engine = _engine(place, kind, contexts[-1] + 64)
+    _answer(engine, 1, 8, 2)  # compiles what the warm-up did not
+    for context in contexts:
+        yield _speed(place, engine, kind, context)
+        yield _memory(place, engine, kind, context, contexts[-1] + 64)
+    for batch in (1, 2) if place.tiny else BATCHES:
+        yield _throughput(engine, kind, batch, place)
+    del engine
+    place.settle()
+
+
+def _engine(place: Place, kind: str, longest: int) -> Engine:
+    if place.tiny:
+        return Engine(None if kind == "bf16" else _nano_int4(), device="cpu", dtype="float16", max_model_len=longest)
+    torch.cuda.reset_peak_memory_stats()
+    config = full_config(NAMES[kind])
+    needed = max(longest, 64 * 192) * bytes_per_token(config, torch.bfloat16)
+    dtype = "bfloat16" if kind == "bf16" else "float16"
+    return Engine(synthetic=NAMES[kind], device=str(place.device), dtype=dtype, max_model_len=longest,
+                  kv_cache_bytes=needed)  # fmt: skip
+
+
+def _nano_int4() -> str:
+    from qvl_runtime.engine import NANO
+
+    return str(NANO.parent / "nano_int4")
+
+
+def _answer(engine: Engine, requests: int, context: int, tokens: int, picture: bool = False) -> float:
+    """Tokens a second of all requests together after the first token of each."""
+    marks = (engine.tokenizer.img_start, engine.tokenizer.img_end)
+    ids = [*marks * picture, *[7] * (context - PICTURE * picture)]
+    images = [Image.new("RGB", (448, 448), "grey")] * picture
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    prompts: list[Any] = [{"token_ids": [r + 1, *ids[1:]] if not picture else ids, "images": images}
+                          for r in range(requests)]  # fmt: skip
+    submitted = [engine.submit(engine.encode(prompt), params) for prompt in prompts]
+    while any(not request.tasks or not request.tasks[0].answer.token_ids for request in submitted):
+        engine.loop.step()
+    began = time.perf_counter()
+    made = -sum(len(request.tasks[0].answer.token_ids) for request in submitted)
+    while engine.loop.step():
+        pass
+    made += sum(len(request.completion().token_ids) for request in submitted)
+    return made / (time.perf_counter() - began)
+
+
+def _speed(place: Place, engine: Engine, kind: str, context: int) -> Row:
+    tokens = 2 if place.tiny else DECODED
+    first = 8 if place.tiny else PICTURE + 2
+    points = 1 if place.tiny else POINTS
+    places = [first + (context - tokens - first) * i // max(1, points - 1) for i in range(points)]
+    steps = [1 / _answer(engine, 1, at, tokens, picture=not place.tiny) for at in places]
+    speed = len(steps) / sum(steps)
+    row: Row = {"what": "speed", "model": kind, "tokens": context, "tok_s": speed}
+    if place.tiny:
+        return row
+    rate = speed * token_bytes(full_config(NAMES[kind]), sum(places) // len(places))
+    documented = SPEED[kind, context]
+    return row | {"documented": documented, "times": speed / documented, "gb_s": rate / 1e9,
+                  "of_peak": rate / place.peak if place.peak else None}  # fmt: skip
+
+
+def _memory(place: Place, engine: Engine, kind: str, context: int, longest: int) -> Row:
+    """Peak of what was allocated, with a KV cache for `context` tokens: what the cache has beyond is taken off."""
+    if place.tiny:
+        return {"what": "memory", "model": kind, "tokens": context, "gb": None}
+    cache = engine.loop.runner.cache
+    peak = torch.cuda.max_memory_allocated() - (cache.num_slots - context) * cache.bytes_per_token
+    documented = MEMORY[kind, context]
+    return {"what": "memory", "model": kind, "tokens": context, "gb": peak / 1e9, "documented": documented,
+            "times": peak / 1e9 / documented}  # fmt: skip
+
+
+def _throughput(engine: Engine, kind: str, batch: int, place: Place) -> Row:
+    context, tokens = (8, 2) if place.tiny else (128, 48)
+    return {"what": "throughput", "model": kind, "requests": batch, "tok_s": _answer(engine, batch, context, tokens)}

@@ -1,0 +1,53 @@
+"""CUDA graphs as the capture of `decode_graphs`, and the memory of a CUDA device as the meter of `warm_up`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qvl_runtime.schedule.decode_graphs import Captured
+
+
+class CudaCapture:
+    """Captures on a stream of its own; all graphs share one pool, as they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            function()  # kernels are compiled and libraries find their workspaces, neither of which can be captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            output = function()
+        current.wait_stream(self._stream)
+        return Captured(graph.replay, output)
+
+
+class CudaMeter:
+    """Memory of a CUDA device, in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, 0
+
+    def begin(self) -> None:
+        """From here on growth is counted."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def grown(self) -> int:
+        """By how much more than at `begin` was held at most, fragments of the allocator's blocks included."""
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_reserved(self._device) - self._before
+
+    def free(self) -> int:
+        """What can be had, after everything unused was given back."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]

@@ -1,0 +1,77 @@
+"""The choice of the next token where the logits are: what `sampler` defines, by a kernel, with one copy back.
+
+A step waits for its device once, when the tokens are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvl_runtime.schedule.request import TokenLogprob
+from qvl_runtime.schedule.sampler import Row, Sample, likeliest, sample
+
+Sampler = Callable[[Tensor, Sequence[Row]], list[Sample]]
+
+
+def sampler_for(ops: ModuleType) -> Sampler:
+    """The sampler of a module of ops: its own kernel's where it has one."""
+    return partial(sample_by, ops) if hasattr(ops, "sample") else sample
+
+
+def sample_by(ops: ModuleType, logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
+    """One token for each row of logits [m, vocab], as `sampler.sample` chooses it."""
+    token_ids, logprobs = ops.sample(logits, _state(ops, logits.device, rows))
+    both = torch.stack([token_ids.double(), logprobs.double()]).tolist()  # the one copy back; ids fit float64
+    chosen = [int(token) for token in both[0]]
+    for row, token in zip(rows, chosen, strict=True):
+        if row.draws.seen is not None:
+            row.draws.seen[token] = True
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    if any(row.draws.params.logprobs for row in rows):
+        raw = logits.float()
+        tops = likeliest(raw, raw.logsumexp(-1), rows)
+    return [
+        Sample(token, TokenLogprob(token, logprob, top))
+        for token, logprob, top in zip(chosen, both[1], tops, strict=True)
+    ]
+
+
+def _state(ops: ModuleType, device: torch.device, rows: Sequence[Row]) -> Any:
+    """What the kernel wants to know of each row; None where all take the likeliest and nothing else.
+
+    One copy brings the numbers. Rows with a penalty or a bias share one stack of what they have seen and of biases.
+    """
+    special = [i for i, row in enumerate(rows) if row.draws.seen is not None or row.draws.bias is not None]
+    if not special and not any(row.draws.params.temperature for row in rows):
+        return None
+    slots = dict(zip(special, range(len(special)), strict=True))
+    numbers = [
+        (p.temperature or 0.0, p.top_k or 0, 1.0 if p.top_p is None else p.top_p, p.min_p,
+         row.draws.uniform(row.position), row.draws.penalty, slots.get(i, -1))
+        for i, row in enumerate(rows) for p in (row.draws.params,)
+    ]  # fmt: skip
+    temperature, top_k, top_p, min_p, dice, penalty, slot = (
+        torch.tensor(numbers, dtype=torch.float64).t().contiguous().to(device, non_blocking=True)
+    )
+    state = ops.SamplingRows(temperature.float(), top_k.int(), top_p.float(), min_p.float(), dice)
+    if not special:
+        return state
+    draws = [rows[i].draws for i in special]
+    seen, bias = _stacked([d.seen for d in draws]), _stacked([d.bias for d in draws])
+    return state._replace(
+        penalty=None if seen is None else penalty.float(), slots=slot.long(), seen=seen, bias=bias
+    )  # fmt: skip
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors as rows of one, zeros where there is none; None where there are none at all."""
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.zeros_like(like) if part is None else part for part in parts])

@@ -1,0 +1,96 @@
+"""The GPU suite where there is no GPU: all of it runs, in the interpreter, and says what it is worth."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.bounds import full_config, token_bytes, weight_bytes
+from benchmarks.gpu.launches import Seen, of_a_layer
+from benchmarks.gpu.page import page
+from benchmarks.gpu.table import MEMORY, SPEED
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make triton")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "QVL_KERNELS")}
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, env=clean)
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where the suite takes minutes")
+def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
+    done = python("benchmarks.gpu_suite", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    suite: dict[str, Any] = json.loads((tmp_path / "suite.json").read_text())
+    parts = suite["parts"]
+    assert [*parts] == ["bounds", "launches", "correct", "goldens", "graphs", "ceiling", "speed", "int4", "bf16",
+                        "sanitizer"]  # fmt: skip
+    assert "no time below is a figure" in suite["notes"][0] and len(suite["notes"]) == 1
+    ops = {row["case"].partition(",")[0] for row in parts["correct"]}
+    assert {"rms_norm", "add_rms_norm", "layer_norm", "swiglu", "gelu", "rotary_to_cache", "paged_attention",
+            "vision_attention", "cross_attention", "int4 linear", "dense linear"} == ops  # fmt: skip
+    assert all(row["right"] for part in ("correct", "goldens", "graphs") for row in parts[part])
+    assert {row["model"] for row in parts["goldens"]} == {"nano", "nano_int4"}
+    assert {row["what"] for row in parts["int4"]} == {"speed", "memory", "throughput"}
+    text = (tmp_path / "suite.md").read_text()
+    assert "Triton kernels (interpreted)" in text and "Computed bounds" in text and "**NO**" not in text
+
+
+@needs_triton
+@pytest.mark.interpreter
+def test_a_layer_of_a_decode_step_is_ten_launches_at_the_most() -> None:
+    done = python("benchmarks.gpu.launches", "--json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    for rows in (1, 16):
+        kernels = [launch["kernel"] for launch in seen if launch["rows"] == rows]
+        assert 7 <= len(kernels) <= 10, kernels
+        assert kernels[0] == "rotary_kernel" and kernels.count("rms_norm_kernel") == 2
+
+
+def test_a_layer_is_from_rotary_to_rotary() -> None:
+    names = ["norm", "rotary_kernel", "attention", "torch add", "rotary_kernel", "attention"]
+    assert [s.kernel for s in of_a_layer([Seen(name, 1, 1) for name in names])] == names[1:4]
+    with pytest.raises(RuntimeError, match="expected those of at least two layers"):
+        of_a_layer([Seen("rotary_kernel", 1, 1)])
+
+
+def test_bounds_are_the_bytes_of_the_published_model() -> None:
+    """4096 * 12288 + 4096^2 + 3 * 4096 * 11008 weights a layer, 32 layers, and a head of 151936 rows in 16 bits."""
+    weights = 32 * (4096 * 12288 + 4096**2 + 3 * 4096 * 11008)
+    head, norms, biases = 151936 * 4096 * 2, 65 * 4096 * 2, 32 * 12288 * 2
+    dense, int4 = full_config("qwen-vl-chat"), full_config("qwen-vl-chat-int4")
+    assert weight_bytes(dense) == 2 * weights + head + norms + biases
+    packed = weights // 2 + weights // 128 * 2 + weights // 128 // 2  # levels, scales, zero points
+    assert weight_bytes(int4) == pytest.approx(packed + head + norms, rel=1e-3)
+    assert token_bytes(dense, 2048) - token_bytes(dense, 0) == 2048 * 2 * 32 * 4096 * 2
+
+
+def test_the_documented_figures() -> None:
+    """Of the Qwen-VL README, "Profiling": generating after a picture on an A100-SXM4-80G."""
+    assert [*SPEED.values()] == [28.87, 24.32, 37.79, 34.34]
+    assert [*MEMORY.values()] == [22.60, 28.01, 11.82, 17.23]
+
+
+def test_the_page() -> None:
+    text = page({"device": "a GPU"}, {"graphs": [{"a": 1.23456, "right": True}, {"b": None}]}, ["a note"])
+    assert "- device: a GPU" in text and "> a note" in text
+    assert re.search(r"\| a \| right \|\n\|---\|---\|\n\| 1\.235 \| yes \|\n\n\| b \|\n\|---\|\n\|  \|", text)
+
+
+def test_an_unknown_part_is_refused() -> None:
+    done = python("benchmarks.gpu_suite", "--only", "kernals")
+    assert done.returncode == 2 and "there is no part 'kernals'; there are bounds, launches" in done.stderr
