@@ -151,7 +151,6 @@ class Quantizer:
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[LinearError]:
         """Quantise and write; `progress` hears how many linears are done. Returns the error of each linear."""
-        torch.manual_seed(0)
         job = Job(self.destination, self._key())
         state = job.resume()
         if state is None:
