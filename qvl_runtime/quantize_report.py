@@ -24,7 +24,7 @@ def error_table(errors: Sequence[LinearError]) -> Table:
     linears = list(dict.fromkeys(error.linear for error in errors))
     title = "error of the outputs on held-out conversations, % (rounded to nearest)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("layer", *linears, "seconds"):
+    for column in ("layer", *linears, "s"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in sorted({error.layer for error in errors}):
         row = {error.linear: error for error in errors if error.layer == layer}

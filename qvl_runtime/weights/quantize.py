@@ -32,6 +32,7 @@ from qvl_runtime.weights.save import copy_companions, quantized_config, write_js
 
 SHARD = 2 * 10**9  # bytes of a file, about those of the published checkpoint
 REPORT = "quantize_report.json"
+MAPPED = 10**9  # bytes of the source that stay mapped while it is read through
 MOST_FLOAT16 = 65504.0
 
 
@@ -104,7 +105,7 @@ class Quantizer:
             )
         replace(config, quantization=options.quantization)  # refuses widths that cannot be packed
         checkpoint = Checkpoint.open(source, config)
-        _refuse_beyond_float16(checkpoint, config)
+        _refuse_beyond_float16(source, checkpoint, config)
         read = read_calibration(config, source, calibration, options.samples, options.max_tokens)
         job = cls(source, destination, options, config, read, torch.device(device))
         free, disk = shutil.disk_usage(_existing(destination)).free, job.outline().disk
@@ -150,7 +151,6 @@ class Quantizer:
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[LinearError]:
         """Quantise and write; `progress` hears how many linears are done. Returns the error of each linear."""
-        torch.manual_seed(0)
         job = Job(self.destination, self._key())
         state = job.resume()
         if state is None:
@@ -182,12 +182,12 @@ class Quantizer:
 
     def _write(self, job: Job, errors: list[LinearError]) -> None:
         """All blocks are done: gather them and what stays float16 into the new checkpoint."""
-        quantized, checkpoint = job.layers(self.config.num_hidden_layers), Checkpoint.open(self.source)
+        quantized, source = job.layers(self.config.num_hidden_layers), _Reader(self.source)
 
         def read(name: str) -> Tensor:
             if name in quantized:
                 return mapped(quantized[name], name)
-            return checkpoint.tensor(name).to(torch.float16)
+            return source.tensor(name).to(torch.float16)
 
         shutil.rmtree(job.model, ignore_errors=True)
         job.model.mkdir()
@@ -221,12 +221,28 @@ class Quantizer:
         return options | {"calibration": self.calibration.digest(), "source": stats, "device": self.device.type}
 
 
-def _refuse_beyond_float16(checkpoint: Checkpoint, config: ModelConfig) -> None:
+class _Reader:
+    """Tensors of a checkpoint one after another: the files are mapped anew now and then, which frees their pages."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._read = folder, 0
+        self._checkpoint = Checkpoint.open(folder)
+
+    def tensor(self, name: str) -> Tensor:
+        if self._read > MAPPED:
+            self._checkpoint, self._read = Checkpoint.open(self._folder), 0
+        tensor = self._checkpoint.tensor(name)
+        self._read += tensor.nbytes
+        return tensor
+
+
+def _refuse_beyond_float16(source: Path, checkpoint: Checkpoint, config: ModelConfig) -> None:
     """What stays float becomes float16, as published; it must not become infinite on the way."""
+    reader = _Reader(source)
     for name in expected_tensors(config):
         if name in checkpoint and name.rpartition(".")[0] not in decoder_linears(config):
-            most = float(checkpoint.tensor(name).abs().max())
-            if not most <= MOST_FLOAT16:
+            most = max(abs(float(end)) for end in reader.tensor(name).aminmax())
+            if not most <= MOST_FLOAT16:  # NaN, too
                 raise CheckpointError(
                     f"{name} holds {most:g}, beyond the {MOST_FLOAT16:g} of float16, which the published layout keeps "
                     "it in: fine-tune in a narrower range"

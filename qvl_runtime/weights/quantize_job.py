@@ -83,6 +83,7 @@ class Job:
         refuse_existing(self.destination)
         self.model.rename(self.destination)
         sync(self.destination.parent)
+        self._state.unlink()  # first: without it a folder that is half removed says nothing
         shutil.rmtree(self.home)
 
     @property
