@@ -35,7 +35,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 X86_SOURCES = {
     "variant_avx2.cpp": ["-O2", *AVX2],
     "variant_avx512.cpp": ["-O3", *AVX512],
-    "variant_amx.cpp": ["-O3", *AVX512, "-mamx-tile", "-mamx-int8"],
+    "variant_amx.cpp": ["-O3", *AVX512, "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 

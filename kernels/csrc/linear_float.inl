@@ -60,6 +60,18 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
                   const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                   int64_t outputs, const float* bias, void* y) {
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
+#if defined(__AMX_INT8__)
+  if (rows >= (getenv("AMXE") ? atol(getenv("AMXE")) : 2)) {
+    const Output all{bias, y, dtype, outputs};
+#define QVL_EXACT(PLANES) \
+  bits == 4 ? linear_amx<Bfloat16<PLANES>, 4>(x, dtype, rows, inputs, perm, w, all) \
+            : linear_amx<Bfloat16<PLANES>, 8>(x, dtype, rows, inputs, perm, w, all)
+    if (dtype == kBfloat16) return QVL_EXACT(1);
+    if (dtype == kFloat16) return QVL_EXACT(2);
+    return QVL_EXACT(3);
+#undef QVL_EXACT
+  }
+#endif
   const int64_t step = rows == 1 ? 1 : 4, rows_padded = (rows + step - 1) / step * step;
   float* floats = scratch<float>(2, rows_padded * padded);
   float* sums = scratch<float>(3, rows_padded * w.groups);

@@ -19,7 +19,7 @@ _log = logging.getLogger("qvl_kernels")
 BLOCK = 16  # outputs that lie side by side in a packed weight
 GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
 FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, torch's GEMM
-FEW_EXACT = 96  # rows up to which packed weights meet float activations in registers: 0.8 ms a row at 4096 x 11008,
+FEW_EXACT = 96000  # rows up to which packed weights meet float activations in registers: 0.8 ms a row at 4096 x 11008,
 # where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
 LINE, HUGE_PAGE = 64, 2 << 20  # bytes
