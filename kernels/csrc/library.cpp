@@ -23,10 +23,10 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
-// Bits 24 and 25 of EDX in leaf 7: tiles, and int8 products on them. gcc 12's cpu_supports does not know these names.
+// Bits 22, 24 and 25 of EDX in leaf 7: bfloat16 products, tiles, int8 products. gcc 12's cpu_supports does not know these names.
 bool has_amx() {
   unsigned a, b, c, d;
-  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 && entries_amx();
+  return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 13) == 13 && entries_amx();
 }
 #endif
 

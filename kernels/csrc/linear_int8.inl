@@ -1,4 +1,3 @@
-#include <stdlib.h>
 // Packed weights (4 or 8 bits) times int8 activations: one row, few rows, many rows.
 //
 // Packing: a block is 16 outputs, a group `group` inputs that share a scale; [blocks][groups][lines][64 bytes], and lane
@@ -190,14 +189,12 @@ void linear_int8(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int
                  const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                  int64_t outputs, const float* bias, void* y) {
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
+  const Output out{bias, y, dtype, outputs};
 #if defined(__AMX_INT8__)
-  const Output all{bias, y, dtype, outputs};
-  if (rows >= (getenv("AMXR") ? atol(getenv("AMXR")) : 5) && group % 64 == 0)
-    return bits == 4 ? linear_amx<Int8, 4>(x, dtype, rows, inputs, perm, w, all) : linear_amx<Int8, 8>(x, dtype, rows, inputs, perm, w, all);
+  if (linear_int8_amx(x, dtype, rows, inputs, perm, w, out)) return;
 #endif
   const int64_t step = rows_at_once(rows);
   const Activations a = quantize_rows(x, dtype, rows, (rows + step - 1) / step * step, inputs, padded, group, perm);
-  const Output out{bias, y, dtype, outputs};
   bits == 4 ? by_regime<4>(w, a, out) : by_regime<8>(w, a, out);
 }
 
