@@ -67,12 +67,19 @@ template <class Op> void elementwise(int64_t dtype, int64_t count, void* y, cons
   });
 }
 
-// up * silu(gate), silu(x) = x / (1 + e^-x), rounded to `dtype` as it would be on its own
-void swiglu(const void* up, const void* gate, int64_t dtype, int64_t count, void* y) {
-  elementwise(dtype, count, y, [&](int64_t i, int64_t n) {
-    const F g = load_upto(gate, dtype, i, n);
-    const F silu = rounded(div(g, add(set1(1.0f), exp(sub(zero(), g)))), dtype);
-    return mul(load_upto(up, dtype, i, n), silu);
+// x [rows, 2 * width] holds up | gate; y [rows, width] = up * silu(gate), silu(x) = x / (1 + e^-x), which is rounded to
+// `dtype` as it would be on its own
+void swiglu(const void* x, int64_t dtype, int64_t rows, int64_t width, void* y) {
+  parallel_ranges(rows * width, kElements, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t up = i / width * width + i, part = width - i % width < end - i ? width - i % width : end - i;
+      for (int64_t j = 0; j < part; j += 16) {
+        const F g = load_upto(x, dtype, up + width + j, part - j);
+        const F silu = rounded(div(g, add(set1(1.0f), exp(sub(zero(), g)))), dtype);
+        store_upto(y, dtype, i + j, mul(load_upto(x, dtype, up + j, part - j), silu), part - j);
+      }
+      i += part;
+    }
   });
 }
 

@@ -73,12 +73,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y
 
 
-def swiglu(up: Tensor, gate: Tensor) -> Tensor:
-    if not _same_floats(up, gate) or up.shape != gate.shape:
-        return reference.swiglu(up, gate)
-    up, gate = up.contiguous(), gate.contiguous()
-    y = torch.empty_like(up)
-    library().ready().swiglu(up.data_ptr(), gate.data_ptr(), CODES[up.dtype], up.numel(), y.data_ptr())
+def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    width = up_gate.shape[-1] // 2
+    if up_gate.dtype not in FLOATS or up_gate.dim() == 3 or up_gate.shape[-1] != 2 * width:
+        return reference.swiglu(up_gate, dtype)
+    x, y = up_gate.contiguous(), up_gate.new_empty(*up_gate.shape[:-1], width)
+    library().ready().swiglu(x.data_ptr(), CODES[x.dtype], len(x), width, y.data_ptr())
     return y
 
 
@@ -91,12 +91,13 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def rotary_to_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     heads, block_size, _ = k_cache.shape[1:]
     plain = all(t.is_contiguous() for t in (k_cache, v_cache, cos, sin, logn, slots))
-    if qkv.dtype not in FLOATS or not plain:
-        return reference.rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots)
+    if qkv.dtype not in FLOATS or qkv.dim() == 3 or not plain:
+        return reference.rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
     qkv, head_dim = qkv.contiguous(), qkv.shape[-1] // (3 * heads)
     q = qkv.new_empty(len(qkv), heads, head_dim)
     library().ready().rotary_to_cache(

@@ -23,7 +23,7 @@ _SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "dequantize": "PPPiiiiiPiiiP",
     "rms_norm": "PPiiiPdPP",
     "layer_norm": "PiiiPPdP",
-    "swiglu": "PPiiP",
+    "swiglu": "PiiiP",
     "gelu": "PiiP",
     "rotary_to_cache": "PiiiiPPiPPPPiiP",
     "paged_attention": "PiiiiPPiiPiPPP",

@@ -65,10 +65,15 @@ class Bound(NamedTuple):
     call: Linear
     kernel: str  # what runs, for the report
     nbytes: int  # of the weights as they are held
+    split: Linear | None = None  # where the kernel splits the inputs: x to float32 partial sums [S, n, out]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out], in x's dtype."""
         return self.call(x)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [n, in] to [n, out], or to float32 partial sums [S, n, out] for an op that adds them as it reads."""
+        return self.call(x) if self.split is None else self.split(x)
 
 
 class Linear(Protocol):
@@ -97,6 +102,11 @@ def _name(weight: Tensor) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
+def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a linear gave, [n, out] as it is, and float32 partial sums [S, n, out] added up and rounded to `dtype`."""
+    return x.sum(0).to(dtype) if x.dim() == 3 else x
+
+
 # --- norms and elementwise ---------------------------------------------------------------------------------------
 
 
@@ -108,8 +118,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream after an update, x + update, and its `rms_norm`."""
-    x = x + update
+    """The residual stream [n, D] after an update, x + update, and its `rms_norm`; update may be partial sums."""
+    x = x + summed(update, x.dtype)
     return x, rms_norm(x, weight, eps)
 
 
@@ -118,8 +128,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def swiglu(up: Tensor, gate: Tensor) -> Tensor:
-    """up * silu(gate), elementwise (5.2)."""
+def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (5.2)."""
+    up, gate = summed(up_gate, dtype or up_gate.dtype).chunk(2, -1)
     return up * F.silu(gate)
 
 
@@ -170,14 +181,16 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_to_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
-) -> Tensor:
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """Rotate q and k, scale q by log-n, store k and v: the step between the fused projection and attention (5.3).
 
-    qkv [n, 3 * H * d]; cos, sin float32 [n, r]; logn float32 [n]; caches [blocks, H, block_size, d]; slots int64 [n],
-    all different. Gives q [n, H, d]; k and v are written into the caches.
+    qkv [n, 3 * H * d], or its partial sums, taken as `dtype`; cos, sin float32 [n, r]; logn float32 [n]; caches
+    [blocks, H, block_size, d]; slots int64 [n], all different. Gives q [n, H, d]; k and v are written into the caches.
     """
     heads, block_size = k_cache.shape[1:3]
+    qkv = summed(qkv, dtype or qkv.dtype)
     q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
     blocks, offsets = slots // block_size, slots % block_size
     k_cache[blocks, :, offsets] = to_cached(rotate_half(k, cos, sin), k_cache.dtype)

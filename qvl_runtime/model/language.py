@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from qvl_kernels.reference import summed
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.model.linear import Linear, Maker
 from qvl_runtime.model.rotary import Positions
@@ -51,28 +52,34 @@ class Block:
     ln_2: Tensor  # [D]
     c_attn: Linear  # D to q | k | v
     c_proj: Linear
-    up: Linear  # the published w1
-    gate: Linear  # the published w2: the half that silu gates
+    up_gate: Linear  # the published w1 | w2, whose second half silu gates
     down: Linear  # the published mlp.c_proj
 
-    def __call__(self, x: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer) -> Tensor:
-        """x [n, D], the residual stream, to the same after this block; keys and values of the rows enter the cache."""
-        normed = self.ops.rms_norm(x, self.ln_1, self.eps)
-        qkv = self.c_attn(normed)
-        q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots)
+    def __call__(
+        self, x: Tensor, normed: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream x [n, D] and its ln_1, to x after attention and what the MLP is to add to it.
+
+        Keys and values of the rows enter the cache. Who adds takes the next norm in the same pass.
+        """
+        qkv = self.c_attn.partial(normed)
+        q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots, x.dtype)
         context = self.ops.paged_attention(
             q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
         )
-        attended = self.c_proj(context)
+        attended = self.c_proj.partial(context)
         x, normed_2 = self.ops.add_rms_norm(x, attended, self.ln_2, self.eps)
-        up, gate = self.up(normed_2), self.gate(normed_2)
-        mlp = self.down(self.ops.swiglu(up, gate))
-        for name, value in (
-            ("ln_1", normed), ("c_attn", qkv), ("q", q), ("attn_context", context), ("attn_out", attended),
-            ("ln_2", normed_2), ("w1", up), ("w2", gate), ("mlp_out", mlp),
-        ):  # fmt: skip
-            observe(name, value)
-        return x + mlp
+        up_gate = self.up_gate.partial(normed_2)
+        gated = self.ops.swiglu(up_gate, x.dtype)
+        mlp = self.down.partial(gated)
+        if observe is not unobserved:
+            up, gate = summed(up_gate, x.dtype).chunk(2, -1)
+            for name, value in (
+                ("ln_1", normed), ("c_attn", qkv), ("q", q), ("attn_context", context), ("attn_out", attended),
+                ("ln_2", normed_2), ("w1", up), ("w2", gate), ("gated", gated), ("mlp_out", mlp),
+            ):  # fmt: skip
+                observe(name, summed(value, x.dtype) if name != "q" else value)
+        return x, mlp
 
 
 class Decoder:
@@ -89,20 +96,26 @@ class Decoder:
     def forward(
         self, x: Tensor, at: Positions, layout: Layout, caches: Sequence[LayerCache], observe: Observer = unobserved
     ) -> Tensor:
-        """Embedded rows x [n, D] to the residual stream after the last block, [n, D]."""
+        """Embedded rows x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f."""
+        hidden: Tensor = self._ops.rms_norm(x, self._blocks[0].ln_1, self._eps)
         for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
-            x = block(x, at, layout, cache, lambda name, value, i=i: observe(f"layer{i}.{name}", value))
+            x, update = block(x, hidden, at, layout, cache, _of_layer(observe, i))
+            x, hidden = self._ops.add_rms_norm(x, update, self._next_norm(i), self._eps)
             observe(f"block{i}", x)
-        return x
+        return hidden
 
-    def normed(self, x: Tensor) -> Tensor:
-        """ln_f of rows [m, D]."""
-        result: Tensor = self._ops.rms_norm(x, self._ln_f, self._eps)
-        return result
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows [m, D] of hidden states to logits [m, vocab], in the model's dtype."""
+        return self._head(hidden)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Rows [m, D] of the residual stream to logits [m, vocab], in the model's dtype."""
-        return self._head(self.normed(x))
+    def _next_norm(self, i: int) -> Tensor:
+        return self._blocks[i + 1].ln_1 if i + 1 < len(self._blocks) else self._ln_f
+
+
+def _of_layer(observe: Observer, i: int) -> Observer:
+    if observe is unobserved:
+        return unobserved
+    return lambda name, value: observe(f"layer{i}.{name}", value)
 
 
 def _block(config: ModelConfig, make: Maker, name: str) -> Block:
@@ -111,5 +124,7 @@ def _block(config: ModelConfig, make: Maker, name: str) -> Block:
 
     return Block(
         make.ops, config.layer_norm_epsilon, make.state[f"{name}.ln_1.weight"], make.state[f"{name}.ln_2.weight"],
-        linear("attn.c_attn"), linear("attn.c_proj"), linear("mlp.w1"), linear("mlp.w2"), linear("mlp.c_proj"),
+        linear("attn.c_attn"), linear("attn.c_proj"),
+        make.side_by_side(f"{name}.mlp.up_gate", [f"{name}.mlp.w1", f"{name}.mlp.w2"], config.quantization),
+        linear("mlp.c_proj"),
     )  # fmt: skip

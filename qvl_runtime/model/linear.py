@@ -6,11 +6,12 @@ was loaded can go when it is prepared: memory never holds both for more than one
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qvl_kernels.reference import Bound, Precision
@@ -22,6 +23,24 @@ class Linear(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out], in x's dtype."""
         ...
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [n, in] to [n, out], or to float32 partial sums [S, n, out] for an op that adds them as it reads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SideBySide:
+    """Two linears of the same input whose outputs lie side by side."""
+
+    first: Linear
+    second: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first(x), self.second(x)], -1)
+
+    def partial(self, x: Tensor) -> Tensor:
+        return self(x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +61,7 @@ class Maker:
         return self.bind(name, self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None))
 
     def decoder(self, name: str, quantization: QuantizationConfig | None) -> Linear:
-        """One of the five linears of a decoder block, which are those that a checkpoint may hold packed.
+        """One of the linears of a decoder block, which are those that a checkpoint may hold packed.
 
         Dense ones stay so in fast mode too: who wants a smaller decoder has the Int4 checkpoint.
         """
@@ -50,9 +69,37 @@ class Maker:
             weight, bias = self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None)
             self.made[name] = self.ops.prepare_linear(weight, bias, "exact")
             return self.made[name]
+        return self._packed(name, self._gptq(name, quantization))
+
+    def side_by_side(self, name: str, parts: Sequence[str], quantization: QuantizationConfig | None) -> Linear:
+        """Two linears of a decoder block that have the same input, as one called `name` where that is free.
+
+        Dense weights on a CPU stay apart: they are pages of the mapped file, which a joint copy would make resident. So
+        do packed ones that order their inputs differently, which a quantiser gives that takes one after the other.
+        """
+        first, second = parts
+        if quantization is None:
+            if self.state[f"{first}.weight"].device.type == "cpu":
+                return SideBySide(self.decoder(first, None), self.decoder(second, None))
+            for kind in ("weight", "bias"):
+                both = [self.state.pop(f"{part}.{kind}", None) for part in parts]
+                found = [tensor for tensor in both if tensor is not None]
+                if found:
+                    self.state[f"{name}.{kind}"] = torch.cat(found)
+            return self.decoder(name, None)
+        one, other = (self._gptq(part, quantization) for part in parts)
+        joint = one.beside(other)
+        if joint is None:
+            return SideBySide(self._packed(first, one), self._packed(second, other))
+        return self._packed(name, joint)
+
+    def _gptq(self, name: str, quantization: QuantizationConfig) -> GPTQLinear:
         w = GPTQLinear.from_state(self.state, name, quantization)
         for part in ("qweight", "qzeros", "scales", "g_idx", "bias"):
             self.state.pop(f"{name}.{part}", None)
+        return w
+
+    def _packed(self, name: str, w: GPTQLinear) -> Linear:
         self.made[name] = self.ops.prepare_gptq(
             w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias, self.precision
         )

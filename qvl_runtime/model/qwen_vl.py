@@ -58,7 +58,7 @@ class QwenVL:
 
     @torch.inference_mode()
     def forward(self, step: Step, caches: Sequence[LayerCache], observe: Observer = unobserved) -> Tensor:
-        """Run the rows of a step: residual stream [n, D]; their keys and values enter the caches."""
+        """Run the rows of a step: hidden states [n, D]; their keys and values enter the caches."""
         x = F.embedding(step.token_ids, self.decoder.embedding)
         if step.picture_rows is not None and step.picture_features is not None:
             x[step.picture_rows] = step.picture_features.to(x.dtype)
@@ -67,9 +67,9 @@ class QwenVL:
         return self.decoder.forward(x, at, step.layout, caches, observe)
 
     @torch.inference_mode()
-    def logits(self, x: Tensor) -> Tensor:
-        """Rows [m, D] of the residual stream to logits [m, vocab]: ask only for the rows that need them."""
-        return self.decoder.logits(x)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Rows [m, D] of hidden states to logits [m, vocab]: ask only for the rows that need them."""
+        return self.decoder.logits(hidden)
 
 
 def _part(name: str) -> str:

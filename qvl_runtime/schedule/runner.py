@@ -52,7 +52,7 @@ class Runner:
         return [features for p in pictures if (features := known[p.digest]) is not None]
 
     def run(self, chunks: Items[Chunk], observe: Observer = unobserved) -> Tensor:
-        """Compute the chunks in one model call: residual stream [n, D] of all rows, in order.
+        """Compute the chunks in one model call: hidden states [n, D] of all rows, in order.
 
         Where it does not come to an end, Ctrl-C included, the sequences are as they were.
         """

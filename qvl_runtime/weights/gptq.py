@@ -12,7 +12,7 @@ checkpoints never hold it, and the reading without a wrap is the one that contin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qvl_runtime.config import ModelConfig, QuantizationConfig
@@ -72,6 +72,20 @@ class GPTQLinear:
             group_size=group_size,
             zero_offset=quantization.zero_offset,
         )
+
+    def beside(self, other: GPTQLinear) -> GPTQLinear | None:
+        """Both as one linear, the outputs of `other` after its own; None where they group their inputs differently."""
+        import torch
+
+        ours, theirs = self.g_idx, other.g_idx
+        same = ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
+        alike = (self.bits, self.group_size, self.zero_offset) == (other.bits, other.group_size, other.zero_offset)
+        if not (same and alike and (self.bias is None) == (other.bias is None)):
+            return None
+        pairs = ((self.qweight, other.qweight), (self.qzeros, other.qzeros), (self.scales, other.scales))
+        qweight, qzeros, scales = (torch.cat(pair, 1) for pair in pairs)
+        bias = torch.cat([self.bias, other.bias]) if self.bias is not None and other.bias is not None else None
+        return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""

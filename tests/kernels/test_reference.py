@@ -37,9 +37,9 @@ def test_gelu_is_the_exact_one() -> None:
     assert (reference.gelu(x) - exact).abs().max() < 1e-6
 
 
-def test_swiglu_gates_with_its_second_argument() -> None:
+def test_swiglu_gates_with_its_second_half() -> None:
     up, gate = torch.randn(7, 33), torch.randn(7, 33)
-    assert torch.allclose(reference.swiglu(up, gate), up * gate / (1 + (-gate).exp()), atol=1e-6)
+    assert torch.allclose(reference.swiglu(torch.cat([up, gate], -1)), up * gate / (1 + (-gate).exp()), atol=1e-6)
 
 
 @pytest.mark.parametrize(("dim", "rotated"), [(8, 8), (16, 8)])
@@ -140,3 +140,20 @@ def test_cross_attention_gives_each_picture_the_same_queries() -> None:
             part = slice(6 * h, 6 * h + 6)
             want = (q[:, part] @ k[p, :, part].mT / math.sqrt(6)).softmax(-1) @ v[p, :, part]
             assert (got[p, :, part] - want).abs().max() < FLOAT32
+
+
+def test_partial_sums_are_added_up_by_who_reads_them() -> None:
+    """A kernel that splits the inputs of a linear leaves the sum to the next op."""
+    parts, norm = torch.randn(3, 7, 48), torch.rand(48).half()
+    whole, x = parts.sum(0).half(), torch.randn(7, 48).half()
+    cos, sin, logn, slots = torch.rand(7, 8), torch.rand(7, 8), torch.ones(7), torch.arange(7)
+    caches = [torch.zeros(1, 2, 16, 8, dtype=torch.float16) for _ in range(4)]
+    for got, want in (
+        (reference.swiglu(parts, torch.float16), reference.swiglu(whole)),
+        (reference.add_rms_norm(x, parts, norm, 1e-6)[1], reference.add_rms_norm(x, whole, norm, 1e-6)[1]),
+        (
+            reference.rotary_to_cache(parts, cos, sin, logn, *caches[:2], slots, torch.float16),
+            reference.rotary_to_cache(whole, cos, sin, logn, *caches[2:], slots),
+        ),
+    ):  # fmt: skip
+        assert got.dtype == torch.float16 and torch.equal(got, want)

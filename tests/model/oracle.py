@@ -78,7 +78,7 @@ class Oracle:
         chunk = self.chunk(ids)
         with chunk.sequence:
             x = self.runner.run([chunk], seen.__setitem__)
-        return seen | {"final_hidden": self.model.decoder.normed(x), "logits": self.model.logits(x)}
+        return seen | {"final_hidden": x, "logits": self.model.logits(x)}
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, name: str = "") -> None:
