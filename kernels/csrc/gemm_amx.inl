@@ -1,102 +1,194 @@
-// Many rows on AMX tiles: 16 rows x 64 inputs against 64 inputs x 16 outputs, eight times the products of VNNI a cycle.
+// Packed weights times some or many rows on AMX tiles, in int8 or bfloat16 products.
 //
-// A line of the packed layout is four inputs of sixteen outputs, which is a row of the tile that TDPBSUD wants: sixteen
-// lines, 64 inputs, are a tile as they lie in memory. Groups are 64 or 128 inputs; 32 stay with VNNI.
-#include <immintrin.h>
-
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+// A thread takes four blocks of outputs and unpacks some groups of them. Then, for each step of up to two tiles of
+// inputs, the weights of two blocks stay in registers while strips of rows pass by. Their sums leave the tiles through
+// memory, and are scaled and added up while the next products run.
+//
+// Few registers are in use at a time, and each is written seldom: while another thread is busy on the same core, tiles
+// are hardly renamed. With data in L1, 2 x 2 tiles then take 25 ns a product, and as it is done here 18; else 15 and 10.
+#include "amx_tiles.inl"
 
 namespace {
 
-constexpr int kAmxRows = 32;  // 2 x 2 tiles of sums: each tile of rows and of weights is loaded once for two products
+constexpr int kPanel = 4;      // blocks whose groups are unpacked together
+constexpr int kNear = 4;       // strips whose sums of a panel stay in the L1 cache
+constexpr int64_t kWide = 4;       // where there are more strips: panels that share activations of the L2 cache
+constexpr int64_t kFarGroups = 4;  // and groups unpacked at once
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Linux gives a process the tile registers when it asks.
-bool amx_granted() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
+// Two blocks x K tiles of inputs, in registers.
+template <int K> inline void load_weights(const uint8_t* first, const uint8_t* second) {
+  _tile_loadd(4, first, 64);
+  _tile_loadd(5, second, 64);
+  if constexpr (K == 2) {
+    _tile_loadd(6, first + kTileBytes, 64);
+    _tile_loadd(7, second + kTileBytes, 64);
+  }
 }
 
-// Activations as tiles, [rows / 16][padded / 64][16][64]: row after row, the rows of a tile would all fall into one set
-// of the L1 cache, since 4096 inputs are 4 KiB.
-int8_t* in_tiles(const Activations& a) {
-  const int64_t strips = (a.rows + kAmxRows - 1) / kAmxRows * 2;
-  int8_t* tiles = scratch<int8_t>(4, strips * 16 * a.padded);
-  parallel(strips, [&](int64_t s) {
-    int8_t* to = tiles + s * 16 * a.padded;
-    for (int64_t k = 0; k < a.padded; k += 64)
-      for (int64_t m = 0; m < 16; m++, to += 64) memcpy(to, a.q + (s * 16 + m) * a.padded + k, 64);
-  });
-  return tiles;
-}
-
-// sums [32][2][16] of one group: two strips of 16 rows, two blocks.
-inline void group_sums(const int8_t* upper, const int8_t* lower, const uint8_t* first, const uint8_t* second,
-                       int64_t group, int32_t (*sums)[2][16]) {
+// sums [2][16][16] of a strip with the weights in registers.
+template <class T, int K> inline void products(const uint8_t* rows, void* sums) {
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < group; k += 64) {
-    _tile_loadd(4, upper + k * 16, 64);
-    _tile_loadd(5, lower + k * 16, 64);
-    _tile_loadd(6, first + k * 16, 64);
-    _tile_loadd(7, second + k * 16, 64);
-    _tile_dpbsud(0, 4, 6);
-    _tile_dpbsud(1, 4, 7);
-    _tile_dpbsud(2, 5, 6);
-    _tile_dpbsud(3, 5, 7);
-  }
-  _tile_stored(0, sums[0][0], sizeof sums[0]);
-  _tile_stored(1, sums[0][1], sizeof sums[0]);
-  _tile_stored(2, sums[16][0], sizeof sums[0]);
-  _tile_stored(3, sums[16][1], sizeof sums[0]);
-}
-
-void tile_amx(const Packed& w, int64_t block, const uint8_t* const panels[2], int blocks, const Activations& a,
-              const int8_t* tiles, const Output& out, int64_t row) {
-  const int8_t *upper = tiles + row * a.padded, *lower = upper + 16 * a.padded;
-  alignas(64) int32_t sums[kAmxRows][2][16];
-  alignas(64) float acc[kAmxRows][2][16];
-  for (int64_t g = 0; g < w.groups; g++) {
-    const int64_t k = g * w.group;
-    group_sums(upper + k * 16, lower + k * 16, panels[0] + k * 16, panels[1] + k * 16, w.group, sums);
-    for (int n = 0; n < blocks; n++) {
-      const F scale = w.scale(block + n, g);
-      for (int m = 0; m < kAmxRows; m++) {
-        const int64_t at = (row + m) * w.groups + g;
-        const I total = iadd(_mm512_load_si512(sums[m][n]), w.start(block + n, g, a.sum[at]));
-        const F before = g ? load(acc[m][n]) : zero();
-        store(acc[m][n], fma(to_float(total), mul(scale, set1(a.scale[at])), before));
-      }
+  for (int p = 0; p < T::kPlanes; p++) {
+    _tile_loadd(2, rows + p * kTileBytes, 64);
+    if constexpr (T::kScaled) {
+      _tile_dpbssd(0, 2, 4);
+      _tile_dpbssd(1, 2, 5);
+    } else {
+      _tile_dpbf16ps(0, 2, 4);
+      _tile_dpbf16ps(1, 2, 5);
     }
   }
-  for (int m = 0; m < kAmxRows && row + m < a.rows; m++)
-    for (int n = 0; n < blocks; n++) out.put(row + m, (block + n) * 16, load(acc[m][n]));
+  for (int p = 0; K == 2 && p < T::kPlanes; p++) {
+    _tile_loadd(2, rows + (T::kPlanes + p) * kTileBytes, 64);
+    if constexpr (T::kScaled) {
+      _tile_dpbssd(0, 2, 6);
+      _tile_dpbssd(1, 2, 7);
+    } else {
+      _tile_dpbf16ps(0, 2, 6);
+      _tile_dpbf16ps(1, 2, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, (char*)sums + kTileBytes, 64);
 }
 
-void many_rows_amx(const Packed& w, const Activations& a, const Output& out) {
-  const int8_t* tiles = in_tiles(a);
-  parallel((w.blocks() + 1) / 2, [&](int64_t pair) {
-    static const TileConfig config;
-    _tile_loadconfig(&config);
-    const uint8_t* panels[2];
-    const int blocks = unpack_pair(w, 2 * pair, panels);
-    for (int64_t row = 0; row < a.rows; row += kAmxRows) tile_amx(w, 2 * pair, panels, blocks, a, tiles, out, row);
+// Sums of a step on their way to those of all steps, acc [2][16][16].
+struct Pending {
+  const void* sums;
+  float* acc;
+  int64_t strip, block, group;
+  bool zeros;  // their part is due: once a group
+};
+
+template <class T> inline void add_scaled(const Packed& w, const Tiled& a, const Pending& step) {
+  const int64_t rows = a.strips > 1 ? 16 : a.rows, first = (step.group * a.strips + step.strip) * 16;
+  // Read once: for all that the compiler knows, a store changes `a`.
+  const float *row_scale = a.scale + first, *row_sum = a.sum + first;
+  for (int n = 0; n < 2; n++) {
+    const int64_t block = step.block + n < w.blocks() ? step.block + n : step.block;
+    const F scale = w.scale(block, step.group);
+    const int32_t* from = (const int32_t*)step.sums + n * 256;
+    float* to = step.acc + n * 256;
+#pragma GCC unroll 4
+    for (int64_t m = 0; m < rows; m++) {
+      F factor = scale, value;
+      if constexpr (T::kScaled) {
+        factor = mul(scale, set1(row_scale[m])), value = to_float(_mm512_load_si512(from + m * 16));
+      } else {
+        value = load((const float*)from + m * 16);
+      }
+      store(to + m * 16, fma(value, factor, load(to + m * 16)));
+    }
+    if (!step.zeros) continue;
+    const F zeros = to_float(load_u8(w.zeros + (block * w.groups + step.group) * 16));
+    const F shift = mul(scale, sub(set1((float)(1 << (w.bits - 1))), zeros));
+    for (int64_t m = 0; m < rows; m++) store(to + m * 16, fma(shift, set1(row_sum[m]), load(to + m * 16)));
+  }
+}
+
+// Unpacked groups of a panel.
+struct Panel {
+  int64_t block, group, groups;
+  const uint8_t* tiles[kPanel];
+};
+
+template <class T, int BITS> void unpack(const Packed& w, Panel& panel, uint8_t* to) {
+  const int64_t bytes = panel.groups * w.group / T::kInputs * kTileBytes;
+  for (int n = 0; n < kPanel; n++) {
+    panel.tiles[n] = panel.block + n < w.blocks() ? to + n * bytes : panel.tiles[0];
+    if (panel.block + n >= w.blocks()) continue;
+    const uint8_t* lines = w.lines + (panel.block + n) * w.block_bytes() + panel.group * w.group_bytes();
+    T::template unpack<BITS>(lines, panel.groups * w.group_bytes() / 64, to + n * bytes);
+  }
+}
+
+// Strips [begin, end) times the panel's groups, added to acc [strips][kPanel][16][16].
+template <class T, int K>
+void add_panel(const Packed& w, const Tiled& a, const Panel& panel, int64_t begin, int64_t end, float* acc) {
+  alignas(64) int32_t sums[2][2][16][16];
+  const int64_t tiles = a.padded / T::kInputs, steps = w.group / T::kInputs / K;
+  Pending last{nullptr, nullptr, 0, 0, 0, false};
+  int turn = 0;
+  for (int64_t step = 0; step < panel.groups * steps; step++)
+    for (int n = 0; n < kPanel && panel.block + n < w.blocks(); n += 2) {
+      load_weights<K>(panel.tiles[n] + step * K * kTileBytes, panel.tiles[n + 1] + step * K * kTileBytes);
+      for (int64_t s = begin; s < end; s++, turn ^= 1) {
+        const int64_t tile = s * tiles + panel.group * steps * K + step * K;
+        products<T, K>(a.tiles + tile * T::kPlanes * kTileBytes, sums[turn]);
+        if (last.sums) add_scaled<T>(w, a, last);
+        const bool due = w.zeros && step % steps == 0;
+        last = {sums[turn], acc + (s * kPanel + n) * 256, s, panel.block + n, panel.group + step / steps, due};
+      }
+    }
+  add_scaled<T>(w, a, last);
+}
+
+template <class T, int BITS, int K> void multiply(const Packed& w, const Tiled& a, const Output& out) {
+  TileConfig config;
+  if (a.strips == 1) config.rows[0] = config.rows[1] = config.rows[2] = (uint8_t)a.rows;
+  const bool far = a.strips > kNear;
+  const int64_t at_once = far ? kFarGroups : 1, wide = far ? kWide : 1, per_panel = a.strips * kPanel * 256;
+  parallel_ranges((w.blocks() + kPanel - 1) / kPanel, wide, [&](int64_t begin, int64_t end) {
+    load_config(config);
+    float* acc = scratch<float>(7, wide * per_panel);
+    memset(acc, 0, (size_t)((end - begin) * per_panel) * 4);
+    uint8_t* tiles = scratch<uint8_t>(5, kPanel * at_once * w.group / T::kInputs * kTileBytes);
+    for (int64_t group = 0; group < w.groups; group += at_once)
+      for (int64_t p = begin; p < end; p++) {
+        Panel panel{p * kPanel, group, w.groups - group < at_once ? w.groups - group : at_once, {}};
+        unpack<T, BITS>(w, panel, tiles);
+        for (int64_t s = 0; s < a.strips; s += kNear)
+          add_panel<T, K>(w, a, panel, s, s + kNear < a.strips ? s + kNear : a.strips, acc + (p - begin) * per_panel);
+      }
     _tile_release();
+    for (int64_t m = 0; m < a.rows; m++)
+      for (int64_t block = begin * kPanel; block < end * kPanel && block < w.blocks(); block++) {
+        const float* sums = acc + (block / kPanel - begin) * per_panel + (m / 16 * kPanel + block % kPanel) * 256;
+        out.put(m, block * 16, load(sums + m % 16 * 16));
+      }
   });
+}
+
+constexpr int64_t kRowsAtOnce = 512;  // their activations, some groups at a time, stay in the L2 cache
+
+// x [rows, inputs] of `dtype`, perm as in linear_int8.
+template <class T, int BITS>
+void linear_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
+                const Output& out) {
+  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+    const int64_t count = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;
+    const Tiled a = T::activations(at(x, dtype, first * inputs), dtype, count, (count + 15) / 16, inputs, w, perm);
+    const Output part{out.bias, at(out.y, out.dtype, first * out.outputs), out.dtype, out.outputs};
+    if (w.group % (2 * T::kInputs) == 0) multiply<T, BITS, 2>(w, a, part);
+    else multiply<T, BITS, 1>(w, a, part);
+  }
+}
+
+constexpr int64_t kAmxRows = 5;  // from here on; fewer rows in registers keep up with memory
+
+template <class T>
+void linear_amx_bits(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
+                     const Output& out) {
+  if (w.bits == 4) linear_amx<T, 4>(x, dtype, rows, inputs, perm, w, out);
+  else linear_amx<T, 8>(x, dtype, rows, inputs, perm, w, out);
+}
+
+// False where another kernel is better: few rows, or groups smaller than a tile.
+bool linear_int8_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
+                     const Output& out) {
+  if (rows < kAmxRows || w.group % Int8::kInputs) return false;
+  linear_amx_bits<Int8>(x, dtype, rows, inputs, perm, w, out);
+  return true;
+}
+
+bool linear_exact_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
+                      const Output& out) {
+  if (rows < kAmxRows) return false;
+  if (dtype == kBfloat16) linear_amx_bits<Bfloat16<1>>(x, dtype, rows, inputs, perm, w, out);
+  else if (dtype == kFloat16) linear_amx_bits<Bfloat16<2>>(x, dtype, rows, inputs, perm, w, out);
+  else linear_amx_bits<Bfloat16<3>>(x, dtype, rows, inputs, perm, w, out);
+  return true;
 }
 
 }  // namespace

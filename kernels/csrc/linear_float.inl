@@ -55,11 +55,16 @@ void exact_all(const Packed& w, const float* x, const float* sums, int64_t padde
     for (int64_t row = 0; row < rows; row += M) exact_rows<BITS, M, 1>(w, x, sums, padded, rows, out, row, 2 * pairs);
 }
 
-// As linear_int8, with the activations left as they are. Meant for few rows: each four read the weights again.
+// As linear_int8, with the activations left as they are. Without AMX it is meant for few rows:
+// each four read the weights again.
 void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
                   const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                   int64_t outputs, const float* bias, void* y) {
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
+  const Output out{bias, y, dtype, outputs};
+#if defined(__AMX_INT8__)
+  if (linear_exact_amx(x, dtype, rows, inputs, perm, w, out)) return;
+#endif
   const int64_t step = rows == 1 ? 1 : 4, rows_padded = (rows + step - 1) / step * step;
   float* floats = scratch<float>(2, rows_padded * padded);
   float* sums = scratch<float>(3, rows_padded * w.groups);
@@ -73,7 +78,6 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
       sums[m * w.groups + g] = sum(total);
     }
   }
-  const Output out{bias, y, dtype, outputs};
   if (bits == 4) rows == 1 ? exact_all<4, 1>(w, floats, sums, padded, rows, out) : exact_all<4, 4>(w, floats, sums, padded, rows, out);
   else rows == 1 ? exact_all<8, 1>(w, floats, sums, padded, rows, out) : exact_all<8, 4>(w, floats, sums, padded, rows, out);
 }

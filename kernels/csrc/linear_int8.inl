@@ -166,31 +166,22 @@ void many_rows(const Packed& w, const Activations& a, const Output& out) {
   });
 }
 
-#if defined(__AMX_INT8__)
-}  // namespace
-#include "gemm_amx.inl"
-namespace {
-#endif
-
-// The one place where a kernel is chosen by the number of rows. Rows are padded to what it takes at once.
-int64_t rows_at_once(int64_t rows, int64_t group) {
-#if defined(__AMX_INT8__)
-  if (rows > 2 * kFewRows && group % 64 == 0) return kAmxRows;
-#endif
-  (void)group;
-  return rows > 2 * kFewRows ? kTileRows : rows == 1 ? 1 : kFewRows;
-}
+// Rows are padded to what a kernel takes at once.
+int64_t rows_at_once(int64_t rows) { return rows > 2 * kFewRows ? kTileRows : rows == 1 ? 1 : kFewRows; }
 
 template <int BITS> void by_regime(const Packed& w, const Activations& a, const Output& out) {
   if (a.rows == 1) few_rows_all<BITS, 1, 4>(w, a, out);
   else if (a.rows == 2) few_rows_all<BITS, 2, 4>(w, a, out);
   else if (a.rows <= 4) few_rows_all<BITS, 4, 2>(w, a, out);
   else if (a.rows <= 2 * kFewRows) few_rows_all<BITS, kFewRows, 1>(w, a, out);
-#if defined(__AMX_INT8__)
-  else if (w.group % 64 == 0) many_rows_amx(w, a, out);
-#endif
   else many_rows(w, a, out);
 }
+
+#if defined(__AMX_INT8__)
+}  // namespace
+#include "gemm_amx.inl"
+namespace {
+#endif
 
 // x [rows, inputs] of `dtype`; bias float32 [outputs] or null; y [rows, outputs] of `dtype`. perm int32 [padded] says
 // which input stands where in the packed order, -1 for none; null: as they are, then zeros.
@@ -198,9 +189,12 @@ void linear_int8(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int
                  const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                  int64_t outputs, const float* bias, void* y) {
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
-  const int64_t step = rows_at_once(rows, group);
-  const Activations a = quantize_rows(x, dtype, rows, (rows + step - 1) / step * step, inputs, padded, group, perm);
   const Output out{bias, y, dtype, outputs};
+#if defined(__AMX_INT8__)
+  if (linear_int8_amx(x, dtype, rows, inputs, perm, w, out)) return;
+#endif
+  const int64_t step = rows_at_once(rows);
+  const Activations a = quantize_rows(x, dtype, rows, (rows + step - 1) / step * step, inputs, padded, group, perm);
   bits == 4 ? by_regime<4>(w, a, out) : by_regime<8>(w, a, out);
 }
 

@@ -21,8 +21,8 @@ LAYOUTS = (LAYOUT, *reference.LAYOUTS)
 BLOCK = 16  # outputs that lie side by side in a packed weight
 GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
 FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, torch's GEMM
-FEW_EXACT = 96  # rows up to which packed weights meet float activations in registers: 0.8 ms a row at 4096 x 11008,
-# where unpacking for torch takes 100 ms before the first
+FEW_EXACT = 96  # without AMX, rows up to which packed weights meet float activations in registers: 0.8 ms a row at
+# 4096 x 11008, where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
 LEVELS_AT_ONCE = 1024  # outputs: 45 MB of floats at 11008 inputs
 LINE, HUGE_PAGE = 64, 2 << 20  # bytes
@@ -65,9 +65,9 @@ class PackedWeight:
         return self._run(library().ready().linear_int8, x)
 
     def exact(self, x: Tensor) -> Tensor:
-        """Activations as they are: few rows in registers; more through torch's GEMM, some outputs at a time."""
+        """Activations as they are. Without AMX, many rows go through torch's GEMM, some outputs at a time."""
         rows = x.numel() // self.inputs
-        if rows <= FEW_EXACT:
+        if rows <= FEW_EXACT or library().instruction_set == "amx":
             return self._run(library().ready().linear_exact, x)
         step = max(BLOCK, UNPACKED_AT_ONCE // (self.inputs * x.element_size()) // BLOCK * BLOCK)
         y = x.new_empty(*x.shape[:-1], self.outputs)
@@ -120,6 +120,12 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precis
     if precision == "exact":
         weight = weight.contiguous()
         return Bound(lambda x: linear(x, weight, bias), str(weight.dtype).removeprefix("torch."), weight.nbytes)
+    packed = pack_dense(weight, bias)
+    return Bound(packed.int8, f"int8 W8A8, groups of {packed.group}", packed.nbytes)
+
+
+def pack_dense(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
+    """A dense weight rounded to 8 bits, for each output and group: `int8` of it is W8A8, `exact` W8A16."""
     outputs, inputs = weight.shape
     group = GROUPS[0] if inputs >= GROUPS[0] else GROUPS[-1]
     padded = _up(inputs, group)
@@ -129,8 +135,7 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precis
     library().ready().pack_dense(
         weight.data_ptr(), CODES[weight.dtype], outputs, inputs, padded, group, lines.data_ptr(), scales.data_ptr()
     )
-    packed = PackedWeight(lines, scales, None, None, _float(bias), 8, group, inputs, padded, outputs)
-    return Bound(packed.int8, f"int8 W8A8, groups of {group}", packed.nbytes)
+    return PackedWeight(lines, scales, None, None, _float(bias), 8, group, inputs, padded, outputs)
 
 
 def prepare_gptq(

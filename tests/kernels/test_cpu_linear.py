@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import cpu, reference
+from qvl_kernels import cpu, cpu_linear, reference
 from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
-from tests.kernels.compare import W4A8_ERROR, W8_ERROR, as_good_as_torch, relative
+from tests.kernels.compare import EPSILON, W4A8_ERROR, W8_ERROR, as_good_as_torch, relative
 
 pytestmark = pytest.mark.unit
 
@@ -104,8 +104,9 @@ def test_exact_is_as_good_as_torch(isa: str, rng: torch.Generator, dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_leading_axes_and_strides(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """7 rows and 14 are served by one kernel, so that not a bit may differ."""
     w = gptq(rng, 32, 64, 32)
-    x = torch.randn(64, 3, 2, generator=rng).to(dtype).permute(2, 1, 0)
+    x = torch.randn(64, 7, 2, generator=rng).to(dtype).permute(2, 1, 0)
     for precision in ("exact", "fast"):
         bound = prepare(w, precision)
         assert torch.equal(bound(x), torch.stack([bound(part.contiguous()) for part in x]))
@@ -122,6 +123,33 @@ def test_a_dense_weight_in_8_bits(isa: str, rng: torch.Generator, rows: int, out
     assert relative(held, weight) < W8_ERROR
     want = rounded_activations(x, 128 if inputs >= 128 else 32).double() @ held.double().t() + bias.double()
     assert relative(bound(x), want) < INT8_ACCUMULATION
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_dense_weight_in_8_bits_with_float_activations(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int
+) -> None:
+    """W8A16: only the weight is rounded."""
+    packed = cpu_linear.pack_dense(torch.randn(50, 200, generator=rng))
+    held = packed.unpacked(0, packed.padded_outputs, torch.float32)[:, :50].t()
+    x = torch.randn(rows, 200, generator=rng).to(dtype)
+    as_good_as_torch(packed.exact(x), x @ held.to(dtype).t(), x.double() @ held.double().t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_and_smallest_activations(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Where a kernel takes a number apart, its largest and smallest ones come through, and infinity stays that."""
+    w = gptq(rng, 16, 32, 32, bias=False)
+    held = in_float64(torch.eye(32), w).t()
+    limits = torch.finfo(dtype)
+    x = torch.zeros(8, 32, dtype=dtype)
+    x[0, 1], x[1, 1], x[2, 3] = limits.max / 64, limits.smallest_normal * 64, torch.inf
+    y = prepare(w, "exact")(x).double()
+    assert relative(y[0], held[:, 1] * x[0, 1].double()) < 2 * EPSILON[dtype]
+    assert relative(y[1], held[:, 1] * x[1, 1].double()) < 2 * EPSILON[dtype] + 2**-6
+    level_zero = held[:, 3] == 0  # infinity times nothing is no number
+    assert torch.equal(y[2][~level_zero], held[:, 3][~level_zero].sign() * torch.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

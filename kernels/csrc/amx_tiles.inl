@@ -1,0 +1,169 @@
+// What AMX tiles are made of: the registers' shape, activations as tiles, packed weights as tiles.
+//
+// A tile is 16 rows of 64 bytes. Int8: 16 rows x 64 inputs against 64 inputs x 16 outputs, in 16 cycles. Bfloat16: 32
+// inputs instead. Weights of 4 and 8 bits, less the middle, are whole numbers that both hold exactly. A float16
+// activation is exactly the sum of two bfloat16 and a float32 one of three, so that two or three products with the same
+// weights lose nothing either, and are still faster than float32 multiply-adds.
+#include <immintrin.h>
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kAhead = 1024;  // bytes of weights that are asked for early: a group of int4
+
+// Tiles 0 to 3 hold sums, 4 and up activations and weights. Rows that are not there cost no time.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// In assembly since g++ 12's intrinsic tells the compiler of eight bytes that it reads, not of 64.
+inline void load_config(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
+
+// Linux gives a process the tile registers when it asks.
+bool amx_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// Activations in strips of 16 rows. Row after row, the rows of a tile would all fall into one set of the L1 cache,
+// since 4096 inputs are 4 KiB.
+struct Tiled {
+  int64_t rows, strips, padded, groups;
+  uint8_t* tiles;      // [strips][tiles of a strip][planes][16][64]
+  float *scale, *sum;  // [groups][strips * 16]; sum is that of a group's activations. Int8 only: scale
+};
+
+Tiled tiled(int64_t rows, int64_t strips, int64_t padded, int64_t group, int64_t bytes_an_input) {
+  Tiled t{rows, strips, padded, padded / group, nullptr, nullptr, nullptr};
+  t.tiles = scratch<uint8_t>(4, strips * 16 * padded * bytes_an_input);
+  t.scale = scratch<float>(6, 2 * t.groups * strips * 16);
+  t.sum = t.scale + t.groups * strips * 16;
+  return t;
+}
+
+// Products of int8 activations, rounded for each row and group.
+struct Int8 {
+  static constexpr int kPlanes = 1, kInputs = 64;  // of a tile
+  static constexpr bool kScaled = true;
+
+  static Tiled activations(const void* x, int64_t dtype, int64_t rows, int64_t strips, int64_t inputs, const Packed& w,
+                           const int32_t* perm) {
+    const int64_t padded = w.groups * w.group;
+    const Tiled t = tiled(rows, strips, padded, w.group, 1);
+    parallel(strips * 16, [&](int64_t m) {
+      int8_t* q = scratch<int8_t>(2, padded);
+      float* row = scratch<float>(0, padded);
+      float* scale = scratch<float>(3, 2 * t.groups);
+      int32_t* sum = (int32_t*)scale + t.groups;
+      if (m < rows) {
+        gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, perm, row);
+        quantize_row(row, w.group, w.groups, q, scale, sum);
+      } else {
+        memset(q, 0, (size_t)padded), memset(scale, 0, (size_t)t.groups * 8);
+      }
+      uint8_t* to = t.tiles + m / 16 * 16 * padded + m % 16 * 64;
+      for (int64_t k = 0; k < padded; k += 64, to += kTileBytes) memcpy(to, q + k, 64);
+      for (int64_t g = 0; g < t.groups; g++) {
+        t.scale[g * strips * 16 + m] = scale[g];
+        t.sum[g * strips * 16 + m] = scale[g] * (float)sum[g];
+      }
+    });
+    return t;
+  }
+
+  // `lines` of one block to the tiles of their inputs; the middle is taken off.
+  template <int BITS> static void unpack(const uint8_t* line, int64_t lines, uint8_t* to) {
+    for (const uint8_t* end = line + lines * 64; line < end; line += 64) {
+      const Bytes both = load_bytes(line);
+      _mm_prefetch((const char*)line + kAhead, _MM_HINT_T0);
+      if (BITS == 8) {
+        store_bytes(to, _mm512_xor_si512(both, _mm512_set1_epi8((char)0x80))), to += 64;
+      } else {
+        const Bytes middle = _mm512_set1_epi8(8);
+        store_bytes(to, _mm512_sub_epi8(low_nibbles(both), middle));
+        store_bytes(to + 64, _mm512_sub_epi8(low_high_nibbles(both), middle)), to += 128;
+      }
+    }
+  }
+};
+
+// The same of float activations as PLANES bfloat16 numbers each. In every eight inputs the order is 0 2 4 6 1 3 5 7,
+// which is how pairs come out of a line of nibbles; bytes keep theirs.
+template <int PLANES> struct Bfloat16 {
+  static constexpr int kPlanes = PLANES, kInputs = 32;
+  static constexpr bool kScaled = false;
+
+  static Tiled activations(const void* x, int64_t dtype, int64_t rows, int64_t strips, int64_t inputs, const Packed& w,
+                           const int32_t* perm) {
+    const int64_t padded = w.groups * w.group;
+    const Tiled t = tiled(rows, strips, padded, w.group, 2 * PLANES);
+    const I natural = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const I order = w.bits == 8 ? natural : _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    parallel(strips * 16, [&](int64_t m) {
+      float* row = scratch<float>(0, padded);
+      if (m < rows) gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, perm, row);
+      else memset(row, 0, (size_t)padded * 4);
+      uint8_t* strip = t.tiles + m / 16 * 32 * padded * PLANES + m % 16 * 64;
+      for (int64_t g = 0; g < w.groups; g++) {
+        F total = zero();
+        for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 16) {
+          const F value = load(row + k);
+          total = add(total, value);
+          split(_mm512_permutexvar_ps(order, value), strip + k / 32 * PLANES * kTileBytes + k % 32 * 2);
+        }
+        t.sum[g * strips * 16 + m] = sum(total);
+      }
+    });
+    return t;
+  }
+
+  // Each plane takes the upper half of what is left: eight bits of the fraction. Cut, not rounded, so that the largest
+  // numbers stay finite. Infinities have nothing left, where subtraction would say NaN.
+  static void split(F value, uint8_t* to) {
+    for (int p = 0; p < PLANES; p++, to += kTileBytes) {
+      const __m512i bits = _mm512_castps_si512(value);
+      _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+      const F high = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
+      value = _mm512_maskz_sub_ps(_mm512_cmp_ps_mask(value, high, _CMP_NEQ_OQ), value, high);
+    }
+  }
+
+  template <int BITS> static void unpack(const uint8_t* line, int64_t lines, uint8_t* to) {
+    alignas(64) static const uint16_t kLevels[32] = {  // -8 to 7, twice: bit 4 is the next nibble's and must not count
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+        0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040,
+        0x4080, 0x40a0, 0x40c0, 0x40e0};
+    const Bytes table = _mm512_load_si512(kLevels);
+    for (const uint8_t* end = line + lines * 64; line < end; line += 64) {
+      const Bytes both = load_bytes(line);
+      _mm_prefetch((const char*)line + kAhead, _MM_HINT_T0);
+      if (BITS == 8) {
+        store_bytes(to, pair(byte_less_128(both, 0), byte_less_128(both, 8)));
+        store_bytes(to + 64, pair(byte_less_128(both, 16), byte_less_128(both, 24))), to += 128;
+      } else {
+        store_bytes(to, _mm512_permutexvar_epi16(both, table));
+        store_bytes(to + 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table));
+        store_bytes(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 8), table));
+        store_bytes(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 12), table)), to += 256;
+      }
+    }
+  }
+
+  // Small whole numbers: the lower halves of the floats are zero.
+  static Bytes pair(F even, F odd) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+  }
+};
+
+}  // namespace
