@@ -3,6 +3,7 @@
     python -m benchmarks.cpu_kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
     python -m benchmarks.cpu_kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
     python -m benchmarks.cpu_kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
+    python -m benchmarks.cpu_kernels rows     # attention of many rows and of a picture's patches; torch's in turns
     python -m benchmarks.cpu_kernels vision   # a block of the visual tower in bf16 and W8A8; torch in bf16
 
 Peers are no dependency: pip install onnx onnxruntime openvino into the environment to see them.
@@ -92,6 +93,31 @@ def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: in
         say(attention=name, context=context, gb_s=sizes[name] / timing.seconds / 1e9, load=timing.load)
 
 
+def rows() -> None:
+    """Prefill, a chunk of it, a second question, and drafts: (new rows, tokens in the cache)."""
+    from qvl_kernels import reference
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for new, context in ((512, 512), (2048, 2048), (256, 2256), (30, 330), (4, 2000)):
+            table = torch.randperm(-(-context // 16)).view(1, -1)
+            caches = torch.randn(2, table.numel(), 32, 16, 128).to(dtype)
+            asked = (torch.randn(new, 32, 128).to(dtype), *caches, table, [0, new], [context])
+            found = alternate({
+                "ours": lambda a=asked: cpu.paged_attention(*a), "torch": lambda a=asked: reference.paged_attention(*a),
+            }, wanted=3, limit_s=4)  # fmt: skip
+            for name, timing in found.items():
+                say(rows=name, new=new, context=context, dtype=str(dtype), ms=timing.seconds * 1e3,
+                    over_ours=timing.seconds / found["ours"].seconds, load=timing.load)  # fmt: skip
+        qkv = torch.randn(1, PATCHES, 3 * VISION_WIDTH).to(dtype)
+        found = alternate({
+            "ours": lambda x=qkv: cpu.vision_attention(x, VISION_HEADS),
+            "torch": lambda x=qkv: reference.vision_attention(x, VISION_HEADS),
+        }, wanted=3, limit_s=4)  # fmt: skip
+        for name, timing in found.items():
+            say(patches=name, dtype=str(dtype), ms=timing.seconds * 1e3,
+                over_ours=timing.seconds / found["ours"].seconds, load=timing.load)  # fmt: skip
+
+
 def vision() -> None:
     w, mlp = VISION_WIDTH, VISION_MLP
     linears = [(3 * w, w), (w, w), (mlp, w), (w, mlp)]
@@ -175,7 +201,7 @@ def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
 
 
 def main() -> None:
-    what = {"gemv": gemv, "gemm": gemm, "attention": attention, "vision": vision}
+    what = {"gemv": gemv, "gemm": gemm, "attention": attention, "rows": rows, "vision": vision}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=what)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

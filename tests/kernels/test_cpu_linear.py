@@ -193,3 +193,14 @@ def _built() -> bool:
     from tests.kernels.conftest import AVAILABLE
 
     return bool(AVAILABLE)
+
+
+def test_torch_sees_few_numbers_of_rows() -> None:
+    """oneDNN compiles and keeps code for each: many prompts of many lengths must not be many codes."""
+    seen = {len(cpu_linear.in_steps(torch.zeros(rows, 1, dtype=torch.bfloat16))) for rows in range(5, 4097)}
+    assert len(seen) < 64
+    for rows in (5, 16, 17, 200, 1024, 1025, 4096):
+        padded = len(cpu_linear.in_steps(torch.zeros(rows, 1, dtype=torch.bfloat16)))
+        assert rows <= padded <= max(rows + 15, rows * 9 / 8 + 1)
+    ones = torch.ones(2, 9, 3, dtype=torch.bfloat16)
+    assert torch.equal(cpu_linear.in_steps(ones)[:18], ones.view(18, 3))
