@@ -150,14 +150,14 @@ template <class T, int BITS, int K> void multiply(const Packed& w, const Tiled& 
   });
 }
 
-constexpr int64_t kRowsAtOnce = 512;  // their activations, some groups at a time, stay in the L2 cache
+constexpr int64_t kRowsOfPanel = 512;  // their activations, some groups at a time, stay in the L2 cache
 
 // x [rows, inputs] of `dtype`, perm as in linear_int8.
 template <class T, int BITS>
 void linear_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
                 const Output& out) {
-  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
-    const int64_t count = rows - first < kRowsAtOnce ? rows - first : kRowsAtOnce;
+  for (int64_t first = 0; first < rows; first += kRowsOfPanel) {
+    const int64_t count = rows - first < kRowsOfPanel ? rows - first : kRowsOfPanel;
     const Tiled a = T::activations(at(x, dtype, first * inputs), dtype, count, (count + 15) / 16, inputs, w, perm);
     const Output part{out.bias, at(out.y, out.dtype, first * out.outputs), out.dtype, out.outputs};
     if (w.group % (2 * T::kInputs) == 0) multiply<T, BITS, 2>(w, a, part);
