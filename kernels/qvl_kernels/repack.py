@@ -8,21 +8,21 @@ nibble j + 4 h, and is then turned left by 3 bits; memory order is [tiles, outpu
   takes: no conversion. MAGIC 0x5800 makes float16 128 + q, 0x4180 makes bfloat16 16 + q: one packing for both.
 
 Inputs of act-order checkpoints are sorted by group first; x is gathered in that order. Outputs are padded to 128 with
-scales of zero. `tensors()` and `from_tensors` are how a converted checkpoint holds it.
+scales of zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl_kernels.reference import unpack_rows
+from qvl_kernels import reference
+from qvl_kernels.reference import Packed, unpack_rows
 
+LAYOUT = "gpu-1"  # of packed weights in files; another number when the kernels read them differently
 TILE = 128  # inputs
 WORDS = 16  # of 8 inputs each
 TURN = 3  # bits
@@ -52,9 +52,17 @@ class PackedInt4:
         named = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "order": self.order}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def as_packed(self, zero_offset: int, bias: Tensor | None = None) -> Packed:
+        """For a file; `zero_offset` is what the published zero points lacked."""
+        fields = {"inputs": self.inputs, "outputs": self.outputs, "group": self.group, "zero_offset": zero_offset}
+        return Packed(LAYOUT, self.tensors() | ({} if bias is None else {"bias": bias}), fields)
+
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], inputs: int, outputs: int, group: int) -> PackedInt4:
-        """The inverse of `tensors`; raises ValueError where a shape or dtype is not the layout's."""
+    def from_packed(cls, packed: Packed) -> PackedInt4:
+        """Raises ValueError for another layout, or another version of this one, or a shape or dtype that is not its."""
+        if packed.layout != LAYOUT:
+            raise ValueError(f"these GPU kernels read the layout {LAYOUT!r}; found {packed.layout!r}")
+        inputs, outputs, group = (packed.fields[name] for name in ("inputs", "outputs", "group"))
         tiles, padded, groups = -(-inputs // TILE), -(-outputs // OUTPUTS) * OUTPUTS, -(-inputs // group)
         wanted = {
             "words": ((tiles, padded, WORDS), torch.int32),
@@ -62,25 +70,14 @@ class PackedInt4:
             "zeros": ((groups, padded), torch.uint8),
             "order": ((inputs,), torch.int32),
         }
-        for name, tensor in tensors.items():
-            if name not in wanted:
-                raise ValueError(f"packed int4 linear holds {name!r}; expected {', '.join(wanted)}")
-            shape, dtype = wanted[name]
-            if tuple(tensor.shape) != shape or dtype not in (None, tensor.dtype):
-                raise ValueError(f"packed {name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape}")
-        if missing := {"words", "scales"} - set(tensors):
+        if missing := {"words", "scales"} - set(packed.tensors):
             raise ValueError(f"packed int4 linear lacks {' and '.join(sorted(missing))}")
-        order, zeros = tensors.get("order"), tensors.get("zeros")
-        return cls(tensors["words"], tensors["scales"], zeros, order, inputs, outputs, group)
-
-
-class GPTQ(NamedTuple):
-    """The four published tensors of a linear: see `reference.gptq_dequantize`."""
-
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor | None
+        for name, (shape, dtype) in wanted.items():
+            found = packed.tensors.get(name)
+            if found is not None and (tuple(found.shape) != shape or dtype not in (None, found.dtype)):
+                raise ValueError(f"packed {name} is {found.dtype} {tuple(found.shape)}; expected {dtype} {shape}")
+        words, scales, zeros, order = (packed.tensors.get(name) for name in wanted)
+        return cls(words, scales, zeros, order, inputs, outputs, group)  # type: ignore[arg-type]  # checked above
 
 
 def unsupported(qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int) -> str | None:
@@ -96,7 +93,17 @@ def unsupported(qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int
     return None
 
 
-def pack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int) -> PackedInt4:
+def pack_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None,
+) -> Packed:  # fmt: skip
+    """`reference.pack_gptq` in this layout, or as published where it cannot hold the linear."""
+    if unsupported(qweight, scales, g_idx, bits):
+        return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
+    return packed_int4(qweight, qzeros, scales, g_idx, zero_offset).as_packed(zero_offset, bias)
+
+
+def packed_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int) -> PackedInt4:
     """Lay a GPTQ linear of 4 bits out anew, a tile at a time; raises ValueError where the layout cannot hold it."""
     if fault := unsupported(qweight, scales, g_idx, 4):
         raise ValueError(f"a GPTQ linear with {fault} has no packed form; expected equal groups of 32, 64 or 128 n")
@@ -119,19 +126,25 @@ def pack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | N
     )
 
 
-def unpack_gptq(packed: PackedInt4, zero_offset: int) -> GPTQ:
-    """The published tensors again; `g_idx` is None where the groups follow one another."""
-    levels = _levels(packed.words)[: packed.inputs, : packed.outputs]
-    g_idx = None
-    if packed.order is not None:
-        inverse = torch.argsort(packed.order)
-        levels, g_idx = levels[inverse], (inverse // packed.group).to(torch.int32)
-    scales = packed.scales[:, : packed.outputs].contiguous()
+def unpack_gptq(packed: Packed) -> Packed:
+    """The published tensors again, in layout "gptq"; `g_idx` is absent where the groups follow one another."""
+    w, zero_offset = PackedInt4.from_packed(packed), packed.fields["zero_offset"]
+    levels, g_idx = _levels(w.words)[: w.inputs, : w.outputs], None
+    if w.order is not None:
+        inverse = torch.argsort(w.order)
+        levels, g_idx = levels[inverse], (inverse // w.group).to(torch.int32)
+    scales = w.scales[:, : w.outputs].contiguous()
     zeros = torch.full(scales.shape, MIDDLE, dtype=torch.uint8, device=scales.device)
-    if packed.zeros is not None:
-        zeros = packed.zeros[:, : packed.outputs]
+    if w.zeros is not None:
+        zeros = w.zeros[:, : w.outputs]
     qzeros = _pack_rows(zeros.t().int() - zero_offset).t().contiguous()
-    return GPTQ(_pack_rows(levels), qzeros, scales, g_idx)
+    bias = packed.tensors.get("bias")
+    return reference.pack_gptq(_pack_rows(levels), qzeros, scales, g_idx, 4, zero_offset, bias)
+
+
+def gptq_levels(packed: Packed) -> Tensor:
+    """`reference.gptq_levels`, of either layout."""
+    return reference.gptq_levels(packed if packed.layout == "gptq" else unpack_gptq(packed))
 
 
 def dequantize(packed: PackedInt4) -> Tensor:

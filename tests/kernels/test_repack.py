@@ -16,21 +16,25 @@ SHAPES = [(128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 2
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
 def test_it_comes_back_bit_for_bit(inputs: int, outputs: int, group: int, zero_offset: int, act_order: bool) -> None:
     qweight, qzeros, scales, g_idx = checkpoint(inputs, outputs, group, act_order=act_order)
-    packed = repack.pack_gptq(qweight, qzeros, scales, g_idx, zero_offset)
-    assert packed.words.shape == (-(-inputs // 128), -(-outputs // 128) * 128, 16) and packed.words.is_contiguous()
-    back = repack.unpack_gptq(packed, zero_offset)
-    assert torch.equal(back.qweight, qweight) and torch.equal(back.qzeros, qzeros) and torch.equal(back.scales, scales)
-    if g_idx is not None and packed.order is not None:
-        assert back.g_idx is not None and torch.equal(back.g_idx, g_idx) and back.g_idx.dtype == torch.int32
-    again = repack.PackedInt4.from_tensors(packed.tensors(), inputs, outputs, group)
-    assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), packed.tensors().values(), strict=True))
+    bias = torch.randn(outputs)
+    packed = repack.pack_gptq(qweight, qzeros, scales, g_idx, 4, zero_offset, bias)
+    words = packed.tensors["words"]
+    assert words.shape == (-(-inputs // 128), -(-outputs // 128) * 128, 16) and words.is_contiguous()
+    back = repack.unpack_gptq(packed)
+    given = reference.pack_gptq(qweight, qzeros, scales, g_idx, 4, zero_offset, bias)
+    if "order" not in packed.tensors:
+        given.tensors.pop("g_idx", None)
+    assert back.layout == "gptq" and back.fields == given.fields and set(back.tensors) == set(given.tensors)
+    for name, tensor in given.tensors.items():
+        assert torch.equal(back.tensors[name], tensor) and back.tensors[name].dtype == tensor.dtype, name
+    assert torch.equal(repack.gptq_levels(packed), reference.gptq_levels(given))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
 def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order: bool) -> None:
     tensors = checkpoint(inputs, outputs, group, act_order=act_order)
-    packed = repack.pack_gptq(*tensors, 1)
+    packed = repack.packed_int4(*tensors, 1)
     want = reference.gptq_dequantize(*tensors, 4, 1)
     want = want if packed.order is None else want[:, packed.order.long()]
     assert torch.equal(repack.dequantize(packed), want)
@@ -43,7 +47,7 @@ def test_a_word_holds_what_the_layout_says() -> None:
         levels[32 * j + 2 * r + h, 5] = 15
         qweight = torch.stack([sum((levels[8 * w + i] << 4 * i for i in range(8)), torch.zeros(8, dtype=torch.int64))
                                for w in range(16)]).to(torch.int32)  # fmt: skip
-        packed = repack.pack_gptq(qweight, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8), None, 0)
+        packed = repack.packed_int4(qweight, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8), None, 0)
         bits = 15 << (4 * (j + 4 * h) + 3)
         want = (bits | bits >> 32) & 0xFFFFFFFF
         assert packed.words[0, 5, r].item() & 0xFFFFFFFF == want
@@ -51,7 +55,7 @@ def test_a_word_holds_what_the_layout_says() -> None:
 
 
 def test_symmetric_zero_points_take_no_room() -> None:
-    packed = repack.pack_gptq(*checkpoint(128, 128, 128, symmetric=True), 1)
+    packed = repack.packed_int4(*checkpoint(128, 128, 128, symmetric=True), 1)
     assert packed.zeros is None and packed.order is None
     assert packed.nbytes == 128 * 128 // 2 + 128 * 2
 
@@ -68,12 +72,16 @@ def test_what_it_cannot_hold_is_said() -> None:
     assert repack.unsupported(qweight, scales, None, 8) == "8 bits"
     assert repack.unsupported(qweight, torch.ones(8, 16), None, 4) == "groups of 16"
     uneven = torch.tensor([0] * 40 + [1] * 24 + [2] * 32 + [3] * 32, dtype=torch.int32)
+    assert repack.pack_gptq(qweight, qzeros, scales, uneven, 4, 1).layout == "gptq"
     with pytest.raises(ValueError, match="groups of unequal size has no packed form"):
-        repack.pack_gptq(qweight, qzeros, scales, uneven, 1)
-    packed = repack.pack_gptq(qweight, qzeros, scales, None, 1)
+        repack.packed_int4(qweight, qzeros, scales, uneven, 1)
+
+
+def test_files_of_another_layout_or_shape_are_refused() -> None:
+    packed = repack.pack_gptq(*checkpoint(128, 16, 32), 4, 1)
+    with pytest.raises(ValueError, match="read the layout 'gpu-1'; found 'cpu-1'"):
+        repack.PackedInt4.from_packed(packed._replace(layout="cpu-1"))
     with pytest.raises(ValueError, match=r"packed words is torch.int32 \(1, 128, 16\); expected torch.int32 \(2,"):
-        repack.PackedInt4.from_tensors(packed.tensors(), 256, 16, 32)
+        repack.PackedInt4.from_packed(packed._replace(fields=packed.fields | {"inputs": 256}))
     with pytest.raises(ValueError, match="lacks scales"):
-        repack.PackedInt4.from_tensors({"words": packed.words}, 128, 16, 32)
-    with pytest.raises(ValueError, match="holds 'bias'"):
-        repack.PackedInt4.from_tensors({"bias": scales}, 128, 16, 32)
+        repack.PackedInt4.from_packed(packed._replace(tensors={"words": packed.tensors["words"]}))

@@ -26,6 +26,24 @@ if find_spec("triton") is None:
         " `make triton` in a checkout; qvl_kernels.reference offers the same ops in plain torch"
     )
 
-from qvl_kernels.reference import SCALE_BYTES, Bound, Precision, cache_width, from_cached, to_cached
+from qvl_kernels.reference import (
+    SCALE_BYTES,
+    Bound,
+    Packed,
+    Precision,
+    cache_width,
+    from_cached,
+    gptq_dequantize,
+    gptq_linear,
+    linear,
+    to_cached,
+    unpack_rows,
+)
+from qvl_kernels.triton.linear import bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.split_sum import summed
 
-__all__ = ["SCALE_BYTES", "Bound", "Precision", "cache_width", "from_cached", "to_cached"]
+__all__ = [
+    "SCALE_BYTES", "Bound", "Packed", "Precision", "bind", "cache_width", "from_cached", "gptq_dequantize",
+    "gptq_levels", "gptq_linear", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "summed", "to_cached",
+    "unpack_rows",
+]  # fmt: skip

@@ -20,7 +20,7 @@ class Launch:
 
     kernel: Any  # a triton.jit function
     grid: tuple[int, ...]  # programs along each axis
-    arguments: Mapping[str, Tensor | int | float]
+    arguments: Mapping[str, Tensor | int | float | None]
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 3  # of the software pipeline
