@@ -28,8 +28,8 @@ def int4_many_rows_kernel(
 ):  # fmt: skip
     """out[s, m, n] = sum over the inputs k of split s: x[m, k] * round(scale[g, n] * (q[k, n] - zero[g, n])).
 
-    Shapes as in `int4_few_rows_kernel`; TILES a split, known beforehand: bounds found at run time spill. Neighbouring programs share columns, whose words the L2 then holds. Scales
-    of another dtype than x's are rounded to it first.
+    Shapes as in `int4_few_rows_kernel`; each split has TILES tiles. Neighbouring programs share columns, whose words
+    the L2 then holds. Scales of another dtype than x's are rounded to it first.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
     MAGIC: tl.constexpr = magic(FLOAT)
