@@ -23,6 +23,7 @@ LEVELS = 32  # thresholds below the highest score: 0.25 * 1.17^j, so that the la
 LOWEST = tl.constexpr(0.25)
 GROWTH = tl.constexpr(0.2265085)  # log2(1.17)
 LOG2E = tl.constexpr(1.4426950408889634)
+Arguments = dict[str, Tensor | int | float | None]
 COLDEST = tl.constexpr(1e-30)
 
 
@@ -162,7 +163,8 @@ def sample(logits: Tensor, rows: SamplingRows | None) -> Drawn:
     result is that of `schedule.sampler.sample`, where tokens of equal probability stand in the order of their ids.
     """
     checks.device("sample", logits, *(rows or ()))
-    tokens, logprobs = logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits), dtype=torch.float32)
+    m = len(logits)
+    tokens, logprobs = logits.new_empty(m, dtype=torch.int64), logits.new_empty(m, dtype=torch.float32)
     for launch in _plan(logits, rows, tokens, logprobs):
         launch.run()
     return Drawn(tokens, logprobs)
@@ -174,14 +176,14 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     if rows is not None:
         _check_rows(rows, m, vocab)
     chunks = blocks(vocab, CHUNK)
-    sizes = {"vocab": vocab, "chunks": chunks}
+    sizes: Arguments = {"vocab": vocab, "chunks": chunks}
     scores, scaled = (logits.new_empty(m, vocab, dtype=torch.float32) for _ in range(2))
     tops, masses, best = (logits.new_empty(m, chunks, dtype=torch.float32) for _ in range(3))
     ids, found = logits.new_empty(m, chunks, dtype=torch.int32), logits.new_empty(m, dtype=torch.int32)
     ranked = logits.new_empty(m, vocab, dtype=torch.int32)
     penalty, slots, seen, bias = (None,) * 4 if rows is None else rows[5:]
     marks = ids if seen is None else seen.view(torch.uint8)
-    scored = {"scores_ptr": scores, "best_ptr": best}
+    scored: Arguments = {"scores_ptr": scores, "best_ptr": best}
     most = triton.next_power_of_2(chunks)
     launches = [Launch(
         score_kernel, (chunks, m),
@@ -193,16 +195,16 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     if rows is not None:
         counts = logits.new_empty(m, LEVELS + 1, chunks, dtype=torch.int32)
         mass = logits.new_empty(m, LEVELS + 1, chunks, dtype=torch.float32)
-        levels = {"temperature_ptr": rows.temperature, "counts_ptr": counts, "mass_ptr": mass, **scored, **sizes}
-        cuts = {"top_k_ptr": rows.top_k, "top_p_ptr": rows.top_p, "min_p_ptr": rows.min_p}
+        levels: Arguments = {"temperature_ptr": rows.temperature, "counts_ptr": counts, "mass_ptr": mass, **scored, **sizes}
+        cuts: Arguments = {"top_k_ptr": rows.top_k, "top_p_ptr": rows.top_p, "min_p_ptr": rows.min_p}
         constants = {"CHUNK": CHUNK, "MOST": most, "LEVELS": LEVELS}
-        candidates = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found}
+        candidates: Arguments = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found}
         launches += [
             Launch(level_kernel, (chunks, m), levels, constants),
             Launch(gather_kernel, (chunks, m), levels | cuts | candidates,
                    constants | {"ROUND_LEVELS": triton.next_power_of_2(LEVELS + 1)}),
         ]  # fmt: skip
-    picked = {"temperature_ptr": scores, "top_k_ptr": ids, "top_p_ptr": scores, "min_p_ptr": scores, "dice_ptr": scores}
+    picked: Arguments = {"temperature_ptr": scores, "top_k_ptr": ids, "top_p_ptr": scores, "min_p_ptr": scores, "dice_ptr": scores}
     if rows is not None:
         names = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "dice_ptr")
         picked = dict(zip(names, rows[:5], strict=True))
@@ -256,6 +258,6 @@ def aot_specs(capability: int) -> list[Spec]:
     plan = _plan(logits, rows, empty(m, dtype=torch.int64), floats)
     specs = [Spec(f"sampling {name}, {m} rows", launch, n) for name, launch, n in zip(names, plan, moved, strict=True)]
     plan = _plan(logits[:1], None, empty(1, dtype=torch.int64), floats[:1])
-    moved = (6 * vocab, 12 * blocks(vocab, CHUNK))
-    specs += [Spec(f"greedy {name}, 1 row", p, n) for name, p, n in zip(("scores", "pick"), plan, moved, strict=True)]
+    specs.append(Spec("greedy scores, 1 row", plan[0], 6 * vocab))
+    specs.append(Spec("greedy pick, 1 row", plan[1], 12 * blocks(vocab, CHUNK)))
     return specs

@@ -35,12 +35,23 @@ def _up_to(scaled_ptr, found, limit, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def _reaching(scaled_ptr, found, wanted, target, least, BLOCK: tl.constexpr):
-    """The smallest key up to which there are `wanted` candidates and more than `target` mass."""
-    below, reached = -1, INFINITY
+    """The smallest key up to which there are `wanted` candidates and more than `target` mass.
+
+    The pass of `_up_to` is written out: Triton's interpreter takes milliseconds to enter a function.
+    """
+    below, reached = tl.full([], -1, tl.int32), tl.full([], INFINITY, tl.int32)
     for _ in range(STEPS):
         middle = below + (reached - below) // 2
-        count, mass = _up_to(scaled_ptr, found, middle, least, BLOCK)
-        enough = tl.where(count >= wanted, mass, -1.0) > target
+        count = tl.zeros([BLOCK], tl.int32)
+        mass = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, found, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(scaled_ptr + at, at < found, float("-inf"))
+            weights = tl.exp2(x * LOG2E).to(tl.float64)
+            kept = (at < found) & (tl.abs(x).to(tl.int32, bitcast=True) <= middle) & (weights >= least)
+            count += kept.to(tl.int32)
+            mass += tl.where(kept, weights, 0.0)
+        enough = tl.where(tl.sum(count, 0) >= wanted, tl.sum(mass, 0), -2.0) > target
         below, reached = tl.where(enough, below, middle), tl.where(enough, middle, reached)
     return reached
 
@@ -91,7 +102,7 @@ def _drawn(scaled_ptr, tokens_ptr, found, top_k, top_p, min_p, dice, BLOCK: tl.c
             spare = tl.maximum(1, tl.minimum(share, tl.where(reached == cut, spare, share)))
             cut = reached
     least = min_p.to(tl.float64)
-    same, kept = _up_to(scaled_ptr, found, cut, least, BLOCK)
+    same, _ = _up_to(scaled_ptr, found, cut, least, BLOCK)
     count, before = _up_to(scaled_ptr, found, cut - 1, least, BLOCK)
     spare = tl.minimum(spare, same - count)
     target = dice * (before + spare.to(tl.float64) * _weight(cut))
@@ -121,7 +132,7 @@ def pick_kernel(
     best = tl.load(best_ptr + row * chunks + every, every < chunks, float("-inf"))
     ids = tl.load(ids_ptr + row * chunks + every, every < chunks, vocab)
     token = tl.min(tl.where(best == tl.max(best, 0), ids, vocab), 0)
-    if DRAWS:
+    if DRAWS:  # noqa: SIM102 - decided when the kernel is compiled
         if tl.load(temperature_ptr + row) > 0:
             found, top_k = tl.load(found_ptr + row), tl.load(top_k_ptr + row)
             top_k = tl.where(top_k > 0, top_k, vocab)
