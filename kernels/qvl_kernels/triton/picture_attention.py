@@ -35,14 +35,14 @@ def picture_kernel(
     columns = (column < D)[None, :]
     inside = (row < queries)[:, None] & columns
     q_ptr += picture * q_picture + head * Q_HEAD
-    q = tl.load(q_ptr + row[:, None].to(tl.int64) * q_row + column[None, :], inside, 0.0)
+    q = tl.load(q_ptr + row[:, None] * q_row + column[None, :], inside, 0.0)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_ptr += picture * k_picture + head * K_HEAD
     v_ptr += picture * k_picture + head * K_HEAD
-    at = tl.arange(0, BLOCK_N)[:, None].to(tl.int64) * k_row + column[None, :]
+    at = tl.arange(0, BLOCK_N)[:, None] * k_row + column[None, :]  # 32 bits: half the registers of a tile
     for _ in range(keys // BLOCK_N):
         k, v = tl.load(k_ptr + at, columns, 0.0), tl.load(v_ptr + at, columns, 0.0)
         top, mass, total = attend(q, k, v, top, mass, total, scale, True, False)
