@@ -83,8 +83,13 @@ def _swiglu_plan(up_gate: Tensor, y: Tensor) -> Launch:
     checks.tensor("swiglu", "up_gate", up_gate, shape, y.dtype if whole else torch.float32)
     rows, width = y.shape
     grid = (rows, blocks(width, 2 * BLOCK))
-    arguments = {"x_ptr": up_gate, "y_ptr": y, "rows": rows, "F": width}
-    return Launch(swiglu_kernel, grid, arguments, {"SPLITS": splits, "BLOCK": BLOCK}, warps=1)
+    return Launch(
+        swiglu_kernel,
+        grid,
+        {"x_ptr": up_gate, "y_ptr": y, "rows": rows, "F": width},
+        {"SPLITS": splits, "BLOCK": BLOCK},
+        warps=1,
+    )
 
 
 def _gelu_plan(x: Tensor, y: Tensor) -> Launch:

@@ -161,7 +161,7 @@ def aot_specs(capability: int) -> list[Spec]:
         partial = rows * 32 * splits * 129 * 4
         moved = q.nbytes + 2 * rows * 2048 * 32 * cache.shape[-1] * cache.element_size()
         name = f"{rows} rows, {'int8' if cache_dtype == torch.int8 else '16-bit'} KV"
-        # int8: 132-byte vectors load 32 bits a lane, and each level is converted: 0.8 | 0.9, in half the time of 16 bits
+        # int8 vectors of 132 bytes load 32 bits a lane and each level is converted: 0.8 | 0.9 of half the memory time
         counted = int(cache_dtype != torch.int8)
         specs.append(
             Spec(f"decode attention, {name}", plan.attend, moved + partial, max_ratio=0.4 if counted else 1.0,

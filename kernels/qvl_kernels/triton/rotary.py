@@ -1,4 +1,4 @@
-"""Between the fused projection and attention: rotary embedding, log-n, and the way of keys and values into the cache."""
+"""Between the fused projection and attention: rotary embedding, log-n, and keys and values into the cache."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def rotary_kernel(
                 tl.store(out + beyond, (rest * logn).to(dtype), passes)
         else:
             cache_ptr = k_cache_ptr if part == 1 else v_cache_ptr
-            _store(cache_ptr, cached, stored, first, second, rest, stored & turning, stored & (beyond < D), column, beyond,
-                   TURNED, D, INT8, partial)  # fmt: skip
+            _store(cache_ptr, cached, stored, first, second, rest, stored & turning, stored & (beyond < D),
+                   column, beyond, TURNED, D, INT8, partial)  # fmt: skip
 
 
 def rotary_to_cache(

@@ -23,6 +23,7 @@ LEVELS = 32  # thresholds below the highest score: 0.25 * 1.17^j, so that the la
 LOWEST = tl.constexpr(0.25)
 GROWTH = tl.constexpr(0.2265085)  # log2(1.17)
 LOG2E = tl.constexpr(1.4426950408889634)
+Arguments = dict[str, Tensor | int | float | None]
 COLDEST = tl.constexpr(1e-30)
 
 
@@ -114,15 +115,15 @@ def level_kernel(
 @triton.jit
 def gather_kernel(
     scores_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, counts_ptr, mass_ptr,
-    scaled_ptr, tokens_ptr, found_ptr,
+    scaled_ptr, tokens_ptr, found_ptr, whole_ptr,
     vocab, chunks,
     CHUNK: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr, ROUND_LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Candidates: scaled scores and tokens above the first level that holds all that can be kept, in token order.
 
-    scaled float32 and tokens int32 [m, vocab], of which found [m] are filled. A top-k needs k of them; else a top-p
-    needs that mass, or a min-p that the level lies below it; where nothing cuts, all are candidates. ROUND_LEVELS is
-    the power of two that holds LEVELS + 1.
+    scaled float32 and tokens int32 [m, vocab], of which found [m] are filled; whole [m] is the mass of all tokens. A
+    top-k needs k of them; else a top-p needs that mass, or a min-p that the level lies below it; where nothing cuts,
+    all are candidates. ROUND_LEVELS is the power of two that holds LEVELS + 1.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(temperature_ptr + row) > 0:
@@ -146,13 +147,15 @@ def gather_kernel(
         start = tl.sum(tl.sum(tl.where(mine & (every[None, :] < chunk), counts, 0), 1), 0)
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         x = _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, MOST)
-        threshold = tl.where(chosen < LEVELS, tl.exp2(tl.cast(chosen, tl.float32) * GROWTH) * -LOWEST, float("-inf"))
+        deepest = tl.exp2(tl.cast(chosen, tl.float32) * GROWTH) * -LOWEST
+        threshold = tl.where(chosen < LEVELS, deepest, float("-inf"))
         kept = (token < vocab) & (x >= threshold)
         to = row * vocab + start + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(scaled_ptr + to, x, kept)
         tl.store(tokens_ptr + to, token, kept)
         if chunk == 0:
             tl.store(found_ptr + row, tl.sum(tl.where(level == chosen, count, 0), 0))
+            tl.store(whole_ptr + row, whole)
 
 
 def sample(logits: Tensor, rows: SamplingRows | None) -> Drawn:
@@ -162,7 +165,8 @@ def sample(logits: Tensor, rows: SamplingRows | None) -> Drawn:
     result is that of `schedule.sampler.sample`, where tokens of equal probability stand in the order of their ids.
     """
     checks.device("sample", logits, *(rows or ()))
-    tokens, logprobs = logits.new_empty(len(logits), dtype=torch.int64), logits.new_empty(len(logits), dtype=torch.float32)
+    m = len(logits)
+    tokens, logprobs = logits.new_empty(m, dtype=torch.int64), logits.new_empty(m, dtype=torch.float32)
     for launch in _plan(logits, rows, tokens, logprobs):
         launch.run()
     return Drawn(tokens, logprobs)
@@ -174,14 +178,15 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     if rows is not None:
         _check_rows(rows, m, vocab)
     chunks = blocks(vocab, CHUNK)
-    sizes = {"vocab": vocab, "chunks": chunks}
+    sizes: Arguments = {"vocab": vocab, "chunks": chunks}
     scores, scaled = (logits.new_empty(m, vocab, dtype=torch.float32) for _ in range(2))
     tops, masses, best = (logits.new_empty(m, chunks, dtype=torch.float32) for _ in range(3))
     ids, found = logits.new_empty(m, chunks, dtype=torch.int32), logits.new_empty(m, dtype=torch.int32)
+    whole = logits.new_empty(m, dtype=torch.float32)
     ranked = logits.new_empty(m, vocab, dtype=torch.int32)
     penalty, slots, seen, bias = (None,) * 4 if rows is None else rows[5:]
     marks = ids if seen is None else seen.view(torch.uint8)
-    scored = {"scores_ptr": scores, "best_ptr": best}
+    scored: Arguments = {"scores_ptr": scores, "best_ptr": best}
     most = triton.next_power_of_2(chunks)
     launches = [Launch(
         score_kernel, (chunks, m),
@@ -193,23 +198,22 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     if rows is not None:
         counts = logits.new_empty(m, LEVELS + 1, chunks, dtype=torch.int32)
         mass = logits.new_empty(m, LEVELS + 1, chunks, dtype=torch.float32)
-        levels = {"temperature_ptr": rows.temperature, "counts_ptr": counts, "mass_ptr": mass, **scored, **sizes}
-        cuts = {"top_k_ptr": rows.top_k, "top_p_ptr": rows.top_p, "min_p_ptr": rows.min_p}
+        levels: Arguments = {"temperature_ptr": rows.temperature, "counts_ptr": counts, "mass_ptr": mass}
+        levels |= scored | sizes
+        cuts: Arguments = {"top_k_ptr": rows.top_k, "top_p_ptr": rows.top_p, "min_p_ptr": rows.min_p}
         constants = {"CHUNK": CHUNK, "MOST": most, "LEVELS": LEVELS}
-        candidates = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found}
+        candidates: Arguments = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole}
         launches += [
             Launch(level_kernel, (chunks, m), levels, constants),
             Launch(gather_kernel, (chunks, m), levels | cuts | candidates,
                    constants | {"ROUND_LEVELS": triton.next_power_of_2(LEVELS + 1)}),
         ]  # fmt: skip
-    picked = {"temperature_ptr": scores, "top_k_ptr": ids, "top_p_ptr": scores, "min_p_ptr": scores, "dice_ptr": scores}
-    if rows is not None:
-        names = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "dice_ptr")
-        picked = dict(zip(names, rows[:5], strict=True))
+    names = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "dice_ptr")
+    picked: Arguments = dict(zip(names, [scores] * 5 if rows is None else rows[:5], strict=True))
     launches.append(Launch(
         pick_kernel, (m,),
-        {"logits_ptr": logits, "scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "best_ptr": best,
-         "ids_ptr": ids, "tops_ptr": tops, "masses_ptr": masses, "slots_ptr": _or(slots, ids),
+        {"logits_ptr": logits, "scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole,
+         "best_ptr": best, "ids_ptr": ids, "tops_ptr": tops, "masses_ptr": masses, "slots_ptr": _or(slots, ids),
          "seen_ptr": marks, "chosen_ptr": tokens, "logprobs_ptr": logprobs, **picked, **sizes},
         {"MOST": most, "BLOCK": 2048, "DRAWS": rows is not None, "PENALTY": seen is not None},
         warps=8,
@@ -256,6 +260,6 @@ def aot_specs(capability: int) -> list[Spec]:
     plan = _plan(logits, rows, empty(m, dtype=torch.int64), floats)
     specs = [Spec(f"sampling {name}, {m} rows", launch, n) for name, launch, n in zip(names, plan, moved, strict=True)]
     plan = _plan(logits[:1], None, empty(1, dtype=torch.int64), floats[:1])
-    moved = (6 * vocab, 12 * blocks(vocab, CHUNK))
-    specs += [Spec(f"greedy {name}, 1 row", p, n) for name, p, n in zip(("scores", "pick"), plan, moved, strict=True)]
+    specs.append(Spec("greedy scores, 1 row", plan[0], 6 * vocab))
+    specs.append(Spec("greedy pick, 1 row", plan[1], 12 * blocks(vocab, CHUNK)))
     return specs

@@ -35,12 +35,23 @@ def _up_to(scaled_ptr, found, limit, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def _reaching(scaled_ptr, found, wanted, target, least, BLOCK: tl.constexpr):
-    """The smallest key up to which there are `wanted` candidates and more than `target` mass."""
-    below, reached = -1, INFINITY
+    """The smallest key up to which there are `wanted` candidates and more than `target` mass.
+
+    The pass of `_up_to` is written out: Triton's interpreter takes milliseconds to enter a function.
+    """
+    below, reached = tl.full([], -1, tl.int32), tl.full([], INFINITY, tl.int32)
     for _ in range(STEPS):
         middle = below + (reached - below) // 2
-        count, mass = _up_to(scaled_ptr, found, middle, least, BLOCK)
-        enough = tl.where(count >= wanted, mass, -1.0) > target
+        count = tl.zeros([BLOCK], tl.int32)
+        mass = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, found, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(scaled_ptr + at, at < found, float("-inf"))
+            weights = tl.exp2(x * LOG2E).to(tl.float64)
+            kept = (at < found) & (tl.abs(x).to(tl.int32, bitcast=True) <= middle) & (weights >= least)
+            count += kept.to(tl.int32)
+            mass += tl.where(kept, weights, 0.0)
+        enough = tl.where(tl.sum(count, 0) >= wanted, tl.sum(mass, 0), -2.0) > target
         below, reached = tl.where(enough, below, middle), tl.where(enough, middle, reached)
     return reached
 
@@ -68,30 +79,31 @@ def _token(scaled_ptr, tokens_ptr, found, key, rank, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drawn(scaled_ptr, tokens_ptr, found, top_k, top_p, min_p, dice, BLOCK: tl.constexpr):
-    """The token that dice in [0, 1) picks from the candidates that the cuts leave.
+def _drawn(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOCK: tl.constexpr):
+    """The token that dice in [0, 1) picks from the candidates that the cuts leave; `whole` is the mass of all tokens.
 
     The cuts keep whole keys and, of the last key, the first few in the order of ids. top-k keeps k candidates; top-p
     those before which lies less than p of the mass that is left; min-p drops weights below it, the largest being 1.
     """
     cut, spare = tl.full([], INFINITY, tl.int32), tl.full([], 1 << 30, tl.int32)
     nothing = tl.full([], 0.0, tl.float64)
-    _, mass = _up_to(scaled_ptr, found, INFINITY, nothing, BLOCK)
+    _, candidates = _up_to(scaled_ptr, found, INFINITY, nothing, BLOCK)
+    mass = whole.to(tl.float64)
     if top_k < found:
         cut = _reaching(scaled_ptr, found, top_k, nothing - 1, nothing, BLOCK)
         count, mass = _up_to(scaled_ptr, found, cut - 1, nothing, BLOCK)
         spare = top_k - count
         mass += spare.to(tl.float64) * _weight(cut)
-    if top_p < 1:
-        target = top_p.to(tl.float64) * mass
-        reached = _reaching(scaled_ptr, found, 0, target * (1 - 1e-15), nothing, BLOCK)
+    target = top_p.to(tl.float64) * mass * (1 - 1e-15)  # a token that reaches it to the last digit is the last one
+    if tl.where(top_p < 1, candidates, -1.0) > target:
+        reached = _reaching(scaled_ptr, found, 0, target, nothing, BLOCK)
         if reached <= cut:
             _, before = _up_to(scaled_ptr, found, reached - 1, nothing, BLOCK)
             share = tl.ceil((target - before) / _weight(reached)).to(tl.int32)
             spare = tl.maximum(1, tl.minimum(share, tl.where(reached == cut, spare, share)))
             cut = reached
     least = min_p.to(tl.float64)
-    same, kept = _up_to(scaled_ptr, found, cut, least, BLOCK)
+    same, _ = _up_to(scaled_ptr, found, cut, least, BLOCK)
     count, before = _up_to(scaled_ptr, found, cut - 1, least, BLOCK)
     spare = tl.minimum(spare, same - count)
     target = dice * (before + spare.to(tl.float64) * _weight(cut))
@@ -105,7 +117,7 @@ def _drawn(scaled_ptr, tokens_ptr, found, top_k, top_p, min_p, dice, BLOCK: tl.c
 
 @triton.jit
 def pick_kernel(
-    logits_ptr, scaled_ptr, tokens_ptr, found_ptr, best_ptr, ids_ptr, tops_ptr, masses_ptr,
+    logits_ptr, scaled_ptr, tokens_ptr, found_ptr, whole_ptr, best_ptr, ids_ptr, tops_ptr, masses_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, dice_ptr, slots_ptr, seen_ptr,
     chosen_ptr, logprobs_ptr,
     vocab, chunks,
@@ -121,14 +133,15 @@ def pick_kernel(
     best = tl.load(best_ptr + row * chunks + every, every < chunks, float("-inf"))
     ids = tl.load(ids_ptr + row * chunks + every, every < chunks, vocab)
     token = tl.min(tl.where(best == tl.max(best, 0), ids, vocab), 0)
-    if DRAWS:
+    if DRAWS:  # noqa: SIM102 - decided when the kernel is compiled
         if tl.load(temperature_ptr + row) > 0:
             found, top_k = tl.load(found_ptr + row), tl.load(top_k_ptr + row)
             top_k = tl.where(top_k > 0, top_k, vocab)
             top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
             at = row * vocab
             token = _drawn(
-                scaled_ptr + at, tokens_ptr + at, found, top_k, top_p, min_p, tl.load(dice_ptr + row), BLOCK
+                scaled_ptr + at, tokens_ptr + at, found, tl.load(whole_ptr + row), top_k, top_p, min_p,
+                tl.load(dice_ptr + row), BLOCK,
             )
     tops = tl.load(tops_ptr + row * chunks + every, every < chunks, float("-inf"))
     masses = tl.load(masses_ptr + row * chunks + every, every < chunks, 0.0)
