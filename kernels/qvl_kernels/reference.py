@@ -160,6 +160,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The tower's residual stream after an update, x + update, and its `layer_norm`."""
+    x = x + update
+    return x, layer_norm(x, weight, bias, eps)
+
+
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (5.2)."""
     up, gate = summed(up_gate, dtype or up_gate.dtype).chunk(2, -1)

@@ -21,7 +21,7 @@ from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
 MOST_RATIO, LEAST_WIDE = 0.6, 0.9
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
 def int4_few_rows_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
     rows,
@@ -42,20 +42,23 @@ def int4_few_rows_kernel(
     UNIT: tl.constexpr = 2.0**-21 if FLOAT == tl.float16 else 1.0
     PARTS: tl.constexpr = TILE // GROUP if GROUP < TILE else 1  # of a tile, each in one group
     SPAN: tl.constexpr = TILE // PARTS
+    RAGGED: tl.constexpr = (INPUTS + TILE - 1) // TILE * TILE != INPUTS
     TILES: tl.constexpr = (INPUTS + TILE - 1) // TILE
     split, splits = tl.program_id(1), tl.num_programs(1)
     m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
     acc = tl.zeros([BM, BN], tl.float32)
     for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
-        at = (tile * PADDED + n).to(tl.int64)
-        words = tl.trans(tl.load(words_ptr + at[:, None] * WORDS + r[None, :])).to(tl.uint32, bitcast=True)
+        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
+        words = tl.trans(words).to(tl.uint32, bitcast=True)
         for part in tl.static_range(PARTS):
             first = tile * TILE + part * SPAN
-            inside = (m[:, None] < rows) & (first + k[None, :] < INPUTS)
+            inside = m[:, None] < rows
+            if RAGGED:
+                inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
             weight = floats(words, FLOAT, MAGIC, part * 4 // PARTS, 4 // PARTS)
-            group = tl.minimum(first, INPUTS - 1) // GROUP * PADDED + n
+            group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
             scale = tl.load(scales_ptr + group).to(tl.float32)
             total = tl.sum(x.to(tl.float32), 1)[:, None] * UNIT
             if zeros_ptr is None:
@@ -121,11 +124,12 @@ def aot_specs(capability: int) -> list[Spec]:
                 label,
                 _plan(x, weight, bias, out, chosen),
                 x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-                max_ratio=MOST_RATIO if symmetric else None,
+                max_ratio=MOST_RATIO if dtype == torch.float16 else None,  # what packed checkpoints run in
                 min_wide=LEAST_WIDE,
                 loop_trips=blocks(weight.inputs, TILE.value) / chosen.splits,
                 flops=2 * rows * weight.inputs * weight.outputs,
                 per_layer=int(dtype == torch.float16 and symmetric),
+                least_bytes=weight_bytes(weight, bias),
             )
         )
     return specs

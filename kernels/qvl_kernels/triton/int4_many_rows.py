@@ -19,38 +19,41 @@ from qvl_kernels.triton.int4_tile import TILE, WORDS, floats, magic, magic_base
 from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
 def int4_many_rows_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
     rows,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out[s, m, n] = sum over the inputs k of split s: x[m, k] * round(scale[g, n] * (q[k, n] - zero[g, n])).
 
-    Shapes as in `int4_few_rows_kernel`. Neighbouring programs share columns, whose words the L2 then holds. Scales
-    of another dtype than x's are rounded to it first.
+    Shapes as in `int4_few_rows_kernel`; each split has TILES tiles. Neighbouring programs share columns, whose words
+    the L2 then holds. Scales of another dtype than x's are rounded to it first.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
     MAGIC: tl.constexpr = magic(FLOAT)
     BASE: tl.constexpr = magic_base(FLOAT)
     PARTS: tl.constexpr = TILE // GROUP if GROUP < TILE else 1  # of a tile, each in one group
     SPAN: tl.constexpr = TILE // PARTS
-    TILES: tl.constexpr = (INPUTS + TILE - 1) // TILE
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    RAGGED: tl.constexpr = (INPUTS + TILE - 1) // TILE * TILE != INPUTS
+    split = tl.program_id(2)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
     acc = tl.zeros([BM, BN], tl.float32)
-    for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
-        at = (tile * PADDED + n).to(tl.int64)
-        words = tl.trans(tl.load(words_ptr + at[:, None] * WORDS + r[None, :])).to(tl.uint32, bitcast=True)
+    for i in range(TILES):
+        tile = split * TILES + i
+        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
+        words = tl.trans(words).to(tl.uint32, bitcast=True)
         for part in tl.static_range(PARTS):
             first = tile * TILE + part * SPAN
-            inside = (m[:, None] < rows) & (first + k[None, :] < INPUTS)
+            inside = m[:, None] < rows
+            if RAGGED:
+                inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
             weight = floats(words, FLOAT, MAGIC, part * 4 // PARTS, 4 // PARTS)
-            group = tl.minimum(first, INPUTS - 1) // GROUP * PADDED + n
+            group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
             scale = tl.load(scales_ptr + group).to(FLOAT)[None, :]
             if zeros_ptr is None:
                 weight -= BASE + 8
@@ -60,7 +63,7 @@ def int4_many_rows_kernel(
     if bias_ptr is not None and split == 0:
         acc += tl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < rows) & (n[None, :] < OUTPUTS)
-    out = out_ptr + (split.to(tl.int64) * rows + m[:, None]) * OUTPUTS + n[None, :]
+    out = out_ptr + (split * rows + m[:, None]) * OUTPUTS + n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -76,14 +79,16 @@ def int4_many_rows(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) ->
 
 
 def _plan(x: Tensor, weight: PackedInt4, bias: Tensor | None, out: Tensor, chosen: Config) -> Launch:
-    padded = weight.words.shape[1]
+    tiles, padded, _ = weight.words.shape
+    if tiles % chosen.splits:
+        raise ValueError(f"int4_many_rows: {tiles} tiles do not divide into {chosen.splits} splits")
     return Launch(
         int4_many_rows_kernel,
         (blocks(len(x), chosen.rows), blocks(padded, chosen.columns), chosen.splits),
         {"x_ptr": x, "words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros,
          "bias_ptr": bias, "out_ptr": out, "rows": len(x)},
         {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
-         "BM": chosen.rows, "BN": chosen.columns},
+         "TILES": tiles // chosen.splits, "BM": chosen.rows, "BN": chosen.columns},
         chosen.warps,
         chosen.stages,
     )  # fmt: skip

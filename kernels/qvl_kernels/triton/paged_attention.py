@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def paged_attention(
         return out.flatten(1)
     starts, lengths = tuple(map(int, query_starts)), tuple(map(int, context_lens))
     _check_rows(starts, lengths, rows, block_tables, k_cache.shape[2])
-    counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    counts = [end - start for start, end in pairwise(starts)]
     few = queries_of(starts, lengths, q.device)
     if len(few):
         decode(*same, few, None, out).run()
@@ -79,7 +80,7 @@ def _check_rows(
     if len(lengths) != requests or len(starts) != requests + 1 or (starts[0], starts[-1]) != (0, rows):
         raise ValueError(
             f"paged_attention: {len(starts)} query_starts from {starts[:1]} to {starts[-1:]} and {len(lengths)}"
-            f" context_lens; expected {requests + 1} from 0 to {rows}, and {requests}, as block_tables has {requests} rows"
+            f" context_lens; expected {requests + 1} from 0 to {rows}, and {requests}, the rows of block_tables"
         )
     for r, length in enumerate(lengths):
         if not 0 <= starts[r + 1] - starts[r] <= length <= room:

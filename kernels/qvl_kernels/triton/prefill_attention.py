@@ -72,18 +72,19 @@ class Configuration(NamedTuple):
     stages: int
 
 
-def configuration(capability: int, rows: int, head_dim: int, nbytes: int) -> Configuration:
-    """rows: the most that a request has; nbytes: of an element of q.
+def configuration(capability: int, rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Configuration:
+    """rows: the most that a request has; dtype: of q; int8: whether the cache is.
 
     64 rows leave registers for a second program on the SM, which computes while the first one waits.
     """
     if rows <= 16:
         return Configuration(16, 64 if head_dim <= 128 else 32, 4, 2)
-    if head_dim > 128 or nbytes == 4:
+    if head_dim > 128 or dtype == torch.float32:
         return Configuration(64, 32, 8, 2)
     if capability >= 90:
         return Configuration(128, 64, 8, 2)
-    return Configuration(64, 64, 4, 2)
+    # on sm_80 64 keys on 4 warps spill 40 bytes, and 32 of an int8 cache 32; on 8 warps more is read twice
+    return Configuration(64, 64, 8, 2) if int8 else Configuration(64, 32, 4, 2)
 
 
 @lru_cache(maxsize=16)
@@ -110,7 +111,7 @@ def prefill(
 ) -> Launch:  # fmt: skip
     """The launch for some requests of a checked `paged_attention`; it writes their rows of out [n, H, d]."""
     most = max((query_starts[r + 1] - query_starts[r] for r in requests), default=0)
-    choice = configuration(capability, most, q.shape[-1], q.element_size())
+    choice = configuration(capability, most, q.shape[-1], q.dtype, k_cache.dtype == torch.int8)
     tiles = tiles_of(tuple(requests), tuple(query_starts), tuple(context_lens), choice.rows, q.device)
     return _plan(q, k_cache, v_cache, block_tables, tiles, choice, out)
 
@@ -139,7 +140,7 @@ def aot_specs(capability: int) -> list[Spec]:
         q = torch.empty(rows, 32, 128, dtype=torch.bfloat16, device="meta")
         cache = q.new_empty(512, 32, 16, cache_width(128, cache_dtype), dtype=cache_dtype)
         tables = q.new_empty(1, 128, dtype=torch.int64)
-        choice = configuration(capability, rows, 128, 2)
+        choice = configuration(capability, rows, 128, q.dtype, cache_dtype == torch.int8)
         tiles = q.new_empty(blocks(rows, choice.rows), 4, dtype=torch.int32)
         name = f"prefill attention, {rows} rows, {'int8' if cache_dtype == torch.int8 else '16-bit'} KV"
         stored = 2 * 2048 * 32 * cache.shape[-1] * cache.element_size()
