@@ -35,12 +35,11 @@ from qvl_kernels.reference import (
     from_cached,
     gptq_dequantize,
     gptq_linear,
-    linear,
     to_cached,
     unpack_rows,
 )
 from qvl_kernels.triton.activations import gelu, swiglu
-from qvl_kernels.triton.linear import bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.linear import bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.paged_attention import paged_attention
 from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
