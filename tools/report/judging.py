@@ -11,11 +11,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qvl_kernels.triton.launch import Spec
 from tools.report import sass
 from tools.report.compiling import Machined, compiled
 from tools.report.machines import MACHINES, Machine
+
+
+class Fault(NamedTuple):
+    status: int  # of the report's exit: 1 does not compile, 2 spills, 3 misses a bar
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Row:
     max_ratio: float | None = None
     min_wide: float = 0.0
     per_layer: int = 0
+    least_bytes: int = 0
 
     @property
     def bound_us(self) -> float:
@@ -53,17 +60,17 @@ class Row:
         return max(self.memory_us, self.issue_us, self.pipe_us)
 
     @property
-    def faults(self) -> list[str]:
-        """What keeps the kernel from passing, by rank."""
+    def faults(self) -> list[Fault]:
+        """What keeps the kernel from passing."""
         if self.error:
-            return [f"does not compile: {self.error}"]
+            return [Fault(1, f"does not compile: {self.error}")]
         found = []
         if self.spilled:
-            found.append(f"spills {self.spilled} bytes of registers")
+            found.append(Fault(2, f"spills {self.spilled} bytes of registers a thread"))
         if self.max_ratio is not None and self.ratio > self.max_ratio:
-            found.append(f"is over the ratio: {self.ratio:.2f}, bar {self.max_ratio}")
+            found.append(Fault(3, f"is over the ratio: {self.ratio:.2f}, bar {self.max_ratio}"))
         if self.wide < self.min_wide:
-            found.append(f"loads {self.wide:.0%} of its bytes 128 bits at a time, bar {self.min_wide:.0%}")
+            found.append(Fault(3, f"loads {self.wide:.0%} of its bytes 128 bits at a time, bar {self.min_wide:.0%}"))
         return found
 
 
@@ -99,6 +106,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
         memory_us=memory * 1e6, issue_us=issue * 1e6, pipe_us=pipes[pipe] * 1e6, pipe=pipe,
         tflops=spec.flops / max(memory, issue, pipes[pipe]) / 1e12, ratio=max(issue, pipes[pipe]) / memory,
         max_ratio=spec.max_ratio, min_wide=spec.min_wide, per_layer=spec.per_layer,
+        least_bytes=spec.least_bytes,
     )  # fmt: skip
 
 
@@ -106,7 +114,8 @@ def _pipe_times(
     spec: Spec, machine: Machine, instructions: list[str], loop: list[str], warps: int
 ) -> dict[str, float]:
     """Seconds that each pipe needs for one launch; what lies outside the main loop counts once a warp."""
-    programs, once, each = math.prod(spec.launch.grid), sass.pipe_cycles(machine, instructions), sass.pipe_cycles(machine, loop)
+    programs = math.prod(spec.launch.grid)
+    once, each = sass.pipe_cycles(machine, instructions), sass.pipe_cycles(machine, loop)
     loop_bytes = sum(sass.loads(loop)) * 32 * warps
     trips = spec.loop_trips
     if trips is None:

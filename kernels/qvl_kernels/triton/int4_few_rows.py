@@ -48,11 +48,13 @@ def int4_few_rows_kernel(
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
     acc = tl.zeros([BM, BN], tl.float32)
     for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
-        at = (tile * PADDED + n).to(tl.int64)
-        words = tl.trans(tl.load(words_ptr + at[:, None] * WORDS + r[None, :])).to(tl.uint32, bitcast=True)
+        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
+        words = tl.trans(words).to(tl.uint32, bitcast=True)
         for part in tl.static_range(PARTS):
             first = tile * TILE + part * SPAN
-            inside = (m[:, None] < rows) & (first + k[None, :] < INPUTS)
+            inside = m[:, None] < rows
+            if INPUTS % TILE != 0:
+                inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
             weight = floats(words, FLOAT, MAGIC, part * 4 // PARTS, 4 // PARTS)
             group = tl.minimum(first, INPUTS - 1) // GROUP * PADDED + n
@@ -121,11 +123,12 @@ def aot_specs(capability: int) -> list[Spec]:
                 label,
                 _plan(x, weight, bias, out, chosen),
                 x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-                max_ratio=MOST_RATIO if symmetric else None,
+                max_ratio=MOST_RATIO if dtype == torch.float16 else None,  # what packed checkpoints run in
                 min_wide=LEAST_WIDE,
                 loop_trips=blocks(weight.inputs, TILE.value) / chosen.splits,
                 flops=2 * rows * weight.inputs * weight.outputs,
                 per_layer=int(dtype == torch.float16 and symmetric),
+                least_bytes=weight_bytes(weight, bias),
             )
         )
     return specs

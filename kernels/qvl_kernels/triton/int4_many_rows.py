@@ -38,16 +38,18 @@ def int4_many_rows_kernel(
     SPAN: tl.constexpr = TILE // PARTS
     TILES: tl.constexpr = (INPUTS + TILE - 1) // TILE
     split, splits = tl.program_id(2), tl.num_programs(2)
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
     acc = tl.zeros([BM, BN], tl.float32)
     for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
-        at = (tile * PADDED + n).to(tl.int64)
-        words = tl.trans(tl.load(words_ptr + at[:, None] * WORDS + r[None, :])).to(tl.uint32, bitcast=True)
+        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
+        words = tl.trans(words).to(tl.uint32, bitcast=True)
         for part in tl.static_range(PARTS):
             first = tile * TILE + part * SPAN
-            inside = (m[:, None] < rows) & (first + k[None, :] < INPUTS)
+            inside = m[:, None] < rows
+            if INPUTS % TILE != 0:
+                inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
             weight = floats(words, FLOAT, MAGIC, part * 4 // PARTS, 4 // PARTS)
             group = tl.minimum(first, INPUTS - 1) // GROUP * PADDED + n
@@ -60,7 +62,7 @@ def int4_many_rows_kernel(
     if bias_ptr is not None and split == 0:
         acc += tl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(tl.float32)[None, :]
     inside = (m[:, None] < rows) & (n[None, :] < OUTPUTS)
-    out = out_ptr + (split.to(tl.int64) * rows + m[:, None]) * OUTPUTS + n[None, :]
+    out = out_ptr + (split * rows + m[:, None]) * OUTPUTS + n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
 
 

@@ -43,6 +43,7 @@ class Spec(NamedTuple):
     loop_trips: float | None = None  # of the main loop in one program; None: inferred from bytes_moved
     flops: int = 0
     per_layer: int = 0  # launches in one decoder layer of a decode step with this many rows; 0: not part of one
+    least_bytes: int = 0  # of bytes_moved: weights, keys and values, which no fusion of kernels would save
 
 
 @cache

@@ -15,7 +15,7 @@ from qvl_kernels.triton.launch import Launch, Spec
 WIDEST = 16384  # channels of a row that registers hold on 16 warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # 1 would be a constant
 def rms_norm_kernel(
     x_ptr, update_ptr, weight_ptr, total_ptr, y_ptr,
     rows, eps,
@@ -85,6 +85,7 @@ def configuration(rows: int, width: int) -> Configuration:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`: x [.., D], weight [D]."""
+    checks.device("rms_norm", x, weight)
     y = torch.empty_like(x)
     _rms_plan("rms_norm", x, None, weight, eps, None, y).run()
     return y
@@ -92,6 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.add_rms_norm`: x [n, D]; update [n, D] in x's dtype, or float32 partial sums [S, n, D]."""
+    checks.device("add_rms_norm", x, update, weight)
     total, y = torch.empty_like(x), torch.empty_like(x)
     _rms_plan("add_rms_norm", x, update, weight, eps, total, y).run()
     return total, y
@@ -99,6 +101,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`reference.layer_norm`: x [.., D], weight and bias [D]."""
+    checks.device("layer_norm", x, weight, bias)
     y = torch.empty_like(x)
     _layer_plan("layer_norm", x, None, weight, bias, eps, None, y).run()
     return y
@@ -106,6 +109,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`reference.add_layer_norm`: x and update [.., D], weight and bias [D]."""
+    checks.device("add_layer_norm", x, update, weight, bias)
     total, y = torch.empty_like(x), torch.empty_like(x)
     _layer_plan("add_layer_norm", x, update, weight, bias, eps, total, y).run()
     return total, y
@@ -122,7 +126,6 @@ def _rms_plan(
     elif update is not None:
         splits = 1
         checks.tensor(op, "update", update, tuple(x.shape), x.dtype)
-    checks.device(op, x, update, weight)
     block, warps = configuration(rows, width)
     return Launch(
         rms_norm_kernel,
@@ -141,7 +144,6 @@ def _layer_plan(
     rows, width = _check(op, x, weight, bias)
     if update is not None:
         checks.tensor(op, "update", update, tuple(x.shape), x.dtype)
-    checks.device(op, x, update, weight, bias)
     block, warps = configuration(rows, width)
     return Launch(
         layer_norm_kernel,

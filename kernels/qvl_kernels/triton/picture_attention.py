@@ -65,11 +65,12 @@ def configuration(capability: int, head_dim: int, nbytes: int) -> Configuration:
     """As in prefill; 104 channels are computed as 128."""
     if head_dim > 128 or nbytes == 4:
         return Configuration(64, 32, 8, 2)
-    return Configuration(128, 64, 8, 2) if capability >= 90 else Configuration(64, 64, 4, 2)
+    return Configuration(128, 64, 8, 2) if capability >= 90 else Configuration(64, 64, 8, 2)
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
     """`reference.vision_attention`: qkv [P, L, 3 * W] holds q, k, v per head; gives [P, L, W]."""
+    checks.device("vision_attention", qkv)
     pictures, patches, width = qkv.shape
     out = qkv.new_empty(pictures, patches, width // 3)
     _vision_plan(qkv, heads, capability(qkv.device), out).run()
@@ -78,6 +79,7 @@ def vision_attention(qkv: Tensor, heads: int) -> Tensor:
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """`reference.cross_attention`: q [Q, D], the same for all pictures, to k and v [P, L, D]; gives [P, Q, D]."""
+    checks.device("cross_attention", q, k, v)
     out = k.new_empty(len(k), *q.shape)
     _cross_plan(q, k, v, heads, capability(q.device), out).run()
     return out
@@ -86,7 +88,6 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def _vision_plan(qkv: Tensor, heads: int, capability: int, out: Tensor) -> Launch:
     op, (pictures, patches, width) = "vision_attention", out.shape
     checks.tensor(op, "qkv", qkv, (pictures, patches, 3 * width))
-    checks.device(op, qkv)
     dim = _head_dim(op, width, heads)
     flat = qkv.view(-1)
     strides = (patches * 3 * width, 3 * width, 3 * dim)
@@ -98,7 +99,6 @@ def _cross_plan(q: Tensor, k: Tensor, v: Tensor, heads: int, capability: int, ou
     checks.tensor(op, "q", q, (queries, width))
     for name, tensor in (("k", k), ("v", v)):
         checks.tensor(op, name, tensor, (pictures, k.shape[1], width), q.dtype)
-    checks.device(op, q, k, v)
     dim, keys = _head_dim(op, width, heads), k.shape[1]
     return _plan(q, k, v, heads, capability, out, keys, (0, width, dim), (keys * width, width, dim))
 

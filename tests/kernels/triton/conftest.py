@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """New float tensors start as NaN and new integers at their extremes, so that a kernel that skips one is found out."""
+    """New tensors start as NaN, integers at their largest: a kernel that skips an element is found out."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

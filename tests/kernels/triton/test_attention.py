@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.triton import paged_attention as ours
 from qvl_kernels.triton.decode_attention import splits_for
+from qvl_kernels.triton.paged_attention import paged_attention
 from tests.kernels.compare import KV8_ERROR, as_good_as_torch, relative
 
 pytestmark = pytest.mark.interpreter
@@ -66,7 +66,7 @@ def test_decode(
     lengths = [1, 2, 15, 16, 17, 145]
     c = case(rng, [1] * 6, lengths, heads, dim, cache_dtype)
     assert splits_for(6, heads, c.block_tables.shape[1]) == 2
-    check(c, ours.paged_attention(*c))
+    check(c, paged_attention(*c))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -74,12 +74,12 @@ def test_lengths_on_the_device_as_a_captured_graph_has_them(
     poisoned: None, rng: torch.Generator, dtype: torch.dtype
 ) -> None:
     c = case(rng, [1, 1, 1], [3, 113, 32], heads=1)
-    check(c, ours.paged_attention(*c[:4], torch.empty(0), torch.tensor(c.context_lens, dtype=dtype)))
+    check(c, paged_attention(*c[:4], torch.empty(0), torch.tensor(c.context_lens, dtype=dtype)))
 
 
 def test_a_row_that_pads_a_batch_gives_zeros(poisoned: None, rng: torch.Generator) -> None:
     c = case(rng, [1, 1], [20, 33])
-    got = ours.paged_attention(*c[:4], torch.empty(0), torch.tensor([0, 33]))
+    got = paged_attention(*c[:4], torch.empty(0), torch.tensor([0, 33]))
     assert not got[0].any()
     one = Case(c.q[1:], c.k_cache, c.v_cache, c.block_tables[1:], [0, 1], [33])
     check(one, got[1:])
@@ -87,8 +87,8 @@ def test_a_row_that_pads_a_batch_gives_zeros(poisoned: None, rng: torch.Generato
 
 def test_few_and_many_requests_split_keys_differently(poisoned: None, rng: torch.Generator) -> None:
     assert splits_for(1, 32, 512) == 32 and splits_for(64, 32, 512) == 1 and splits_for(1, 32, 3) == 1
-    check(c := case(rng, [1], [257], heads=1), ours.paged_attention(*c))
-    check(c := case(rng, [1] * 5, [5, 40, 17, 3, 16], heads=2), ours.paged_attention(*c))
+    check(c := case(rng, [1], [257], heads=1), paged_attention(*c))
+    check(c := case(rng, [1] * 5, [5, 40, 17, 3, 16], heads=2), paged_attention(*c))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
@@ -98,33 +98,33 @@ def test_prefill(
 ) -> None:
     """Whole prompts and chunks of prompts, on both sides of tile sizes."""
     rows, lengths = [7, 16, 17, 65, 5], [7, 100, 17, 130, 129]
-    check(c := case(rng, rows, lengths, heads, dim, cache_dtype), ours.paged_attention(*c))
+    check(c := case(rng, rows, lengths, heads, dim, cache_dtype), paged_attention(*c))
 
 
 @pytest.mark.parametrize("rows", [255, 257])
 def test_long_prefill(poisoned: None, rng: torch.Generator, rows: int) -> None:
-    check(c := case(rng, [rows], [rows], heads=1), ours.paged_attention(*c))
+    check(c := case(rng, [rows], [rows], heads=1), paged_attention(*c))
 
 
 def test_prefill_beside_decode_beside_drafts(poisoned: None, rng: torch.Generator) -> None:
     rows, lengths = [33, 1, 20, 3, 4, 1], [33, 40, 100, 3, 50, 1]
-    check(c := case(rng, rows, lengths), ours.paged_attention(*c))
+    check(c := case(rng, rows, lengths), paged_attention(*c))
 
 
 def test_float32_is_exact_enough(poisoned: None, rng: torch.Generator) -> None:
-    check(c := case(rng, [20, 1], [36, 50], dtype=torch.float32), ours.paged_attention(*c))
+    check(c := case(rng, [20, 1], [36, 50], dtype=torch.float32), paged_attention(*c))
 
 
 def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:
     c = case(rng, [1, 2], [20, 33])
     with pytest.raises(ValueError, match=r"expected 3 from 0 to 3, and 2"):
-        ours.paged_attention(*c[:4], [0, 1], [20])
-    with pytest.raises(ValueError, match="request 1 has 2 rows and 65 tokens; .* the 64 of its blocks"):
-        ours.paged_attention(*c[:4], [0, 1, 3], [20, 65])
+        paged_attention(*c[:4], [0, 1], [20])
+    with pytest.raises(ValueError, match=r"request 1 has 2 rows and 65 tokens; .* the 64 of its blocks"):
+        paged_attention(*c[:4], [0, 1, 3], [20, 65])
     with pytest.raises(ValueError, match=r"context_lens is int32 \[2\]; expected contiguous int32 or int64 \[3\]"):
-        ours.paged_attention(*c[:4], torch.empty(0), torch.tensor([20, 33], dtype=torch.int32))
+        paged_attention(*c[:4], torch.empty(0), torch.tensor([20, 33], dtype=torch.int32))
     with pytest.raises(ValueError, match="k_cache is float16"):
-        ours.paged_attention(c.q.float(), *c[1:])
+        paged_attention(c.q.float(), *c[1:])
     wide = torch.zeros(1, 1, 264).half()
     with pytest.raises(ValueError, match="expected at most 256"):
-        ours.paged_attention(wide, *c[1:])
+        paged_attention(wide, *c[1:])
