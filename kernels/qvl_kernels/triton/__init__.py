@@ -44,11 +44,12 @@ from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, r
 from qvl_kernels.triton.paged_attention import paged_attention
 from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
 from qvl_kernels.triton.rotary import rotary_to_cache
+from qvl_kernels.triton.sampling import SamplingRows, sample
 from qvl_kernels.triton.split_sum import summed
 
 __all__ = [
-    "SCALE_BYTES", "Bound", "Packed", "Precision", "add_layer_norm", "add_rms_norm", "bind", "cache_width",
-    "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_levels", "gptq_linear", "layer_norm", "linear",
-    "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm", "rotary_to_cache", "summed",
-    "swiglu", "to_cached", "unpack_rows", "vision_attention",
+    "SCALE_BYTES", "Bound", "Packed", "Precision", "SamplingRows", "add_layer_norm", "add_rms_norm", "bind",
+    "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_levels", "gptq_linear",
+    "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm",
+    "rotary_to_cache", "sample", "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
