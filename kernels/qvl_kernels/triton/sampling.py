@@ -114,7 +114,7 @@ def level_kernel(
 @triton.jit
 def gather_kernel(
     scores_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, counts_ptr, mass_ptr,
-    scaled_ptr, tokens_ptr, found_ptr,
+    scaled_ptr, tokens_ptr, found_ptr, whole_ptr,
     vocab, chunks,
     CHUNK: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr, ROUND_LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -153,6 +153,7 @@ def gather_kernel(
         tl.store(tokens_ptr + to, token, kept)
         if chunk == 0:
             tl.store(found_ptr + row, tl.sum(tl.where(level == chosen, count, 0), 0))
+            tl.store(whole_ptr + row, whole)
 
 
 def sample(logits: Tensor, rows: SamplingRows | None) -> Drawn:
@@ -179,6 +180,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     tops, masses, best = (logits.new_empty(m, chunks, dtype=torch.float32) for _ in range(3))
     ids, found = logits.new_empty(m, chunks, dtype=torch.int32), logits.new_empty(m, dtype=torch.int32)
     ranked = logits.new_empty(m, vocab, dtype=torch.int32)
+    whole = logits.new_empty(m, dtype=torch.float32)
     penalty, slots, seen, bias = (None,) * 4 if rows is None else rows[5:]
     marks = ids if seen is None else seen.view(torch.uint8)
     scored = {"scores_ptr": scores, "best_ptr": best}
@@ -196,7 +198,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
         levels = {"temperature_ptr": rows.temperature, "counts_ptr": counts, "mass_ptr": mass, **scored, **sizes}
         cuts = {"top_k_ptr": rows.top_k, "top_p_ptr": rows.top_p, "min_p_ptr": rows.min_p}
         constants = {"CHUNK": CHUNK, "MOST": most, "LEVELS": LEVELS}
-        candidates = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found}
+        candidates = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole}
         launches += [
             Launch(level_kernel, (chunks, m), levels, constants),
             Launch(gather_kernel, (chunks, m), levels | cuts | candidates,
@@ -208,7 +210,8 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
         picked = dict(zip(names, rows[:5], strict=True))
     launches.append(Launch(
         pick_kernel, (m,),
-        {"logits_ptr": logits, "scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "best_ptr": best,
+        {"logits_ptr": logits, "scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole,
+         "best_ptr": best,
          "ids_ptr": ids, "tops_ptr": tops, "masses_ptr": masses, "slots_ptr": _or(slots, ids),
          "seen_ptr": marks, "chosen_ptr": tokens, "logprobs_ptr": logprobs, **picked, **sizes},
         {"MOST": most, "BLOCK": 2048, "DRAWS": rows is not None, "PENALTY": seen is not None},

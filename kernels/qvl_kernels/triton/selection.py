@@ -68,7 +68,7 @@ def _token(scaled_ptr, tokens_ptr, found, key, rank, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drawn(scaled_ptr, tokens_ptr, found, top_k, top_p, min_p, dice, BLOCK: tl.constexpr):
+def _drawn(scaled_ptr, tokens_ptr, found, whole, vocab, top_k, top_p, min_p, dice, BLOCK: tl.constexpr):
     """The token that dice in [0, 1) picks from the candidates that the cuts leave.
 
     The cuts keep whole keys and, of the last key, the first few in the order of ids. top-k keeps k candidates; top-p
@@ -76,8 +76,8 @@ def _drawn(scaled_ptr, tokens_ptr, found, top_k, top_p, min_p, dice, BLOCK: tl.c
     """
     cut, spare = tl.full([], INFINITY, tl.int32), tl.full([], 1 << 30, tl.int32)
     nothing = tl.full([], 0.0, tl.float64)
-    _, mass = _up_to(scaled_ptr, found, INFINITY, nothing, BLOCK)
-    if top_k < found:
+    mass = whole.to(tl.float64)  # not the candidates': a top-p alone leaves out tokens that its share is of
+    if (top_k <= found) & (top_k < vocab):
         cut = _reaching(scaled_ptr, found, top_k, nothing - 1, nothing, BLOCK)
         count, mass = _up_to(scaled_ptr, found, cut - 1, nothing, BLOCK)
         spare = top_k - count
@@ -105,7 +105,7 @@ def _drawn(scaled_ptr, tokens_ptr, found, top_k, top_p, min_p, dice, BLOCK: tl.c
 
 @triton.jit
 def pick_kernel(
-    logits_ptr, scaled_ptr, tokens_ptr, found_ptr, best_ptr, ids_ptr, tops_ptr, masses_ptr,
+    logits_ptr, scaled_ptr, tokens_ptr, found_ptr, whole_ptr, best_ptr, ids_ptr, tops_ptr, masses_ptr,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, dice_ptr, slots_ptr, seen_ptr,
     chosen_ptr, logprobs_ptr,
     vocab, chunks,
@@ -128,8 +128,9 @@ def pick_kernel(
             top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
             at = row * vocab
             token = _drawn(
-                scaled_ptr + at, tokens_ptr + at, found, top_k, top_p, min_p, tl.load(dice_ptr + row), BLOCK
-            )
+                scaled_ptr + at, tokens_ptr + at, found, tl.load(whole_ptr + row), vocab, top_k, top_p, min_p,
+                tl.load(dice_ptr + row), BLOCK,
+            )  # fmt: skip
     tops = tl.load(tops_ptr + row * chunks + every, every < chunks, float("-inf"))
     masses = tl.load(masses_ptr + row * chunks + every, every < chunks, 0.0)
     top = tl.max(tops, 0)
