@@ -35,13 +35,12 @@ from qvl_kernels.reference import (
     from_cached,
     gptq_dequantize,
     gptq_linear,
-    linear,
     rotate_half,
     to_cached,
     unpack_rows,
 )
 from qvl_kernels.triton.activations import gelu, swiglu
-from qvl_kernels.triton.linear import bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.linear import bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.paged_attention import paged_attention
 from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
@@ -50,35 +49,8 @@ from qvl_kernels.triton.sampling import Drawn, SamplingRows, sample
 from qvl_kernels.triton.split_sum import summed
 
 __all__ = [
-    "SCALE_BYTES",
-    "Bound",
-    "Drawn",
-    "Packed",
-    "Precision",
-    "SamplingRows",
-    "add_layer_norm",
-    "add_rms_norm",
-    "bind",
-    "cache_width",
-    "cross_attention",
-    "from_cached",
-    "gelu",
-    "gptq_dequantize",
-    "gptq_levels",
-    "gptq_linear",
-    "layer_norm",
-    "linear",
-    "pack_gptq",
-    "paged_attention",
-    "prepare_gptq",
-    "prepare_linear",
-    "rms_norm",
-    "rotary_to_cache",
-    "rotate_half",
-    "sample",
-    "summed",
-    "swiglu",
-    "to_cached",
-    "unpack_rows",
-    "vision_attention",
+    "SCALE_BYTES", "Bound", "Drawn", "Packed", "Precision", "SamplingRows", "add_layer_norm", "add_rms_norm", "bind",
+    "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_levels", "gptq_linear",
+    "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm",
+    "rotary_to_cache", "rotate_half", "sample", "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip

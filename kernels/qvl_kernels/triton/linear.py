@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import reference, repack
-from qvl_kernels.reference import Bound, Packed, Precision
+from qvl_kernels.reference import Bound, Packed, Precision, linear
 from qvl_kernels.repack import PackedInt4, gptq_levels, pack_gptq
 from qvl_kernels.triton.configs import regime
 from qvl_kernels.triton.int4_dequantize import int4_dequantize
@@ -18,7 +18,7 @@ from qvl_kernels.triton.int4_few_rows import int4_few_rows
 from qvl_kernels.triton.int4_many_rows import int4_many_rows
 from qvl_kernels.triton.split_sum import summed
 
-__all__ = ["bind", "gptq_levels", "pack_gptq", "prepare_gptq", "prepare_linear"]
+__all__ = ["bind", "gptq_levels", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
 
 _log = logging.getLogger("qvl_kernels")
 
@@ -72,8 +72,8 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
     weight, bias = PackedInt4.from_packed(packed), packed.tensors.get("bias")
     details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
     details += "" if weight.order is None else ", act-order: x is gathered first"
-    linear = Int4(weight, bias)
-    return Bound(linear, f"int4, {details}", weight.nbytes, linear.partial)
+    packed_linear = Int4(weight, bias)
+    return Bound(packed_linear, f"int4, {details}", weight.nbytes, packed_linear.partial)
 
 
 def _plain(packed: Packed, precision: Precision) -> Bound:
