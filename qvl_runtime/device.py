@@ -14,6 +14,8 @@ from qvl_runtime.config import EngineConfig, ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
 from qvl_runtime.schedule.loop import Loop
+from qvl_runtime.weights.machines import Machine
+from qvl_runtime.weights.plan import Load, Plan, choices_of, refuse
 
 _log = logging.getLogger(__name__)
 
@@ -97,15 +99,15 @@ def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
     return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
 
 
-def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, device: torch.device) -> int:
-    """How many tokens the KV cache is to hold at `per_token` bytes each: the budget's, or a share of what is free.
+def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, free: int) -> int:
+    """How many tokens the KV cache is to hold at `per_token` bytes each: the budget's, or half of the `free` bytes.
 
     Raises `ConfigError` for a budget below a block; warns where no request can reach `context` tokens.
     """
     if asked.kv_cache_bytes is not None:
         tokens, budget = asked.kv_cache_bytes // per_token, asked.kv_cache_bytes
     else:
-        budget = free_memory(device) // 2
+        budget = max(0, free) // 2
         tokens = min(4 * context, budget // per_token)
     if tokens < BLOCK_SIZE:
         raise ConfigError(
@@ -118,6 +120,21 @@ def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, device: t
             "kv_dtype='int8'", tokens, tokens * per_token / 2**20, context,
         )  # fmt: skip
     return tokens
+
+
+def room_beside(
+    asked: EngineConfig, config: ModelConfig, dtype: torch.dtype, folder: Path, device: torch.device
+) -> int:
+    """Bytes that are free beside a model that is not loaded yet, by its plan.
+
+    Raises `CapacityError` where not even a step's workspace and the cache that was asked for fit.
+    """
+    name, free = str(dtype).removeprefix("torch."), free_memory(device)
+    plan = Plan(config, choices_of(folder, name, asked.precision, asked.kv_dtype), device.type)
+    tokens = BLOCK_SIZE if asked.kv_cache_bytes is None else asked.kv_cache_bytes // plan.kv_per_token
+    load = Load(tokens, min(asked.max_step_tokens, config.context_limit), 1)
+    refuse(plan, load, Machine(device_name(device), free, None))
+    return free - plan.peak(load._replace(tokens=0)).total
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qvl_runtime.config import EngineConfig, GenerationDefaults
-from qvl_runtime.device import choose_device, choose_dtype, describe, kv_cache_tokens
+from qvl_runtime.device import choose_device, choose_dtype, describe, free_memory, kv_cache_tokens, room_beside
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
@@ -88,6 +88,8 @@ class Engine:
             self.tokenizer, config.visual.image_size, defaults.chat_format, defaults.max_window_size, limits=limits
         )
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
+        if asked.synthetic is None:  # of one that shares its blocks nobody knows the size
+            free = room_beside(asked, config, kind, self.folder, place)
         state: MutableMapping[str, Tensor]
         if asked.synthetic is None:
             state, laid_out = load_weights(self.folder, config, kind, place)
@@ -95,7 +97,9 @@ class Engine:
             state, laid_out = SyntheticState(config, kind, asked.repeat_blocks), {}
         network = QwenVL(config, state, asked.precision, laid_out)
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
-        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, place)
+        if asked.synthetic is not None:
+            free = free_memory(place)
+        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, free)
         cache = KVCache(config, room, kept, place, asked.prefix_caching)
         self.loop = Loop(
             Runner(network, cache, ImageCache(asked.image_cache_bytes)), self.tokenizer, self.max_model_len,

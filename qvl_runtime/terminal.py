@@ -79,7 +79,12 @@ def progress_bar(
         return
     from rich.console import Console
     from rich.progress import (
-        BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn,
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
     )  # fmt: skip
 
     counted = DownloadColumn() if in_bytes else MofNCompleteColumn()

@@ -38,9 +38,10 @@ class QwenVL:
         self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact",
         laid_out: Mapping[str, Packed] | None = None,
     ) -> None:  # fmt: skip
-        """laid_out: linears of a converted checkpoint, in their kernels' layout; the state lacks those. state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
+        """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
 
-        It is emptied: what is kept of it lies in memory as the kernels want it.
+        It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears that lie so already,
+        those of a converted checkpoint; the state lacks them.
         """
         embedding = state["transformer.wte.weight"]
         self.config, self.device, self.dtype, self.precision = config, embedding.device, embedding.dtype, precision

@@ -19,7 +19,12 @@ from qvl_runtime.errors import CheckpointError, ConfigError
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.journal import Journal
 from qvl_runtime.weights.manifest import (
-    Manifest, PackedLinear, ShardRecord, SourceFile, file_digest, is_converted,
+    Manifest,
+    PackedLinear,
+    ShardRecord,
+    SourceFile,
+    file_digest,
+    is_converted,
 )  # fmt: skip
 from qvl_runtime.weights.mapped import pieces
 from qvl_runtime.weights.recipes import ConvertOptions, Recipe, make, recipes
