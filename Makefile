@@ -9,6 +9,9 @@ STAMP := $(VENV)/.set-up
 PIP_INSTALL_FLAGS ?=
 PYTEST_FLAGS ?=
 NANO_FLAGS ?=
+REPORT_FLAGS ?=
+# Its interpreter runs the GPU kernels' tests on any Linux; it brings the compiler that the kernel report reads.
+INSTALL_TRITON = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)"
 
 # Python 3.11 is what the pins were tested with; otherwise the newest that is new enough and can make environments.
 FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
@@ -16,10 +19,10 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup triton demo test asan ubsan lint nano eval-nano clean
+.PHONY: help setup triton kernel-report demo test asan ubsan lint nano eval-nano clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## make .venv and install the pinned versions
 
@@ -30,10 +33,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
 	@grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[dev]'
+	@$(INSTALL_TRITON) || echo 'triton is not installed: no wheel fits this machine; its tests will skip'
 	@touch $@
 
-triton: $(STAMP) ## add the pinned Triton (GPU kernels, or its interpreter on a CPU)
-	$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^triton==' constraints.txt)"
+triton: $(STAMP) ## install the pinned Triton anew, after another torch changed it
+	$(INSTALL_TRITON)
+
+kernel-report: $(STAMP) ## compile the GPU kernels without a GPU: registers, spills, bounds; a minute
+	$(BIN)/python -m tools.kernel_report $(REPORT_FLAGS)
 
 demo: $(STAMP) ## caption a picture, answer a question, box an object: about a minute
 	$(BIN)/qvl demo

@@ -14,6 +14,9 @@ import pytest
 # order of every sum the same from run to run. Set before torch is imported, so that subprocesses inherit it too.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+# Triton looks at this when a kernel is defined, so it is one choice for the whole process, made before any test
+# imports triton. What compiles kernels does so in a subprocess without it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_LOCAL = ROOT / "tests" / "golden"

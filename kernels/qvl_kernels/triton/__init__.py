@@ -1,0 +1,49 @@
+"""GPU kernels in Triton, with the names and signatures of `qvl_kernels.reference`.
+
+One op a file, always in this order:
+
+1. constants;
+2. the jit kernel: its formula, shapes and packing in the docstring; load, compute in float32, round once at the store;
+3. its configuration, a plain function of (capability, shape), so that nothing is tuned while a model starts;
+4. `_plan(tensors, configuration) -> Launch`, which touches no data, and the public op, which validates with
+   `checks`, allocates its output and runs the plan;
+5. `aot_specs(capability) -> list[Spec]`: the plans of this file at the published model's shapes, made of tensors on
+   torch's meta device, with the bytes that each must move. So what the static report judges is what a GPU runs.
+
+`qvl_kernels.aot` collects the lists. A kernel takes its dtype from its pointers: tests run float16, since Triton's
+interpreter computes bfloat16 wrongly. Rules that the machine code asked for stand beside the kernels that obey them.
+
+The layout of packed weights is `qvl_kernels.repack`, plain torch, which needs no Triton.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+if find_spec("triton") is None:
+    raise ImportError(
+        "qvl_kernels.triton needs the package triton, which is not installed here: pip install 'qvl-runtime[cuda]', or"
+        " `make triton` in a checkout; qvl_kernels.reference offers the same ops in plain torch"
+    )
+
+from qvl_kernels.reference import (
+    SCALE_BYTES,
+    Bound,
+    Packed,
+    Precision,
+    cache_width,
+    from_cached,
+    gptq_dequantize,
+    gptq_linear,
+    linear,
+    to_cached,
+    unpack_rows,
+)
+from qvl_kernels.triton.linear import bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.split_sum import summed
+
+__all__ = [
+    "SCALE_BYTES", "Bound", "Packed", "Precision", "bind", "cache_width", "from_cached", "gptq_dequantize",
+    "gptq_levels", "gptq_linear", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "summed", "to_cached",
+    "unpack_rows",
+]  # fmt: skip

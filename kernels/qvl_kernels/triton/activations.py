@@ -1,0 +1,108 @@
+"""SwiGLU of the decoder's fused up | gate projection and the visual tower's GELU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qvl_kernels.triton import checks
+from qvl_kernels.triton.launch import Launch, Spec, blocks
+
+MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+LOWEST = tl.constexpr(-40.0)  # silu(-40) is -2e-16; (1 + exp(40))^2 is still a float32
+BLOCK = 256  # of SwiGLU, of one warp: 8 values a lane, and 11008 is a whole number of blocks
+
+
+@triton.jit
+def _half(x_ptr, at, splits_apart, inside, dtype: tl.constexpr, SPLITS: tl.constexpr):
+    """Values at `at`; of SPLITS partial sums `splits_apart` from one another (0: whole), the sum, rounded to dtype."""
+    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        x += tl.load(x_ptr + split * splits_apart + at, inside, 0.0)
+    return x.to(dtype).to(tl.float32) if SPLITS > 0 else x
+
+
+@triton.jit(do_not_specialize=["rows"])  # 1 would be a constant
+def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """y = up * round(gate / (1 + exp(-gate))); x [SPLITS or 1, rows, 2F] holds up | gate, y [rows, F].
+
+    A program takes two tiles of a row and one reciprocal for both, 1/a = b * 1/(a * b): exp and 1/a each at 16 lanes a
+    clock would be a third of the time that H100's memory takes.
+    """
+    dtype = y_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    apart = rows.to(tl.int64) * 2 * F
+    first = tl.program_id(1) * 2 * BLOCK + tl.arange(0, BLOCK)
+    second = first + BLOCK
+    gate_1 = _half(x_ptr, row * 2 * F + F + first, apart, first < F, dtype, SPLITS)
+    gate_2 = _half(x_ptr, row * 2 * F + F + second, apart, second < F, dtype, SPLITS)
+    up_1 = _half(x_ptr, row * 2 * F + first, apart, first < F, dtype, SPLITS)
+    up_2 = _half(x_ptr, row * 2 * F + second, apart, second < F, dtype, SPLITS)
+    below_1 = 1.0 + tl.exp2(tl.maximum(gate_1, LOWEST) * MINUS_LOG2E)
+    below_2 = 1.0 + tl.exp2(tl.maximum(gate_2, LOWEST) * MINUS_LOG2E)
+    both = 1.0 / (below_1 * below_2)
+    # rounded in between, as the reference has it: then the compiler multiplies 16-bit pairs
+    silu_1 = (gate_1 * below_2 * both).to(dtype).to(tl.float32)
+    silu_2 = (gate_2 * below_1 * both).to(dtype).to(tl.float32)
+    tl.store(y_ptr + row * F + first, (up_1 * silu_1).to(dtype), first < F)
+    tl.store(y_ptr + row * F + second, (up_2 * silu_2).to(dtype), second < F)
+
+
+@triton.jit
+def gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """y = x * (1 + erf(x / sqrt(2))) / 2; x and y [n]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, at < n, 0.0).to(tl.float32)
+    y = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), at < n)
+
+
+def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`reference.swiglu`: up_gate [n, 2F], or float32 partial sums [S, n, 2F] that are taken as `dtype`."""
+    checks.device("swiglu", up_gate)
+    y = up_gate.new_empty((*up_gate.shape[up_gate.dim() == 3 : -1], up_gate.shape[-1] // 2), dtype=dtype)
+    _swiglu_plan(up_gate, y).run()
+    return y
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`reference.gelu`: x of any shape. The bias before it is the GEMM's, whose epilogue adds it for nothing."""
+    checks.device("gelu", x)
+    y = torch.empty_like(x)
+    _gelu_plan(x, y).run()
+    return y
+
+
+def _swiglu_plan(up_gate: Tensor, y: Tensor) -> Launch:
+    splits = len(up_gate) if up_gate.dim() == 3 else 0
+    whole = up_gate.dim() == 2
+    shape = (None, 2 * y.shape[-1]) if whole else (None, None, 2 * y.shape[-1])
+    checks.tensor("swiglu", "up_gate", up_gate, shape, y.dtype if whole else torch.float32)
+    rows, width = y.shape
+    grid = (rows, blocks(width, 2 * BLOCK))
+    arguments = {"x_ptr": up_gate, "y_ptr": y, "rows": rows, "F": width}
+    return Launch(swiglu_kernel, grid, arguments, {"SPLITS": splits, "BLOCK": BLOCK}, warps=1)
+
+
+def _gelu_plan(x: Tensor, y: Tensor) -> Launch:
+    checks.tensor("gelu", "x", x, tuple(x.shape))
+    return Launch(gelu_kernel, (blocks(x.numel(), 1024),), {"x_ptr": x, "y_ptr": y, "n": x.numel()}, {"BLOCK": 1024})
+
+
+def aot_specs(capability: int) -> list[Spec]:
+    """Decode with 1 and 16 rows, whole and in 2 splits; prefill of 2048 rows; the 8192 channels of 1024 patches."""
+    specs = []
+    for rows, splits in ((1, 0), (1, 2), (16, 0), (16, 2), (2048, 0)):
+        shape = (splits, rows, 2 * 11008) if splits else (rows, 2 * 11008)
+        x = torch.empty(shape, dtype=torch.float32 if splits else torch.bfloat16, device="meta")
+        y = x.new_empty(rows, 11008, dtype=torch.bfloat16)
+        name = f"swiglu, {rows} rows{f', {splits} splits' if splits else ''}"
+        per_layer = int(rows <= 16 and not splits)
+        moved = x.nbytes + y.nbytes
+        specs.append(Spec(name, _swiglu_plan(x, y), moved, max_ratio=0.3, min_wide=0.9, per_layer=per_layer))
+    x = torch.empty(1024, 8192, dtype=torch.bfloat16, device="meta")
+    specs.append(Spec("gelu, a picture", _gelu_plan(x, x), 2 * x.nbytes))
+    return specs

@@ -1,0 +1,41 @@
+"""What a launch must not be given: said in one line, before a kernel would read past an end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qvl_kernels.triton.launch import interpreted
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def tensor(op: str, name: str, value: Tensor, shape: tuple[int | None, ...], *dtypes: torch.dtype) -> None:
+    """Raises ValueError unless `value` is contiguous, of this shape (None: any extent) and of one of these dtypes."""
+    fits = value.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, value.shape, strict=True))
+    if fits and value.dtype in (dtypes or FLOATS) and value.is_contiguous():
+        return
+    wanted = f"{' or '.join(_short(dtype) for dtype in dtypes or FLOATS)} {_shape(shape)}"
+    found = f"{_short(value.dtype)} {_shape(tuple(value.shape))}{'' if value.is_contiguous() else ', strided'}"
+    raise ValueError(f"{op}: {name} is {found}; expected contiguous {wanted}")
+
+
+def device(op: str, *tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors lie on one device, a CUDA one or, in the interpreter, any."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: tensors on {' and '.join(sorted(map(str, devices)))}; expected one device")
+    kinds = {found.type for found in devices}
+    if kinds - {"cuda"} and not interpreted():
+        raise ValueError(
+            f"{op}: tensors on {kinds.pop()}; Triton kernels run on cuda, or anywhere with TRITON_INTERPRET=1 set"
+            " before triton is imported"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join('any' if n is None else str(n) for n in shape)}]"

@@ -1,0 +1,65 @@
+"""A kernel with all it is called with, as a value: it can be run, or compiled ahead of time and judged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CAPABILITIES = (80, 86, 89, 90)  # what configurations are written for: A100, RTX 30 and A10, RTX 40 and L4, H100
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """One launch: `arguments` in any order by name, `constants` the values of the tl.constexpr parameters."""
+
+    kernel: Any  # a triton.jit function
+    grid: tuple[int, ...]  # programs along each axis
+    arguments: Mapping[str, Tensor | int | float | None]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 3  # of the software pipeline
+
+    def run(self) -> None:
+        """Queue it on the current stream of the current device; a grid without programs is no launch."""
+        if all(self.grid):
+            options = {"num_warps": self.warps, "num_stages": self.stages}
+            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+
+
+class Spec(NamedTuple):
+    """A launch for the static report, and the bars that it must pass."""
+
+    name: str  # "int4 qkv, 1 row": the kernel, the place in the model, the rows
+    launch: Launch  # its tensors may lie on the meta device
+    bytes_moved: int  # at the least, between DRAM and the chip
+    max_ratio: float | None = None  # busiest pipe or issue time / memory time; None for kernels that compute bounds
+    min_wide: float = 0.0  # share of loaded bytes that must come in 128-bit loads
+    loop_trips: float | None = None  # of the main loop in one program; None: inferred from bytes_moved
+    flops: int = 0
+    per_layer: int = 0  # launches in one decoder layer of a decode step with this many rows; 0: not part of one
+    least_bytes: int = 0  # of bytes_moved: weights, keys and values, which no fusion of kernels would save
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """10 * major + minor of a CUDA device; of any other 80, so that the interpreter runs what an A100 would."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: decided before triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def blocks(n: int, size: int) -> int:
+    """How many blocks of `size` cover n."""
+    return -(-n // size)

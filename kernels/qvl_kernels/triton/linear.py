@@ -1,0 +1,90 @@
+"""Linears bound to their weights: which int4 kernel runs for how many rows, and what runs instead where none can."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels import reference, repack
+from qvl_kernels.reference import Bound, Packed, Precision
+from qvl_kernels.repack import PackedInt4, gptq_levels, pack_gptq
+from qvl_kernels.triton.configs import regime
+from qvl_kernels.triton.int4_dequantize import int4_dequantize
+from qvl_kernels.triton.int4_few_rows import int4_few_rows
+from qvl_kernels.triton.int4_many_rows import int4_many_rows
+from qvl_kernels.triton.split_sum import summed
+
+__all__ = ["bind", "gptq_levels", "pack_gptq", "prepare_gptq", "prepare_linear"]
+
+_log = logging.getLogger("qvl_kernels")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int4:
+    """A packed weight and its bias, and the choice of kernel by the number of rows."""
+
+    weight: PackedInt4
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [.., in] to [.., out], in x's dtype."""
+        y = summed(self.partial(x.reshape(-1, self.weight.inputs)), x.dtype)
+        return y.view(*x.shape[:-1], self.weight.outputs)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """x [n, in] to [n, out] in x's dtype, or to float32 partial sums [S, n, out]."""
+        if self.weight.order is not None:
+            x = x.index_select(-1, self.weight.order)
+        x = x.contiguous()
+        if not len(x):
+            return x.new_empty(0, self.weight.outputs)
+        kind = "dequantize" if x.dtype == torch.float32 else regime(len(x))
+        if kind == "few_rows":
+            return int4_few_rows(x, self.weight, self.bias)
+        if kind == "many_rows":
+            return int4_many_rows(x, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, int4_dequantize(self.weight, x.dtype), bias)
+
+
+def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
+    """`reference.prepare_linear`: dense weights go through torch's own product (cuBLAS), in either precision."""
+    return reference.prepare_linear(weight, bias, precision)
+
+
+def prepare_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None, precision: Precision = "exact",
+) -> Bound:  # fmt: skip
+    """`reference.prepare_gptq` in the kernels' layout. What it cannot hold runs as in the reference, with a warning."""
+    return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
+
+
+def bind(packed: Packed, precision: Precision = "exact") -> Bound:
+    """A packed linear bound to its kernels, in this layout or as published: that is laid out now, if it can be."""
+    if packed.layout == "gptq":
+        again = pack_gptq(**_published(packed), **packed.fields)  # type: ignore[arg-type]
+        return _plain(again, precision) if again.layout == "gptq" else bind(again, precision)
+    weight, bias = PackedInt4.from_packed(packed), packed.tensors.get("bias")
+    details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
+    details += "" if weight.order is None else ", act-order: x is gathered first"
+    linear = Int4(weight, bias)
+    return Bound(linear, f"int4, {details}", weight.nbytes, linear.partial)
+
+
+def _plain(packed: Packed, precision: Precision) -> Bound:
+    """What the kernels cannot hold, in plain torch, said aloud."""
+    given, bits = packed.tensors, packed.fields["bits"]
+    reason = repack.unsupported(given["qweight"], given["scales"], given.get("g_idx"), bits)
+    outputs = given["scales"].shape[1]
+    _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", outputs, reason)
+    slow = reference.bind(packed, precision)
+    return slow._replace(kernel=f"{slow.kernel} ({reason})")
+
+
+def _published(packed: Packed) -> dict[str, Tensor | None]:
+    return {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}

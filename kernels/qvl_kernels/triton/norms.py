@@ -1,0 +1,192 @@
+"""RMSNorm and LayerNorm, alone or after the residual stream takes an update: one program a row, the row in registers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qvl_kernels.triton import checks
+from qvl_kernels.triton.launch import Launch, Spec
+
+WIDEST = 16384  # channels of a row that registers hold on 16 warps
+
+
+@triton.jit(do_not_specialize=["rows"])  # 1 would be a constant
+def rms_norm_kernel(
+    x_ptr, update_ptr, weight_ptr, total_ptr, y_ptr,
+    rows, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """total = x + update; y = round(total / sqrt(mean(total^2) + eps)) * weight.
+
+    x, total, y [rows, WIDTH]; weight [WIDTH]. SPLITS 0: no update, and total is not written; 1 and more: update
+    [SPLITS, rows, WIDTH], float32 partial sums that are rounded together, or one update in x's dtype.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    at = row * WIDTH + column
+    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, inside, 0.0)
+    if SPLITS > 0:
+        update = tl.load(update_ptr + at, inside, 0.0).to(tl.float32)
+        for split in tl.static_range(1, SPLITS):
+            update += tl.load(update_ptr + split * rows.to(tl.int64) * WIDTH + at, inside, 0.0)
+        dtype = total_ptr.dtype.element_ty
+        x = (x + update.to(dtype).to(tl.float32)).to(dtype)
+        tl.store(total_ptr + at, x, inside)
+        x = x.to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+    y = y.to(y_ptr.dtype.element_ty).to(tl.float32) * weight.to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr, update_ptr, weight_ptr, bias_ptr, total_ptr, y_ptr, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, UPDATE: tl.constexpr,
+):  # fmt: skip
+    """total = x + update; y = (total - mean) / sqrt(variance + eps) * weight + bias. All [rows, WIDTH] of one dtype.
+
+    The variance is that of the differences, in a second pass over registers: E[x^2] - E[x]^2 cancels.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    at = row * WIDTH + column
+    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, inside, 0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, inside, 0.0).to(tl.float32)
+    if UPDATE:
+        x += tl.load(update_ptr + at, inside, 0.0).to(tl.float32)
+        x = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + at, x, inside)
+        x = x.to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x, 0) / WIDTH, 0.0)
+    y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps) * weight + bias
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+
+
+class Configuration(NamedTuple):
+    block: int  # the power of two that holds a row
+    warps: int
+
+
+def configuration(rows: int, width: int) -> Configuration:
+    """Few rows leave most of the GPU idle, so that a row gets many warps; many rows fill it with few warps each."""
+    block = triton.next_power_of_2(width)
+    per_lane = 8 if rows < 128 else 16  # values: one or two loads of 128 bits
+    return Configuration(block, max(1, min(16, block // (32 * per_lane))))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`: x [.., D], weight [D]."""
+    checks.device("rms_norm", x, weight)
+    y = torch.empty_like(x)
+    _rms_plan("rms_norm", x, None, weight, eps, None, y).run()
+    return y
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm`: x [n, D]; update [n, D] in x's dtype, or float32 partial sums [S, n, D]."""
+    checks.device("add_rms_norm", x, update, weight)
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    _rms_plan("add_rms_norm", x, update, weight, eps, total, y).run()
+    return total, y
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`reference.layer_norm`: x [.., D], weight and bias [D]."""
+    checks.device("layer_norm", x, weight, bias)
+    y = torch.empty_like(x)
+    _layer_plan("layer_norm", x, None, weight, bias, eps, None, y).run()
+    return y
+
+
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.add_layer_norm`: x and update [.., D], weight and bias [D]."""
+    checks.device("add_layer_norm", x, update, weight, bias)
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    _layer_plan("add_layer_norm", x, update, weight, bias, eps, total, y).run()
+    return total, y
+
+
+def _rms_plan(
+    op: str, x: Tensor, update: Tensor | None, weight: Tensor, eps: float, total: Tensor | None, y: Tensor
+) -> Launch:
+    rows, width = _check(op, x, weight)
+    splits = 0
+    if update is not None and update.dim() == x.dim() + 1:
+        splits = len(update)
+        checks.tensor(op, "update", update, (None, *x.shape), torch.float32)
+    elif update is not None:
+        splits = 1
+        checks.tensor(op, "update", update, tuple(x.shape), x.dtype)
+    block, warps = configuration(rows, width)
+    return Launch(
+        rms_norm_kernel,
+        (rows,),
+        {"x_ptr": x, "update_ptr": x if update is None else update, "weight_ptr": weight,
+         "total_ptr": y if total is None else total, "y_ptr": y, "rows": rows, "eps": eps},
+        {"WIDTH": width, "BLOCK": block, "SPLITS": splits},
+        warps,
+    )  # fmt: skip
+
+
+def _layer_plan(
+    op: str, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, total: Tensor | None,
+    y: Tensor,
+) -> Launch:  # fmt: skip
+    rows, width = _check(op, x, weight, bias)
+    if update is not None:
+        checks.tensor(op, "update", update, tuple(x.shape), x.dtype)
+    block, warps = configuration(rows, width)
+    return Launch(
+        layer_norm_kernel,
+        (rows,),
+        {"x_ptr": x, "update_ptr": x if update is None else update, "weight_ptr": weight, "bias_ptr": bias,
+         "total_ptr": y if total is None else total, "y_ptr": y, "eps": eps},
+        {"WIDTH": width, "BLOCK": block, "UPDATE": update is not None},
+        warps,
+    )  # fmt: skip
+
+
+def _check(op: str, x: Tensor, *vectors: Tensor) -> tuple[int, int]:
+    """Rows and channels of x [.., D], when all is as it must be."""
+    checks.tensor(op, "x", x, tuple(x.shape))
+    width = x.shape[-1]
+    if not 0 < width <= WIDEST:
+        raise ValueError(f"{op}: x has {width} channels; a program holds rows of 1 to {WIDEST} in registers")
+    for name, vector in zip(("weight", "bias"), vectors, strict=False):
+        checks.tensor(op, name, vector, (width,), x.dtype)
+    return x.numel() // width, width
+
+
+def aot_specs(capability: int) -> list[Spec]:
+    """Decode (1 and 16 rows, updates whole and in 8 splits), prefill of 2048 rows, 1024 patches of a picture."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    specs = []
+    for rows, splits in ((1, 0), (1, 8), (16, 0), (16, 8), (2048, 0)):
+        x, weight = empty(rows, 4096), empty(4096)
+        update = empty(splits, rows, 4096, dtype=torch.float32) if splits else empty(rows, 4096)
+        moved = 3 * x.nbytes + update.nbytes + weight.nbytes
+        launch = _rms_plan("add_rms_norm", x, update, weight, 1e-6, x, x)
+        name = f"add_rms_norm, {rows} rows{f', {splits} splits' if splits else ''}"
+        per_layer = 2 if (splits > 0) == (rows <= 16) and rows <= 16 else 0
+        specs.append(Spec(name, launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=per_layer))
+    x, weight = empty(1, 4096), empty(4096)
+    launch = _rms_plan("rms_norm", x, None, weight, 1e-6, None, x)
+    specs.append(Spec("rms_norm, 1 row", launch, 2 * x.nbytes + weight.nbytes, max_ratio=0.3, min_wide=0.9))
+    x, weight = empty(1024, 1664), empty(1664)
+    for update, tensors in ((None, 2), (x, 4)):
+        launch = _layer_plan("layer_norm", x, update, weight, weight, 1e-6, x, x)
+        name = f"{'add_' if tensors == 4 else ''}layer_norm, a picture"
+        specs.append(Spec(name, launch, tensors * x.nbytes + 2 * weight.nbytes, max_ratio=0.3))
+    return specs

@@ -1,0 +1,87 @@
+"""The packed layout of int4 weights: what each word holds, and the way back, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qvl_kernels import reference, repack
+from tests.kernels.gptq import checkpoint
+
+SHAPES = [(128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (640, 128, 256)]
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("zero_offset", [0, 1])
+@pytest.mark.parametrize("inputs, outputs, group", SHAPES)
+def test_it_comes_back_bit_for_bit(inputs: int, outputs: int, group: int, zero_offset: int, act_order: bool) -> None:
+    qweight, qzeros, scales, g_idx = checkpoint(inputs, outputs, group, act_order=act_order)
+    bias = torch.randn(outputs)
+    packed = repack.pack_gptq(qweight, qzeros, scales, g_idx, 4, zero_offset, bias)
+    words = packed.tensors["words"]
+    assert words.shape == (-(-inputs // 128), -(-outputs // 128) * 128, 16) and words.is_contiguous()
+    back = repack.unpack_gptq(packed)
+    given = reference.pack_gptq(qweight, qzeros, scales, g_idx, 4, zero_offset, bias)
+    if "order" not in packed.tensors:
+        given.tensors.pop("g_idx", None)
+    assert back.layout == "gptq" and back.fields == given.fields and set(back.tensors) == set(given.tensors)
+    for name, tensor in given.tensors.items():
+        assert torch.equal(back.tensors[name], tensor) and back.tensors[name].dtype == tensor.dtype, name
+    assert torch.equal(repack.gptq_levels(packed), reference.gptq_levels(given))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("inputs, outputs, group", SHAPES)
+def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order: bool) -> None:
+    tensors = checkpoint(inputs, outputs, group, act_order=act_order)
+    packed = repack.packed_int4(*tensors, 1)
+    want = reference.gptq_dequantize(*tensors, 4, 1)
+    want = want if packed.order is None else want[:, packed.order.long()]
+    assert torch.equal(repack.dequantize(packed), want)
+
+
+def test_a_word_holds_what_the_layout_says() -> None:
+    """Input 32 j + 2 r + h of output 5 alone is 15: bits 4 (j + 4 h) + 3 and up of word r, round the end."""
+    for j, r, h in ((0, 0, 0), (1, 7, 0), (2, 15, 1), (3, 3, 0), (3, 9, 1)):
+        levels = torch.zeros(128, 8, dtype=torch.int64)
+        levels[32 * j + 2 * r + h, 5] = 15
+        qweight = torch.stack([sum((levels[8 * w + i] << 4 * i for i in range(8)), torch.zeros(8, dtype=torch.int64))
+                               for w in range(16)]).to(torch.int32)  # fmt: skip
+        packed = repack.packed_int4(qweight, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8), None, 0)
+        bits = 15 << (4 * (j + 4 * h) + 3)
+        want = (bits | bits >> 32) & 0xFFFFFFFF
+        assert packed.words[0, 5, r].item() & 0xFFFFFFFF == want
+        assert packed.words.count_nonzero() == 1
+
+
+def test_symmetric_zero_points_take_no_room() -> None:
+    packed = repack.packed_int4(*checkpoint(128, 128, 128, symmetric=True), 1)
+    assert packed.zeros is None and packed.order is None
+    assert packed.nbytes == 128 * 128 // 2 + 128 * 2
+
+
+def test_magic_numbers_make_floats() -> None:
+    """What the kernels rely on, in both dtypes: the word's pair of nibbles becomes base + level."""
+    levels = torch.arange(16, dtype=torch.int32)
+    for magic, dtype, base in ((0x5800, torch.float16, 128), (0x4180, torch.bfloat16, 16)):
+        assert torch.equal((levels << 3 | magic).to(torch.int16).view(dtype).float(), levels + float(base))
+
+
+def test_what_it_cannot_hold_is_said() -> None:
+    qweight, qzeros, scales, _ = checkpoint(128, 16, 32)
+    assert repack.unsupported(qweight, scales, None, 8) == "8 bits"
+    assert repack.unsupported(qweight, torch.ones(8, 16), None, 4) == "groups of 16"
+    uneven = torch.tensor([0] * 40 + [1] * 24 + [2] * 32 + [3] * 32, dtype=torch.int32)
+    assert repack.pack_gptq(qweight, qzeros, scales, uneven, 4, 1).layout == "gptq"
+    with pytest.raises(ValueError, match="groups of unequal size has no packed form"):
+        repack.packed_int4(qweight, qzeros, scales, uneven, 1)
+
+
+def test_files_of_another_layout_or_shape_are_refused() -> None:
+    packed = repack.pack_gptq(*checkpoint(128, 16, 32), 4, 1)
+    with pytest.raises(ValueError, match="read the layout 'gpu-1'; found 'cpu-1'"):
+        repack.PackedInt4.from_packed(packed._replace(layout="cpu-1"))
+    with pytest.raises(ValueError, match=r"packed words is torch.int32 \(1, 128, 16\); expected torch.int32 \(2,"):
+        repack.PackedInt4.from_packed(packed._replace(fields=packed.fields | {"inputs": 256}))
+    with pytest.raises(ValueError, match="lacks scales"):
+        repack.PackedInt4.from_packed(packed._replace(tensors={"words": packed.tensors["words"]}))

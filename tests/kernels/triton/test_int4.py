@@ -1,0 +1,179 @@
+"""The int4 kernels in Triton's interpreter, in float16, against the definition: shapes, groups, orders and regimes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl_kernels import reference, repack
+from tests.kernels.compare import as_good_as_torch
+from tests.kernels.gptq import checkpoint
+
+pytest.importorskip("triton", reason="triton is not installed: `make triton`")
+pytestmark = pytest.mark.interpreter
+
+from qvl_kernels import triton as ops  # noqa: E402
+from qvl_kernels.triton import configs, int4_dequantize, int4_few_rows, int4_many_rows  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs hold NaN before a kernel writes them, so that what it leaves out is seen."""
+    new_empty = Tensor.new_empty
+
+    def filled(self: Tensor, *size: object, **options: object) -> Tensor:
+        out = new_empty(self, *size, **options)  # type: ignore[call-overload]
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)
+
+
+def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> None:
+    """As near to float64 as torch's own product with the weight rounded to x's dtype, twice over."""
+    exact = reference.gptq_dequantize(*tensors, 4, 1)  # type: ignore[arg-type]
+    want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
+    plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    as_good_as_torch(got, plain, want)
+
+
+SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial tile; a partial group; one group for all
+    (128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (512, 256, 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 33])
+@pytest.mark.parametrize("inputs, outputs, group", SHAPES)
+def test_symmetric(inputs: int, outputs: int, group: int, rows: int) -> None:
+    tensors = checkpoint(inputs, outputs, group, symmetric=True)
+    x = activations(rows, inputs)
+    check(ops.prepare_gptq(*tensors, 4, 1)(x), x, tensors)
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("inputs, outputs, group", SHAPES)
+def test_zero_points_orders_and_bias(inputs: int, outputs: int, group: int, act_order: bool, rows: int) -> None:
+    tensors = checkpoint(inputs, outputs, group, act_order=act_order)
+    x, bias = activations(rows, inputs), activations(1, outputs)[0]
+    check(ops.prepare_gptq(*tensors, 4, 1, bias)(x), x, tensors, bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("inputs, outputs, group", SHAPES)
+def test_dequantised_weights_are_rounded_once(
+    inputs: int, outputs: int, group: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    weight = repack.packed_int4(*checkpoint(inputs, outputs, group, symmetric=symmetric), 1)
+    assert torch.equal(int4_dequantize.int4_dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
+
+
+def test_very_many_rows_and_float32_take_the_dequantised_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, bias = checkpoint(192, 40, 64, act_order=True), activations(1, 40)[0]
+    linear = ops.prepare_gptq(*tensors, 4, 1, bias)
+    for kernel in (int4_few_rows, int4_many_rows):
+        monkeypatch.delattr(kernel, f"{kernel.__name__.rpartition('.')[2]}_kernel")
+    for x in (activations(configs.MANY, 192), activations(2, 192, torch.float32)):
+        check(linear(x), x, tensors, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
+    """Tiles that do not divide evenly among the splits; the bias is in one of them."""
+    tensors, x = checkpoint(128 * 13, 128, 128, act_order=act_order), activations(rows, 128 * 13)
+    bias = activations(1, 128)[0]
+    linear = ops.prepare_gptq(*tensors, 4, 1, bias)
+    parts = linear.partial(x)
+    assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32  # four tiles a program at the least
+    check(ops.summed(parts, x.dtype), x, tensors, bias)
+    assert torch.equal(linear(x), ops.summed(parts, x.dtype))
+
+
+def test_any_split_gives_the_sum() -> None:
+    tensors, x = checkpoint(640, 128, 128), activations(2, 640)
+    weight = repack.packed_int4(*tensors, 1)
+    for splits in (1, 2, 5, 7):  # 7: two programs have no tile
+        out = int4_few_rows.int4_few_rows(x, weight, splits=splits)
+        check(ops.summed(out, x.dtype), x, tensors)
+
+
+def test_subnormal_weights_keep_what_large_and_small_activations_carry() -> None:
+    tensors = checkpoint(128, 128, 128)
+    for scale in (2.0**-14, 2.0**10):
+        x = (activations(2, 128).float() * scale).half()
+        check(ops.prepare_gptq(*tensors, 4, 1)(x), x, tensors)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 128), (128,), (0, 128)])
+def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
+    tensors, x = checkpoint(128, 24, 32), torch.randn(shape).half()
+    y = ops.prepare_gptq(*tensors, 4, 1)(x)
+    assert y.shape == (*shape[:-1], 24)
+    check(y, x, tensors)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda x: x[:, :64], r"x is float16 \[2, 64\], strided; expected contiguous float16 or bfloat16 \[any, 128\]"),
+    (lambda x: x.double(), r"x is float64 \[2, 128\]"),
+    (lambda x: x.repeat(9, 1), r"x has 18 rows; expected 1 to 16"),
+])  # fmt: skip
+def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
+    weight = repack.packed_int4(*checkpoint(128, 24, 32), 1)
+    with pytest.raises(ValueError, match=message):
+        int4_few_rows.int4_few_rows(spoil(activations(2, 128)), weight)
+
+
+def test_what_has_no_kernel_runs_in_plain_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    words = torch.randint(-(2**31), 2**31, (32, 16)).to(torch.int32)
+    tensors = (words, torch.full((1, 4), 0x7F7F7F7F, dtype=torch.int32), torch.rand(1, 16).half(), None)
+    with caplog.at_level(logging.WARNING, "qvl_kernels"):
+        linear = ops.prepare_gptq(*tensors, 8, 1)
+    assert "a linear of 16 outputs runs in plain torch, unpacked on each use: 8 bits" in caplog.text
+    assert linear.kernel == "int8, unpacked on use (8 bits)"
+    x = activations(3, 128)
+    assert torch.equal(linear(x), reference.prepare_gptq(*tensors, 8, 1)(x))
+
+
+def test_the_report_says_what_is_held() -> None:
+    linear = ops.prepare_gptq(*checkpoint(256, 128, 64, act_order=True), 4, 1)
+    assert linear.kernel == "int4, groups of 64, zero points, act-order: x is gathered first"
+    assert linear.nbytes == 256 * 128 // 2 + 4 * 128 * (2 + 1) + 256 * 4
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512])
+@pytest.mark.parametrize("inputs, outputs", [(4096, 12288), (11008, 4096), (128, 128), (320, 384)])
+def test_configurations_cover_what_they_are_given(capability: int, rows: int, inputs: int, outputs: int) -> None:
+    kind = configs.regime(rows)
+    made = configs.config(capability, kind, rows, inputs, outputs)
+    assert outputs % made.columns == 0 and made.rows & (made.rows - 1) == 0
+    assert 1 <= made.splits <= max(1, inputs // 128 // configs.LEAST_TILES)
+    assert kind == "many_rows" or made.rows >= rows
+
+
+def test_a_file_of_configurations_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = tmp_path / "configs.json"
+    monkeypatch.setenv("QVL_KERNEL_CONFIGS", str(named))
+    named.write_text(json.dumps({"90": {"few_rows 4096 4096": [16, 128, 8, 4, 6]}}))
+    configs.overrides.cache_clear()
+    try:
+        assert configs.config(90, "few_rows", 1, 4096, 4096) == (16, 128, 8, 4, 6)
+        assert configs.config(80, "few_rows", 1, 4096, 4096) != (16, 128, 8, 4, 6)
+        named.write_text(json.dumps({"90": {"few_rows 4096 4096": [16, 96, 8, 4, 6]}}))
+        configs.overrides.cache_clear()
+        with pytest.raises(ValueError, match=r"'few_rows 4096 4096' is \[16, 96, 8, 4, 6\]; expected"):
+            configs.config(90, "few_rows", 1, 4096, 4096)
+    finally:
+        monkeypatch.delenv("QVL_KERNEL_CONFIGS")
+        configs.overrides.cache_clear()

@@ -1,0 +1,96 @@
+"""The kernel report: reading machine code, judging, and (a minute, in a process of its own) every kernel's bars."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+
+from tools.kernel_report import complain, main, page
+from tools.report import sass
+from tools.report.judging import Row
+from tools.report.machines import MACHINES
+from tools.report.tables import decode_step, text
+
+pytestmark = pytest.mark.unit
+HERE = find_spec("triton") is not None
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.128 [R5], [R2.64] ;
+        /*0020*/                   LDG.E.U16 R4, [R2.64] ;
+        /*0030*/                   LOP3.LUT R6, R4, 0x780078, RZ, 0xc0, !PT ;
+        /*0040*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0050*/               @P0 BRA `(.L_x_0) ;
+        /*0060*/                   STG.E.128 [R2.64], R8 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   NOP;
+"""
+
+
+def test_machine_code_is_read() -> None:
+    code = sass.parsed(LISTING)
+    assert len(code.instructions) == 8 and code.loops == [range(1, 6)]
+    assert [sass.classified(line).name for line in code.instructions] == [
+        "int", "ldg", "ldg", "bits", "mma", "ctl", "stg", "ctl",
+    ]  # fmt: skip
+    loop = sass.main_loop(code)
+    assert sass.loads(loop) == [16, 2]
+    cycles = sass.pipe_cycles(MACHINES["sm_80"], loop)
+    assert cycles == {"issue": 5, "lsu": 4 + 12 + 4, "alu": 2, "mma": 8}
+
+
+def test_what_limits_the_programs_on_a_multiprocessor() -> None:
+    a100 = MACHINES["sm_80"]
+    assert a100.occupancy(registers=255, shared=0, warps=4) == (2, "registers")
+    assert a100.occupancy(registers=32, shared=80 << 10, warps=4) == (2, "shared")
+    assert a100.occupancy(registers=16, shared=0, warps=8) == (8, "warps")
+
+
+GOOD = Row(
+    "int4 qkv, 1 row", "sm_80", ratio=0.5, max_ratio=0.6, wide=1.0, min_wide=0.9, memory_us=10, issue_us=5, pipe_us=4,
+    pipe="alu", bytes_moved=20_000_000, least_bytes=19_000_000, per_layer=4, mix={"mma": 3},
+)  # fmt: skip
+
+
+def test_the_worst_fault_gives_the_status(capsys: pytest.CaptureFixture[str]) -> None:
+    slow, narrow = replace(GOOD, ratio=0.7), replace(GOOD, wide=0.5)
+    spilling, broken = replace(GOOD, spilled=8, ratio=0.7), Row("x", "sm_90", error="CompilationError: no")
+    assert complain([GOOD]) == 0
+    assert complain([GOOD, slow]) == complain([narrow]) == 3
+    assert complain([slow, spilling]) == 2
+    assert complain([spilling, broken]) == 1
+    said = capsys.readouterr().err
+    assert "int4 qkv, 1 row sm_80 is over the ratio: 0.70, bar 0.6" in said
+    assert "loads 50% of its bytes 128 bits at a time, bar 90%" in said
+    assert "spills 8 bytes" in said and "x sm_90 does not compile: CompilationError: no" in said
+
+
+def test_tables() -> None:
+    broken = Row("x", "sm_90", error="CompilationError: no")
+    assert "FAILED: CompilationError: no" in text([GOOD, broken]) and "mma 3" in text([GOOD])
+    step = decode_step([GOOD, replace(GOOD, kernel="int4 qkv, 16 rows")], "sm_80", 1)
+    # 4 launches of 10 us in 32 layers, and the output matrix: 1245 MB at 2039 GB/s
+    assert "| one layer | 4 | 80000 | 76000 | 40.0 |" in step and "= 1.89 ms, 529 tokens/s" in step
+    assert page([GOOD, broken]).count("###") == 4
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("tools.kernel_report.find_spec", lambda name: None)
+    assert main([]) == 4
+    assert "make triton" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HERE, reason="triton is not installed: `make triton`")
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_and_meets_its_bars() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tools.kernel_report"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("int4_few_rows") >= 24

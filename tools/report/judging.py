@@ -1,0 +1,126 @@
+"""A kernel on a machine: what its code holds, the least time it can take, and whether that meets its bars.
+
+Three lower bounds on the time of a launch: memory (bytes_moved over the published bandwidth), issue slots (all warp
+instructions over four a clock and SM) and the busiest execution pipe. They are necessary, not sufficient: latency,
+the L2, bank conflicts, the last partial wave and the launch itself are not in the model. A kernel whose ratio
+(issue or pipe over memory) is 2 cannot be bound by memory; one of 0.5 can be, and need not be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qvl_kernels.triton.launch import Spec
+from tools.report import sass
+from tools.report.compiling import Machined, compiled
+from tools.report.machines import MACHINES, Machine
+
+
+class Fault(NamedTuple):
+    status: int  # of the report's exit: 1 does not compile, 2 spills, 3 misses a bar
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All that is known of one kernel on one target; sizes in bytes, times in microseconds."""
+
+    kernel: str
+    target: str
+    error: str = ""  # the compiler's; nothing else is known then
+    registers: int = 0
+    spilled: int = 0  # a thread
+    shared: int = 0  # a program
+    programs_per_sm: int = 0
+    occupancy: float = 0.0
+    limit: str = ""  # of the occupancy
+    instructions: int = 0
+    loop: int = 0  # instructions of the main loop
+    mix: dict[str, int] | None = None  # of the main loop, by class
+    widest: int = 0  # bits of the widest load
+    wide: float = 0.0  # share of the loop's loaded bytes in 128-bit loads
+    bytes_moved: int = 0
+    memory_us: float = 0.0
+    issue_us: float = 0.0
+    pipe_us: float = 0.0
+    pipe: str = ""  # the busiest
+    tflops: float = 0.0  # at the bound
+    ratio: float = 0.0
+    max_ratio: float | None = None
+    min_wide: float = 0.0
+    per_layer: int = 0
+    least_bytes: int = 0
+
+    @property
+    def bound_us(self) -> float:
+        """The least time that the model allows one launch."""
+        return max(self.memory_us, self.issue_us, self.pipe_us)
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What keeps the kernel from passing."""
+        if self.error:
+            return [Fault(1, f"does not compile: {self.error}")]
+        found = []
+        if self.spilled:
+            found.append(Fault(2, f"spills {self.spilled} bytes of registers a thread"))
+        if self.max_ratio is not None and self.ratio > self.max_ratio:
+            found.append(Fault(3, f"is over the ratio: {self.ratio:.2f}, bar {self.max_ratio}"))
+        if self.wide < self.min_wide:
+            found.append(Fault(3, f"loads {self.wide:.0%} of its bytes 128 bits at a time, bar {self.min_wide:.0%}"))
+        return found
+
+
+def judged(spec: Spec, target: str) -> tuple[Row, str]:
+    """The row of a kernel on a target, and its disassembly."""
+    machine = MACHINES[target]
+    try:
+        code = compiled(spec.launch, machine.capability)
+    except Exception as fault:  # the compiler raises many kinds; all of them are this row's answer
+        lines = str(fault).strip().splitlines() or [""]
+        return Row(spec.name, target, error=f"{type(fault).__name__}: {lines[-1][:200]}"), ""
+    return _row(spec, target, machine, code), code.sass
+
+
+def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
+    text = sass.parsed(code.sass)
+    loop = sass.main_loop(text)
+    loaded = sass.loads(loop or text.instructions)
+    resident, limit = machine.occupancy(code.registers, code.shared, code.warps)
+    pipes = _pipe_times(spec, machine, text.instructions, loop, code.warps)
+    issue = pipes.pop("issue")
+    pipe = max(pipes, key=lambda name: pipes[name])
+    memory = spec.bytes_moved / machine.bandwidth
+    classes = [sass.classified(line).name for line in text.instructions]
+    return Row(
+        kernel=spec.name, target=target, registers=code.registers,
+        spilled=code.stack if "spill" in classes else 0, shared=code.shared,
+        programs_per_sm=resident, occupancy=resident * code.warps / machine.warps_per_sm, limit=limit,
+        instructions=len(text.instructions), loop=len(loop),
+        mix=dict(Counter(sass.classified(line).name for line in loop or text.instructions).most_common()),
+        widest=8 * max(loaded, default=0), wide=sum(n for n in loaded if n == 16) / max(sum(loaded), 1),
+        bytes_moved=spec.bytes_moved,
+        memory_us=memory * 1e6, issue_us=issue * 1e6, pipe_us=pipes[pipe] * 1e6, pipe=pipe,
+        tflops=spec.flops / max(memory, issue, pipes[pipe]) / 1e12, ratio=max(issue, pipes[pipe]) / memory,
+        max_ratio=spec.max_ratio, min_wide=spec.min_wide, per_layer=spec.per_layer,
+        least_bytes=spec.least_bytes,
+    )  # fmt: skip
+
+
+def _pipe_times(
+    spec: Spec, machine: Machine, instructions: list[str], loop: list[str], warps: int
+) -> dict[str, float]:
+    """Seconds that each pipe needs for one launch; what lies outside the main loop counts once a warp."""
+    programs = math.prod(spec.launch.grid)
+    once, each = sass.pipe_cycles(machine, instructions), sass.pipe_cycles(machine, loop)
+    loop_bytes = sum(sass.loads(loop)) * 32 * warps
+    trips = spec.loop_trips
+    if trips is None:
+        trips = spec.bytes_moved / (programs * loop_bytes) if loop_bytes else 1.0
+    return {
+        pipe: (cycles + each.get(pipe, 0.0) * (trips - 1)) * programs * warps / machine.issue_rate
+        for pipe, cycles in once.items()
+    }

@@ -1,0 +1,54 @@
+"""The GPUs as the model sees them: units, clock, memory, and what each execution pipe takes in a clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    label: str
+    capability: int
+    sms: int
+    clock: float  # Hz
+    bandwidth: float  # bytes/s, as published; 85 to 93 % of it is what copies reach
+    shared_per_sm: int  # bytes
+    lanes: Mapping[str, int]  # thread results per clock and SM, by pipe
+    mma_cycles: float  # of an SM's quarter, for one m16n8k16 of 16-bit floats
+    warps_per_sm: int = 64
+    programs_per_sm: int = 32
+    registers_per_sm: int = 65536
+    shared_reserved: int = 1024  # bytes a program
+
+    @property
+    def issue_rate(self) -> float:
+        """Warp instructions a second, whole chip: four schedulers an SM, one issue a clock each."""
+        return self.sms * 4 * self.clock
+
+    def occupancy(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
+        """Programs that one SM holds, and what limits them."""
+        per_warp = max(math.ceil(registers * 32 / 256) * 256, 256)
+        limits = {
+            "warps": self.warps_per_sm // warps,
+            "programs": self.programs_per_sm,
+            "registers": self.registers_per_sm // per_warp // warps,
+            "shared": self.shared_per_sm // (shared + self.shared_reserved),
+        }
+        limit = min(limits, key=lambda name: limits[name])
+        return limits[limit], limit
+
+
+# Rates: "Throughput of Native Arithmetic Instructions" in the CUDA programming guide. An H100 runs mma.sync at about
+# 5/8 of its wgmma rate, hence 6.4 cycles instead of 4.
+MACHINES = {
+    "sm_80": Machine(
+        "A100", 80, 108, 1.41e9, 2039e9, 164 << 10,
+        {"alu": 64, "fma": 64, "half": 128, "mufu": 16, "convert": 16, "lsu": 32}, mma_cycles=8.0,
+    ),
+    "sm_90": Machine(
+        "H100", 90, 132, 1.70e9, 3350e9, 228 << 10,
+        {"alu": 64, "fma": 128, "half": 128, "mufu": 16, "convert": 16, "lsu": 32}, mma_cycles=6.4,
+    ),
+}  # fmt: skip
