@@ -20,6 +20,8 @@ from qvl_runtime.schedule.loop import Loop
 from qvl_runtime.schedule.runner import Runner
 from qvl_runtime.schedule.scheduler import StepLimits
 from qvl_runtime.schedule.warm_up import MARGIN, workspace_bytes
+from qvl_runtime.weights.machines import Machine
+from qvl_runtime.weights.plan import Load, Plan, choices_of, refuse
 
 _log = logging.getLogger(__name__)
 
@@ -104,11 +106,13 @@ def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
     return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
 
 
-def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, spare: int | None = None) -> int:
+def kv_cache_tokens(
+    asked: EngineConfig, per_token: int, context: int, free: int, spare: int | None = None
+) -> int:
     """How many tokens the KV cache is to hold at `per_token` bytes each.
 
-    The budget's that is asked for; all of the `spare` bytes that a GPU has left; or on a CPU, which others use too, a
-    share of what is free. Raises `ConfigError` for a budget below a block; warns where no request can reach `context`
+    That of the budget asked for; all of the `spare` bytes that a GPU has left; or on a CPU, which others use too,
+    half of the `free` bytes. Raises `ConfigError` for a budget below a block; warns where no request reaches `context`
     tokens.
     """
     if asked.kv_cache_bytes is not None:
@@ -116,7 +120,7 @@ def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, spare: in
     elif spare is not None:
         tokens, budget = spare // per_token, spare
     else:
-        budget = free_memory() // 2
+        budget = max(0, free) // 2
         tokens = min(4 * context, budget // per_token)
     if tokens < BLOCK_SIZE:
         raise ConfigError(
@@ -154,8 +158,25 @@ def capture_graphs(runner: Runner, asked: EngineConfig, context: int) -> None:
         runner.capture(CudaCapture(runner.model.device), asked.max_running, min(context, runner.cache.num_slots))
 
 
-def free_memory() -> int:
-    """Bytes that the system calls available, page cache included."""
+def room_beside(
+    asked: EngineConfig, config: ModelConfig, dtype: torch.dtype, folder: Path, device: torch.device
+) -> int:
+    """Bytes that are free beside a model that is not loaded yet, by its plan.
+
+    Raises `CapacityError` where not even a step's workspace and the cache that was asked for fit.
+    """
+    name, free = str(dtype).removeprefix("torch."), free_memory(device)
+    plan = Plan(config, choices_of(folder, name, asked.precision, asked.kv_dtype), device.type)
+    tokens = BLOCK_SIZE if asked.kv_cache_bytes is None else asked.kv_cache_bytes // plan.kv_per_token
+    load = Load(tokens, min(asked.max_step_tokens, config.context_limit), 1)
+    refuse(plan, load, Machine(device_name(device), free, None))
+    return free - plan.peak(load._replace(tokens=0)).total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device; on a CPU what the system calls available, page cache included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from qvl_runtime.config import EngineConfig, GenerationDefaults
-from qvl_runtime.device import capture_graphs, choose_device, choose_dtype, describe, kv_cache_tokens, spare_bytes
+from qvl_runtime.device import (
+    capture_graphs,
+    choose_device,
+    choose_dtype,
+    describe,
+    free_memory,
+    kv_cache_tokens,
+    room_beside,
+    spare_bytes,
+)
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
@@ -89,14 +98,16 @@ class Engine:
         )
         place, kind = choose_device(asked.device), choose_dtype(asked.dtype, config)
         state: MutableMapping[str, Tensor]
-        if asked.synthetic is None:
+        free: int | None = None
+        if asked.synthetic is None:  # of one that shares its blocks nobody knows the size before it is there
+            free = room_beside(asked, config, kind, self.folder, place)
             state, laid_out = load_weights(self.folder, config, kind, place)
         else:
             state, laid_out = SyntheticState(config, kind, asked.repeat_blocks, place), {}
         network = QwenVL(config, state, asked.precision, laid_out)
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
-        spare = spare_bytes(network, asked, kept)
-        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, spare)
+        free, spare = free_memory(place) if free is None else free, spare_bytes(network, asked, kept)
+        room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, free, spare)
         cache = KVCache(config, room, kept, place, asked.prefix_caching)
         runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
         capture_graphs(runner, asked, self.max_model_len)

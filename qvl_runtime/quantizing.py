@@ -43,7 +43,7 @@ def quantize_checkpoint(asked: QuantizeRequest) -> int:
         quantizer = Quantizer.open(
             resolve_model(asked.source), asked.destination, options, asked.calibration, device
         )
-    quantizer.refuse_beyond(free_memory())
+    quantizer.refuse_beyond(free_memory(device))
     if not asked.quiet or asked.dry_run:
         for line in _outline(quantizer, asked):
             say(line)

@@ -172,7 +172,7 @@ def test_the_kv_cache_gets_what_a_step_leaves(measured: Callable[..., int | None
     gib = 1 << 30
     spare = measured(60 * gib, 3 * gib, image_cache_bytes=gib)
     assert spare == 60 * gib - 3 * gib - gib - warm_up.MARGIN
-    assert device.kv_cache_tokens(EngineConfig(), 512 * 1024, 8192, spare) == spare // (512 * 1024)
+    assert device.kv_cache_tokens(EngineConfig(), 512 * 1024, 8192, 0, spare) == spare // (512 * 1024)
     assert measured(60 * gib, 3 * gib, kv_cache_bytes=gib) is None, "what was asked for needs no measurement"
 
 
@@ -184,7 +184,7 @@ def test_a_gpu_too_small_is_refused_with_the_numbers(measured: Callable[..., int
 
 def test_a_small_cache_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert device.kv_cache_tokens(EngineConfig(), 1024, 8192, 1024 * 100) == 100
+        assert device.kv_cache_tokens(EngineConfig(), 1024, 8192, 0, 1024 * 100) == 100
     assert "fewer than the context's 8192" in caplog.text
 
 

@@ -1,8 +1,8 @@
 """Write a checkpoint of random weights with the published names, shapes, files and index, at any size.
 
-    python -m tools.make_synthetic /tmp/synthetic-int4 --like nano                         # 9.73 GB in five files
-    python -m tools.make_synthetic /tmp/synthetic-bf16 --like nano --kind qwen-vl-chat     # 19.3 GB in ten
-    python -m tools.make_synthetic /tmp/small --like nano --layers 2 --vision-layers 2     # the same, less deep
+    python -m tools.make_synthetic /tmp/int4 --like qvl_runtime/nano                         # 9.73 GB in five files
+    python -m tools.make_synthetic /tmp/bf16 --like qvl_runtime/nano --kind qwen-vl-chat     # 19.3 GB
+    python -m tools.make_synthetic /tmp/small --like qvl_runtime/nano --divide 8 --layers 2 --vision-layers 2
 
 The tokenizer and the ids of pictures are those of the checkpoint `--like`. Its answers are noise.
 """
@@ -26,10 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="decoder blocks (default: 32)")
     parser.add_argument("--vision-layers", type=int, help="blocks of the visual tower (default: 48)")
     parser.add_argument("--file-bytes", type=int, default=2 * 10**9, help="most bytes a file (default: 2 GB)")
+    parser.add_argument("--divide", type=int, default=1, help="divide all widths by 2, 4, 8 or 16")
     asked = parser.parse_args(arguments)
     try:
         files = write_synthetic(
-            asked.folder, asked.like, asked.kind, asked.layers, asked.vision_layers, asked.file_bytes
+            asked.folder, asked.like, asked.kind, asked.layers, asked.vision_layers, asked.file_bytes, asked.divide
         )
     except QVLError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def measured(label: str, quick: bool) -> dict[str, Any]:
     """What `gather` says of one model, or why it was left out."""
-    needed, free = MODELS[label].memory_gib, free_memory() / 2**30
+    needed, free = MODELS[label].memory_gib, free_memory(device()) / 2**30
     if needed > free:
         return {"label": label, "skipped": f"needs {needed:.0f} GiB of memory, and {free:.1f} are free"}
     command = [sys.executable, "-m", "benchmarks.report.gather", label, *(["--quick"] if quick else [])]

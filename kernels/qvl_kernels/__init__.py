@@ -55,6 +55,10 @@ def packing_for(target: str) -> ModuleType:
 
         library()
         return cpu_linear
+    if target == "cuda":
+        from qvl_kernels import repack
+
+        return repack
     raise RuntimeError(f"this version has no layout for {target}")
 
 

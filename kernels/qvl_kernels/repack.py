@@ -23,6 +23,7 @@ from qvl_kernels import reference
 from qvl_kernels.reference import Packed, unpack_rows
 
 LAYOUT = "gpu-1"  # of packed weights in files; another number when the kernels read them differently
+LAYOUTS = (LAYOUT, *reference.LAYOUTS)
 TILE = 128  # inputs
 WORDS = 16  # of 8 inputs each
 TURN = 3  # bits

@@ -40,8 +40,8 @@ class QwenVL:
     ) -> None:  # fmt: skip
         """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
 
-        It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears of a converted
-        checkpoint, which lie so already; the state lacks them.
+        It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears that lie so already,
+        those of a converted checkpoint; the state lacks them.
         """
         embedding = state["transformer.wte.weight"]
         self.config, self.device, self.dtype, self.precision = config, embedding.device, embedding.dtype, precision

@@ -25,7 +25,7 @@ _TOO_OLD = {"t4": 7.5, "v100": 7.0, "p100": 6.0, "2080ti": 7.5}
 
 
 def gpu(name: str) -> Machine:
-    """A GPU of the table; raises `ConfigError` for one that is not there, or that the kernels cannot run on."""
+    """A GPU of the table; `ConfigError` for one that is not in it, or that the kernels cannot run on."""
     key = name.lower().replace(" ", "-").replace("rtx-", "").replace("rtx", "").removesuffix("gb")
     if key in _TOO_OLD:
         raise ConfigError(
@@ -35,4 +35,4 @@ def gpu(name: str) -> Machine:
     if key not in _MIB:
         raise ConfigError(f"gpu is {name!r}; known are {', '.join(_MIB)}")
     mib, rate = _MIB[key]
-    return Machine(name.upper(), mib << 20, rate * 1e9, CONTEXT)
+    return Machine(key.upper(), mib << 20, rate * 1e9, CONTEXT)

@@ -1,4 +1,4 @@
-"""Tensors that are views of a mapped file: some rows at a time, their memory given back after them."""
+"""Tensors that are views of a mapped file: taken a piece at a time, and their memory given back afterwards."""
 
 from __future__ import annotations
 

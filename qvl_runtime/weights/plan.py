@@ -7,13 +7,17 @@ the pictures that it encodes together. Logits are one row's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from qvl_runtime.config import ModelConfig
+from qvl_runtime.errors import CapacityError
 from qvl_runtime.settings import require_choice
 from qvl_runtime.weights.layout import decoder_linears, expected_tensors
 from qvl_runtime.weights.machines import Machine
+from qvl_runtime.weights.manifest import Manifest, is_converted
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP = 128  # inputs that share a scale where floats are rounded
@@ -40,6 +44,14 @@ class Choices:
         require_choice("vision", self.vision, ("keep", "int8"))
         require_choice("head", self.head, ("keep", "int8", "int4"))
         require_choice("kv", self.kv, ("auto", "int8"))
+
+
+def choices_of(folder: Path, dtype: str, precision: str = "exact", kv: str = "auto") -> Choices:
+    """What a checkpoint folder holds, and what an engine makes of it: a fast one rounds vision and head itself."""
+    fast = "int8" if precision == "fast" else "keep"
+    made = Manifest.read(folder) if is_converted(folder) else None
+    vision, head = (made.vision, made.head) if made is not None else ("keep", "keep")
+    return Choices(dtype, fast if vision == "keep" else vision, fast if head == "keep" else head, kv)
 
 
 class Load(NamedTuple):
@@ -101,12 +113,14 @@ class Plan:
     def peak(self, load: Load, machine: Machine | None = None) -> Peak:
         """Memory at the worst moment of a load.
 
-        On a CPU weights are pages of a file, there when they were read: no tower without a picture, and of the
+        On a CPU weights are pages of a file, there when they were read: little tower without a picture, and of the
         embedding the rows of the tokens, in the pieces that the system reads.
         """
         parts = dict(self.weights)
         if self.device == "cpu":
-            parts["vision"] *= load.pictures > 0
+            projection = self.config.hidden_size**2 * self.width
+            # The resampler's queries are projected at load, and its last matrix is turned: one more in memory.
+            parts["vision"] = (parts["vision"] if load.pictures else projection) + 2 * projection
             if parts["head"]:  # else they are tied, and the head reads the whole table
                 parts["embedding"] = min(parts["embedding"], load.prompt * FAULT)
         elif self.choices.embedding_on_host:
@@ -155,21 +169,19 @@ def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str,
     parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
     linears = decoder_linears(config)
     for name, spec in expected_tensors(config).items():
-        size = 1
-        for n in spec.shape:
-            size *= n
+        size, inputs = math.prod(spec.shape), spec.shape[-1]
         prefix, _, kind = name.rpartition(".")
         if name.startswith("transformer.visual."):
             small = choices.vision == "int8" and len(spec.shape) == 2 and kind in ("weight", "proj", "in_proj_weight")
-            if small and kind == "in_proj_weight":
-                size -= size // 3  # queries are projected once, at load
-            parts["vision"] += _rounded(size, 8) if small else size * width
+            if kind in ("in_proj_weight", "in_proj_bias"):
+                size -= size // 3  # the resampler's queries are projected once, at load
+            parts["vision"] += _rounded(size, inputs, 8) if small else size * width
         elif name == "lm_head.weight":
-            parts["head"] += _head(size, width, choices)
+            parts["head"] += _head(size, inputs, width, choices)
         elif name == "transformer.wte.weight":
             parts["embedding"] += size * width
             if config.tie_word_embeddings and choices.head != "keep":
-                parts["head"] += _head(size, width, choices)
+                parts["head"] += _head(size, inputs, width, choices)
         else:
             packed = config.quantization is not None and prefix in linears
             parts["language"] += _packed(config, kind, size) if packed else size * width
@@ -180,6 +192,21 @@ def kv_per_token(config: ModelConfig, width: int) -> int:
     """Bytes of keys and values of a token; int8 (width 1) keeps a scale behind each vector."""
     vector = config.kv_channels * width + (SCALE_OF_VECTOR if width == 1 else 0)
     return 2 * config.num_hidden_layers * config.num_attention_heads * vector
+
+
+def refuse(plan: Plan, load: Load, machine: Machine) -> None:
+    """Raise `CapacityError` where a load does not fit a machine, with the numbers and the choices that would do."""
+    peak = plan.peak(load, machine)
+    if peak.total <= machine.memory:
+        return
+    weights = peak.vision + peak.language + peak.embedding + peak.head
+    ways = ways_to_fit(plan, load, machine)
+    out = f"it fits with {ways[0][0]} ({_gib(ways[0][1].total)})" if ways else "use the Int4 checkpoint or more memory"
+    raise CapacityError(
+        f"{machine.name} has {_gib(machine.memory)} of memory; the model needs {_gib(peak.total)} "
+        f"({_gib(weights)} of weights, {_gib(peak.kv)} of KV cache for {load.tokens} tokens, {_gib(peak.workspace)} of "
+        f"workspace): {out}; qvl plan says more"
+    )
 
 
 def ways_to_fit(plan: Plan, load: Load, machine: Machine) -> list[tuple[str, Peak]]:
@@ -202,13 +229,19 @@ def ways_to_fit(plan: Plan, load: Load, machine: Machine) -> list[tuple[str, Pea
     return found[:1]
 
 
-def _head(size: int, width: int, choices: Choices) -> int:
-    return size * width if choices.head == "keep" else _rounded(size, int(choices.head.removeprefix("int")))
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
-def _rounded(size: int, bits: int) -> int:
-    """Levels, a scale for each group, and for 4 bits a zero point of a byte."""
-    return size * bits // 8 + size // GROUP * (SCALE + (bits == 4))
+def _head(size: int, inputs: int, width: int, choices: Choices) -> int:
+    return size * width if choices.head == "keep" else _rounded(size, inputs, int(choices.head.removeprefix("int")))
+
+
+def _rounded(size: int, inputs: int, bits: int) -> int:
+    """Levels, a scale for each group of inputs, the last one padded, and for 4 bits a zero point of a byte."""
+    group = GROUP if inputs >= GROUP else 32
+    groups = size // inputs * -(-inputs // group)
+    return groups * (group * bits // 8 + SCALE + (bits == 4))
 
 
 def _packed(config: ModelConfig, kind: str, size: int) -> int:

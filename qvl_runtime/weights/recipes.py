@@ -98,7 +98,10 @@ def make(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops
     """Pack a linear; one of two parts that order their inputs differently becomes two."""
     if recipe.bits is not None:
         (part,) = recipe.parts
-        yield Made(recipe.name, _pack(ops, _rounded(tensors, part, recipe.bits)), recipe.parts, True, {})
+        packed = _pack(ops, _rounded(tensors, part, recipe.bits))
+        if packed.layout not in ops.LAYOUTS[:1]:  # it would be unpacked on each use, slower than the floats
+            raise ConfigError(f"this target has no kernel for {recipe.name} in {recipe.bits} bits: keep its floats")
+        yield Made(recipe.name, packed, recipe.parts, True, {})
         return
     if config.quantization is None:
         raise ConfigError(f"{recipe.name} is to be packed as published, and the checkpoint is not quantised")

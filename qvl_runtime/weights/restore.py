@@ -15,7 +15,7 @@ from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.convert import refuse_destination
 from qvl_runtime.weights.gptq import pack_rows
 from qvl_runtime.weights.manifest import Manifest, SourceFile
-from qvl_runtime.weights.mapped import pieces
+from qvl_runtime.weights.mapped import pieces, release
 from qvl_runtime.weights.packed import model_config, open_shards, packed_linear
 from qvl_runtime.weights.shards import Shard
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory, sync_folder
@@ -93,7 +93,10 @@ class _Reader:
         name = self._linears[part]
         linear = self._manifest.linears[name]
         if self._last is None or self._last[0] != name:
-            self._last = name, self._ops.gptq_levels(packed_linear(name, linear, self._manifest, self._where))
+            packed = packed_linear(name, linear, self._manifest, self._where)
+            self._last = name, self._ops.gptq_levels(packed)
+            for tensor in packed.tensors.values():
+                release(tensor)
         outputs = len(self._last[1]) // len(linear.parts)  # those side by side are as wide as each other
         first = linear.parts.index(part) * outputs
         levels, bits = self._last[1][first : first + outputs], self._quantization.bits if self._quantization else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.settings import require_positive
+from qvl_runtime.settings import require_choice, require_positive
 from qvl_runtime.weights.save import quantized_config, write_json
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, header_of
@@ -20,17 +20,19 @@ COMPANIONS = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken"
 
 def write_synthetic(
     folder: Path, like: Path, kind: str, layers: int | None = None, vision_layers: int | None = None,
-    file_bytes: int = 2 * 10**9,
+    file_bytes: int = 2 * 10**9, divide: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Write a checkpoint of random weights of a published size as the folder `folder`: {file: bytes}.
 
-    Files are filled in the order of the layout up to `file_bytes`. The folder appears when it is whole.
+    Widths, heads and the vocabulary are divided by `divide`. Files are filled in the order of the layout up to
+    `file_bytes`. The folder appears when it is whole.
     """
     import torch
 
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; choose another name or remove it first")
-    config = synthetic_config(kind, ModelConfig.from_folder(like))
+    vocabulary = ModelConfig.from_folder(like)
+    config = _divided(synthetic_config(kind, vocabulary), divide, vocabulary.vocab_size)
     visual = replace(config.visual, layers=vision_layers or config.visual.layers)
     config = replace(config, num_hidden_layers=layers or config.num_hidden_layers, visual=visual)
     require_positive(config, "", "num_hidden_layers")
@@ -53,6 +55,19 @@ def write_synthetic(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return files
+
+
+def _divided(config: ModelConfig, by: int, least_vocabulary: int) -> ModelConfig:
+    """A narrower model with heads of the same size."""
+    require_choice("divide", by, (1, 2, 4, 8, 16))
+    v = config.visual
+    visual = replace(v, width=v.width // by, heads=v.heads // by, output_dim=v.output_dim // by)
+    return replace(
+        config, visual=visual, hidden_size=config.hidden_size // by,
+        intermediate_size=config.intermediate_size // by // 256 * 256,
+        num_attention_heads=config.num_attention_heads // by,
+        vocab_size=max(config.vocab_size // by, -(-least_vocabulary // 64) * 64),
+    )  # fmt: skip
 
 
 def _write_files(folder: Path, state: SyntheticState, most: int) -> dict[str, int]:

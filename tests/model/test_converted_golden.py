@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvl_kernels import cpu_linear
+from qvl_kernels import cpu_linear, repack
 from qvl_kernels.reference import unpack_rows
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.schedule.runner import Chunk
+from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.convert import ConvertOptions, convert
 from qvl_runtime.weights.gptq import GPTQLinear
+from qvl_runtime.weights.packed import open_shards, packed_linear
 from tests.model.oracle import LOGITS, Oracle, close
 
 pytestmark = pytest.mark.cpu
@@ -58,6 +60,19 @@ def test_tiny_int4(tiny_int4: Oracle, golden: Path, converted: dict[str, Path]) 
             made.append(int(logits.argmax()))
             chunk = Chunk(sequence, made[-1:])
     assert made == want["ii_greedy32"].tolist()
+
+
+def test_tiny_int4_for_cuda(tiny_int4: Oracle, golden: Path, tmp_path: Path) -> None:
+    """The GPU's layout read back into plain torch: the weights of every linear, to the bit."""
+    manifest = convert(golden / "tiny-int4", tmp_path / "cuda", ConvertOptions(target="cuda"))
+    shards = open_shards(tmp_path / "cuda", manifest)
+    where = {name: shard for shard in shards.values() for name in shard.infos}
+    state = load_state(golden / "tiny-int4", tiny_int4.config, torch.float16)
+    for name, linear in manifest.linears.items():
+        assert linear.layout == "gpu-1"
+        back = repack.unpack_gptq(packed_linear(name, linear, manifest, where)).tensors
+        for kind in ("qweight", "qzeros", "scales"):
+            assert torch.equal(back[kind], torch.cat([state[f"{part}.{kind}"] for part in linear.parts], 1))
 
 
 @pytest.mark.parametrize("case", LAYERS)

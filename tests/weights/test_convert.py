@@ -68,13 +68,17 @@ def same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("name", GPTQ)
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("target", "shards"), [("cpu", 1), ("cpu", 3), ("cuda", 2)])
 def test_gptq_and_back(
-    name: str, shards: int, raw: dict[str, Any], make_state: MakeState, write: Write, tmp_path: Path
+    name: str, target: str, shards: int, raw: dict[str, Any], make_state: MakeState, write: Write, tmp_path: Path
 ) -> None:
     source = write(raw, gptq(raw, make_state(ModelConfig.from_dict(raw)), name), shards=shards)
-    manifest = convert(source, tmp_path / "converted")
-    assert {linear.layout for linear in manifest.linears.values()} == {"cpu-1"}
+    manifest = convert(source, tmp_path / "converted", ConvertOptions(target=target))
+    layouts = {linear.layout for linear in manifest.linears.values()}
+    if target == "cpu":
+        assert layouts == {"cpu-1"}
+    else:  # what its kernels cannot hold (8 bits, inputs dealt unevenly) stays as published
+        assert "gpu-1" in layouts or GPTQ[name].bits == 8 or GPTQ[name].desc_act
     assert "transformer.h.0.mlp.up_gate" in manifest.linears or GPTQ[name].desc_act
     assert verify(tmp_path / "converted").faults == []
     assert restore(tmp_path / "converted", tmp_path / "back").tensors_only == []
@@ -168,6 +172,13 @@ def test_rounded_vision_and_head(raw: dict[str, Any], make_state: MakeState, wri
         y = cpu_linear.bind(weights.packed[name])(x) - state.get(f"{name}.bias", torch.zeros(len(weight)))
         step = (weight.amax(1) - weight.amin(1)).max() / (2**bits - 1) * (2 if bits == 8 else 1)
         assert (y.t() - weight).abs().max() <= step * 0.6  # half a step of the group, and float16 scales
+
+
+def test_a_target_without_a_kernel_for_it(int4: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no kernel for transformer.visual.* in 8 bits: keep its floats"):
+        convert(int4, tmp_path / "new", ConvertOptions(target="cuda", vision="int8"))
+    manifest = convert(int4, tmp_path / "new", ConvertOptions(target="cuda", head="int4"))
+    assert manifest.linears["lm_head"].layout == "gpu-1"
 
 
 def test_options_that_do_not_exist() -> None:

@@ -1,0 +1,116 @@
+"""The plan against the sizes of real tensors, the published figures, and what a running model reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvl_runtime.config import ModelConfig, QuantizationConfig
+from qvl_runtime.engine import NANO, Engine
+from qvl_runtime.errors import CapacityError, ConfigError
+from qvl_runtime.schedule.kv_cache import bytes_per_token
+from qvl_runtime.weights.convert import ConvertOptions, convert
+from qvl_runtime.weights.machines import Machine, gpu
+from qvl_runtime.weights.plan import Choices, Load, Plan, kv_per_token, refuse, ways_to_fit
+from qvl_runtime.weights.synthetic import synthetic_config
+
+pytestmark = pytest.mark.cpu
+GIB = 2**30
+ENCODE, GENERATE = Load(2049, 2048), Load(8193, 1)
+
+
+def published(name: str) -> ModelConfig:
+    return synthetic_config(name, ModelConfig.from_folder(NANO))
+
+
+SMALL = {"vision": "int8", "head": "int8", "kv": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "most"),
+    [
+        ("qwen-vl-chat", {}, (19.4, 22.4)),  # published: 22.60 and 28.01
+        ("qwen-vl-chat-int4", {}, (10.3, 13.3)),  # published: 11.82 and 17.23
+        ("qwen-vl-chat-int4", SMALL, (7.3, 8.8)),
+        ("qwen-vl-chat-int4", SMALL | {"embedding_on_host": True}, (6.2, 7.7)),
+    ],
+)
+def test_less_than_the_published_figures(name: str, choices: dict[str, object], most: tuple[float, float]) -> None:
+    plan = Plan(published(name), Choices(**choices), "cuda")  # type: ignore[arg-type]
+    for load, limit in zip((ENCODE, GENERATE), most, strict=True):
+        total = plan.peak(load).total / GIB
+        assert 0.9 * limit < total <= limit
+
+
+def test_weights_are_those_of_the_files() -> None:
+    """17.99 and 9.06 GiB published, less what stays on the disk: the resampler's query weights, g_idx, zero points."""
+    assert sum(Plan(published("qwen-vl-chat")).weights.values()) / GIB == pytest.approx(17.95, abs=0.01)
+    assert sum(Plan(published("qwen-vl-chat-int4")).weights.values()) / GIB == pytest.approx(9.00, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_kv_is_what_the_cache_takes(dtype: torch.dtype) -> None:
+    config = published("qwen-vl-chat")
+    assert kv_per_token(config, dtype.itemsize) == bytes_per_token(config, dtype)
+
+
+@pytest.mark.parametrize("made", [{}, {"vision": "int8", "head": "int8"}, {"head": "int4"}])
+def test_weights_are_what_an_engine_reports(made: dict[str, str], tmp_path: Path) -> None:
+    convert(NANO, tmp_path / "converted", ConvertOptions(**made))
+    held = Engine(tmp_path / "converted", kv_cache_bytes=1 << 20).report()["memory"]
+    planned = Plan(ModelConfig.from_folder(NANO), Choices(**made)).weights
+    for part in ("vision", "language", "head"):
+        assert planned[part] == pytest.approx(held[part], rel=0.02), part
+
+
+def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
+    plan, card = Plan(published("qwen-vl-chat-int4"), device="cuda"), gpu("a10")
+    refuse(plan, Load(8192, 1024), card)
+    with pytest.raises(CapacityError, match=r"A10 has 22.49 GiB .* for 40000 tokens.*it fits with an int8 KV cache"):
+        refuse(plan, Load(40_000, 1024), card)
+    assert ways_to_fit(plan, Load(8192, 1024), card) == []
+    with pytest.raises(CapacityError, match="use the Int4 checkpoint or more memory"):
+        refuse(Plan(published("qwen-vl-chat"), device="cuda"), Load(8192, 1024), Machine("small", 8 * GIB, None))
+
+
+def test_an_engine_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvl_runtime.device.free_memory", lambda device: 4 << 20)
+    monkeypatch.setattr("qvl_runtime.engine.load_weights", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(CapacityError, match="the model needs"):
+        Engine(NANO)
+
+
+def test_room_shrinks_with_the_machine_and_grows_with_the_choices() -> None:
+    config = published("qwen-vl-chat-int4")
+    rooms = [Plan(config, device="cuda").room(gpu(name)) for name in ("l4", "a100-40", "a100-80", "h200")]
+    assert rooms == sorted(rooms) and rooms[0].tokens > 8192
+    assert Plan(config, Choices(kv="int8"), "cuda").room(gpu("l4")).tokens > 1.9 * rooms[0].tokens
+
+
+def test_bound_is_bytes_over_bandwidth() -> None:
+    plan = Plan(published("qwen-vl-chat-int4"), device="cuda")
+    read = plan.weights["language"] + plan.weights["head"] + 300 * 2**19
+    assert plan.bound_tokens_per_s(gpu("a100-80"), 300) == pytest.approx(2039e9 / read)
+    assert plan.bound_tokens_per_s(Machine("?", GIB, None), 300) is None
+
+
+def test_gpus_that_are_too_old_or_unknown() -> None:
+    with pytest.raises(ConfigError, match=r"T4 has compute capability 7.5; the kernels need 8.0"):
+        gpu("T4")
+    with pytest.raises(ConfigError, match="known are a100-40"):
+        gpu("voodoo")
+    assert gpu("RTX 3090") == gpu("3090") and gpu("A100-40GB") == gpu("a100-40")
+
+
+def test_zero_points_and_act_order_cost_what_they_cost() -> None:
+    from dataclasses import replace
+
+    config = published("qwen-vl-chat-int4")
+    plain = Plan(config).weights["language"]
+    asymmetric = replace(config, quantization=QuantizationConfig(4, 128, sym=False))
+    ordered = replace(config, quantization=QuantizationConfig(4, 128, desc_act=True))
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert Plan(asymmetric).weights["language"] - plain == weights // 128
+    assert Plan(ordered).weights["language"] - plain == 32 * 4 * (4 * 4096 + 11008)
