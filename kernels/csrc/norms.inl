@@ -61,12 +61,6 @@ void layer_norm(const void* x, int64_t dtype, int64_t rows, int64_t width, const
 
 constexpr int64_t kElements = 16384;  // a chunk
 
-template <class Op> void elementwise(int64_t dtype, int64_t count, void* y, const Op& op) {
-  parallel_ranges(count, kElements, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += 16) store_upto(y, dtype, i, op(i, end - i), end - i);
-  });
-}
-
 // x [rows, 2 * width] holds up | gate; y [rows, width] = up * silu(gate), silu(x) = x / (1 + e^-x), which is rounded to
 // `dtype` as it would be on its own
 void swiglu(const void* x, int64_t dtype, int64_t rows, int64_t width, void* y) {
@@ -83,12 +77,20 @@ void swiglu(const void* x, int64_t dtype, int64_t rows, int64_t width, void* y) 
   });
 }
 
-// x * Phi(x)
-void gelu(const void* x, int64_t dtype, int64_t count, void* y) {
-  elementwise(dtype, count, y, [&](int64_t i, int64_t n) {
-    const F v = load_upto(x, dtype, i, n);
-    return mul(mul(v, set1(0.5f)), add(set1(1.0f), erf(mul(v, set1(0.70710678f)))));
+// x * Phi(x). With the dtype known when it is compiled: a branch for each line cost a tenth.
+template <int DTYPE> void gelu_of(const void* x, int64_t count, void* y) {
+  const auto of = [](F v) { return mul(mul(v, set1(0.5f)), add(set1(1.0f), erf(mul(v, set1(0.70710678f))))); };
+  parallel_ranges(count, kElements, [&](int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + 16 <= end; i += 16) store_as(y, DTYPE, i, of(load_as(x, DTYPE, i)));
+    if (i < end) store_part(y, DTYPE, i, of(load_part(x, DTYPE, i, end - i)), end - i);
   });
+}
+
+void gelu(const void* x, int64_t dtype, int64_t count, void* y) {
+  if (dtype == kFloat32) gelu_of<kFloat32>(x, count, y);
+  else if (dtype == kBfloat16) gelu_of<kBfloat16>(x, count, y);
+  else gelu_of<kFloat16>(x, count, y);
 }
 
 }  // namespace

@@ -30,6 +30,7 @@ inline F add(F x, F y) { return lanes<F>([&](int i) { return x.v[i] + y.v[i]; })
 inline F sub(F x, F y) { return lanes<F>([&](int i) { return x.v[i] - y.v[i]; }); }
 inline F mul(F x, F y) { return lanes<F>([&](int i) { return x.v[i] * y.v[i]; }); }
 inline F div(F x, F y) { return lanes<F>([&](int i) { return x.v[i] / y.v[i]; }); }
+inline F reciprocal(F x) { return div(set1(1.0f), x); }
 inline F fma(F x, F y, F z) { return lanes<F>([&](int i) { return x.v[i] * y.v[i] + z.v[i]; }); }
 inline F max(F x, F y) { return lanes<F>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F min(F x, F y) { return lanes<F>([&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; }); }

@@ -103,9 +103,8 @@ class PackedWeight:
 def in_steps(x: Tensor) -> Tensor:
     """Rows x [.., in] as [n, in] with n one of few numbers: the next 16, or up to an eighth more, of zeros.
 
-    For 16-bit floats torch's GEMMs (oneDNN) compile code for each new number of rows and keep it: 0.5 MiB and 30 ms a
-    linear, which grew a server by 170 MiB in 2,000 requests and made every prompt of a new length pay. In float32 they
-    are another library's, which does not.
+    For 16-bit floats torch's GEMMs (oneDNN) compile code for each new number of rows and keep it: 0.6 MiB a linear, and
+    the time to compile it for every prompt of a new length. In float32 they are another library's, which does not.
     """
     x = x.reshape(-1, x.shape[-1])
     step = max(16, 1 << max(0, len(x).bit_length() - 4))
