@@ -2,8 +2,8 @@
 
 namespace {
 
-// Adds up `bytes`, a multiple of 64, a megabyte a chunk in eight streams, which are a quarter faster than one; the sum is
-// stored so that nothing is left out.
+// Adds up `bytes`, a multiple of 64, a megabyte a chunk in eight streams: kernels read several at once, and must not beat
+// their ceiling. The sum is stored so that nothing is left out.
 void read_memory(const uint8_t* memory, int64_t bytes, int32_t* total) {
   int32_t* sums = scratch<int32_t>(2, (bytes >> 20) + 1);
   parallel_ranges(bytes, 1 << 20, [&](int64_t begin, int64_t end) {
