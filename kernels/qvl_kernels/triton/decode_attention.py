@@ -159,13 +159,14 @@ def aot_specs(capability: int) -> list[Spec]:
         plan = decode(q, cache, cache, tables, None, lengths, q)
         splits = plan.attend.grid[1]
         partial = rows * 32 * splits * 129 * 4
-        moved = q.nbytes + 2 * rows * 2048 * 32 * cache.shape[-1] * cache.element_size()
+        cached = 2 * rows * 2048 * 32 * cache.shape[-1] * cache.element_size()
+        moved = q.nbytes + cached
         name = f"{rows} rows, {'int8' if cache_dtype == torch.int8 else '16-bit'} KV"
         # int8 vectors of 132 bytes load 32 bits a lane and each level is converted: 0.8 | 0.9 of half the memory time
         counted = int(cache_dtype != torch.int8)
         specs.append(
             Spec(f"decode attention, {name}", plan.attend, moved + partial, max_ratio=0.4 if counted else 1.0,
-                 min_wide=0.9 * counted, loop_trips=128 / splits, per_layer=counted)
+                 min_wide=0.9 * counted, loop_trips=128 / splits, per_layer=counted, least_bytes=cached)
         )  # fmt: skip
         if counted:
             specs.append(

@@ -215,7 +215,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
         {"logits_ptr": logits, "scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole,
          "best_ptr": best, "ids_ptr": ids, "tops_ptr": tops, "masses_ptr": masses, "slots_ptr": _or(slots, ids),
          "seen_ptr": marks, "chosen_ptr": tokens, "logprobs_ptr": logprobs, **picked, **sizes},
-        {"MOST": most, "BLOCK": 2048, "DRAWS": rows is not None, "PENALTY": seen is not None},
+        {"MOST": most, "BLOCK": 1024, "DRAWS": rows is not None, "PENALTY": seen is not None},
         warps=8,
     ))  # fmt: skip
     return launches

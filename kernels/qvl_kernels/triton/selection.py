@@ -89,7 +89,7 @@ def _drawn(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOC
     nothing = tl.full([], 0.0, tl.float64)
     _, candidates = _up_to(scaled_ptr, found, INFINITY, nothing, BLOCK)
     mass = whole.to(tl.float64)
-    if top_k < found:
+    if top_k <= found:  # otherwise it is off: the candidates hold k tokens
         cut = _reaching(scaled_ptr, found, top_k, nothing - 1, nothing, BLOCK)
         count, mass = _up_to(scaled_ptr, found, cut - 1, nothing, BLOCK)
         spare = top_k - count
@@ -136,7 +136,7 @@ def pick_kernel(
     if DRAWS:  # noqa: SIM102 - decided when the kernel is compiled
         if tl.load(temperature_ptr + row) > 0:
             found, top_k = tl.load(found_ptr + row), tl.load(top_k_ptr + row)
-            top_k = tl.where(top_k > 0, top_k, vocab)
+            top_k = tl.where(top_k > 0, top_k, vocab + 1)
             top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
             at = row * vocab
             token = _drawn(

@@ -77,15 +77,16 @@ def test_the_tokens_are_those_of_the_sampler(poisoned: None, rng: torch.Generato
 def test_many_throws_fall_as_the_probabilities_say(poisoned: None, rng: torch.Generator) -> None:
     """Every token of a small vocabulary at its own share of evenly spaced dice, ties in the order of their ids."""
     probs = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.05, 0.25])
-    dice = (torch.arange(20, dtype=torch.float64) + 0.5) / 20
-    ones = torch.ones(20)
-    rows = SamplingRows(ones, torch.zeros(20, dtype=torch.int32), ones, ones * 0, dice)
-    tokens = sample(probs.log().repeat(20, 1), rows).token_ids
-    assert tokens.tolist() == [5] * 5 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 2 + [4]
-    cut = rows._replace(top_k=torch.full((20,), 3, dtype=torch.int32))  # of the three equal ones, two
-    assert set(sample(probs.log().repeat(20, 1), cut).token_ids.tolist()) == {5, 1, 2}
-    cut = rows._replace(top_p=ones * 0.4)
-    assert set(sample(probs.log().repeat(20, 1), cut).token_ids.tolist()) == {5, 1}
+
+    def thrown(n: int, top_k: int = 0, top_p: float = 1.0) -> list[int]:
+        ones, dice = torch.ones(n), (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        rows = SamplingRows(ones, torch.full((n,), top_k, dtype=torch.int32), ones * top_p, ones * 0, dice)
+        tokens: list[int] = sample(probs.log().repeat(n, 1), rows).token_ids.tolist()
+        return tokens
+
+    assert thrown(20) == [5] * 5 + [1] * 4 + [2] * 4 + [3] * 4 + [0] * 2 + [4]
+    assert thrown(13, top_k=3) == [5] * 5 + [1] * 4 + [2] * 4  # of the three equal ones, two
+    assert thrown(9, top_p=0.4) == [5] * 5 + [1] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
