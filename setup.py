@@ -36,8 +36,8 @@ SHARED = {
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 VARIANTS = {  # of x86: what a compiler may lack, and library.cpp then does without (QVL_NO_AMX and so on)
-    "variant_amx.cpp": ["-O2", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
-    "variant_avx512.cpp": ["-O2", *AVX512],
+    "variant_amx.cpp": ["-O3", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "variant_avx512.cpp": ["-O3", *AVX512],
     "variant_avx2.cpp": ["-O2", *AVX2],
 }
 LIBRARY = "library.cpp"

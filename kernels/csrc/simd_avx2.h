@@ -11,6 +11,7 @@
 
 namespace {
 
+constexpr int kOneRowStreams = 4;  // blocks that one row meets at once
 constexpr int kTileRows = 3;         // 3 x 2 accumulators of two registers each, in 16 registers
 constexpr int kHighNibbleShift = 0;  // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first
 

@@ -11,6 +11,7 @@
 
 namespace {
 
+constexpr int kOneRowStreams = 8;  // blocks that one row meets at once: 24 accumulators
 constexpr int kTileRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators, 2 weights and an activation in 32 registers
 // A high nibble is multiplied where it stands, 16 times too large; the sum of a group is shifted once instead.
 constexpr int kHighNibbleShift = 4;

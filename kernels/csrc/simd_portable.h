@@ -9,6 +9,7 @@
 
 namespace {
 
+constexpr int kOneRowStreams = 4;  // blocks that one row meets at once
 constexpr int kTileRows = 2;
 constexpr int kHighNibbleShift = 0;
 
