@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.alternating import alternate, say, setting
-from qvl_kernels import cpu, cpu_library, cpu_linear
+from qvl_kernels import cpu, cpu_library, cpu_linear, huge_pages
 
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096))  # inputs, outputs
 GROUP, LAYERS = 128, 4  # layers with weights of their own: 400 MB, more than any cache
@@ -28,14 +28,14 @@ Calls = dict[str, Callable[[], object]]
 
 
 def random_int4(inputs: int, outputs: int) -> cpu_linear.PackedWeight:
-    lines = cpu_linear._buffer(inputs * outputs // 2).random_()
+    lines = huge_pages.buffer(inputs * outputs // 2).random_()
     scales = torch.full((outputs // 16, inputs // GROUP, 16), 0.002, dtype=torch.float16)
     return cpu_linear.PackedWeight(lines, scales, None, None, None, 4, GROUP, inputs, inputs, outputs)
 
 
 def reader(nbytes: int) -> Callable[[], None]:
     """Reads a buffer of its own as fast as the machine can."""
-    memory, total = cpu_linear._buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
+    memory, total = huge_pages.buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
     return lambda: cpu_library.library().ready().read_memory(memory.data_ptr(), len(memory), total.data_ptr())
 
 

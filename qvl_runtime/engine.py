@@ -39,6 +39,7 @@ from qvl_runtime.schedule.scheduler import StepLimits
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.schedule.task import Request
 from qvl_runtime.weights.hub import Source, resolve_model
+from qvl_runtime.weights.mapped import trim_heap
 from qvl_runtime.weights.packed import load_weights, model_config
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 
@@ -105,6 +106,8 @@ class Engine:
         else:
             state, laid_out = SyntheticState(config, kind, asked.repeat_blocks, place), {}
         network = QwenVL(config, state, asked.precision, laid_out)
+        del state, laid_out
+        trim_heap()
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
         free, spare = free_memory(place) if free is None else free, spare_bytes(network, asked, kept)
         room = kv_cache_tokens(asked, bytes_per_token(config, kept), self.max_model_len, free, spare)

@@ -31,9 +31,9 @@ def reader(device: torch.device, nbytes: int) -> Reader:
     except LibraryError:
         words = torch.ones(nbytes // 8, dtype=torch.int64)
         return Reader(words.sum, words.nbytes, "torch.sum, since the C++ kernels are not built")
-    from qvl_kernels.cpu_linear import _buffer
+    from qvl_kernels.huge_pages import buffer
 
-    memory, total = _buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
+    memory, total = buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
     return Reader(
         lambda: kernels.ready().read_memory(memory.data_ptr(), len(memory), total.data_ptr()), len(memory),
         "read of huge pages, all threads",

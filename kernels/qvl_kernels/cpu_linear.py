@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl_kernels import reference
+from qvl_kernels import huge_pages, reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library
 from qvl_kernels.reference import Bound, Packed, Precision
 
@@ -25,7 +25,6 @@ FEW_EXACT = 96  # without AMX, rows up to which packed weights meet float activa
 # 4096 x 11008, where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
 LEVELS_AT_ONCE = 1024  # outputs: 45 MB of floats at 11008 inputs
-LINE, HUGE_PAGE = 64, 2 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,7 +142,7 @@ def pack_dense(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
     outputs, inputs = weight.shape
     group = GROUPS[0] if inputs >= GROUPS[0] else GROUPS[-1]
     padded = _up(inputs, group)
-    lines = _buffer(_up(outputs, BLOCK) * padded)
+    lines = huge_pages.buffer(_up(outputs, BLOCK) * padded)
     scales = torch.empty(_up(outputs, BLOCK) // BLOCK, padded // group, BLOCK, dtype=torch.float16)
     weight = weight.contiguous()
     library().ready().pack_dense(
@@ -170,7 +169,7 @@ def pack_gptq(
         return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
     order = _order(inputs, len(scales), g_idx)
-    lines = _buffer(outputs * len(order.groups) * order.size * bits // 8)
+    lines = huge_pages.buffer(outputs * len(order.groups) * order.size * bits // 8)
     words, padded = qweight.contiguous(), len(order.groups) * order.size
     library().ready().pack_gptq(words.data_ptr(), inputs, padded, outputs, bits, _pointer(order.perm), lines.data_ptr())
     middle = bool((zeros == 1 << (bits - 1)).all())
@@ -260,20 +259,6 @@ def _unsupported(qweight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> s
 def _by_block(table: Tensor, groups: Tensor) -> Tensor:
     """[G, outputs] to [blocks, groups, 16]."""
     return table[groups].view(len(groups), -1, BLOCK).transpose(0, 1).contiguous()
-
-
-def _buffer(nbytes: int) -> Tensor:
-    """Uninitialised bytes, in huge pages where they are large enough to gain from them."""
-    memory = _aligned(nbytes, HUGE_PAGE if nbytes >= HUGE_PAGE else LINE)
-    if nbytes >= HUGE_PAGE:
-        library().ready().advise_huge(memory.data_ptr(), nbytes)
-    return memory
-
-
-def _aligned(nbytes: int, to: int) -> Tensor:
-    raw = torch.empty(nbytes + to, dtype=torch.uint8)
-    start = -raw.data_ptr() % to
-    return raw[start : start + nbytes]
 
 
 def _up(n: int, to: int) -> int:

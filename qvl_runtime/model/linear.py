@@ -17,6 +17,7 @@ from torch import Tensor
 from qvl_kernels.reference import Bound, Packed, Precision
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.weights.gptq import GPTQLinear
+from qvl_runtime.weights.mapped import release_source
 
 
 class Linear(Protocol):
@@ -58,6 +59,8 @@ class Maker:
         if name in self.laid_out:
             return self._as_it_lies(name)
         self.made[name] = self.ops.prepare_linear(weight, bias, self.precision)
+        if self.precision == "fast":
+            release_source(weight)  # at full size 5 GB of a published checkpoint's pages, which nobody reads again
         return self.made[name]
 
     def dense(self, name: str) -> Linear:

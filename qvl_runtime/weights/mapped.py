@@ -1,4 +1,4 @@
-"""Tensors that are views of a mapped file: taken a piece at a time, and their memory given back afterwards."""
+"""Memory given back when it is no longer needed: of tensors that are views of a mapped file, and of the heap."""
 
 from __future__ import annotations
 
@@ -32,6 +32,22 @@ def release(tensor: Tensor) -> None:
         advise(start, end - start, mmap.MADV_DONTNEED)
 
 
+def release_source(tensor: Tensor) -> None:
+    """`release` of a tensor that was laid out anew, where it is a view of a mapped file; others are left alone."""
+    if sys.platform.startswith("linux") and _in_file(tensor.data_ptr()):
+        release(tensor)
+
+
+def _in_file(address: int) -> bool:
+    """Whether an address is in a mapping of a file: proc(5), `maps`, where other memory has inode 0."""
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            first, _, rest = line.partition("-")
+            if int(first, 16) <= address < int(rest[: rest.index(" ")], 16):
+                return line.split(maxsplit=5)[4] != "0"
+    return False
+
+
 def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[Tensor]:
     """A tensor as `dtype`, in order, at most `PIECE` bytes at a time (a row at least); each is given back after it."""
     flat = tensor.reshape(-1)
@@ -41,6 +57,18 @@ def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[
         yield part.to(dtype)
         if mapped:
             release(part)
+
+
+def trim_heap() -> None:
+    """Give back the free memory inside the C library's heap, for once after loading.
+
+    Tensors below 32 MiB come from the heap, and what is kept of them lies between what is not: at full size 0.2 GB that
+    no later tensor fits. Does nothing where the C library is not glibc.
+    """
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
 
 
 @lru_cache(maxsize=1)
