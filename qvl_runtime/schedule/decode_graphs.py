@@ -2,16 +2,18 @@
 
 A decode step of the full model is some 300 launches; queued one by one from Python they take longer than they run (2 to
 4 microseconds each on an A100, against 6 for a layer's smaller kernels). A graph holds them all and is queued at once.
+On a CPU Python's part is 18 ms of 230, and the graph a list of calls.
 It repeats addresses and shapes as they were, so a step fills the buffers of the smallest bucket that holds it. Rows
 without a request are padding: they read and write the cache's spare block, which belongs to nobody, and are ignored.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +24,47 @@ from qvl_runtime.model.rotary import Frequencies
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
 
+_log = logging.getLogger(__name__)
+
 BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; the most rows that are allowed have one of their own
 COLUMNS = 5  # numbers that a row has beside its block table
 
 
+class Graph(Protocol):
+    """A function over static buffers; each call computes its result anew, and in place of that of any other."""
+
+    @property
+    def refused(self) -> str | None:
+        """Why it is not captured but runs op by op; known when it has run."""
+        ...
+
+    def __call__(self) -> Tensor: ...
+
+
 class Captured(NamedTuple):
-    """A function over static buffers, captured: each `replay` computes `output` anew, in place."""
+    """A graph that was captured ahead of time: each `replay` computes `output` anew, in place."""
 
     replay: Callable[[], None]
     output: Tensor
+
+    @property
+    def refused(self) -> str | None:
+        return None
+
+    def __call__(self) -> Tensor:
+        self.replay()
+        return self.output
 
 
 class Capture(Protocol):
     """Captures a function that reads and writes static tensors only, and whose launches depend on no value."""
 
-    def __call__(self, function: Callable[[], Tensor]) -> Captured: ...
+    def __call__(self, function: Callable[[], Tensor]) -> Graph: ...
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes that all of its graphs hold, where it counts them."""
+        ...
 
 
 class Inputs:
@@ -45,7 +73,7 @@ class Inputs:
     def __init__(self, rows: int, host: Tensor, device: Tensor) -> None:
         """host, device: flat buffers of the same size, for rows * (COLUMNS + blocks of a table) numbers."""
         self.rows, self._host, self._device = rows, host, device
-        columns, self.block_tables = self._parts(device)
+        columns, self.block_tables = self._parts(device)  # which on a CPU is `host` itself
         self.token_ids, self.positions, self.slots, self.context_lens, self.frequency_rows = columns
         self.query_starts = torch.arange(rows + 1, device=device.device)
 
@@ -69,53 +97,72 @@ class Inputs:
         for row in range(n, self.rows):
             columns[:, row] = 0, 0, spare * BLOCK_SIZE + row % BLOCK_SIZE, 1, 0
         tables[n:, 0] = spare
-        self._device.copy_(self._host, non_blocking=True)
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
 
 
 class DecodeGraphs:
     """The decode steps of a model over one KV cache, for up to `most` sequences of up to `longest` tokens.
 
-    More than the last bucket of sequences are decoded without a graph.
+    More than the last bucket of sequences are decoded without a graph, and so is what a capture refused.
     """
 
     def __init__(
-        self, model: QwenVL, cache: KVCache, frequencies: Frequencies, capture: Capture, most: int, longest: int
-    ) -> None:
-        """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use."""
+        self, model: QwenVL, cache: KVCache, frequencies: Frequencies, capture: Capture, most: int, longest: int,
+        buckets: Items[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use.
+
+        buckets: numbers of rows, None for `BUCKETS`.
+        """
         self.replays = 0
-        most = min(most, BUCKETS[-1])
-        self._cache, self._frequencies, self._most = cache, frequencies, most
+        buckets = BUCKETS if buckets is None else buckets
+        most = min(most, buckets[-1])
+        self._cache, self._frequencies, self._capture, self._most = cache, frequencies, capture, most
         width = COLUMNS + -(-longest // BLOCK_SIZE)
         on_gpu = model.device.type == "cuda"
         host = torch.zeros(most * width, dtype=torch.int64, pin_memory=on_gpu)  # pinned, or the copy would wait
-        device = host.to(model.device, copy=True)
-        self.buckets = (*BUCKETS[: bisect_left(BUCKETS, most)], most)
-        self._graphs: dict[int, tuple[Inputs, Captured]] = {}
+        device = host.to(model.device)
+        self.buckets = (*buckets[: bisect_left(buckets, most)], most)
+        self._graphs: dict[int, tuple[Inputs, Graph]] = {}
         frequencies.row(1.0)  # row 0, which padding reads
         for rows in reversed(self.buckets):
-            inputs = Inputs(rows, host[: rows * width], device[: rows * width])
+            on_host = host[: rows * width]
+            inputs = Inputs(rows, on_host, on_host if device is host else device[: rows * width])
             inputs.send((), (), (), cache.spare)
             self._graphs[rows] = inputs, capture(self._step(model, inputs))
 
     def take(self, rows: int) -> bool:
-        """Whether a decode step of so many rows has a graph."""
-        return rows <= self._most
+        """Whether a decode step of so many rows has a graph, or is to be tried."""
+        return rows <= self._most and self._graph(rows)[1].refused is None
 
     def run(self, sequences: Items[Sequence], token_ids: Items[int]) -> Tensor:
         """Compute the last token of each sequence: logits [n, vocab], which hold until the next call."""
-        inputs, captured = self._graphs[self.buckets[bisect_left(self.buckets, len(sequences))]]
+        inputs, graph = self._graph(len(sequences))
         rows = [self._frequencies.row(sequence.alpha) for sequence in sequences]
         inputs.send(sequences, token_ids, rows, self._cache.spare)
-        captured.replay()
-        self.replays += 1
-        return captured.output[: len(sequences)]
+        logits = graph()[: len(sequences)]
+        if graph.refused is None:
+            self.replays += 1
+        else:
+            _log.info("decode steps of %d rows have no graph: %s", inputs.rows, graph.refused)
+        return logits
+
+    def report(self) -> dict[str, Any]:
+        """Rows of the graphs, how often they ran, the bytes that they hold, and the rows that have none and why."""
+        refused = {rows: graph.refused for rows, (_, graph) in self._graphs.items() if graph.refused is not None}
+        rows = [rows for rows in self.buckets if rows not in refused]
+        return {"rows": rows, "replays": self.replays, "bytes": self._capture.nbytes, "refused": refused}
+
+    def _graph(self, rows: int) -> tuple[Inputs, Graph]:
+        return self._graphs[self.buckets[bisect_left(self.buckets, rows)]]
 
     def _step(self, model: QwenVL, inputs: Inputs) -> Callable[[], Tensor]:
         table, layers = self._frequencies.table, self._cache.layers
         layout = Layout(inputs.slots, inputs.block_tables, inputs.query_starts, inputs.context_lens)
 
         def step() -> Tensor:
-            step = Step(inputs.token_ids, inputs.positions, table[inputs.frequency_rows], layout)
+            step = Step(inputs.token_ids, inputs.positions, model.ops.embedding(inputs.frequency_rows, table), layout)
             return model.logits(model.forward(step, layers))
 
         return step
