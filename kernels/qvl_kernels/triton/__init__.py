@@ -55,5 +55,6 @@ __all__ = [
     "SCALE_BYTES", "Bound", "Packed", "Precision", "add_layer_norm", "add_rms_norm", "bind", "cache_width",
     "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_levels", "gptq_linear",
     "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm",
-    "rotary_tables", "rotary_to_cache", "side_by_side", "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
+    "rotary_tables", "rotary_to_cache", "side_by_side", "summed", "swiglu", "to_cached", "unpack_rows",
+    "vision_attention",
 ]  # fmt: skip
