@@ -30,6 +30,8 @@ COMMON = ["-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 SHARED = {
     "threads.cpp": ["-O2"],
+    "replay.cpp": ["-O2"],
+    "embed.cpp": ["-O2"],
     "pack.cpp": ["-O2", "-ftree-vectorize"],
     "variant_portable.cpp": ["-O2", "-ftree-vectorize"],
 }

@@ -19,8 +19,9 @@ import torch
 from benchmarks.alternating import alternate, say, setting
 from benchmarks.cpu_kernels import reader
 from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.runner import Chunk
-from qvl_runtime.schedule.sampler import Draws, Row, sample
+from qvl_runtime.schedule.sampler import Draws, Row
 
 READ = 1 << 30  # bytes a sample of the ceiling
 
@@ -50,11 +51,12 @@ def decode(engine: Engine, context: int, llama: Llama | None) -> None:
     with runner.cache.sequence(1.0) as sequence:
         if context:
             runner.run([Chunk(sequence, [1] * context)])
+        choose = sampler_for(model.ops)
         draws = Draws(params, [1], engine.config.vocab_size, model.device, 0)
 
         def step() -> None:
             # the context grows by a token each time, as the peer's does
-            sample(model.logits(runner.run([Chunk(sequence, [1])])), [Row(draws, 0)])
+            choose(runner.compute([Chunk(sequence, [1])])([0]), [Row(draws, 0)])
 
         calls: dict[str, Callable[[], object]] = {"qvl": step, "read": reader(READ)}
         if llama is not None:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from benchmarks.alternating import say, setting
 from qvl_kernels.cpu_library import library
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule import loop as loop_module
 
 SCHEDULING = ("loop", "schedule", "layout")  # parts that know requests and blocks, and no numbers of the model
 
@@ -48,8 +47,12 @@ class Parts:
 
 
 def watched(engine: Engine) -> Parts:
-    """The engine with every part of a step timed. Kernels are the C++ ones and torch's GEMM and attention."""
+    """The engine with every part of a step timed. Kernels are the C++ ones and torch's GEMM and attention.
+
+    A decode step that is replayed from a recording is one call.
+    """
     parts, loop = Parts(), engine.loop
+    parts.watch(library(), "replay", "kernels")
     for kernel in vars(library().kernels):
         parts.watch(library().kernels, kernel, "kernels")
     parts.watch(F, "linear", "kernels")
@@ -58,7 +61,9 @@ def watched(engine: Engine) -> Parts:
     parts.watch(loop.runner.model, "logits", "model")
     parts.watch(loop.runner, "_step", "layout")
     parts.watch(loop.scheduler, "schedule", "schedule")
-    parts.watch(loop_module, "sample", "sampler")
+    if loop.runner.graphs is not None:
+        parts.watch(loop.runner.graphs, "run", "layout")
+    parts.watch(loop, "_sampler", "sampler")
     parts.watch(loop, "step", "loop")
     return parts
 
@@ -73,6 +78,7 @@ def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int,
         loop.step()  # the others find all but their last token
     while any(task.pending > 1 for task in loop.scheduler.running) or len(loop.scheduler.running) < running:
         loop.step()
+    loop.step()  # is recorded
     found: list[Counter[str]] = []
     for _ in range(steps):
         parts.spent.clear()
@@ -110,9 +116,11 @@ def main() -> None:
     parser.add_argument("--running", default="1,64", help="requests that decode together")
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--no-graphs", action="store_true", help="decode op by op")
     parser.add_argument("--temperature", type=float, default=0.0)
     asked = parser.parse_args()
-    engine = Engine(asked.model, synthetic=asked.synthetic, precision=asked.precision, device="cpu", max_model_len=4096)
+    engine = Engine(asked.model, synthetic=asked.synthetic, precision=asked.precision, device="cpu", max_model_len=4096,
+                    graphs=not asked.no_graphs)  # fmt: skip
     say(**setting(), model=engine.folder.name, precision=asked.precision, temperature=asked.temperature)
     parts = watched(engine)
     for running in map(int, asked.running.split(",")):

@@ -281,7 +281,7 @@ class EngineConfig:
     prefix_caching: bool = True
     max_running: int = 64  # answers that take part in a step
     max_step_tokens: int = 1024  # of a step, prefill and decode together: longer prompts go in chunks
-    cuda_graphs: bool = True  # on a GPU: decode steps are captured once for each batch size and replayed
+    graphs: bool = True  # decode steps are captured once for each batch size and replayed, without Python's part
     speculative_tokens: int = 0  # drafted by prompt lookup and verified in one step; 0: off
 
     def __post_init__(self) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from qvl_kernels import reference
+from qvl_kernels import cpu, reference
 from qvl_kernels import report as kernel_report
 from qvl_runtime.config import EngineConfig, ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.qwen_vl import QwenVL
+from qvl_runtime.schedule import cpu_graphs
+from qvl_runtime.schedule.cpu_graphs import CpuCapture
 from qvl_runtime.schedule.cuda_graphs import CudaCapture, CudaMeter
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
 from qvl_runtime.schedule.loop import Loop
@@ -92,7 +94,7 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
             "steps": loop.steps,
             "preemptions": loop.scheduler.preemptions,
         },
-        "graphs": loop.runner.graphs and {"rows": loop.runner.graphs.buckets, "replays": loop.runner.graphs.replays},
+        "graphs": loop.runner.graphs and loop.runner.graphs.report(),
         "drafts": loop.drafter and {"proposed": loop.drafter.proposed, "accepted": loop.drafter.accepted},
     }  # fmt: skip
 
@@ -153,9 +155,14 @@ def spare_bytes(model: QwenVL, asked: EngineConfig, kept: torch.dtype) -> int | 
 
 
 def capture_graphs(runner: Runner, asked: EngineConfig, context: int) -> None:
-    """Have decode steps replayed as CUDA graphs, where the device has them, its ops allow it and it is not refused."""
-    if runner.model.device.type == "cuda" and asked.cuda_graphs and runner.model.ops is not reference:
-        runner.capture(CudaCapture(runner.model.device), asked.max_running, min(context, runner.cache.num_slots))
+    """Have decode steps replayed as graphs, where the ops can be captured and it is not refused."""
+    model, longest = runner.model, min(context, runner.cache.num_slots)
+    if not asked.graphs or model.ops is reference:
+        return
+    if model.device.type == "cuda":
+        runner.capture(CudaCapture(model.device), asked.max_running, longest)
+    elif model.ops is cpu:
+        runner.capture(CpuCapture(), asked.max_running, longest, cpu_graphs.BUCKETS)
 
 
 def room_beside(

@@ -201,7 +201,7 @@ def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest
 
     for at, ops, asked in (
         (CPU, "kernels", EngineConfig()), (GPU, reference, EngineConfig()),
-        (GPU, "kernels", EngineConfig(cuda_graphs=False)),
+        (GPU, "kernels", EngineConfig(graphs=False)),
     ):  # fmt: skip
         device.capture_graphs(runner(at, ops), asked, 8192)
     assert captured == []

@@ -60,7 +60,7 @@ def graphs(place: Place) -> Iterator[Row]:
         found, replays = [], 0
         for on in (True, False):
             engine = Engine(path, device=str(place.device), dtype=_name(place.dtypes[0]), max_model_len=256,
-                            kv_cache_bytes=64 << 20, cuda_graphs=on)  # fmt: skip
+                            kv_cache_bytes=64 << 20, graphs=on)  # fmt: skip
             found.append([out.token_ids for out in engine.generate(prompts, greedy)])
             used = engine.loop.runner.graphs
             replays += used.replays if used is not None else 0

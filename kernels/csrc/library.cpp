@@ -73,10 +73,16 @@ extern "C" const char* qvl_instruction_sets(void) {
 
 extern "C" int64_t qvl_abi(void) { return kAbi; }
 
-extern "C" void* qvl_kernel(const char* instruction_set, const char* name, const char** arguments) {
+extern "C" const Entry* qvl_entry(const char* instruction_set, const char* name) {
   const Entry* found = find(entries_pack(), name);
+  if (!found) found = find(entries_embed(), name);
   for (const Variant* v = variants(); v->name && !found; v++)
     if (v->usable && !std::strcmp(v->name, instruction_set)) found = find(v->entries(), name);
+  return found;
+}
+
+extern "C" void* qvl_kernel(const char* instruction_set, const char* name, const char** arguments) {
+  const Entry* found = qvl_entry(instruction_set, name);
   if (found && arguments) *arguments = found->arguments;
   return found ? found->function : nullptr;
 }

@@ -88,7 +88,7 @@ const Entry kEntries[] = {
     QVL_ENTRY(pack_gptq),
     QVL_ENTRY(pack_dense),
     QVL_ENTRY(advise_huge),
-    {nullptr, nullptr, nullptr},
+    QVL_END,
 };
 
 }  // namespace

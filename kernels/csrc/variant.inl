@@ -25,6 +25,8 @@
 
 #include "attention.inl"
 
+#include "greedy.inl"
+
 #include "ceiling.inl"
 
 namespace {
@@ -40,8 +42,9 @@ const Entry kEntries[] = {
     QVL_ENTRY(gelu),
     QVL_ENTRY(rotary_to_cache),
     QVL_ENTRY(attention),
+    QVL_ENTRY(greedy),
     QVL_ENTRY(read_memory),
-    {nullptr, nullptr, nullptr},
+    QVL_END,
 };
 
 }  // namespace

@@ -24,10 +24,10 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
-    "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize",
-    "gptq_levels", "gptq_linear", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq",
-    "prepare_linear", "rms_norm", "rotary_to_cache", "rotate_half", "swiglu", "to_cached", "unpack_rows",
-    "vision_attention",
+    "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu",
+    "gptq_dequantize", "gptq_levels", "gptq_linear", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention",
+    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half",
+    "side_by_side", "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,6 +78,18 @@ def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return y
 
 
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    if first.dtype != second.dtype or first.dim() != 2:
+        return reference.side_by_side(first, second)
+    first, second = first.contiguous(), second.contiguous()
+    (rows, left), right, size = first.shape, second.shape[1], first.element_size()
+    y = first.new_empty(rows, left + right)
+    library().ready().side_by_side(
+        first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr()
+    )
+    return y
+
+
 def gelu(x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
         slower("gelu", _mixed(x))
@@ -85,6 +97,37 @@ def gelu(x: Tensor) -> Tensor:
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     library().ready().gelu(x.data_ptr(), CODES[x.dtype], x.numel(), y.data_ptr())
     return y
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    y = table.new_empty(len(ids), table.shape[1])
+    ids, table = ids.contiguous(), table.contiguous()
+    library().ready().gather_rows(
+        table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(), len(ids), y.data_ptr()
+    )
+    return y
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, half = len(positions), frequencies.shape[-1]
+    positions, frequencies = positions.contiguous(), frequencies.expand(rows, half).contiguous()
+    cos, sin, logn = (frequencies.new_empty(*shape) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,)))
+    library().ready().rotary_tables(
+        positions.data_ptr(), frequencies.data_ptr(), rows, half, logn_from or 0, cos.data_ptr(), sin.data_ptr(),
+        logn.data_ptr(),
+    )  # fmt: skip
+    return cos, sin, logn
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.dtype not in FLOATS:
+        return reference.greedy(logits)
+    logits, rows = logits.contiguous(), len(logits)
+    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    library().ready().greedy(
+        logits.data_ptr(), CODES[logits.dtype], rows, logits.shape[1], tokens.data_ptr(), logprobs.data_ptr()
+    )
+    return tokens, logprobs
 
 
 def rotary_to_cache(

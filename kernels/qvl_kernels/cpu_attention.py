@@ -37,7 +37,6 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
-    query_starts, context_lens = reference.on_host(query_starts), reference.on_host(context_lens)
     reason = _not_covered(q, k_cache, v_cache)
     if reason is not None:
         slower("paged_attention", reason)
@@ -101,9 +100,16 @@ def _not_covered(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return "its tensors are strided apart" if strided or k.stride(-1) != 1 or q.stride(-1) != 1 else None
 
 
-def _most_rows(query_starts: Sequence[int]) -> int:
+def _most_rows(query_starts: Sequence[int] | Tensor) -> int:
+    if isinstance(query_starts, Tensor):  # all requests decode
+        return 1
     return max((end - start for start, end in pairwise(query_starts)), default=0)
 
 
-def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+def _integers(values: Sequence[int] | Tensor) -> ctypes.Array[ctypes.c_int64] | int:
+    """Numbers as the kernel reads them: a copy, or a tensor in place, whose values may change until a replay."""
+    if isinstance(values, Tensor):
+        if values.dtype != torch.int64 or not values.is_contiguous():
+            raise ValueError(f"starts and lengths are {values.dtype} {list(values.shape)}; expected contiguous int64")
+        return values.data_ptr()
     return (ctypes.c_int64 * len(values))(*values)

@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-ABI = 2  # of csrc/library.h: what the library must have been built with
+ABI = 3  # of csrc/library.h: what the library must have been built with
 _REBUILD = "build it anew: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
 
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
-_SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
+SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "linear_int8": "PiiiiPPPPiiiPP",
     "linear_exact": "PiiiiPPPPiiiPP",
     "linear_dense": "PiiiPiPP",
@@ -31,6 +33,10 @@ _SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "gelu": "PiiP",
     "rotary_to_cache": "PiiiiPPiPPPPiiP",
     "attention": "PiiiiiPPiiiiiPiiPPiP",
+    "greedy": "PiiiPP",
+    "gather_rows": "PiPiP",
+    "side_by_side": "PiPiiP",
+    "rotary_tables": "PPiiiPPP",
     "pack_gptq": "PiiiiPP",
     "pack_dense": "PiiiiiPP",
     "advise_huge": "Pi",
@@ -72,29 +78,48 @@ class Library:
                 f"the instruction set asked for is {self.instruction_set!r}; this CPU and build have "
                 f"{', '.join(self.available)}"
             )
-        self.kernels = SimpleNamespace(**{name: self._kernel(handle, name) for name in _SIGNATURES})
+        self._entry: Callable[[bytes, bytes], int] = handle.qvl_entry
+        handle.qvl_entry.restype = ctypes.c_void_p
+        handle.qvl_entry.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+        self.kernels = SimpleNamespace(**{name: self._kernel(handle, name) for name in SIGNATURES})
         self._set_threads: Callable[[int], None] = handle.qvl_set_threads
         handle.qvl_set_threads.argtypes = (ctypes.c_int64,)
-        self._threads = 0
+        self.threads = 0  # as many as the pool was last told of
+        self.replay: Callable[[ctypes.Array[Any], int], None] = handle.qvl_replay  # calls of cpu_replay.py
+        handle.qvl_replay.argtypes, handle.qvl_replay.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        self._recorders: dict[int, SimpleNamespace] = {}  # by thread: what its calls go through
 
     def ready(self) -> SimpleNamespace:
-        """The kernels, told how many threads torch may use."""
+        """The kernels, told how many threads torch may use; while this thread records its calls, those that do so."""
         threads = torch.get_num_threads()
-        if threads != self._threads:
+        if threads != self.threads:
             self._set_threads(threads)
-            self._threads = threads
-        return self.kernels
+            self.threads = threads
+        return self._recorders.get(get_ident(), self.kernels) if self._recorders else self.kernels
+
+    @contextmanager
+    def recording(self, kernels: SimpleNamespace) -> Iterator[None]:
+        """Give this thread `kernels` in place of its own for a while."""
+        self._recorders[get_ident()] = kernels
+        try:
+            yield
+        finally:
+            del self._recorders[get_ident()]
+
+    def entry(self, name: str) -> int:
+        """The address of a kernel's entry, by which recorded calls name it."""
+        return self._entry(self.instruction_set.encode(), name.encode())
 
     def _kernel(self, handle: ctypes.CDLL, name: str) -> Callable[..., None]:
         found = ctypes.c_char_p()
         address = handle.qvl_kernel(self.instruction_set.encode(), name.encode(), ctypes.byref(found))
         arguments = (found.value or b"").decode()
-        if not address or arguments != _SIGNATURES[name]:
+        if not address or arguments != SIGNATURES[name]:
             raise LibraryError(
                 f"{handle._name} was built from other sources: its kernel {name!r} takes {arguments or 'nothing'}, "
-                f"this version gives {_SIGNATURES[name]}; {_REBUILD}"
+                f"this version gives {SIGNATURES[name]}; {_REBUILD}"
             )
-        kernel: Callable[..., None] = ctypes.CFUNCTYPE(None, *(_KINDS[k] for k in _SIGNATURES[name]))(address)
+        kernel: Callable[..., None] = ctypes.CFUNCTYPE(None, *(_KINDS[k] for k in SIGNATURES[name]))(address)
         return kernel
 
 

@@ -8,6 +8,7 @@ offset. Section numbers are those of the Qwen-VL specification that the tests ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -139,6 +140,11 @@ def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.sum(0).to(dtype) if x.dim() == 3 else x
 
 
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """What two linears gave, [.., a] and [.., b], as one [.., a + b]."""
+    return torch.cat([first, second], -1)
+
+
 # --- norms and elementwise ---------------------------------------------------------------------------------------
 
 
@@ -175,6 +181,37 @@ def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU, x * Phi(x) with the error function (4.4); the tanh form is off by 8e-4 in the tower's output."""
     return F.gelu(x)
+
+
+# --- what a step begins with -------------------------------------------------------------------------------------
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """The rows [n, D] of table [V, D] that ids int64 [n], below V, name."""
+    return F.embedding(ids, table)
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin [n, r] of positions int64 [n] times inverse frequencies [n or 1, r / 2], and log-n [n] (5.3).
+
+    All float32, the product of position and frequency too. Log-n is log(t + 1) / log(logn_from), at least 1; None: 1.
+    """
+    angles = positions.float().unsqueeze(1) * frequencies
+    angles = torch.cat([angles, angles], dim=1)
+    if logn_from is None:
+        return angles.cos(), angles.sin(), torch.ones(len(positions), device=positions.device)
+    factors = (positions.double() + 1).log() / math.log(logn_from)
+    return angles.cos(), angles.sin(), factors.clamp(min=1.0).float()
+
+
+# --- what it ends with -------------------------------------------------------------------------------------------
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row of logits [m, vocab], int64 [m], and its log probability, float32 [m]."""
+    raw = logits.float()
+    tokens = raw.argmax(-1)
+    return tokens, raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1)
 
 
 # --- KV cache ---------------------------------------------------------------------------------------------------

@@ -34,11 +34,13 @@ class Linear(Protocol):
 class SideBySide:
     """Two linears of the same input whose outputs lie side by side."""
 
+    ops: ModuleType
     first: Linear
     second: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self.first(x), self.second(x)], -1)
+        y: Tensor = self.ops.side_by_side(self.first(x), self.second(x))
+        return y
 
     def partial(self, x: Tensor) -> Tensor:
         return self(x)
@@ -91,10 +93,10 @@ class Maker:
         if name in self.laid_out:
             return self._as_it_lies(name)
         if first in self.laid_out:
-            return SideBySide(self._as_it_lies(first), self._as_it_lies(second))
+            return SideBySide(self.ops, self._as_it_lies(first), self._as_it_lies(second))
         if quantization is None:
             if self.state[f"{first}.weight"].device.type == "cpu":
-                return SideBySide(self.decoder(first, None), self.decoder(second, None))
+                return SideBySide(self.ops, self.decoder(first, None), self.decoder(second, None))
             for kind in ("weight", "bias"):
                 both = [self.state.pop(f"{part}.{kind}", None) for part in parts]
                 found = [tensor for tensor in both if tensor is not None]
@@ -104,7 +106,7 @@ class Maker:
         one, other = (self._gptq(part, quantization) for part in parts)
         joint = one.beside(other)
         if joint is None:
-            return SideBySide(self._packed(first, one), self._packed(second, other))
+            return SideBySide(self.ops, self._packed(first, one), self._packed(second, other))
         return self._packed(name, joint)
 
     def _as_it_lies(self, name: str) -> Linear:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import ops_for
@@ -62,11 +61,11 @@ class QwenVL:
     @torch.inference_mode()
     def forward(self, step: Step, caches: Sequence[LayerCache], observe: Observer = unobserved) -> Tensor:
         """Run the rows of a step: hidden states [n, D]; their keys and values enter the caches."""
-        x = F.embedding(step.token_ids, self.decoder.embedding)
+        x = self.ops.embedding(step.token_ids, self.decoder.embedding)
         if step.picture_rows is not None and step.picture_features is not None:
             x[step.picture_rows] = step.picture_features.to(x.dtype)
         observe("embed", x)
-        at = positions_of(self.config, step.positions, step.frequencies)
+        at = positions_of(self.config, step.positions, step.frequencies, self.ops)
         return self.decoder.forward(x, at, step.layout, caches, observe)
 
     @torch.inference_mode()

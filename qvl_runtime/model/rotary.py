@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from qvl_kernels import reference
 from qvl_runtime.config import ModelConfig
 
 
@@ -64,16 +66,11 @@ class Frequencies:
         return row
 
 
-def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor) -> Positions:
-    """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2]."""
-    angles = positions.float().unsqueeze(1) * frequencies
-    angles = torch.cat([angles, angles], dim=1)
-    return Positions(angles.cos(), angles.sin(), logn_factors(config, positions))
+def positions_of(
+    config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: ModuleType = reference
+) -> Positions:
+    """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2].
 
-
-def logn_factors(config: ModelConfig, positions: Tensor) -> Tensor:
-    """log(t + 1) / log(seq_length) for queries at a position t from seq_length on, 1 before: float32 [n] (5.3)."""
-    if not config.use_logn_attn:
-        return torch.ones(len(positions), device=positions.device)
-    factors = (positions.double() + 1).log() / math.log(config.seq_length)
-    return factors.clamp(min=1.0).float()
+    Queries at a position t from seq_length on are scaled by log(t + 1) / log(seq_length) (5.3).
+    """
+    return Positions(*ops.rotary_tables(positions, frequencies, config.seq_length if config.use_logn_attn else None))

@@ -17,10 +17,11 @@ from qvl_runtime.engine import Engine
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.profile.machine import finish
 from qvl_runtime.profile.spread import Spread
+from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.request import SamplingParams
 from qvl_runtime.schedule.runner import Chunk
-from qvl_runtime.schedule.sampler import Draws, Row, sample
+from qvl_runtime.schedule.sampler import Draws, Row
 from qvl_runtime.schedule.sequence import Sequence
 
 
@@ -60,12 +61,13 @@ def decoding(engine: Engine, longest: int, batch: int = 1) -> Iterator[Callable[
             _write(engine, sequence, longest)
         params = SamplingParams(temperature=0.0).resolve(engine.defaults)
         device, vocabulary = runner.model.device, engine.config.vocab_size
+        choose = sampler_for(runner.model.ops)
         rows = [Row(Draws(params, [1], vocabulary, device, 0), 0) for _ in sequences]
 
         def step(context: int) -> None:
             for sequence in sequences:
                 sequence.length = context
-            sample(runner.model.logits(runner.run([Chunk(sequence, [1]) for sequence in sequences])), rows)
+            choose(runner.compute([Chunk(sequence, [1]) for sequence in sequences])([*range(batch)]), rows)
             finish(device)
 
         yield step

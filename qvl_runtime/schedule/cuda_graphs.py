@@ -16,6 +16,7 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
+        self.nbytes = None  # torch's allocator counts them, with all else
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
         current = torch.cuda.current_stream(self._stream.device)

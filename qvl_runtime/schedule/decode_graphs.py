@@ -2,16 +2,18 @@
 
 A decode step of the full model is some 300 launches; queued one by one from Python they take longer than they run (2 to
 4 microseconds each on an A100, against 6 for a layer's smaller kernels). A graph holds them all and is queued at once.
+On a CPU Python's part is 18 ms of 230, and the graph a list of calls.
 It repeats addresses and shapes as they were, so a step fills the buffers of the smallest bucket that holds it. Rows
 without a request are padding: they read and write the cache's spare block, which belongs to nobody, and are ignored.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,24 +21,50 @@ from torch import Tensor
 from qvl_runtime.model.language import Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, layout_of
+from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
 from qvl_runtime.schedule.sequence import Sequence
+
+_log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; the most rows that are allowed have one of their own
 COLUMNS = 5  # numbers that a row has beside its block table
 
 
+class Graph(Protocol):
+    """A function over static buffers; each call computes its result anew, and in place of that of any other."""
+
+    @property
+    def refused(self) -> str | None:
+        """Why it is not captured but runs op by op; known when it has run."""
+        ...
+
+    def __call__(self) -> Tensor: ...
+
+
 class Captured(NamedTuple):
-    """A function over static buffers, captured: each `replay` computes `output` anew, in place."""
+    """A graph that was captured ahead of time: each `replay` computes `output` anew, in place."""
 
     replay: Callable[[], None]
     output: Tensor
+
+    @property
+    def refused(self) -> str | None:
+        return None
+
+    def __call__(self) -> Tensor:
+        self.replay()
+        return self.output
 
 
 class Capture(Protocol):
     """Captures a function that reads and writes static tensors only, and whose launches depend on no value."""
 
-    def __call__(self, function: Callable[[], Tensor]) -> Captured: ...
+    def __call__(self, function: Callable[[], Tensor]) -> Graph: ...
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes that all of its graphs hold, where it counts them."""
+        ...
 
 
 class Inputs:
@@ -45,7 +73,8 @@ class Inputs:
     def __init__(self, rows: int, host: Tensor, device: Tensor) -> None:
         """host, device: flat buffers of the same size, for rows * (COLUMNS + blocks of a table) numbers."""
         self.rows, self._host, self._device = rows, host, device
-        columns, self.block_tables = self._parts(device)
+        self._columns, self._tables = (part.numpy() for part in self._parts(host))
+        columns, self.block_tables = self._parts(device)  # which on a CPU is `host` itself
         self.token_ids, self.positions, self.slots, self.context_lens, self.frequency_rows = columns
         self.query_starts = torch.arange(rows + 1, device=device.device)
 
@@ -58,64 +87,105 @@ class Inputs:
 
         The last copy must have arrived: it has, where the tokens of the last step have been read.
         """
-        columns, tables = (part.numpy() for part in self._parts(self._host))
         n = len(sequences)
-        if n:
-            positions, layout = layout_of(sequences, [1] * n)
-            values = (token_ids, positions, layout.slots, layout.context_lens, frequency_rows)
-            for column, own in zip(columns, values, strict=True):
-                column[:n] = own
-            tables[:n, : layout.block_tables.shape[1]] = layout.block_tables
+        for row, (sequence, token, factor) in enumerate(zip(sequences, token_ids, frequency_rows, strict=True)):
+            at, blocks = sequence.length - 1, sequence.blocks
+            slot = blocks[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+            self._columns[:, row] = token, at, slot, sequence.length, factor
+            self._tables[row, : len(blocks)] = blocks
         for row in range(n, self.rows):
-            columns[:, row] = 0, 0, spare * BLOCK_SIZE + row % BLOCK_SIZE, 1, 0
-        tables[n:, 0] = spare
-        self._device.copy_(self._host, non_blocking=True)
+            self._columns[:, row] = 0, 0, spare * BLOCK_SIZE + row % BLOCK_SIZE, 1, 0
+        self._tables[n:, 0] = spare
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+
+
+class Bucket(NamedTuple):
+    inputs: Inputs
+    graph: Graph  # gives logits, or without the head hidden states
+    whole: bool  # with the head
 
 
 class DecodeGraphs:
     """The decode steps of a model over one KV cache, for up to `most` sequences of up to `longest` tokens.
 
-    More than the last bucket of sequences are decoded without a graph.
+    More than the last bucket of sequences are decoded without a graph. Where a capture refuses a step, it is tried once
+    more without the head: of more than a few rows a dense one runs in torch's GEMM, whatever the blocks are made of.
     """
 
     def __init__(
-        self, model: QwenVL, cache: KVCache, frequencies: Frequencies, capture: Capture, most: int, longest: int
-    ) -> None:
-        """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use."""
+        self, model: QwenVL, cache: KVCache, frequencies: Frequencies, capture: Capture, most: int, longest: int,
+        buckets: Items[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use.
+
+        buckets: numbers of rows, None for `BUCKETS`.
+        """
         self.replays = 0
-        most = min(most, BUCKETS[-1])
-        self._cache, self._frequencies, self._most = cache, frequencies, most
+        buckets = BUCKETS if buckets is None else buckets
+        most = min(most, buckets[-1])
+        self._model, self._cache, self._frequencies, self._capture = model, cache, frequencies, capture
+        self._most = most
         width = COLUMNS + -(-longest // BLOCK_SIZE)
         on_gpu = model.device.type == "cuda"
         host = torch.zeros(most * width, dtype=torch.int64, pin_memory=on_gpu)  # pinned, or the copy would wait
-        device = host.to(model.device, copy=True)
-        self.buckets = (*BUCKETS[: bisect_left(BUCKETS, most)], most)
-        self._graphs: dict[int, tuple[Inputs, Captured]] = {}
+        device = host.to(model.device)
+        self.buckets = (*buckets[: bisect_left(buckets, most)], most)
+        self._buckets: dict[int, Bucket] = {}
         frequencies.row(1.0)  # row 0, which padding reads
         for rows in reversed(self.buckets):
-            inputs = Inputs(rows, host[: rows * width], device[: rows * width])
+            on_host = host[: rows * width]
+            inputs = Inputs(rows, on_host, on_host if device is host else device[: rows * width])
             inputs.send((), (), (), cache.spare)
-            self._graphs[rows] = inputs, capture(self._step(model, inputs))
+            self._buckets[rows] = self._captured(inputs)
 
     def take(self, rows: int) -> bool:
-        """Whether a decode step of so many rows has a graph."""
-        return rows <= self._most
+        """Whether a decode step of so many rows has a graph, or is to be tried."""
+        return rows <= self._most and self._bucket(rows).graph.refused is None
 
     def run(self, sequences: Items[Sequence], token_ids: Items[int]) -> Tensor:
         """Compute the last token of each sequence: logits [n, vocab], which hold until the next call."""
-        inputs, captured = self._graphs[self.buckets[bisect_left(self.buckets, len(sequences))]]
+        inputs, graph, whole = bucket = self._bucket(len(sequences))
         rows = [self._frequencies.row(sequence.alpha) for sequence in sequences]
         inputs.send(sequences, token_ids, rows, self._cache.spare)
-        captured.replay()
-        self.replays += 1
-        return captured.output[: len(sequences)]
+        found = graph()
+        if graph.refused is None:
+            self.replays += 1
+        else:
+            self._settle_for_less(bucket, graph.refused)
+        return (found if whole else self._model.logits(found))[: len(sequences)]
 
-    def _step(self, model: QwenVL, inputs: Inputs) -> Callable[[], Tensor]:
-        table, layers = self._frequencies.table, self._cache.layers
+    def report(self) -> dict[str, Any]:
+        """Rows of the graphs, how often they ran, the bytes that they hold, and the rows that have none and why."""
+        refused = {rows: bucket.graph.refused for rows, bucket in self._buckets.items() if bucket.graph.refused}
+        return {
+            "rows": [rows for rows in self.buckets if rows not in refused],
+            "without_head": [rows for rows in self.buckets if rows not in refused and not self._buckets[rows].whole],
+            "replays": self.replays,
+            "bytes": self._capture.nbytes,
+            "refused": refused,
+        }
+
+    def _bucket(self, rows: int) -> Bucket:
+        return self._buckets[self.buckets[bisect_left(self.buckets, rows)]]
+
+    def _captured(self, inputs: Inputs, whole: bool = True) -> Bucket:
+        return Bucket(inputs, self._capture(self._step(inputs, whole)), whole)
+
+    def _settle_for_less(self, bucket: Bucket, reason: str) -> None:
+        rows = bucket.inputs.rows
+        if bucket.whole:
+            self._buckets[rows] = self._captured(bucket.inputs, whole=False)
+        else:
+            _log.info("decode steps of %d rows have no graph: %s", rows, reason)
+
+    def _step(self, inputs: Inputs, whole: bool) -> Callable[[], Tensor]:
+        model, table, layers = self._model, self._frequencies.table, self._cache.layers
         layout = Layout(inputs.slots, inputs.block_tables, inputs.query_starts, inputs.context_lens)
 
         def step() -> Tensor:
-            step = Step(inputs.token_ids, inputs.positions, table[inputs.frequency_rows], layout)
-            return model.logits(model.forward(step, layers))
+            frequencies = model.ops.embedding(inputs.frequency_rows, table)
+            hidden = model.forward(Step(inputs.token_ids, inputs.positions, frequencies, layout), layers)
+            return model.logits(hidden) if whole else hidden
 
         return step

@@ -1,6 +1,7 @@
-"""The choice of the next token where the logits are: what `sampler` defines, by a kernel, with one copy back.
+"""The choice of the next token where the logits are: what `sampler` defines, by a kernel.
 
-A step waits for its device once, when the tokens are read.
+On a GPU with one copy back, so that a step waits for its device once, when the tokens are read. On a CPU for steps that
+want the likeliest tokens and nothing else, as most do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,21 @@ Sampler = Callable[[Tensor, Sequence[Row]], list[Sample]]
 
 def sampler_for(ops: ModuleType) -> Sampler:
     """The sampler of a module of ops: its own kernel's where it has one."""
-    return partial(sample_by, ops) if hasattr(ops, "sample") else sample
+    return partial(sample_by, ops) if hasattr(ops, "sample") else partial(greedy_by, ops)
+
+
+def greedy_by(ops: ModuleType, logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
+    """`sampler.sample`, in one pass over the logits where all rows take the likeliest."""
+    if not all(_plain(row) for row in rows):
+        return sample(logits, rows)
+    both = zip(*(found.tolist() for found in ops.greedy(logits)), strict=True)
+    return [Sample(token, TokenLogprob(token, logprob, ())) for token, logprob in both]
+
+
+def _plain(row: Row) -> bool:
+    """Whether a row takes the likeliest token, and says of no other how likely it was."""
+    draws = row.draws
+    return draws.seen is None and draws.bias is None and not draws.params.temperature and not draws.params.logprobs
 
 
 def sample_by(ops: ModuleType, logits: Tensor, rows: Sequence[Row]) -> list[Sample]:

@@ -48,9 +48,9 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
 
-    def capture(self, capture: Capture, most: int, longest: int) -> None:
+    def capture(self, capture: Capture, most: int, longest: int, buckets: Items[int] | None = None) -> None:
         """From now on, decode up to `most` sequences of up to `longest` tokens by graphs, captured here."""
-        self.graphs = DecodeGraphs(self.model, self.cache, self._frequencies, capture, most, longest)
+        self.graphs = DecodeGraphs(self.model, self.cache, self._frequencies, capture, most, longest, buckets)
 
     def features(self, pictures: Items[Picture]) -> list[Tensor]:
         """Features [queries, D] of each picture; those not cached go through the tower together, each once."""

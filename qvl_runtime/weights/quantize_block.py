@@ -142,7 +142,7 @@ class QuantizingMaker(Maker):
 
     def side_by_side(self, name: str, parts: Sequence[str], quantization: QuantizationConfig | None) -> Linear:
         first, second = (Unquantized(self.bench, part) for part in parts)
-        return SideBySide(first, second)
+        return SideBySide(self.ops, first, second)
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ def test_a_library_of_another_time_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")
 def test_a_kernel_that_takes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cpu_library._SIGNATURES, "gelu", "PiiPd")
+    monkeypatch.setitem(cpu_library.SIGNATURES, "gelu", "PiiPd")
     with pytest.raises(cpu_library.LibraryError, match="'gelu' takes PiiP, this version gives PiiPd; build it anew"):
         cpu_library.Library()
 

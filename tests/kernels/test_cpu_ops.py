@@ -50,6 +50,47 @@ def test_elementwise(isa: str, rng: torch.Generator, dtype: torch.dtype, shape: 
     as_good_as_torch(cpu.swiglu(both), reference.swiglu(both), want.flatten(0, -2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (7, 255), (2, 1024), (5, 1025), (1, 151936)])
+def test_greedy(isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int, width: int) -> None:
+    """The first of the highest, wherever it stands, and its log probability."""
+    logits = (torch.randn(rows, width, generator=rng) * 4 - 30).to(dtype)
+    logits[-1, width // 2 :] = logits[-1].max()
+    tokens, logprobs = cpu.greedy(logits)
+    want, wanted = reference.greedy(logits)
+    assert torch.equal(tokens, want)
+    as_good_as_torch(logprobs, wanted, logits.double().log_softmax(-1).gather(1, want[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "left", "right"), [(1, 16, 16), (7, 255, 3), (2, 4096, 11008)])
+def test_rows_side_by_side_and_of_a_table(
+    rng: torch.Generator, dtype: torch.dtype, rows: int, left: int, right: int
+) -> None:
+    first, second = (torch.randn(rows, width, generator=rng).to(dtype) for width in (left, right))
+    assert torch.equal(cpu.side_by_side(first, second), reference.side_by_side(first, second))
+    ids = torch.randint(rows, (40,), generator=rng)
+    assert torch.equal(cpu.embedding(ids, second), reference.embedding(ids, second))
+    assert cpu.embedding(ids[:0], second).shape == (0, right)
+
+
+@pytest.mark.parametrize("logn_from", [None, 512])
+@pytest.mark.parametrize("rows", [1, 7, 257])
+def test_rotary_tables(rng: torch.Generator, logn_from: int | None, rows: int) -> None:
+    """Angles are rounded as torch rounds them, at any position; their functions at least as well."""
+    positions = torch.randint(32768, (rows,), generator=rng)
+    frequencies = 1e4 ** -torch.rand(rows, 32, generator=rng)
+    found = cpu.rotary_tables(positions, frequencies, logn_from)
+    plain = reference.rotary_tables(positions, frequencies, logn_from)
+    angles = (positions.float()[:, None] * frequencies).double().repeat(1, 2)
+    logn = (positions.double() + 1).log() / torch.tensor(logn_from or 2.0).double().log()
+    logn = logn.clamp(min=1) if logn_from else torch.ones(rows).double()
+    for got, torchs, want in zip(found, plain, (angles.cos(), angles.sin(), logn), strict=True):
+        as_good_as_torch(got, torchs, want)
+    whole = cpu.rotary_tables(positions, frequencies[0], logn_from)
+    assert torch.equal(whole[0], cpu.rotary_tables(positions, frequencies[:1].expand(rows, 32), logn_from)[0])
+
+
 def test_far_from_zero(isa: str) -> None:
     """Where exp would overflow or vanish."""
     x = torch.tensor([-1e4, -100.0, -88.0, -30.0, 0.0, 30.0, 100.0, 1e4])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvl_runtime.model.rotary import inverse_frequencies, logn_factors, ntk_alpha, positions_of
+from qvl_runtime.model.rotary import inverse_frequencies, ntk_alpha, positions_of
 from qvl_runtime.schedule.runner import Chunk
 from tests.model.oracle import LOGITS, Oracle, close, without_padding
 
@@ -52,7 +52,7 @@ def test_past_seq_length(tiny: Oracle, golden: Path) -> None:
     at = positions_of(tiny.config, torch.arange(150), inverse_frequencies(10000, 64, alpha))
     close(at.cos, want["rope_cos"], 1e-6, "cos")
     close(at.sin, want["rope_sin"], 1e-6, "sin")
-    close(logn_factors(tiny.config, torch.arange(151)), want["logn"], 1e-6, "logn")
+    close(positions_of(tiny.config, torch.arange(151), torch.ones(1)).logn, want["logn"], 1e-6, "logn")
     got = tiny.observed(ids)
     close(got["layer0.q"], want["layer0.q_rot"][0] * want["logn"][:150].view(-1, 1, 1), LOGITS, "q")
     close(got["logits"], want["logits"][0], LOGITS, "logits")

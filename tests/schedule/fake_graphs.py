@@ -34,6 +34,7 @@ class FakeCapture:
 
     def __init__(self, ops: ModuleType, patch: pytest.MonkeyPatch) -> None:
         self.captured: list[list[Call]] = []
+        self.nbytes = None
         self._calls: list[Call] | None = None
         if ops.__name__ == "qvl_kernels.triton":  # what its ops do around their launches must fit a graph too
             self._watch_launches(patch)

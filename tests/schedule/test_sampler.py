@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from qvl_kernels import cpu, reference
 from qvl_runtime.config import GenerationDefaults
 from qvl_runtime.errors import SamplingError
+from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.request import SamplingParams
 from qvl_runtime.schedule.sampler import CANDIDATES, Draws, Row, Sample, sample
 
@@ -36,6 +39,30 @@ def drawn(logits: Tensor, params: SamplingParams, times: int = 2000) -> list[int
     """Tokens of as many answers with different seeds, all in one call."""
     rows = [Row(draws(replace(params, seed=i), vocab=len(logits)), 0) for i in range(times)]
     return [s.token_id for s in sample(logits.expand(times, -1), rows)]
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that want nothing else go through `greedy` and find the same; any other row sends all through `sample`."""
+    passes, greedy = [], ops.greedy
+    monkeypatch.setattr(ops, "greedy", lambda logits: passes.append(len(logits)) or greedy(logits))
+    choose, logits = sampler_for(ops), torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    logits[0, 10:12] = 9.0
+    for params, expected in (
+        (SamplingParams(temperature=0), [3]), (SamplingParams(temperature=1.0, seed=0), []),
+        (SamplingParams(temperature=0, logprobs=2), []), (SamplingParams(temperature=0, repetition_penalty=1.3), []),
+        (SamplingParams(temperature=0, logit_bias={3: 20.0}), []),
+    ):  # fmt: skip
+        passes.clear()
+        plain, other = SamplingParams(temperature=0), params
+        found, want = (
+            how(logits, [Row(draws(p, (1, 2), 1000), 0) for p in (plain, other, plain)]) for how in (choose, sample)
+        )
+        assert passes == expected
+        assert [s.token_id for s in found] == [s.token_id for s in want]
+        for got, wanted in zip(found, want, strict=True):
+            assert got.logprob.logprob == pytest.approx(wanted.logprob.logprob, rel=1e-5)
+            assert got.logprob.top == wanted.logprob.top
 
 
 def test_a_row_does_not_feel_its_neighbours() -> None:

@@ -32,10 +32,14 @@ from qvl_kernels.reference import (
     Packed,
     Precision,
     cache_width,
+    embedding,
     from_cached,
     gptq_dequantize,
     gptq_linear,
+    greedy,
+    rotary_tables,
     rotate_half,
+    side_by_side,
     to_cached,
     unpack_rows,
 )
@@ -50,7 +54,8 @@ from qvl_kernels.triton.split_sum import summed
 
 __all__ = [
     "SCALE_BYTES", "Bound", "Drawn", "Packed", "Precision", "SamplingRows", "add_layer_norm", "add_rms_norm", "bind",
-    "cache_width", "cross_attention", "from_cached", "gelu", "gptq_dequantize", "gptq_levels", "gptq_linear",
-    "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear", "rms_norm",
-    "rotary_to_cache", "rotate_half", "sample", "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
+    "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_levels",
+    "gptq_linear", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear",
+    "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "sample", "side_by_side", "summed", "swiglu",
+    "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip

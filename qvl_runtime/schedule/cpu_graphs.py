@@ -1,0 +1,57 @@
+"""Recorded calls of CPU kernels as the capture of `decode_graphs`.
+
+Nothing runs ahead of time: the first step of so many rows is computed as ever, and recorded meanwhile. Each number of
+rows has a recording of its own, since a row of padding would cost as much as a request's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from qvl_kernels.cpu_library import library
+from qvl_kernels.cpu_replay import Arena, Recording
+
+BUCKETS = range(1, 65)  # of rows; a longer step takes so long that Python's part is lost in it
+
+
+class CpuCapture:
+    """Records on first use. All recordings share one arena, as they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._arena = Arena()
+
+    def __call__(self, function: Callable[[], Tensor]) -> RecordedStep:
+        return RecordedStep(function, self._arena)
+
+    @property
+    def nbytes(self) -> int:
+        return self._arena.nbytes
+
+
+class RecordedStep:
+    """A function over static buffers: its first run is recorded, the others are replays; anew for other kernels."""
+
+    def __init__(self, function: Callable[[], Tensor], arena: Arena) -> None:
+        self._function, self._arena = function, arena
+        self._found: Recording | None = None
+
+    @property
+    def refused(self) -> str | None:
+        recording = self._recording
+        return None if recording is None else recording.refused
+
+    def __call__(self) -> Tensor:
+        recording = self._recording
+        if recording is None:
+            self._found, output = Recording.of(self._function, self._arena)
+            return output
+        if recording.refused is not None:
+            return self._function()
+        return recording.replay()
+
+    @property
+    def _recording(self) -> Recording | None:
+        """What was recorded, unless with other kernels than those in use."""
+        return self._found if self._found is not None and self._found.library is library() else None
