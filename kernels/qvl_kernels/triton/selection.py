@@ -63,6 +63,12 @@ def _weight(key):
 
 
 @triton.jit
+def _ratio(a, b):
+    """a / b in float32: it counts equals, and a float64 division is a subroutine that spills registers."""
+    return a.to(tl.float32) / b.to(tl.float32)
+
+
+@triton.jit
 def _token(scaled_ptr, tokens_ptr, found, key, rank, BLOCK: tl.constexpr):
     """The token of the candidate that is number `rank`, from 0 and in the order of ids, among those with this key."""
     before = 0
@@ -99,7 +105,7 @@ def _drawn(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOC
         reached = _reaching(scaled_ptr, found, 0, target, nothing, BLOCK)
         if reached <= cut:
             _, before = _up_to(scaled_ptr, found, reached - 1, nothing, BLOCK)
-            share = tl.ceil((target - before) / _weight(reached)).to(tl.int32)
+            share = tl.ceil(_ratio(target - before, _weight(reached))).to(tl.int32)
             spare = tl.maximum(1, tl.minimum(share, tl.where(reached == cut, spare, share)))
             cut = reached
     least = min_p.to(tl.float64)
@@ -110,7 +116,7 @@ def _drawn(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOC
     key = tl.minimum(_reaching(scaled_ptr, found, 0, target, least, BLOCK), cut)
     count, before = _up_to(scaled_ptr, found, key - 1, least, BLOCK)
     same, _ = _up_to(scaled_ptr, found, key, least, BLOCK)
-    rank = ((target - before) / _weight(key)).to(tl.int32)
+    rank = _ratio(target - before, _weight(key)).to(tl.int32)
     last = tl.where(key == cut, spare, same - count) - 1
     return _token(scaled_ptr, tokens_ptr, found, key, tl.maximum(0, tl.minimum(rank, last)), BLOCK)
 
