@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import os
 import re
 import struct
@@ -178,4 +179,9 @@ def _resize(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
     from PIL import Image
 
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.frombuffer(resized.tobytes(), dtype=np.uint8).reshape(size, size, 3)
+    # A request keeps its pictures until it is answered. In the heap they would lie between the activations of steps,
+    # and leave holes there that no other step fits.
+    pixels = np.frombuffer(mmap.mmap(-1, 3 * size * size), dtype=np.uint8)
+    pixels[:] = np.frombuffer(resized.tobytes(), dtype=np.uint8)
+    pixels.flags.writeable = False
+    return pixels.reshape(size, size, 3)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qvl_kernels.huge_pages import mapping
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
@@ -20,8 +21,12 @@ from qvl_runtime.schedule.decode_graphs import Capture, DecodeGraphs
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
+from qvl_runtime.weights.mapped import trim_heap
 
 PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
+# Passes of the tower after which the heap's free memory is given back. What requests keep lies between the activations
+# of steps of all sizes: with pictures on nano 20 MiB of holes after 100 requests and 34 after 500, at 111 in use.
+TRIM_AFTER = 32
 
 
 class Span(NamedTuple):
@@ -47,6 +52,7 @@ class Runner:
         self.model, self.cache, self.images = model, cache, images
         self.graphs: DecodeGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
+        self._passes = 0
 
     def capture(self, capture: Capture, most: int, longest: int, buckets: Items[int] | None = None) -> None:
         """From now on, decode up to `most` sequences of up to `longest` tokens by graphs, captured here."""
@@ -60,8 +66,11 @@ class Runner:
             batch = missing[start : start + PICTURES_AT_ONCE]
             encoded = self.model.encode_pictures(torch.cat([to_pixels(p.rgb[None]) for p in batch]))
             for picture, features in zip(batch, encoded, strict=True):
-                known[picture.digest] = own = features.clone()  # a view would keep the whole batch alive
+                known[picture.digest] = own = _apart(features)  # a view would keep the whole batch alive
                 self.images.put(picture.digest, own)
+            self._passes += 1
+            if self._passes % TRIM_AFTER == 0:
+                trim_heap()
         return [features for p in pictures if (features := known[p.digest]) is not None]
 
     def run(self, chunks: Items[Chunk], observe: Observer = unobserved) -> Tensor:
@@ -104,6 +113,16 @@ class Runner:
             picture_rows=torch.cat(rows) if rows else None,
             picture_features=torch.cat(features) if features else None,
         )
+
+
+def _apart(features: Tensor) -> Tensor:
+    """A copy that may be kept for long: on a CPU in a mapping of its own.
+
+    In the heap it would lie between the activations of a step, and leave holes there that no other step fits.
+    """
+    if features.device.type != "cpu":
+        return features.clone()
+    return mapping(features.nbytes).view(features.dtype).view(features.shape).copy_(features)
 
 
 @contextmanager

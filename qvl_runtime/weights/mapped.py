@@ -60,7 +60,7 @@ def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[
 
 
 def trim_heap() -> None:
-    """Give back the free memory inside the C library's heap, for once after loading.
+    """Give back the free memory inside the C library's heap: after loading, and now and then while pictures come.
 
     Tensors below 32 MiB come from the heap, and what is kept of them lies between what is not: at full size 0.2 GB that
     no later tensor fits. Does nothing where the C library is not glibc.

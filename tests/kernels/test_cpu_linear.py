@@ -197,10 +197,13 @@ def _built() -> bool:
 
 def test_torch_sees_few_numbers_of_rows() -> None:
     """oneDNN compiles and keeps code for each: many prompts of many lengths must not be many codes."""
-    seen = {len(cpu_linear.in_steps(torch.zeros(rows, 1, dtype=torch.bfloat16))) for rows in range(5, 4097)}
-    assert len(seen) < 64
-    for rows in (5, 16, 17, 200, 1024, 1025, 4096):
-        padded = len(cpu_linear.in_steps(torch.zeros(rows, 1, dtype=torch.bfloat16)))
-        assert rows <= padded <= max(rows + 15, rows * 9 / 8 + 1)
+    assert len({size for rows in range(5, 4097) for size in cpu_linear.step_sizes(rows)}) <= 16
+    for rows in (5, 16, 17, 33, 64, 65, 200, 375, 500, 1023, 1024, 1025, 4096):
+        sizes = cpu_linear.step_sizes(rows)
+        assert len(sizes) <= 2 and rows <= sum(sizes) <= max(rows + 16, rows * 5 / 4)
     ones = torch.ones(2, 9, 3, dtype=torch.bfloat16)
-    assert torch.equal(cpu_linear.in_steps(ones)[:18], ones.view(18, 3))
+    assert torch.equal(cpu_linear.in_steps(ones, lambda part: 2 * part), 2 * ones)
+    given: list[int] = []
+    many = torch.arange(3 * 300.0).view(300, 3).bfloat16()
+    assert torch.equal(cpu_linear.in_steps(many, lambda part: given.append(len(part)) or part), many)
+    assert given == [256, 48]
