@@ -45,7 +45,7 @@ def parts_of(place: Place, golden: Path | None) -> Parts:
 
     return {
         "bounds": bounds.bounds,
-        "launches": lambda: launches(),
+        "launches": lambda: launches(place),
         "correct": lambda: kernels.correct(place),
         "goldens": lambda: models.goldens(place, golden),
         "graphs": lambda: models.graphs(place),
@@ -57,9 +57,9 @@ def parts_of(place: Place, golden: Path | None) -> Parts:
     }
 
 
-def launches() -> Iterator[Row]:
+def launches(place: Place) -> Iterator[Row]:
     """Counted in a process of its own, whose launches are noted and not run."""
-    command = [sys.executable, "-m", "benchmarks.gpu.launches", "--json"]
+    command = [sys.executable, "-m", "benchmarks.gpu.launches", "--json", *["--quarter"] * place.tiny]
     counted = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if counted.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {counted.stderr.strip().splitlines()[-1:]}")

@@ -1,41 +1,40 @@
-"""Triton's interpreter, made quicker: by default it spends most of its time on patching its own language.
+"""Triton's interpreter, made quicker: by default a third of its time goes into patching its own language.
 
 It replaces what `triton.language` does by numpy when a kernel is launched, and again in every call of a device function
-within, of which `tl.sum` is one. Once a launch is enough: measured on the rotary kernel, 30 ms a program became 5.
+within, of which `tl.sum` is one. Once a launch is enough. Measured in seconds of CPU for 8 rows of the oracle's tiny
+models: 1.85 to 1.2 in float16, 3.6 to 2.2 in Int4; a program of the rotary kernel takes 21 ms instead of 32.
 """
 
 from __future__ import annotations
 
-import inspect
+from functools import cache
+from types import FunctionType
 from typing import Any
 
+import pytest
 
-def patch_language_once() -> None:
-    """For this process, and to the same results: only what is patched twice is left out."""
+
+def patch_language_once(patch: pytest.MonkeyPatch) -> None:
+    """To the same results: only what this launch has patched already is left out."""
     from triton.runtime import interpreter
 
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    if getattr(patch, "once", False):
-        return
-    patched: set[int] = set()  # modules, since the launch began
-    seen_by: dict[int, frozenset[int]] = {}  # a function's globals to the language modules among them
+    patch_language, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[str] = set()  # language modules, since the launch began
 
-    def patch_once(fn: Any) -> Any:
-        space = fn.__globals__
-        if id(space) not in seen_by:
-            languages = (interpreter.tl, interpreter.tl.core)
-            seen_by[id(space)] = frozenset(
-                id(value) for value in space.values() if inspect.ismodule(value) and value in languages
-            )
-        if seen_by[id(space)] <= patched:
+    @cache
+    def seen_by(function: FunctionType) -> frozenset[str]:
+        languages = (interpreter.tl, interpreter.tl.core)
+        return frozenset(it.__name__ for it in languages if any(it is value for value in function.__globals__.values()))
+
+    def patch_once(function: FunctionType) -> Any:
+        if seen_by(function) <= patched:
             return None
-        patched.update(seen_by[id(space)])
-        return patch(fn)
+        patched.update(seen_by(function))
+        return patch_language(function)
 
     def launch_fresh(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
+        patched.clear()  # as what a launch patched is restored at its end
         return launch(self, *args, **kwargs)
 
-    patch_once.once = True  # type: ignore[attr-defined]
-    interpreter._patch_lang = patch_once
-    interpreter.GridExecutor.__call__ = launch_fresh
+    patch.setattr(interpreter, "_patch_lang", patch_once)
+    patch.setattr(interpreter.GridExecutor, "__call__", launch_fresh)

@@ -30,7 +30,8 @@ def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constex
     """y = up * round(gate / (1 + exp(-gate))); x [SPLITS or 1, rows, 2F] holds up | gate, y [rows, F].
 
     A program takes two tiles of a row and one reciprocal for both, 1/a = b * 1/(a * b): exp and 1/a each at 16 lanes a
-    clock would be a third of the time that H100's memory takes.
+    clock would be a third of the time that H100's memory takes. It is the square of 1/sqrt(a * b), whose argument lies
+    in 1 .. 2^116: a division also looks for arguments out of range, and 0.31 of memory time became 0.25 without it.
     """
     dtype = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -43,7 +44,8 @@ def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constex
     up_2 = _half(x_ptr, row * 2 * F + second, apart, second < F, dtype, SPLITS)
     below_1 = 1.0 + tl.exp2(tl.maximum(gate_1, LOWEST) * MINUS_LOG2E)
     below_2 = 1.0 + tl.exp2(tl.maximum(gate_2, LOWEST) * MINUS_LOG2E)
-    both = 1.0 / (below_1 * below_2)
+    root = tl.rsqrt(below_1 * below_2)
+    both = root * root
     # rounded in between, as the reference has it: then the compiler multiplies 16-bit pairs
     silu_1 = (gate_1 * below_2 * both).to(dtype).to(tl.float32)
     silu_2 = (gate_2 * below_1 * both).to(dtype).to(tl.float32)

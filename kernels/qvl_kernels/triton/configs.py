@@ -41,16 +41,21 @@ def regime(rows: int) -> Regime:
 
 def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int) -> Config:
     """How to run a kernel for a weight [outputs, inputs]; outputs are the padded ones, a multiple of 128."""
-    known = max((c for c in CAPABILITIES if c <= capability), default=CAPABILITIES[0])
-    tuned = overrides().get((known, f"{kind} {inputs} {outputs}"))
+    here = known(capability)
+    tuned = overrides().get((here, f"{kind} {inputs} {outputs}"))
     if tuned is not None:
         return tuned if outputs % tuned.columns == 0 else tuned._replace(columns=OUTPUTS)
-    made = _few_rows(known, outputs) if kind == "few_rows" else _many_rows(known, rows, outputs)
+    made = _few_rows(here, outputs) if kind == "few_rows" else _many_rows(here, rows, outputs)
     programs = blocks(rows, made.rows) * (outputs // made.columns)
-    splits = _splits(known, programs, blocks(inputs, TILE))
+    splits = _splits(here, programs, blocks(inputs, TILE))
     if kind == "many_rows":  # whose splits have equally many tiles
         splits = next(n for n in range(splits, 0, -1) if blocks(inputs, TILE) % n == 0)
     return made._replace(splits=splits)
+
+
+def known(capability: int) -> int:
+    """The capability whose configurations a GPU takes: the highest of CAPABILITIES that it reaches."""
+    return max((c for c in CAPABILITIES if c <= capability), default=CAPABILITIES[0])
 
 
 def _few_rows(capability: int, outputs: int) -> Config:

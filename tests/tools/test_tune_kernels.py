@@ -1,0 +1,81 @@
+"""The search for int4 configurations: what it tries, what it writes, and that it refuses where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.place import Place
+from tools.tune_kernels import candidates, fastest, main, random_weight, timed, write
+
+pytestmark = pytest.mark.unit
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make triton`")
+CPU = Place(torch.device("cpu"), tiny=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_read() -> Iterator[None]:
+    """What a file said, and what the search tried last, ends with each test."""
+    yield
+    if find_spec("triton") is not None:
+        from qvl_kernels.triton.configs import overrides
+
+        overrides.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where it would search for minutes")
+def test_without_a_gpu_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "kernels.json")]) == 2 and not (tmp_path / "kernels.json").exists()
+    assert "times kernels on a GPU, and torch finds none here" in capsys.readouterr().err
+
+
+@needs_triton
+@pytest.mark.parametrize("inputs, outputs", [(4096, 12288), (11008, 4096), (256, 384)])
+def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None:
+    from qvl_kernels.triton.configs import _sound, config
+
+    few, many = ([*candidates(kind, 80, inputs, outputs)] for kind in ("few_rows", "many_rows"))
+    assert few[0] == config(80, "few_rows", 1, inputs, outputs)
+    assert len(few) > 8 and len(many) > 8 and len({*few}) == len(few)
+    assert all(_sound([*made]) and outputs % made.columns == 0 for made in few + many)
+    assert all(-(-inputs // 128) % made.splits == 0 for made in many)
+
+
+@needs_triton
+def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvl_kernels.triton.configs import config, overrides
+
+    tried = [*candidates("few_rows", 90, 4096, 4096)]
+    best, seconds = fastest(tried, lambda made: None if made == tried[0] else 1.0 / made.stages)
+    assert (best.stages, seconds) == (5, 0.2)
+    with pytest.raises(RuntimeError, match="no configuration runs on this GPU"):
+        fastest(tried, lambda made: None)
+    file = tmp_path / "kernels.json"
+    write(file, 80, {"few_rows 4096 4096": [16, 128, 8, 4, 6]})
+    write(file, 90, {"few_rows 4096 4096": [*best]})
+    monkeypatch.setenv("QVL_KERNEL_CONFIGS", str(file))
+    overrides.cache_clear()
+    assert config(90, "few_rows", 1, 4096, 4096) == best != tried[0]
+    assert config(80, "few_rows", 1, 4096, 4096).stages == 4
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind, count", [("few_rows", 3), ("many_rows", 2)])
+def test_costs_are_taken_of_right_numbers_only(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.tune_kernels.ROWS", {"few_rows": 2, "many_rows": 20})
+    weight, key = random_weight(256, 256, CPU.device), (80, f"{kind} 256 256")
+    cost = timed(CPU, 1e9, kind, weight, key)  # type: ignore[arg-type]
+    for made in islice(candidates(kind, 80, 256, 256), count):  # type: ignore[arg-type]
+        assert cost(made)
+    from qvl_kernels.triton.configs import overrides
+
+    assert overrides()[key] == made, "the kernel did not run as the file would have it"
+    weight.scales.mul_(2)
+    with pytest.raises(RuntimeError, match="computes wrong numbers as Config"):
+        cost(made)

@@ -1,0 +1,144 @@
+"""Search on this GPU how the int4 kernels are best cut up, and write the file that QVL_KERNEL_CONFIGS names.
+
+    python -m tools.tune_kernels kernels.json           # the published model's linears: minutes, most of them compiling
+    QVL_KERNEL_CONFIGS=kernels.json qvl chat ...
+
+Every configuration must give the right numbers before it is timed. What is there already for other GPUs stays in the
+file. Exit status 2: there is no GPU that the kernels run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.place import Place
+from qvl_kernels import UnsupportedError, ops_for
+
+if TYPE_CHECKING:
+    from qvl_kernels.repack import PackedInt4
+    from qvl_kernels.triton.configs import Config, Regime
+
+Cost = Callable[["Config"], float | None]  # seconds; None where the GPU has not the shared memory for it
+ROWS: dict[Regime, int] = {"few_rows": 1, "many_rows": 256}  # that each kernel is timed with
+GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and stages to try
+    "few_rows": ((16,), (128, 256), (4, 8), (2, 3, 4, 5)),
+    "many_rows": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
+}
+WRONG = 2**-7  # of the largest output: sixteen roundings of float16
+
+
+def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iterator[Config]:
+    """The built-in configuration, then the others, each with the built-in splits and up to twice as many or half."""
+    from qvl_kernels.repack import TILE
+    from qvl_kernels.triton.configs import Config, config
+
+    built_in = config(capability, kind, ROWS[kind], inputs, outputs)
+    yield built_in
+    tiles = -(-inputs // TILE)
+    near = {max(1, built_in.splits * quarters // 4) for quarters in (2, 3, 4, 5, 6, 8)}
+    splits = [n for n in sorted(near) if n <= tiles and (kind == "few_rows" or tiles % n == 0)]
+    for *cut, split in product(*GRID[kind], splits):
+        made = Config(*cut, split)
+        if made != built_in and outputs % made.columns == 0:
+            yield made
+
+
+def fastest(tried: Iterable[Config], cost: Cost) -> tuple[Config, float]:
+    """The first of those that cost least; raises RuntimeError where the GPU runs none of them."""
+    costs = [(made, seconds) for made in tried if (seconds := cost(made)) is not None]
+    if not costs:
+        raise RuntimeError("no configuration runs on this GPU: each asks for more shared memory than it has")
+    return min(costs, key=lambda found: found[1])
+
+
+def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: tuple[int, str]) -> Cost:
+    """What a linear costs, and the reading of its partial sums by the next kernel, through the way a file takes."""
+    from triton.runtime.errors import OutOfResources
+
+    from qvl_kernels.repack import dequantize
+    from qvl_kernels.triton.configs import overrides
+    from qvl_kernels.triton.int4_few_rows import int4_few_rows
+    from qvl_kernels.triton.int4_many_rows import int4_many_rows
+
+    op = int4_few_rows if kind == "few_rows" else int4_many_rows
+    x = torch.randn(ROWS[kind], weight.inputs, device=place.device, dtype=torch.float16)
+    want = x.float() @ dequantize(weight).T
+
+    def cost(made: Config) -> float | None:
+        overrides()[key] = made
+        try:
+            y = op(x, weight)
+        except OutOfResources:
+            return None
+        got = y.sum(0) if y.dim() == 3 else y.float()
+        if not bool((got - want).abs().max() <= WRONG * want.abs().max()):
+            raise RuntimeError(f"{key[1]} computes wrong numbers as {made}; please report it with your GPU's name")
+        return place.seconds(lambda: op(x, weight)) + (y.nbytes / ceiling if y.dim() == 3 else 0.0)
+
+    return cost
+
+
+def search(place: Place) -> tuple[int, dict[str, list[int]]]:
+    """The capability that configurations go by, and the best of each kernel and linear."""
+    from qvl_kernels.triton import configs
+    from qvl_kernels.triton.int4_shapes import DECODER
+    from qvl_kernels.triton.launch import capability
+
+    here, ceiling = configs.known(capability(place.device)), place.copy_ceiling()
+    found: dict[str, list[int]] = {}
+    for kind, name in product(ROWS, DECODER):
+        inputs, outputs = DECODER[name]
+        label = f"{kind} {inputs} {outputs}"
+        configs.overrides().pop((here, label), None)  # what a file in use says must not pass for what is built in
+        tried = [*candidates(kind, here, inputs, outputs)]
+        weight = random_weight(inputs, outputs, place.device)
+        best, seconds = fastest(tried, timed(place, ceiling, kind, weight, (here, label)))
+        found[label] = [*best]
+        print(f"{name}, {label}: {[*best]} takes {seconds * 1e6:.1f} us; built in is {[*tried[0]]}", flush=True)
+    return here, found
+
+
+def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4:
+    """Of random levels, symmetric, in groups of 128."""
+    from qvl_kernels.repack import TILE, WORDS, PackedInt4
+
+    words = torch.randint(-(2**31), 2**31, (inputs // TILE, outputs, WORDS), device=device).to(torch.int32)
+    scales: Tensor = torch.full((inputs // TILE, outputs), 0.01, dtype=torch.float16, device=device)
+    return PackedInt4(words, scales, zeros=None, order=None, inputs=inputs, outputs=outputs, group=TILE)
+
+
+def write(path: Path, capability: int, found: dict[str, list[int]]) -> None:
+    """Into the file, beside what it holds of other GPUs."""
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**held, str(capability): found}, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the JSON file to write")
+    asked = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("error: tune_kernels times kernels on a GPU, and torch finds none here; without one `make kernel-report`"
+              " says what the built-in configurations cost", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        place = Place.find()
+        ops_for(place.device)
+    except UnsupportedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write(asked.file, *search(place))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
