@@ -116,7 +116,7 @@ def test_errors_go_to_whom_they_belong(engine: Engine, monkeypatch: pytest.Monke
         with pytest.raises(PromptError, match="n is 2"):
             await anext(served.stream(PROMPT, SamplingParams(n=2)))
         with monkeypatch.context() as patched:
-            patched.setattr(engine.loop.runner.model, "logits", lambda x: 1 / 0)
+            patched.setattr(engine.loop.runner, "compute", lambda chunks: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await served.generate(PROMPT, greedy(2))
         assert (await served.generate(PROMPT, greedy(2))).usage.completion_tokens == 2

@@ -98,7 +98,7 @@ def test_a_step_that_needs_torch_is_computed_and_said(engine: Engine, graphs: De
     elif model.config.quantization is not None:
         assert report["refused"] == {} and MOST in report["without_head"] and report["replays"] >= before + 4
     else:
-        assert report["refused"][MOST] == "linear runs in torch" and MOST not in report["rows"]
+        assert report["refused"][MOST].endswith(" runs in torch") and MOST not in report["rows"]
     engine.loop.runner.graphs = None
     assert [out.token_ids for out in engine.generate(prompts, greedy(6))] == answers
 
