@@ -25,7 +25,7 @@ from qvl_runtime.weights.mapped import trim_heap
 
 PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
 # Passes of the tower after which the heap's free memory is given back. What requests keep lies between the activations
-# of steps of all sizes: with pictures on nano 20 MiB of holes after 100 requests and 34 after 500, at 111 in use.
+# of steps of all sizes: with pictures on nano in float32 20 MiB of holes after 100 requests, 34 after 500; 111 in use.
 TRIM_AFTER = 32
 
 
