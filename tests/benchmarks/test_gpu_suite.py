@@ -31,6 +31,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where the suite takes minutes")
+@pytest.mark.timeout(600)
 def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     done = python("benchmarks.gpu_suite", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
