@@ -112,7 +112,7 @@ def in_steps(x: Tensor, gemm: Callable[[Tensor], Tensor]) -> Tensor:
         return gemm(flat).view(*x.shape[:-1], -1)
     sizes = step_sizes(len(flat))
     missing = sum(sizes) - len(flat)
-    parts = [gemm(part) for part in (F.pad(flat, (0, 0, 0, missing)) if missing else flat).split(sizes)]
+    parts = [gemm(part) for part in torch.split(F.pad(flat, (0, 0, 0, missing)) if missing else flat, sizes)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(flat)].view(*x.shape[:-1], -1)
 
 
