@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class PackedWeight:
         y = x.new_empty(*x.shape[:-1], self.outputs)
         for first in range(0, self.outputs, step):
             part = self.unpacked(first, min(step, self.padded_outputs - first), x.dtype)
-            y[..., first : first + step] = in_steps(x, lambda rows, part=part: rows @ part)[..., : self.outputs - first]
+            y[..., first : first + step] = in_steps(x, partial(_product, part=part))[..., : self.outputs - first]
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     @property
@@ -98,6 +99,10 @@ class PackedWeight:
             _pointer(self.bias), y.data_ptr(),
         )  # fmt: skip
         return y
+
+
+def _product(x: Tensor, part: Tensor) -> Tensor:
+    return x @ part
 
 
 def in_steps(x: Tensor, gemm: Callable[[Tensor], Tensor]) -> Tensor:
