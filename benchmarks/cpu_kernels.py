@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.alternating import alternate, say, setting
-from qvl_kernels import cpu, cpu_library, cpu_linear, huge_pages
+from qvl_kernels import ceiling, cpu, cpu_linear, huge_pages
 
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096))  # inputs, outputs
 GROUP, LAYERS = 128, 4  # layers with weights of their own: 400 MB, more than any cache
@@ -33,10 +33,9 @@ def random_int4(inputs: int, outputs: int) -> cpu_linear.PackedWeight:
     return cpu_linear.PackedWeight(lines, scales, None, None, None, 4, GROUP, inputs, inputs, outputs)
 
 
-def reader(nbytes: int) -> Callable[[], None]:
+def reader(nbytes: int) -> Callable[[], object]:
     """Reads a buffer of its own as fast as the machine can."""
-    memory, total = huge_pages.buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
-    return lambda: cpu_library.library().ready().read_memory(memory.data_ptr(), len(memory), total.data_ptr())
+    return ceiling.reader(torch.device("cpu"), nbytes).call
 
 
 def gemv() -> None:

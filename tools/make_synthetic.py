@@ -1,8 +1,8 @@
 """Write a checkpoint of random weights with the published names, shapes, files and index, at any size.
 
-    python -m tools.make_synthetic /tmp/int4 --like qvl_runtime/nano                         # 9.73 GB in five files
-    python -m tools.make_synthetic /tmp/bf16 --like qvl_runtime/nano --kind qwen-vl-chat     # 19.3 GB
-    python -m tools.make_synthetic /tmp/small --like qvl_runtime/nano --divide 8 --layers 2 --vision-layers 2
+    python -m tools.make_synthetic out/int4 --like qvl_runtime/nano                          # 9.73 GB in five files
+    python -m tools.make_synthetic out/bf16 --like qvl_runtime/nano --kind qwen-vl-chat      # 19.3 GB
+    python -m tools.make_synthetic out/small --like qvl_runtime/nano --divide 8 --layers 2 --vision-layers 2
 
 The tokenizer and the ids of pictures are those of the checkpoint `--like`. Its answers are noise.
 """

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.manifest import FORMAT, Manifest, PackedLinear, ShardRecord
+from qvl_runtime.weights.save import sync
 from qvl_runtime.weights.shard_writer import Shard
-from qvl_runtime.weights.tensor_file import sync_folder
 
 
 class Journal:
@@ -52,7 +52,7 @@ class Journal:
 
     def note(self, shard: Shard) -> None:
         """A file is whole and on the disk."""
-        sync_folder(self.folder)
+        sync(self.folder)
         self._append({"shard": shard.name, "record": asdict(shard.record), "items": shard.items, "bytes": shard.bytes,
                       "linears": {name: asdict(linear) for name, linear in shard.linears.items()}})  # fmt: skip
         self._count(shard)
@@ -63,7 +63,7 @@ class Journal:
         if self._destination.exists():
             raise CheckpointError(f"{self._destination} was made meanwhile; the result is in {self.folder}")
         self.folder.rename(self._destination)
-        sync_folder(self._destination.parent)
+        sync(self._destination.parent)
         self._handle.close()
         shutil.rmtree(self.home)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.settings import read_json
-from qvl_runtime.weights.tensor_file import sync_folder
+from qvl_runtime.weights.save import sync
 
 MANIFEST = "qvl_manifest.json"
 FORMAT = 1  # raised when an older reader would misread a newer file
@@ -77,7 +77,7 @@ class Manifest:
             json.dump(content, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(folder)
+        sync(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -17,8 +17,9 @@ from qvl_runtime.weights.gptq import pack_rows
 from qvl_runtime.weights.manifest import Manifest, SourceFile
 from qvl_runtime.weights.mapped import pieces, release
 from qvl_runtime.weights.packed import model_config, open_shards, packed_linear
+from qvl_runtime.weights.save import sync
 from qvl_runtime.weights.shards import Shard
-from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory, sync_folder
+from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ def restore(source: Path, destination: Path, progress: Callable[[int], None] = l
             done += _write(partial / file.restored_as, file, reader)
             progress(done)
         _small_files(source, partial, manifest)
-        sync_folder(partial)
+        sync(partial)
         partial.rename(destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -117,7 +117,7 @@ def _shard_names(count: int) -> Sequence[str]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Bring a file, or the names in a folder, to the disk: a rename then lasts through a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
