@@ -9,24 +9,30 @@ int64_t few(int64_t dtype) { return dtype == kBfloat16 ? 1 : 2; }
 int64_t few(int64_t) { return 2; }
 #endif
 
-// A job of a request with `rows` rows in this step.
-void attend_job(const Job& job, int64_t rows) {
-  const bool in_place = job.dim % 16 == 0 && job.k.block_size % 16 == 0;
-  if (!in_place || rows > few(job.q.dtype)) {
+// Of the published heads (128), or of any multiple of 16.
+template <int DTYPE> void attend_floats(const Job& job) {
+  job.dim == 128 ? attend_together<DTYPE, 8>(job) : attend_together<DTYPE, 0>(job);
+}
+
+void attend_few(const Job& job) {
+  job.k.dtype == kFloat32    ? attend_floats<kFloat32>(job)
+  : job.k.dtype == kBfloat16 ? attend_floats<kBfloat16>(job)
+  : job.k.dtype == kFloat16  ? attend_floats<kFloat16>(job)
+                             : attend_floats<kInt8>(job);
+}
+
+void attend_many(const Job& job) {
 #if defined(__AMX_BF16__)
-    if (job.q.dtype == kBfloat16) return attend_rows<AmxProducts>(job);
+  if (job.q.dtype == kBfloat16) return attend_rows<AmxProducts>(job);
 #endif
-    return attend_rows<FloatProducts>(job);
-  }
-  const Attend run = attend_one(job.k.dtype, job.dim);
-  float* x = scratch<float>(0, 2 * kMostDim);
-  for (int64_t r = 0; r < job.rows; r++) {
-    const void* q = job.q.vector(job.row + r, job.head);
-    for (int64_t i = 0; i < job.dim; i += 16) store(x + i, load_as(q, job.q.dtype, i));
-    run(x, job.k, job.v, job.table, job.head, job.dim, job.sees(r), x + kMostDim);
-    void* y = job.y.vector(job.row + r, job.head);
-    for (int64_t i = 0; i < job.dim; i += 16) store_as(y, job.y.dtype, i, load(x + kMostDim + i));
-  }
+  attend_rows<FloatProducts>(job);
+}
+
+// Heads that a job of few rows takes: enough jobs for all threads, and runs that are as long as that allows. Heads are
+// computed apart, so that the numbers do not depend on it.
+int64_t heads_at_once(int64_t heads, int64_t requests) {
+  const int64_t wanted = heads * requests / (2 * qvl_threads());
+  return wanted < 1 ? 1 : wanted < kMostHeads ? wanted : kMostHeads;
 }
 
 // q: rows of `heads` heads of `dim` channels, q_row and q_head elements apart; request r has the rows starts[r] to
@@ -40,17 +46,27 @@ void attention(const void* q, int64_t dtype, int64_t q_row, int64_t q_head, int6
   const Rows from{(void*)q, dtype, q_row, q_head}, to{y, dtype, heads * dim, dim};
   const Cache k{(void*)keys, cache_dtype, block_size, per_block, per_head, per_row};
   const Cache v{(void*)values, cache_dtype, block_size, per_block, per_head, per_row};
+  const bool in_place = dim % 16 == 0 && block_size % 16 == 0;
+  const int64_t group = heads_at_once(heads, requests), groups = (heads + group - 1) / group;
+  const auto is_few = [&](int64_t r) { return in_place && starts[r + 1] - starts[r] <= few(dtype); };
   const auto parts = [&](int64_t r) { return (starts[r + 1] - starts[r] + kRowsAtOnce - 1) / kRowsAtOnce; };
+  const auto jobs_of = [&](int64_t r) { return is_few(r) ? groups * parts(r) : parts(r) * heads; };
   int64_t jobs = 0;
-  for (int64_t r = 0; r < requests; r++) jobs += parts(r) * heads;
+  for (int64_t r = 0; r < requests; r++) jobs += jobs_of(r);
   parallel(jobs, [&](int64_t i) {
     int64_t r = 0;
-    for (; i >= parts(r) * heads; r++) i -= parts(r) * heads;
-    const int64_t part = parts(r) - 1 - i / heads;  // the last rows of a prompt see the most: first
-    const int64_t row = starts[r] + part * kRowsAtOnce, left = starts[r + 1] - row;
-    const int64_t seen = causal ? contexts[r] - (starts[r + 1] - row) + 1 : contexts[r];
-    const int64_t rows = left < kRowsAtOnce ? left : kRowsAtOnce;
-    attend_job({from, to, k, v, tables + r * table_width, i % heads, dim, row, rows, seen, causal}, starts[r + 1] - starts[r]);
+    for (; i >= jobs_of(r); r++) i -= jobs_of(r);
+    const int64_t start = starts[r], end = starts[r + 1];
+    const auto seen = [&](int64_t row) { return causal ? contexts[r] - (end - row) + 1 : contexts[r]; };
+    const auto job = [&](int64_t head, int64_t count, int64_t row, int64_t rows) {
+      return Job{from, to, k, v, tables + r * table_width, head, count, dim, row, rows, seen(row), causal};
+    };
+    if (is_few(r)) {
+      const int64_t head = i * group;
+      return attend_few(job(head, heads - head < group ? heads - head : group, start, end - start));
+    }
+    const int64_t row = start + (parts(r) - 1 - i / heads) * kRowsAtOnce;  // the last rows of a prompt see the most: first
+    attend_many(job(i % heads, 1, row, end - row < kRowsAtOnce ? end - row : kRowsAtOnce));
   });
 }
 

@@ -1,8 +1,25 @@
-// Attention of one row, decoding: bound by memory, which is read once, in place.
+// Attention of one row or two, decoding: bound by memory, which is read once, in place.
+//
+// A block of a head is a run of a few KiB, too short for the machine's own prefetching: one head after another reads 17
+// GB/s where memory gives 25. So a job goes through the cache with up to eight heads together, a few tokens of each in
+// turn, as a GEMV of eight streams, and asks for the next block's vectors in the same order.
 
 namespace {
 
-constexpr int64_t kMostDim = 256;
+constexpr int64_t kMostDim = 256, kMostHeads = 8;
+constexpr int64_t kTogether = 2;  // values that are added in one pass over the sums
+
+// Up to 16 cached tokens of a head, vectors `row` bytes apart, and the 16 that are read after them.
+struct Sixteen {
+  const char *keys, *values, *next_keys;
+  int64_t row, count;
+};
+
+// Asks for `count` vectors from the t-th on of a run, or of the run after it.
+inline void prefetch(const char* run, const char* after, int64_t t, int64_t count, int64_t row) {
+  const char* vectors = t < 16 ? run + t * row : after + (t - 16) * row;
+  for (int64_t i = 0; i < count * row; i += 64) __builtin_prefetch(vectors + i);
+}
 
 // 16 channels of a cached vector from channel i; int8 without its scale.
 template <int DTYPE> inline F cached(const void* vector, int64_t i) {
@@ -44,72 +61,121 @@ QVL_UNROLL
   }
 };
 
-// Asks for the vectors that the next pass of `attend` reads. The cache is scattered in runs of a few KiB, at whose ends
-// the machine's own prefetching stops: without this, 10 GB/s where memory gives 20.
-inline void prefetch(const char* run, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(run + i);
-}
-
-// One row and head over `context` cached tokens, 16 at a time with a running maximum (Milakov and Gimelshein 2018):
-// q float [d], y float [d]. Weights are powers of two, with log2(e) / sqrt(d) as the scale of the scores.
-template <int DTYPE, int LINES>
-void attend(float* q, const Cache& k, const Cache& v, const int64_t* table, int64_t head, int64_t dim, int64_t context, float* y) {
-  using Vector = Lines<DTYPE, LINES>;
-  const int lines = LINES ? LINES : (int)(dim / 16);
-  const int64_t row = k.per_row * size_of(DTYPE);
-  const float factor = 1.44269504f / __builtin_sqrtf((float)dim);
-  Vector::reorder(q, lines, true);
-  F held[LINES ? LINES : kMostDim / 16];
-  for (int j = 0; j < lines; j++) held[j] = zero();
-  float top = -__builtin_inff(), total = 0;
-  for (int64_t start = 0; start < context; start += 16) {
-    const int64_t count = context - start < 16 ? context - start : 16;
-    const int64_t block = table[start / k.block_size], offset = start % k.block_size;
-    const char *keys = (const char*)k.vector(block, head, offset), *values = (const char*)v.vector(block, head, offset);
-    const int64_t next = start + 16 < context ? start + 16 : start, ahead = table[next / k.block_size];
-    const char *next_keys = (const char*)k.vector(ahead, head, next % k.block_size);
-    const char *next_values = (const char*)v.vector(ahead, head, next % k.block_size);
-    F partial[16];
-    alignas(64) float score[16], scale[16];
-    for (int64_t t = 0; t < 16; t++) {
-      F a = zero(), b = zero();  // two chains: a fused multiply-add takes four cycles
-      if (t < count) {
-        prefetch(next_keys + t * row, row);
-        Vector::each(keys + t * row, lines, [&](int j, F x) { j % 2 ? b = fma(x, load(q + j * 16), b) : a = fma(x, load(q + j * 16), a); });
-      }
-      partial[t] = add(a, b);
-      scale[t] = t < count ? cached_scale<DTYPE>(keys + t * row, dim) : 0.0f;
-    }
-    store(score, DTYPE == kInt8 ? mul(row_sums(partial), load(scale)) : row_sums(partial));
-    for (int64_t t = count; t < 16; t++) score[t] = -__builtin_inff();
-    const float highest_here = highest(load(score)) * factor;
-    if (highest_here > top) {
-      const F shrink = exp2(set1(top - highest_here));
-      for (int j = 0; j < lines; j++) held[j] = mul(held[j], shrink);
-      total *= sum(shrink) / 16, top = highest_here;
-    }
-    store(score, exp2(fma(load(score), set1(factor), set1(-top))));
-    for (int64_t t = 0; t < count; t++) {
-      prefetch(next_values + t * row, row);
-      total += score[t];
-      const F weight = set1(score[t] * cached_scale<DTYPE>(values + t * row, dim));
-      Vector::each(values + t * row, lines, [&](int j, F x) { held[j] = fma(x, weight, held[j]); });
-    }
+// One row of a head on its way through the cache.
+template <int DTYPE, int LINES> class DecodedRow {
+ public:
+  // query: float [dim]
+  void begin(const float* query, int64_t dim) {
+    dim_ = dim, lines_ = LINES ? LINES : (int)(dim / 16), softmax_ = Softmax();
+    memcpy(q_, query, (size_t)dim * 4);
+    Vector::reorder(q_, lines_, true);
+    for (int j = 0; j < lines_; j++) store(held_ + j * 16, zero());
   }
-  for (int j = 0; j < lines; j++) store(y + j * 16, mul(held[j], set1(1.0f / total)));
-  Vector::reorder(y, lines, false);
+
+  // Query times key, still to be summed over its lanes.
+  F product(const char* key) const {
+    F a = zero(), b = zero();  // two chains: a fused multiply-add takes four cycles
+    Vector::each(key, lines_, [&](int j, F x) { j % 2 ? b = fma(x, load(q_ + j * 16), b) : a = fma(x, load(q_ + j * 16), a); });
+    return add(a, b);
+  }
+
+  // The products of 16 keys to the weights of their values.
+  void weigh(const Sixteen& s, const F* products) {
+    store(weights_, row_sums(products));
+    for (int64_t t = 0; DTYPE == kInt8 && t < s.count; t++) weights_[t] *= cached_scale<DTYPE>(s.keys + t * s.row, dim_);
+    const float shrink = softmax_.weigh(weights_, s.count, 16, 1.44269504f / __builtin_sqrtf((float)dim_));
+    for (int64_t t = 0; DTYPE == kInt8 && t < s.count; t++) weights_[t] *= cached_scale<DTYPE>(s.values + t * s.row, dim_);
+    if (shrink == 1.0f) return;
+    for (int j = 0; j < lines_; j++) store(held_ + j * 16, mul(load(held_ + j * 16), set1(shrink)));
+  }
+
+  // Adds the values of tokens t to t + kTogether, where there are so many.
+  void add_values(const Sixteen& s, int64_t t) {
+    const char *one = s.values + t * s.row, *other = one + s.row;
+    const F first = set1(weights_[t]), second = set1(weights_[t + 1]);
+    if (t + 1 == s.count) return Vector::each(one, lines_, [&](int j, F x) { add_to(j, mul(x, first)); });
+    F lines[kLines];
+    Vector::each(one, lines_, [&](int j, F x) { lines[j] = fma(x, first, load(held_ + j * 16)); });
+    Vector::each(other, lines_, [&](int j, F x) { store(held_ + j * 16, fma(x, second, lines[j])); });
+  }
+
+  // y: float [dim]
+  void end(float* y) const {
+    for (int j = 0; j < lines_; j++) store(y + j * 16, mul(load(held_ + j * 16), set1(1.0f / softmax_.total)));
+    Vector::reorder(y, lines_, false);
+  }
+
+ private:
+  using Vector = Lines<DTYPE, LINES>;
+  static constexpr int kLines = LINES ? LINES : kMostDim / 16;
+
+  void add_to(int j, F x) { store(held_ + j * 16, add(load(held_ + j * 16), x)); }
+
+  alignas(64) float q_[kLines * 16];
+  alignas(64) float held_[kLines * 16];
+  alignas(64) float weights_[16];
+  Softmax softmax_;
+  int64_t dim_;
+  int lines_;
+};
+
+// 16 tokens of some heads; row r of head h is state[h * rows + r], and sees counts[r] of the tokens.
+template <int DTYPE, int LINES>
+void meet(DecodedRow<DTYPE, LINES>* state, const Sixteen* sixteen, int64_t heads, const int64_t* counts, int64_t rows) {
+  const int64_t ahead = DTYPE == kInt8 ? 16 : 4;  // tokens; vectors of 132 bytes gain from more
+  F products[2 * kMostHeads][16];
+  for (int64_t t = 0; t < 16; t++)
+    for (int64_t h = 0; h < heads; h++) {
+      const Sixteen& s = sixteen[h];
+      prefetch(s.keys, s.values, t + ahead, 1, s.row);
+      for (int64_t i = h * rows; i < (h + 1) * rows; i++)
+        products[i][t] = t < s.count ? state[i].product(s.keys + t * s.row) : zero();
+    }
+  for (int64_t h = 0; h < heads; h++)
+    for (int64_t r = 0; r < rows; r++) {
+      Sixteen s = sixteen[h];
+      s.count = counts[r];
+      if (s.count > 0) state[h * rows + r].weigh(s, products[h * rows + r]);
+    }
+  for (int64_t t = 0; t < 16; t += kTogether)
+    for (int64_t h = 0; h < heads; h++) {
+      Sixteen s = sixteen[h];
+      prefetch(s.values, s.next_keys, t + ahead, kTogether, s.row);
+      for (int64_t r = 0; r < rows; r++) {
+        s.count = counts[r];
+        if (t < s.count) state[h * rows + r].add_values(s, t);
+      }
+    }
 }
 
-using Attend = void (*)(float*, const Cache&, const Cache&, const int64_t*, int64_t, int64_t, int64_t, float*);
-
-// Of the published heads (128), or of any multiple of 16.
-template <int DTYPE> Attend attend_for(int64_t dim) { return dim == 128 ? attend<DTYPE, 8> : attend<DTYPE, 0>; }
-
-Attend attend_one(int64_t dtype, int64_t dim) {
-  return dtype == kFloat32    ? attend_for<kFloat32>(dim)
-         : dtype == kBfloat16 ? attend_for<kBfloat16>(dim)
-         : dtype == kFloat16  ? attend_for<kFloat16>(dim)
-                              : attend_for<kInt8>(dim);
+// The rows of a job, at most two.
+template <int DTYPE, int LINES> void attend_together(const Job& job) {
+  const int64_t states = job.heads * job.rows, context = job.sees(job.rows - 1);
+  auto* state = scratch<DecodedRow<DTYPE, LINES>>(0, states);
+  alignas(64) float x[kMostDim];
+  for (int64_t i = 0; i < states; i++) {
+    const void* q = job.q.vector(job.row + i % job.rows, job.head + i / job.rows);
+    for (int64_t j = 0; j < job.dim; j += 16) store(x + j, load_as(q, job.q.dtype, j));
+    state[i].begin(x, job.dim);
+  }
+  const auto vectors = [&](const Cache& cache, int64_t start, int64_t head) {
+    return (const char*)cache.vector(job.table[start / cache.block_size], head, start % cache.block_size);
+  };
+  for (int64_t start = 0; start < context; start += 16) {
+    const int64_t next = start + 16 < context ? start + 16 : start;
+    const auto seen = [&](int64_t r) { return job.sees(r) - start < 16 ? job.sees(r) - start : 16; };
+    const int64_t counts[2] = {seen(0), job.rows > 1 ? seen(1) : 0};
+    Sixteen sixteen[kMostHeads];
+    for (int64_t h = 0, head = job.head; h < job.heads; h++, head++)
+      sixteen[h] = {vectors(job.k, start, head), vectors(job.v, start, head), vectors(job.k, next, head),
+                    job.k.per_row * size_of(job.k.dtype), seen(job.rows - 1)};
+    meet(state, sixteen, job.heads, counts, job.rows);
+  }
+  for (int64_t i = 0; i < states; i++) {
+    state[i].end(x);
+    void* y = job.y.vector(job.row + i % job.rows, job.head + i / job.rows);
+    for (int64_t j = 0; j < job.dim; j += 16) store_as(y, job.y.dtype, j, load(x + j));
+  }
 }
 
 }  // namespace

@@ -4,10 +4,6 @@
 
 #include "common.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace {
 
 // Four nibbles of a 16-bit number to the low halves of four bytes.
@@ -75,19 +71,9 @@ void pack_dense(const void* weight, int64_t dtype, int64_t outputs, int64_t inpu
   });
 }
 
-// Ask for 2 MiB pages: 58 GB/s instead of 47 with 4 KiB ones, one stream on two cores.
-void advise_huge(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(memory, (size_t)bytes, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
 const Entry kEntries[] = {
     QVL_ENTRY(pack_gptq),
     QVL_ENTRY(pack_dense),
-    QVL_ENTRY(advise_huge),
     QVL_END,
 };
 

@@ -145,6 +145,8 @@ struct Scratch {
 
 extern "C" void qvl_set_threads(int64_t count) { g_threads.store(count < 1 ? 1 : count); }
 
+extern "C" int64_t qvl_threads() { return g_threads.load(std::memory_order_relaxed); }
+
 extern "C" void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* context) {
   if (chunks > 1 && g_threads.load(std::memory_order_relaxed) > 1) {
     Pool* ready = pool();

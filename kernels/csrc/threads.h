@@ -7,6 +7,7 @@ extern "C" {
 void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* context);
 // At least `bytes` of 64-byte aligned memory that belongs to the calling thread until it asks for the same slot again.
 void* qvl_scratch(int slot, int64_t bytes);
+int64_t qvl_threads();
 // How many threads work on a call, the caller included: as many as torch may use.
 __attribute__((visibility("default"))) void qvl_set_threads(int64_t count);
 }

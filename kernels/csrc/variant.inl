@@ -13,6 +13,8 @@
 
 #include "rotary.inl"
 
+#include "attention_job.inl"
+
 #include "attention_decode.inl"
 
 #include "attention_rows.inl"

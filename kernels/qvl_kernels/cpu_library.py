@@ -39,7 +39,6 @@ SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
     "rotary_tables": "PPiiiPPP",
     "pack_gptq": "PiiiiPP",
     "pack_dense": "PiiiiiPP",
-    "advise_huge": "Pi",
     "read_memory": "PiP",
 }
 
