@@ -56,6 +56,15 @@ void exact_all(const Packed& w, const float* x, const float* sums, int64_t padde
     for (int64_t row = 0; row < rows; row += M) exact_rows<BITS, M, 1>(w, x, sums, padded, rows, out, row, 2 * pairs);
 }
 
+// Rows padded to a multiple of four, or fewer than that.
+template <int BITS>
+void exact_some(const Packed& w, const float* x, const float* sums, int64_t padded, int64_t rows, const Output& out) {
+  if (rows == 1) exact_all<BITS, 1>(w, x, sums, padded, rows, out);
+  else if (rows == 2) exact_all<BITS, 2>(w, x, sums, padded, rows, out);
+  else if (rows == 3) exact_all<BITS, 3>(w, x, sums, padded, rows, out);
+  else exact_all<BITS, 4>(w, x, sums, padded, rows, out);
+}
+
 // As linear_int8, with the activations left as they are. Without AMX it is meant for few rows:
 // each four read the weights again.
 void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
@@ -66,7 +75,7 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
 #if defined(__AMX_INT8__)
   if (linear_exact_amx(x, dtype, rows, inputs, perm, w, out)) return;
 #endif
-  const int64_t step = rows == 1 ? 1 : 4, rows_padded = (rows + step - 1) / step * step;
+  const int64_t step = rows < 4 ? rows : 4, rows_padded = (rows + step - 1) / step * step;
   float* floats = scratch<float>(2, rows_padded * padded);
   float* sums = scratch<float>(3, rows_padded * w.groups);
   for (int64_t m = 0; m < rows_padded; m++) {
@@ -79,8 +88,7 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
       sums[m * w.groups + g] = sum(total);
     }
   }
-  if (bits == 4) rows == 1 ? exact_all<4, 1>(w, floats, sums, padded, rows, out) : exact_all<4, 4>(w, floats, sums, padded, rows, out);
-  else rows == 1 ? exact_all<8, 1>(w, floats, sums, padded, rows, out) : exact_all<8, 4>(w, floats, sums, padded, rows, out);
+  bits == 4 ? exact_some<4>(w, floats, sums, padded, rows, out) : exact_some<8>(w, floats, sums, padded, rows, out);
 }
 
 // Outputs [first, first + count) of a packed weight as the columns of y [inputs, count] of `dtype`, which is how a line
@@ -158,6 +166,10 @@ void dense_all(const float* x, int64_t rows, int64_t padded, const void* weight,
 // x [rows, inputs] times weight [outputs, inputs] transposed, plus bias or null; all of one dtype, sums in float32.
 void linear_dense(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const void* weight, int64_t outputs,
                   const void* bias, void* y) {
+#if defined(__AMX_BF16__)
+  if (dtype == kBfloat16 && rows >= kAmxRows)
+    return linear_dense_amx((const uint16_t*)x, rows, inputs, (const uint16_t*)weight, outputs, bias, (uint16_t*)y);
+#endif
   const int64_t padded = (inputs + 15) / 16 * 16, rows_padded = rows == 1 ? 1 : (rows + 3) / 4 * 4;
   float* floats = scratch<float>(2, rows_padded * padded);
   for (int64_t m = 0; m < rows_padded; m++)

@@ -7,6 +7,10 @@
 
 #include "linear_int8.inl"
 
+#if defined(__AMX_BF16__)
+#include "dense_amx.inl"
+#endif
+
 #include "linear_float.inl"
 
 #include "norms.inl"

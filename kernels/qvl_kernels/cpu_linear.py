@@ -22,7 +22,7 @@ LAYOUT = "cpu-1"  # of packed weights in files; another number when csrc/linear_
 LAYOUTS = (LAYOUT, *reference.LAYOUTS)
 BLOCK = 16  # outputs that lie side by side in a packed weight
 GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
-FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, torch's GEMM
+FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, AMX tiles or torch's GEMM
 FEW_EXACT = 96  # without AMX, rows up to which packed weights meet float activations in registers: 0.8 ms a row at
 # 4096 x 11008, where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
@@ -140,13 +140,13 @@ def step_sizes(rows: int) -> list[int]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`: few rows at the speed of memory, more through torch's GEMM."""
+    """`reference.linear`: few rows at the speed of memory, bfloat16 on AMX tiles, else more through torch's GEMM."""
     rows = x.numel() // max(1, x.shape[-1])
     dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
     if not dense or rows == 0:
         return F.linear(x, weight, bias)
-    if rows > FEW_DENSE:
+    if rows > FEW_DENSE and not (x.dtype == torch.bfloat16 and library().instruction_set == "amx"):
         return in_steps(x, lambda part: F.linear(part, weight, bias))
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))

@@ -110,7 +110,7 @@ class DecodeGraphs:
     """The decode steps of a model over one KV cache, for up to `most` sequences of up to `longest` tokens.
 
     More than the last bucket of sequences are decoded without a graph. Where a capture refuses a step, it is tried once
-    more without the head: of more than a few rows a dense one runs in torch's GEMM, whatever the blocks are made of.
+    more without the head: a dense one may run in torch's GEMM from a few rows on, whatever the blocks are made of.
     """
 
     def __init__(

@@ -153,8 +153,8 @@ def test_the_largest_and_smallest_activations(isa: str, rng: torch.Generator, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-@pytest.mark.parametrize(("outputs", "inputs"), [(37, 130), (4, 16), (1, 7), (130, 256)])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 40, 520])
+@pytest.mark.parametrize(("outputs", "inputs"), [(37, 130), (4, 16), (1, 7), (130, 256), (48, 1100)])
 def test_a_dense_weight_as_it_is(
     isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int, outputs: int, inputs: int
 ) -> None:
