@@ -53,7 +53,7 @@ SANITIZED = rm -rf build/$@ && QVL_CXXFLAGS='-fsanitize=$(1) -fno-omit-frame-poi
 	$(BIN)/python setup.py -q build_ext --build-lib build/$@ --build-temp build/$@/objects \
 	&& LD_PRELOAD="$$($${CXX:-g++} -print-file-name=$(2)) $$($${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 QVL_CPU_LIBRARY=$$(ls build/$@/qvl_kernels/_cpu*) \
-	$(BIN)/python -m pytest tests/kernels -q $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/kernels --ignore tests/kernels/triton -q $(PYTEST_FLAGS)
 
 asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their tests
 	$(call SANITIZED,address,libasan.so)
