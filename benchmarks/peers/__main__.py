@@ -1,6 +1,7 @@
 """The same work on qvl, on llama.cpp and on plain torch in bfloat16, in turns in one run. One JSON line a figure.
 
     python -m benchmarks.peers --contexts 0,300,2000 --prefill 512 --picture [--llama SERVE MODEL.gguf]
+    python -m benchmarks.peers --contexts "" --prefill 512 --picture --no-torch     # alone: its peak memory at the end
 
 qvl runs the full-size Int4 model, llama.cpp its Q4_0 twin (`benchmarks.peers.llama_build`), torch the definition of
 every op in bfloat16: a faithful implementation of the original without tricks. All weights are random, which costs the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -19,7 +21,7 @@ from functools import partial
 import torch
 
 from benchmarks.alternating import Timing, alternate, say, setting
-from benchmarks.cpu_decode import Llama
+from benchmarks.peers.llama import Llama
 from qvl_kernels.ceiling import reader
 from qvl_runtime import Engine
 from qvl_runtime.profile import steps
@@ -28,10 +30,12 @@ READ = 1 << 30  # bytes a sample of the ceiling
 Calls = dict[str, Callable[[], object]]
 
 
-def engines(precisions: list[str], plain: bool) -> dict[str, Engine]:
+def engines(precisions: list[str], kv_dtype: str, plain: bool) -> dict[str, Engine]:
     """What runs in this process, by name."""
     common = {"device": "cpu", "max_model_len": 4096, "kv_cache_bytes": 3 << 30}
-    made = {f"qvl {p}": Engine(synthetic="qwen-vl-chat-int4", precision=p, **common) for p in precisions}
+    ours = {"synthetic": "qwen-vl-chat-int4", "kv_dtype": kv_dtype, **common}
+    cache = "" if kv_dtype == "auto" else f", {kv_dtype} KV"
+    made = {f"qvl {precision}{cache}": Engine(precision=precision, **ours) for precision in precisions}
     if plain:
         os.environ["QVL_KERNELS"] = "reference"
         made["torch bf16"] = Engine(synthetic="qwen-vl-chat", repeat_blocks=True, dtype="bfloat16", **common)
@@ -88,6 +92,7 @@ def _processes(llama: Llama | None) -> tuple[int, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", default="fast", help="of qvl: fast, exact, or both with a comma")
+    parser.add_argument("--kv-dtype", default="auto", help="of qvl's cache: auto or int8")
     parser.add_argument("--contexts", default="0,300,2000")
     parser.add_argument("--prefill", type=int, default=512)
     parser.add_argument("--picture", action="store_true", help="also one picture through the full visual tower")
@@ -97,7 +102,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     say(**setting())
-    found = engines(asked.precisions.split(","), not asked.no_torch)
+    found = engines(asked.precisions.split(","), asked.kv_dtype, not asked.no_torch)
     llama = Llama(*asked.llama, asked.threads) if asked.llama else None
     for context in map(int, filter(None, asked.contexts.split(","))):
         decode(found, context, llama)
@@ -105,6 +110,9 @@ def main() -> None:
         prefill(found, asked.prefill, llama)
     if asked.picture:
         picture(found)
+    if len(found) == 1:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        say(peak_resident_gb=peak / 1e9, of=next(iter(found)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""A llama.cpp server as a peer: a process that does what a line tells it, and answers with a line."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import IO, cast
+
+
+class Llama:
+    """A llama.cpp that keeps its model loaded and times what it is told."""
+
+    def __init__(self, server: str, model: str, threads: int) -> None:
+        self.process = subprocess.Popen(
+            [server, model, str(threads), "4096"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self._in, self._out = cast("IO[str]", self.process.stdin), cast("IO[str]", self.process.stdout)
+        if self._out.readline().strip() != "ready":
+            raise SystemExit(f"{server} did not load {model}")
+
+    def __call__(self, command: str) -> None:
+        self._in.write(command + "\n")
+        self._in.flush()
+        self._out.readline()
