@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
 SMALL = "the small checkpoint that comes with qvl"
 
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="The answer only: no notes, no speed.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback.", rich_help_panel=OUTPUT)]
+
 
 @dataclass(frozen=True)
 class ModelOptions:

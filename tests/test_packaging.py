@@ -23,7 +23,7 @@ FLOORS = {
     "model": 2, "weights": 2,
     "schedule": 3,
     "device": 4, "engine": 4, "async_engine": 4,
-    "profile": 5, "weights_commands": 5, "plan_report": 5, "quantize_report": 5, "quantizing": 5,
+    "profile": 5, "weights_cli": 5, "weights_commands": 5, "plan_report": 5, "quantize_report": 5, "quantizing": 5,
     "terminal": 5, "options": 5, "commands": 5, "repl": 5, "doctor": 5, "demo": 5, "batch": 5, "cli": 5,
 }  # fmt: skip
 

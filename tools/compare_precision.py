@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def answered(engine: Engine, count: int, tokens: int) -> list[Answered]:
 def logits_of(engine: Engine, said: Sequence[Answered], what: str) -> list[Tensor]:
     """Float32 [answer, vocab] of each prompt: what was known before each token of its answer."""
     found = []
-    for prompt, length in track(said, description=what):
+    for prompt, length in track(said, description=what, console=Console(stderr=True)):
         logits = engine.score(prompt, return_logits=True).logits
         found.append(logits[-length - 1 : -1])
     return found

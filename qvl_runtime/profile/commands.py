@@ -12,7 +12,7 @@ import typer
 
 from qvl_runtime.commands import add_command
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.options import OUTPUT, ModelOptions
+from qvl_runtime.options import AsJson, Debug, ModelOptions
 from qvl_runtime.terminal import say
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 profile_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory as the model's authors did."
 )
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.", rich_help_panel=OUTPUT)]
-Debug = Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback.", rich_help_panel=OUTPUT)]
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="Sequences that are decoded together.")]
 Tokens = Annotated[
     int | None,
