@@ -25,7 +25,7 @@ void exact_rows(const Packed& w, const float* x, const float* sums, int64_t padd
 QVL_UNROLL
       for (int n = 0; n < NB; n++) {
         const Bytes line = load_bytes(at_group + n * stride + j * 64);
-        if (M == 1) __builtin_prefetch(at_group + n * stride + j * 64 + kLinesAhead);
+        __builtin_prefetch(at_group + n * stride + j * 64 + kLinesAhead);
 QVL_UNROLL
         for (int i = 0; i < kPerLine; i++) {
           const F weight = BITS == 4 ? nibble_less_8(line, i < 4 ? 8 * i : 8 * i - 28) : byte_less_128(line, 8 * i);
