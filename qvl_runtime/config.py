@@ -1,24 +1,21 @@
 """What the checkpoint says it is: the published JSON files as frozen dataclasses that refuse what is not supported.
 
 `ModelConfig` comes from `config.json`, and from `quantize_config.json` where the former has no `quantization_config`;
-`GenerationDefaults` from `generation_config.json`; `EngineConfig` from the caller. Keys that change nothing in the
-forward pass (`initializer_range`, `use_flash_attn`, `onnx_safe`, …) are read over; a key that would change it and is
-not implemented raises `ConfigError`.
+`GenerationDefaults` from `generation_config.json`. Keys that change nothing in the forward pass (`initializer_range`,
+`use_flash_attn`, `onnx_safe`, …) are read over; a key that would change it and is not implemented raises `ConfigError`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.settings import mapping, read_fields, read_json, require_choice, require_divides, require_positive
 
-PRECISIONS = ("exact", "fast")
 DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _RUNS = "qvl_runtime runs Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4 (model_type 'qwen', QWenLMHeadModel)"
@@ -258,48 +255,6 @@ class GenerationDefaults:
             if isinstance(present.get(key), list) and len(present[key]) == 1:
                 present[key] = present[key][0]
         return cls(**read_fields(cls, implied | present, "generation_config.json"))
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What the caller asks of the engine, whatever the checkpoint."""
-
-    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
-    dtype: str = "auto"  # "auto": what the checkpoint says
-    precision: Literal["exact", "fast"] = "exact"  # fast: kernels may round activations, head and vision to int8
-    synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
-    repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
-    max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
-    allow_urls: bool = True  # http(s) pictures
-    max_image_bytes: int = 20 * 2**20
-    max_image_pixels: int = 40_000_000
-    image_timeout_s: float = 10.0
-    max_images: int = 16  # a request
-    image_cache_bytes: int = 256 * 2**20  # features kept, by content; a picture of the full model is 2 MiB
-    kv_cache_bytes: int | None = None  # None: four contexts, but at most half of the memory that is free
-    kv_dtype: str = "auto"  # "auto": the model's; "int8": half of 16 bits, with a scale for each token and head
-    prefix_caching: bool = True
-    max_running: int = 64  # answers that take part in a step
-    max_step_tokens: int = 1024  # of a step, prefill and decode together: longer prompts go in chunks
-    graphs: bool = True  # decode steps are captured once for each batch size and replayed, without Python's part
-    speculative_tokens: int = 0  # drafted by prompt lookup and verified in one step; 0: off
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
-            raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-        require_choice("dtype", self.dtype, ("auto", *DTYPES))
-        require_choice("precision", self.precision, PRECISIONS)
-        require_positive(self, "", "max_image_bytes", "max_image_pixels", "image_timeout_s", "image_cache_bytes")
-        require_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
-        require_positive(self, "", "max_running", "max_step_tokens")
-        if self.kv_cache_bytes is not None:
-            require_positive(self, "", "kv_cache_bytes")
-        if self.speculative_tokens < 0:
-            raise ConfigError(f"speculative_tokens is {self.speculative_tokens}; expected 0 (off) or more")
-        if self.max_images < 0:
-            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no pictures) or more")
-        if self.max_model_len is not None:
-            require_positive(self, "", "max_model_len")
 
 
 def _refuse_other_models(raw: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ import torch
 
 from qvl_kernels import cpu, reference
 from qvl_kernels import report as kernel_report
-from qvl_runtime.config import EngineConfig, ModelConfig
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.engine_config import EngineConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule import cpu_graphs

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from qvl_runtime.config import EngineConfig, GenerationDefaults
+from qvl_runtime.config import GenerationDefaults
 from qvl_runtime.device import (
     capture_graphs,
     choose_device,
@@ -24,6 +24,7 @@ from qvl_runtime.device import (
     room_beside,
     spare_bytes,
 )
+from qvl_runtime.engine_config import EngineConfig
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from qvl_runtime.config import EngineConfig, GenerationDefaults, ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.config import GenerationDefaults, ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.engine_config import EngineConfig
 from qvl_runtime.errors import ConfigError
 
 # The settings of the released Qwen-VL-Chat, as its config.json has them.

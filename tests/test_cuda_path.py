@@ -16,7 +16,7 @@ import torch
 import qvl_kernels
 from qvl_kernels import UnsupportedError, ops_for, reference, report
 from qvl_runtime import Engine, device
-from qvl_runtime.config import EngineConfig
+from qvl_runtime.engine_config import EngineConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.schedule import warm_up
 from qvl_runtime.schedule.kv_cache import KVCache

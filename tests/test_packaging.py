@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of the design: a file imports from its own floor and those below.
 FLOORS = {
     "qvl_kernels": 0,
-    "errors": 1, "settings": 1, "config": 1, "prompt": 1,
+    "errors": 1, "settings": 1, "config": 1, "engine_config": 1, "prompt": 1,
     "model": 2, "weights": 2,
     "schedule": 3,
     "device": 4, "engine": 4, "async_engine": 4,
