@@ -1,8 +1,8 @@
 """What a model needs of memory and what it can do at best, from its configuration alone: nothing is loaded.
 
 The sum is weights + KV cache + features of pictures + workspace, beside what the process or the driver takes anyway.
-Workspace is what one step of `max_step_tokens` rows holds at its widest point, in the MLP, or the visual tower with
-the pictures that it encodes together. Logits are one row's.
+Workspace is what one step of `max_step_tokens` rows holds at its widest point, or the visual tower with the pictures
+that it encodes together. Logits are one row's.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Choices:
     kv: str = "auto"  # or "int8"
     embedding_on_host: bool = False  # GPU: rows are fetched from the host's mapped file
     step_tokens: int = 1024  # rows that a step computes at most
+    mapped: tuple[str, ...] = ("vision", "embedding")  # CPU: parts that are pages of a file until they are read
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, ("auto", *WIDTHS))
@@ -51,7 +52,9 @@ def choices_of(folder: Path, dtype: str, precision: str = "exact", kv: str = "au
     fast = "int8" if precision == "fast" else "keep"
     made = Manifest.read(folder) if is_converted(folder) else None
     vision, head = (made.vision, made.head) if made is not None else ("keep", "keep")
-    return Choices(dtype, fast if vision == "keep" else vision, fast if head == "keep" else head, kv)
+    chosen = Choices(dtype, fast if vision == "keep" else vision, fast if head == "keep" else head, kv)
+    rounds = precision == "fast" and vision == "keep"
+    return replace(chosen, mapped=("embedding",)) if rounds else chosen
 
 
 class Load(NamedTuple):
@@ -113,15 +116,13 @@ class Plan:
     def peak(self, load: Load, machine: Machine | None = None) -> Peak:
         """Memory at the worst moment of a load.
 
-        On a CPU weights are pages of a file, there when they were read: little tower without a picture, and of the
+        On a CPU weights may be pages of a file, there when they were read: little tower without a picture, and of the
         embedding the rows of the tokens, in the pieces that the system reads.
         """
         parts = dict(self.weights)
         if self.device == "cpu":
-            projection = self.config.hidden_size**2 * self.width
-            # The resampler's queries are projected at load, and its last matrix is turned: one more in memory.
-            parts["vision"] = (parts["vision"] if load.pictures else projection) + 2 * projection
-            if parts["head"]:  # else they are tied, and the head reads the whole table
+            parts["vision"] = self._tower(bool(load.pictures))
+            if "embedding" in self._mapped and parts["head"]:  # else they are tied, and the head reads it all
                 parts["embedding"] = min(parts["embedding"], load.prompt * FAULT)
         elif self.choices.embedding_on_host:
             parts["embedding"] = 0
@@ -130,6 +131,23 @@ class Plan:
             features=load.pictures * self.feature_bytes, workspace=self._workspace(load),
             reserved=0 if machine is None else machine.reserved,
         )  # fmt: skip
+
+    @property
+    def _mapped(self) -> tuple[str, ...]:
+        """Parts that are pages of a file: not where all floats are made others at load."""
+        return self.choices.mapped if self.dtype == self.config.dtype else ()
+
+    def _tower(self, used: bool) -> int:
+        """Bytes of the tower that a CPU has in memory, `used` or not.
+
+        The resampler's queries are projected at load, and their third of a matrix stays beside the other two; the last
+        matrix is stored transposed, and turned at load where it stays float.
+        """
+        own, matrix = self.weights["vision"], self.config.visual.output_dim**2 * self.width
+        if "vision" not in self._mapped:
+            return own + matrix
+        turned = matrix if self.choices.vision == "keep" else 0
+        return (own if used else turned) + turned + matrix
 
     def room(self, machine: Machine) -> Room:
         """How many tokens, and how many pictures with their tokens, fit beside the weights at a full step."""
@@ -152,16 +170,26 @@ class Plan:
         return None if machine.bandwidth is None else machine.bandwidth / self.bytes_read_per_token(context)
 
     def _workspace(self, load: Load) -> int:
+        """The most that a step holds at once beside weights and caches: in attention, in an MLP, or in the tower.
+
+        What is counted for each row is what lives at the widest line of `Block` in `model/language.py`, and for each
+        patch that of `VisionBlock` in `model/vision.py`.
+        """
         c, rows = self.config, min(load.prompt, self.choices.step_tokens)
         hidden, ffn = c.hidden_size, c.ffn_width
-        mlp = rows * self.width * (2 * hidden + 3 * ffn)  # x, its norm, up | gate, their product
-        attention = rows * self.width * 6 * hidden  # x, q | k | v, q rotated, what comes out
-        if self.device == "cpu":  # prefill gathers keys and values of the context
-            attention += 2 * min(load.prompt, load.tokens) * hidden * self.width
+        attention = 8 * hidden  # residual, normed; q | k | v, q rotated, context, projected
+        mlp = 4 * hidden + 3 * ffn  # residual before and after, normed twice; up | gate, their product
+        if self.device == "cpu" and c.quantization is None:
+            mlp += ffn  # up and gate are two products, put side by side
+        tables = 4 * (2 * c.rotary_dim + c.rotary_dim // 2)  # cos, sin and frequencies, float32
+        decoder = rows * (self.width * max(attention, mlp) + tables)
         v, many = c.visual, min(load.pictures, load.together)
-        tower = many * v.num_patches * self.width * (2 * v.width + 2 * v.mlp_width)
+        patch = 3 * v.width + 2 * v.mlp_width  # residual, what attention adds, their sum; before and after GELU
+        resampled = v.width + 4 * v.output_dim  # patches, projected, keys with positions, keys, values
+        pixels = 4 * 3 * v.image_size**2
+        tower = many * (v.num_patches * self.width * max(patch, resampled) + pixels)
         logits = c.vocab_size * (self.width + 4)  # one row, and once more in float32
-        return max(mlp, attention, tower) + logits
+        return max(decoder, tower) + logits
 
 
 def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str, int]:
