@@ -78,7 +78,8 @@ class Questions(NamedTuple):
     def compare(self, other: Engine) -> tuple[Ratio, Ratio]:
         """The divergence of another checkpoint from the float one, and how often they agree."""
         sums: NDArray[np.float64] = np.zeros((3, max(self.scenes) + 1))  # nats, agreements, tokens
-        for scene, prompt, p in zip(self.scenes, track(self.prompts, description="comparing"), self.logprobs, strict=True):
+        asked = zip(self.scenes, self.prompts, self.logprobs, strict=True)
+        for scene, prompt, p in track(asked, description="comparing", total=len(self.prompts)):
             q = _logprobs(other, prompt, len(p))
             sums[0, scene] += float((p.double().exp() * (p.double() - q.double())).sum())
             sums[1, scene] += int((p.argmax(-1) == q.argmax(-1)).sum())

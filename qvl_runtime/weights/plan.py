@@ -25,7 +25,11 @@ SCALE = 2  # bytes
 BLOCK = 16  # tokens of a KV block
 SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
 FAULT = 64 << 10  # bytes that Linux brings in where one of a mapped file is read
+COMPILED = 9 << 16  # bytes of code that torch's 16-bit GEMMs keep for a shape of weight and a number of rows
 PICTURES_AT_ONCE = 8
+# The tower's linears of different shapes, by the rows that they meet.
+PATCH_LINEARS = ("conv1", "in_proj", "out_proj", "c_fc", "c_proj", "attn_pool.kv_proj", "attn_pool.attn.in_proj")
+QUERY_LINEARS = ("attn_pool.attn.out_proj", "proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ class Plan:
         elif self.choices.embedding_on_host:
             parts["embedding"] = 0
         return Peak(
-            **parts, kv=-(-load.tokens // BLOCK) * BLOCK * self.kv_per_token,
+            **parts, kv=(-(-load.tokens // BLOCK) + 1) * BLOCK * self.kv_per_token,  # one block is always there
             features=load.pictures * self.feature_bytes, workspace=self._workspace(load),
             reserved=0 if machine is None else machine.reserved,
         )  # fmt: skip
@@ -169,6 +173,20 @@ class Plan:
         """The most that one request can get, if reading memory were all: a bound, not a forecast."""
         return None if machine.bandwidth is None else machine.bandwidth / self.bytes_read_per_token(context)
 
+    def compiled(self, load: Load) -> int:
+        """What a CPU compiles while it runs, and keeps: oneDNN's code for products of dense weights in 16 bits."""
+        if self.device != "cpu" or self.width == 4:
+            return 0
+        c, v, step = self.config, self.config.visual, self.choices.step_tokens
+        numbers = 0
+        if c.quantization is None:
+            numbers += len({*decoder_linears(c).values()}) * _sizes(load.prompt, step)
+        if load.pictures and self.choices.vision == "keep":
+            passes = load.pictures * v.num_patches, load.together * v.num_patches
+            of_queries = load.pictures * v.n_queries, load.together * v.n_queries
+            numbers += len(PATCH_LINEARS) * _sizes(*passes) + len(QUERY_LINEARS) * _sizes(*of_queries)
+        return numbers * COMPILED
+
     def _workspace(self, load: Load) -> int:
         """The most that a step holds at once beside weights and caches: in attention, in an MLP, or in the tower.
 
@@ -179,8 +197,9 @@ class Plan:
         hidden, ffn = c.hidden_size, c.ffn_width
         attention = 8 * hidden  # residual, normed; q | k | v, q rotated, context, projected
         mlp = 4 * hidden + 3 * ffn  # residual before and after, normed twice; up | gate, their product
-        if self.device == "cpu" and c.quantization is None:
-            mlp += ffn  # up and gate are two products, put side by side
+        if self.device == "cpu":
+            mlp += attention - 2 * hidden  # a heap: what attention leaves there is too narrow for the MLP
+            mlp += ffn if c.quantization is None else 0  # up and gate are two products, put side by side
         tables = 4 * (2 * c.rotary_dim + c.rotary_dim // 2)  # cos, sin and frequencies, float32
         decoder = rows * (self.width * max(attention, mlp) + tables)
         v, many = c.visual, min(load.pictures, load.together)
@@ -189,7 +208,7 @@ class Plan:
         pixels = 4 * 3 * v.image_size**2
         tower = many * (v.num_patches * self.width * max(patch, resampled) + pixels)
         logits = c.vocab_size * (self.width + 4)  # one row, and once more in float32
-        return max(decoder, tower) + logits
+        return max(decoder, tower) + logits + self.compiled(load)
 
 
 def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str, int]:
@@ -214,6 +233,14 @@ def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str,
             packed = config.quantization is not None and prefix in linears
             parts["language"] += _packed(config, kind, size) if packed else size * width
     return parts
+
+
+def _sizes(rows: int, at_once: int) -> int:
+    """With how many different numbers of rows a CPU multiplies, where `rows` come in passes of so many."""
+    from qvl_kernels.cpu_linear import step_sizes
+
+    last = rows % at_once
+    return len({*(step_sizes(at_once) if rows >= at_once else ()), *(step_sizes(last) if last else ())})
 
 
 def kv_per_token(config: ModelConfig, width: int) -> int:
