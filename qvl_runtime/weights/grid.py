@@ -46,7 +46,7 @@ def grid_between(low: Tensor, high: Tensor, bits: int, sym: bool, zero_offset: i
 
 
 def closest_grid(rows: Tensor, shrinks: Sequence[float], bits: int, sym: bool, zero_offset: int) -> Grid:
-    """Of the grids for the range of `rows`, float32 [n, ...], shrunk by each factor, the one with the least squared error.
+    """Of the grids for the range of `rows`, float32 [n, ...], shrunk by each factor, that with the least squared error.
 
     Chosen for each column. What a smaller range leaves outside is off by more, and all the rest by less: groups of 128
     normal weights lose least at some 0.9 of their range.
@@ -59,6 +59,6 @@ def closest_grid(rows: Tensor, shrinks: Sequence[float], bits: int, sym: bool, z
         grid = grid_between(shrink * low, shrink * high, bits, sym, zero_offset)
         error = (rows - grid.weights(grid.levels(rows))).square_().sum(dim=0)
         closer = error < least
-        least = torch.where(closer, error, least)
-        best = Grid(*(torch.where(closer, new, old) for new, old in zip(grid[:2], best[:2], strict=True)), best.top)
+        scales, zeros = torch.where(closer, grid.scales, best.scales), torch.where(closer, grid.zeros, best.zeros)
+        best, least = Grid(scales, zeros, grid.top), torch.where(closer, error, least)
     return best
