@@ -1,11 +1,12 @@
-"""GPTQ against round to nearest on nano: `python -m tools.compare_quantization [--scenes 1000] [--groups 32 128]`.
+"""GPTQ against round to nearest on nano: `python -m tools.compare_quantization [--scenes 600] [--groups 32 128]`.
 
-Nano's float checkpoint is quantised each way, and compared with itself on scenes that training never draws: the
-Kullback-Leibler divergence of its next-token distributions, in nats a token, over the expected answers of
-`--kl-scenes` scenes (both computed in float32), how often the likeliest token is the same, and the scores of
-`tools.eval_nano` where `--scenes` is not 0. Calibrated on the set that comes with qvl, and on `--own` scenes of nano's
-world from seeds of their own, written as a file in Qwen-VL's fine-tuning format. What GPTQ gains over round to nearest
-stands beside it with its interval (`tools/paired.py`). Writes two tables as Markdown.
+Nano's float checkpoint is quantised each way, and compared with itself on scenes that training never draws, all in
+float32: the Kullback-Leibler divergence of its next-token distributions, in nats a token, over the expected answers of
+`--kl-scenes` scenes; how often the likeliest token is the same; and where `--scenes` is not 0 the scores of
+`tools.eval_nano`, and how many answers are word for word those of the float checkpoint. Calibrated on the set that
+comes with qvl, and on `--own` scenes of nano's world from seeds of their own, written as a file in Qwen-VL's
+fine-tuning format. What GPTQ gains over round to nearest stands beside it with its interval (`tools/paired.py`). Writes
+two tables as Markdown.
 """
 
 from __future__ import annotations
@@ -41,16 +42,41 @@ class Found(NamedTuple):
 
     kl: Ratio  # nats a token
     same: Ratio  # tokens whose likeliest is the same
-    tallies: list[Tally]
+    answers: Answers | None
     error: float  # of a linear's outputs, mean of all
 
+
+class Answers(NamedTuple):
+    """What was answered in the evaluation, in English."""
+
+    tallies: list[Tally]  # a scene each
+    scenes: list[int]  # which each reply is about
+    replies: list[str]
+
+    @classmethod
+    def of(cls, folder: Path, scenes: int) -> Answers:
+        engine, kept = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
+
+        def answer(pictures: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
+            kept.replies[:] = ask(engine, pictures, which, questions)
+            kept.scenes[:] = which
+            return kept.replies
+
+        kept.tallies[:] = score_each(answer, SceneConfig(side=engine.config.visual.image_size), scenes)
+        return kept
+
     def rate(self, *tasks: str) -> Ratio:
-        """Of all answers to some tasks together."""
+        """Right answers, of all to some tasks together."""
         right, asked = (
             np.array([sum(kept.get(task, 0) for task in tasks) for kept in each], np.float64)
             for each in ([t.right for t in self.tallies], [t.sizes for t in self.tallies])
         )
         return Ratio(right, asked)
+
+    def same_as(self, other: Answers) -> Ratio:
+        """Replies that are those of another checkpoint."""
+        same = [one == its for one, its in zip(self.replies, other.replies, strict=True)]
+        return Ratio(np.bincount(self.scenes, same).astype(np.float64), np.bincount(self.scenes).astype(np.float64))
 
 
 class Questions(NamedTuple):
@@ -108,15 +134,6 @@ def variants(groups: Sequence[int], bits: int) -> Iterator[tuple[str, QuantizeOp
                     yield f"{said}: GPTQ, own scenes, order {order}", QuantizeOptions(order=order, **kind), True
 
 
-def answer_all(folder: Path, scenes: int) -> list[Tally]:
-    """The tasks of the evaluation, in English."""
-    if not scenes:
-        return []
-    engine = Engine(folder, dtype="float32", max_model_len=1024)
-    config = SceneConfig(side=engine.config.visual.image_size)
-    return score_each(lambda *asked: ask(engine, *asked), config, scenes)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=PACKAGE / "nano", help="float checkpoint (default: nano)")
@@ -130,6 +147,7 @@ def main() -> None:
     check_fonts()
     exact = Engine(args.model, dtype="float32", max_model_len=1024)
     questions = Questions.asked(exact, args.kl_scenes)
+    own_answers = Answers.of(args.model, args.scenes) if args.scenes else None
     found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as name:
         own = write_conversations(Path(name) / "own", args.own, exact.config.visual.image_size)
@@ -140,36 +158,44 @@ def main() -> None:
             errors = Quantizer.open(args.model, made, options, own if on_own else None).run()
             kl, same = questions.compare(Engine(made, dtype="float32", max_model_len=1024))
             error = sum(error.error for error in errors) / len(errors)
-            found[said] = Found(kl, same, answer_all(made, args.scenes), error)
+            found[said] = Found(kl, same, Answers.of(made, args.scenes) if args.scenes else None, error)
             print(said, f"{kl.value:.5f}", f"{same.value:.4f}", f"{error:.4f}", flush=True)
-        if args.scenes and not args.only:
-            nothing = Ratio(np.zeros(1), np.ones(1))
-            found["not quantised"] = Found(nothing, nothing, answer_all(args.model, args.scenes), 0.0)
-    print(table(found), "", gains(found), sep="\n")
+    print(table(found, own_answers), "", gains(found, own_answers), sep="\n")
 
 
-def table(found: dict[str, Found]) -> str:
-    tasks = TASKS if any(one.tallies for one in found.values()) else ()
-    lines = ["| | KL, nats | same token | mean error of a linear | " + " | ".join(tasks) + " |",
-             "|---" * (4 + len(tasks)) + "|"]  # fmt: skip
+def table(found: dict[str, Found], own: Answers | None) -> str:
+    """Every variant: a Markdown table; `own`: the answers of the float checkpoint."""
+    tasks = TASKS if own is not None else ()
+    heads = ("", "KL, nats", "same token", "mean error of a linear", *tasks, *(("same answer",) if tasks else ()))
+    lines = [_row(*heads), "|---" * len(heads) + "|"]
+    if own is not None:
+        lines.append(_row("not quantised", "", "", "", *(f"{100 * own.rate(task).value:.1f}" for task in tasks), ""))
     for said, one in found.items():
         cells = [f"{one.kl.value:.5f}", f"{100 * one.same.value:.2f} %", f"{one.error:.4f}"]
-        cells += [f"{100 * one.rate(task).value:.1f}" for task in tasks]
-        lines.append(f"| {said} | " + " | ".join(cells) + " |")
+        if own is not None and one.answers is not None:
+            cells += [f"{100 * one.answers.rate(task).value:.1f}" for task in tasks]
+            cells.append(f"{100 * one.answers.same_as(own).value:.2f} %")
+        lines.append(_row(said, *cells))
     return "\n".join(lines)
 
 
-def gains(found: dict[str, Found]) -> str:
+def gains(found: dict[str, Found], own: Answers | None) -> str:
     """What each gains over round to nearest on the same grid, with its interval: a Markdown table."""
-    lines = ["| | KL | same token, % | tasks together, % |", "|---|---|---|---|"]
+    lines = [_row("", "KL", "same token, %", "same answer, %", "right answers, %"), "|---" * 5 + "|"]
     for said, one in found.items():
         base = found.get(f"{said.partition(':')[0]}: {NEAREST}")
         if base is None or base is one:
             continue
         cells = [_said(difference(one.kl, base.kl), 1, 5), _said(difference(one.same, base.same), 100, 2)]
-        cells.append(_said(difference(one.rate(*TASKS), base.rate(*TASKS)), 100, 2) if one.tallies else "")
-        lines.append(f"| {said} | " + " | ".join(cells) + " |")
+        if own is not None and one.answers is not None and base.answers is not None:
+            cells.append(_said(difference(one.answers.same_as(own), base.answers.same_as(own)), 100, 2))
+            cells.append(_said(difference(one.answers.rate(*TASKS), base.answers.rate(*TASKS)), 100, 2))
+        lines.append(_row(said, *cells))
     return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _said(d: Difference, times: float, digits: int) -> str:
