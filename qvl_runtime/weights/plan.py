@@ -7,7 +7,6 @@ that it encodes together. Logits are one row's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +14,13 @@ from typing import NamedTuple
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.settings import require_choice
-from qvl_runtime.weights.layout import decoder_linears, expected_tensors
+from qvl_runtime.weights.layout import decoder_linears
 from qvl_runtime.weights.machines import Machine
 from qvl_runtime.weights.manifest import Manifest, is_converted
+from qvl_runtime.weights.sizes import kv_per_token, weight_bytes
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-GROUP = 128  # inputs that share a scale where floats are rounded
-SCALE = 2  # bytes
 BLOCK = 16  # tokens of a KV block
-SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
 FAULT = 64 << 10  # bytes that Linux brings in where one of a mapped file is read
 COMPILED = 9 << 16  # bytes of code that torch's 16-bit GEMMs keep for a shape of weight and a number of rows
 PICTURES_AT_ONCE = 8
@@ -101,7 +98,7 @@ class Plan:
         self.config, self.choices, self.device = config, choices or Choices(), device
         self.dtype = config.dtype if self.choices.dtype == "auto" else self.choices.dtype
         self.width = WIDTHS[self.dtype]
-        self.weights = weight_bytes(config, self.width, self.choices)
+        self.weights = weight_bytes(config, self.width, self.choices.vision, self.choices.head)
 
     @property
     def kv_per_token(self) -> int:
@@ -211,42 +208,12 @@ class Plan:
         return max(decoder, tower) + logits + self.compiled(load)
 
 
-def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str, int]:
-    """Bytes of the weights as kernels hold them, by part."""
-    parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
-    linears = decoder_linears(config)
-    for name, spec in expected_tensors(config).items():
-        size, inputs = math.prod(spec.shape), spec.shape[-1]
-        prefix, _, kind = name.rpartition(".")
-        if name.startswith("transformer.visual."):
-            small = choices.vision == "int8" and len(spec.shape) == 2 and kind in ("weight", "proj", "in_proj_weight")
-            if kind in ("in_proj_weight", "in_proj_bias"):
-                size -= size // 3  # the resampler's queries are projected once, at load
-            parts["vision"] += _rounded(size, inputs, 8) if small else size * width
-        elif name == "lm_head.weight":
-            parts["head"] += _head(size, inputs, width, choices)
-        elif name == "transformer.wte.weight":
-            parts["embedding"] += size * width
-            if config.tie_word_embeddings and choices.head != "keep":
-                parts["head"] += _head(size, inputs, width, choices)
-        else:
-            packed = config.quantization is not None and prefix in linears
-            parts["language"] += _packed(config, kind, size) if packed else size * width
-    return parts
-
-
 def _sizes(rows: int, at_once: int) -> int:
     """With how many different numbers of rows a CPU multiplies, where `rows` come in passes of so many."""
     from qvl_kernels.cpu_linear import step_sizes
 
     last = rows % at_once
     return len({*(step_sizes(at_once) if rows >= at_once else ()), *(step_sizes(last) if last else ())})
-
-
-def kv_per_token(config: ModelConfig, width: int) -> int:
-    """Bytes of keys and values of a token; int8 (width 1) keeps a scale behind each vector."""
-    vector = config.kv_channels * width + (SCALE_OF_VECTOR if width == 1 else 0)
-    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
 def refuse(plan: Plan, load: Load, machine: Machine) -> None:
@@ -286,24 +253,3 @@ def ways_to_fit(plan: Plan, load: Load, machine: Machine) -> list[tuple[str, Pea
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-def _head(size: int, inputs: int, width: int, choices: Choices) -> int:
-    return size * width if choices.head == "keep" else _rounded(size, inputs, int(choices.head.removeprefix("int")))
-
-
-def _rounded(size: int, inputs: int, bits: int) -> int:
-    """Levels, a scale for each group of inputs, the last one padded, and for 4 bits a zero point of a byte."""
-    group = GROUP if inputs >= GROUP else 32
-    groups = size // inputs * -(-inputs // group)
-    return groups * (group * bits // 8 + SCALE + (bits == 4))
-
-
-def _packed(config: ModelConfig, kind: str, size: int) -> int:
-    """A tensor of a GPTQ linear as kernels hold it: zero points only where they differ, in a byte each."""
-    kinds = config.quantization
-    if kinds is None or kind == "bias" or (kind == "g_idx" and not kinds.desc_act):
-        return 0  # a bias is counted with no part: 0.2 MB of 3.3 GB
-    if kind == "qzeros":
-        return 0 if kinds.sym else size * (32 // kinds.bits)
-    return size * (SCALE if kind == "scales" else 4)
