@@ -98,7 +98,7 @@ def process_bytes() -> int:
     from qvl_runtime.engine import NANO, Engine
     from qvl_runtime.schedule.request import SamplingParams
 
-    engine = Engine(NANO, device="cpu", kv_cache_bytes=4 << 20)
+    engine = Engine(NANO, device="cpu", max_model_len=1024, kv_cache_bytes=4 << 20)
     asked = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
     request = engine.submit(asked, SamplingParams(max_tokens=4, temperature=0))
     while not request.done:

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=0, help="that tasks are scored on; 0: none")
     parser.add_argument("--kl-scenes", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--own", type=int, default=64, help="scenes to calibrate on (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", help="only variants whose name holds one of these")
+    parser.add_argument("--only", nargs="+", help="only variants whose name ends so")
     args = parser.parse_args()
     check_fonts()
     exact = Engine(args.model, dtype="float32", max_model_len=1024)
@@ -152,7 +152,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         own = write_conversations(Path(name) / "own", args.own, exact.config.visual.image_size)
         for number, (said, options, on_own) in enumerate(variants(args.groups, args.bits)):
-            if args.only and not any(part in said for part in args.only):
+            if args.only and not said.endswith(tuple(args.only)):
                 continue
             made = Path(name) / str(number)
             errors = Quantizer.open(args.model, made, options, own if on_own else None).run()
