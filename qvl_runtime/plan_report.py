@@ -14,6 +14,8 @@ from qvl_runtime.weights.packed import model_config
 from qvl_runtime.weights.plan import Choices, Load, Peak, Plan, choices_of, ways_to_fit
 
 CONTEXTS = (300, 2048, 8192)
+READ_AT_ONCE = 256 << 20  # bytes: more than any cache
+READ_FOR = 0.25  # seconds
 DOCUMENTED = {"encode 2048": Load(2049, 2048), "generate 8192": Load(8193, 1)}
 
 
@@ -24,7 +26,7 @@ def plan_of(folder: Path, gpu_name: str | None, choices: Choices, measure: bool 
         held = choices_of(folder, choices.dtype)
         choices = replace(choices, vision=held.vision, head=held.head)
     plan = Plan(config, choices, "cpu" if gpu_name is None else "cuda")
-    machine = this_machine(plan.dtype, measure) if gpu_name is None else gpu(gpu_name)
+    machine = this_machine(measure) if gpu_name is None else gpu(gpu_name)
     loads = dict(DOCUMENTED) | {"all, 8 pictures": Load(config.context_limit, config.context_limit, 8)}
     room = plan.room(machine)
     return {
@@ -69,24 +71,25 @@ def show_json(plan: dict[str, Any]) -> None:
     print(json.dumps(plan, ensure_ascii=False, indent=2))
 
 
-def this_machine(dtype: str = "auto", measure: bool = True) -> Machine:
+def this_machine(measure: bool = True) -> Machine:
     """This computer: the memory that can be had, how fast it is read, and what this process takes without a model."""
     import torch
 
     from qvl_runtime.device import device_name, free_memory
 
-    base = process_bytes(dtype)
+    base = process_bytes()
     return Machine(
         device_name(torch.device("cpu")), free_memory(torch.device("cpu")) + base,
         read_bandwidth() if measure else None, base,
     )  # fmt: skip
 
 
-def process_bytes(dtype: str = "auto") -> int:
+def process_bytes() -> int:
     """Bytes that a process holds beside a model, once one has run in it; 0 where the system does not tell.
 
-    Measured, by running the small checkpoint that comes along once and letting go of it: of 280 MiB a third is code
-    that is read in when it is first called, so that importing torch alone says 40 MiB less.
+    Measured, by running the small checkpoint that comes along once and letting go of it: of 250 MiB a part is code that
+    is read in when it is first called, so that importing torch alone says 30 MiB less. What was compiled for the shapes
+    of this model is taken off, as another has its own.
     """
     import gc
 
@@ -95,30 +98,36 @@ def process_bytes(dtype: str = "auto") -> int:
     from qvl_runtime.engine import NANO, Engine
     from qvl_runtime.schedule.request import SamplingParams
 
-    engine = Engine(NANO, device="cpu", dtype=dtype, kv_cache_bytes=4 << 20)
-    picture = np.zeros((32, 32, 3), np.uint8)
-    engine.generate([[{"image": picture}, {"text": "What is it?"}]], SamplingParams(max_tokens=4, temperature=0))
+    engine = Engine(NANO, device="cpu", max_model_len=1024, kv_cache_bytes=4 << 20)
+    asked = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
+    request = engine.submit(asked, SamplingParams(max_tokens=4, temperature=0))
+    while not request.done:
+        engine.loop.step()
+    own = Plan(engine.config).compiled(Load(0, len(asked.prompt.token_ids), 1))
     del engine
     gc.collect()
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 - own
     return 0
 
 
-def read_bandwidth() -> float | None:
-    """Bytes a second that this CPU reads from memory: the best of three passes over 256 MB; None without kernels."""
+def read_bandwidth() -> float:
+    """Bytes a second that this CPU reads from memory at best: a quarter of a second of it, after a first pass."""
     import time
 
     import torch
 
-    x, best = torch.ones(64 << 20, dtype=torch.float32), 0.0
-    for _ in range(3):
-        began = time.perf_counter()
-        x.sum()
-        best = max(best, x.nbytes / (time.perf_counter() - began))
+    from qvl_kernels.ceiling import reader
+
+    read, nbytes, _ = reader(torch.device("cpu"), READ_AT_ONCE)
+    read()
+    best, end = 0.0, time.perf_counter() + READ_FOR
+    while (began := time.perf_counter()) < end:
+        read()
+        best = max(best, nbytes / (time.perf_counter() - began))
     return best
 
 

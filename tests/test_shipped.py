@@ -13,7 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from qvl_runtime.cli import app
+from qvl_runtime.config import ModelConfig
 from qvl_runtime.demo import ASSETS, DemoPlan
+from qvl_runtime.engine import NANO
 
 pytestmark = pytest.mark.cpu
 
@@ -59,3 +61,13 @@ def test_info_describes_the_shipped_checkpoint() -> None:
     shown = qvl("info").stdout
     assert f"{model['parameters']:,}" in shown
     assert all(check["cost"].split()[0] in shown for check in report["checks"] if not check["found"])
+
+
+def test_the_shipped_int4_was_quantised_by_this_project_and_says_how() -> None:
+    folder = NANO.with_name("nano_int4")
+    report, quantization = json.loads((folder / "quantize_report.json").read_text()), ModelConfig.from_folder(folder)
+    options, errors = report["options"], report["linears"]
+    assert options["method"] == "gptq" and quantization.quantization is not None
+    assert (options["bits"], options["group_size"]) == (quantization.quantization.bits, 64)
+    assert len(errors) == 5 * quantization.num_hidden_layers
+    assert all(linear["error"] < 0.6 * linear["rtn_error"] for linear in errors)

@@ -1,16 +1,17 @@
-"""GPTQ against round to nearest on nano: `python -m tools.compare_quantization [--scenes 200] [--groups 32 128]`.
+"""GPTQ against round to nearest on nano: `python -m tools.compare_quantization [--scenes 600] [--groups 32 128]`.
 
-Nano's float checkpoint is quantised each way, and compared with itself on scenes that training never draws: the
-Kullback-Leibler divergence of its next-token distributions, in nats a token, over the expected answers of
-`--kl-scenes` scenes (both computed in float32), how often the likeliest token is the same, and the scores of
-`tools.eval_nano` where `--scenes` is not 0. Calibrated on the set that comes with qvl, and on `--own` scenes of nano's
-world from seeds of their own, written as a file in Qwen-VL's fine-tuning format. Writes the table as Markdown.
+Nano's float checkpoint is quantised each way, and compared with itself on scenes that training never draws, all in
+float32: the Kullback-Leibler divergence of its next-token distributions, in nats a token, over the expected answers of
+`--kl-scenes` scenes; how often the likeliest token is the same; and where `--scenes` is not 0 the scores of
+`tools.eval_nano`, and how many answers are word for word those of the float checkpoint. Calibrated on the set that
+comes with qvl, and on `--own` scenes of nano's world from seeds of their own, written as a file in Qwen-VL's
+fine-tuning format. What GPTQ gains over round to nearest stands beside it with its interval (`tools/paired.py`). Writes
+two tables as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,76 +19,114 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from rich.progress import track
 
 from qvl_runtime import Engine
 from qvl_runtime.weights.quantize import QuantizeOptions, Quantizer
-from tools.eval_nano import PACKAGE, evaluate
+from tools.eval_nano import PACKAGE, ask
+from tools.nano.conversations import write_conversations
 from tools.nano.dialogue import turns
 from tools.nano.scenes import SceneConfig, check_fonts, draw_scene
+from tools.nano.scoring import Tally, score_each
+from tools.paired import Difference, Ratio, difference
 
-CALIBRATION_SEED = 20_000_003  # neither training's nor the evaluation's
 KL_SEED = 10_000_103
+NEAREST = "nearest"
 TASKS = ("questions, all", "caption: object recalled", "caption: box IoU >= 0.5", "box: box IoU >= 0.5",
          "number: whole", "describe", "word")  # fmt: skip
 
 
-class Divergence(NamedTuple):
-    kl: float  # nats a token
-    agreement: float  # share of tokens whose likeliest is the same
+class Found(NamedTuple):
+    """What was found of a checkpoint, scene by scene."""
+
+    kl: Ratio  # nats a token
+    same: Ratio  # tokens whose likeliest is the same
+    answers: Answers | None
+    error: float  # of a linear's outputs, mean of all
 
 
-def write_conversations(folder: Path, scenes: int, side: int) -> Path:
-    """Scenes with all their questions as a fine-tuning file, each as one conversation of several turns."""
-    rng, records = np.random.default_rng(CALIBRATION_SEED), []
-    for number in range(scenes):
-        picture, things = draw_scene(rng, SceneConfig(side=side))
-        Image.fromarray(picture).save(folder / f"{number}.png")
-        said: list[dict[str, str]] = []
-        for turn in turns(rng, things, chinese=number % 3 == 2):
-            heading = "" if said else f"Picture 1: <img>{number}.png</img>\n"
-            said += [{"from": "user", "value": heading + turn.question}, {"from": "assistant", "value": turn.answer}]
-        records.append({"id": f"scene_{number}", "conversations": said})
-    path = folder / "scenes.json"
-    path.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
-    return path
+class Answers(NamedTuple):
+    """What was answered in the evaluation, in English."""
 
+    tallies: list[Tally]  # a scene each
+    scenes: list[int]  # which each reply is about
+    replies: list[str]
 
-def asked(engine: Engine, scenes: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Questions with their expected answers as prompts, and how many of the last tokens are the answer's."""
-    rng = np.random.default_rng(KL_SEED)
-    tokens = engine.tokenizer
-    for number in range(scenes):
-        picture, things = draw_scene(rng, SceneConfig(side=engine.config.visual.image_size))
-        for turn in turns(rng, things, chinese=number % 3 == 2):
-            question = engine.encode([{"role": "user", "content": [{"image": picture}, {"text": turn.question}]}])
-            answer = [*tokens.encode(turn.answer), tokens.im_end]
-            yield {"token_ids": question.prompt.token_ids + answer, "images": [picture]}, len(answer)
+    @classmethod
+    def of(cls, folder: Path, scenes: int) -> Answers:
+        engine, kept = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
 
+        def answer(pictures: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
+            kept.replies[:] = ask(engine, pictures, which, questions)
+            kept.scenes[:] = which
+            return kept.replies
 
-@torch.inference_mode()
-def diverge(one: Engine, other: Engine, scenes: int) -> Divergence:
-    """How far the answers' distributions of `other` are from those of `one`."""
-    kl, same, count = 0.0, 0, 0
-    for prompt, length in track(list(asked(one, scenes)), description="comparing"):
-        p, q = (
-            engine.score(prompt, return_logits=True).logits[-length - 1 : -1].double().log_softmax(-1)
-            for engine in (one, other)
+        kept.tallies[:] = score_each(answer, SceneConfig(side=engine.config.visual.image_size), scenes)
+        return kept
+
+    def rate(self, *tasks: str) -> Ratio:
+        """Right answers, of all to some tasks together."""
+        right, asked = (
+            np.array([sum(kept.get(task, 0) for task in tasks) for kept in each], np.float64)
+            for each in ([t.right for t in self.tallies], [t.sizes for t in self.tallies])
         )
-        kl += float((p.exp() * (p - q)).sum())
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        count += length
-    return Divergence(kl / count, same / count)
+        return Ratio(right, asked)
+
+    def same_as(self, other: Answers) -> Ratio:
+        """Replies that are those of another checkpoint."""
+        same = [one == its for one, its in zip(self.replies, other.replies, strict=True)]
+        return Ratio(np.bincount(self.scenes, same).astype(np.float64), np.bincount(self.scenes).astype(np.float64))
+
+
+class Questions(NamedTuple):
+    """Prompts that end with the expected answer, and what the float checkpoint says along these."""
+
+    scenes: list[int]  # which each is about
+    prompts: list[dict[str, Any]]
+    logprobs: list[torch.Tensor]  # float32 [tokens of the answer, vocabulary]
+
+    @classmethod
+    def asked(cls, exact: Engine, scenes: int) -> Questions:
+        """All questions about `scenes` pictures, every third in Chinese."""
+        rng, found, tokens = np.random.default_rng(KL_SEED), cls([], [], []), exact.tokenizer
+        for number in track(range(scenes), description="asking the float checkpoint"):
+            picture, things = draw_scene(rng, SceneConfig(side=exact.config.visual.image_size))
+            for turn in turns(rng, things, chinese=number % 3 == 2):
+                question = exact.encode([{"role": "user", "content": [{"image": picture}, {"text": turn.question}]}])
+                answer = [*tokens.encode(turn.answer), tokens.im_end]
+                prompt = {"token_ids": question.prompt.token_ids + answer, "images": [picture]}
+                found.scenes.append(number)
+                found.prompts.append(prompt)
+                found.logprobs.append(_logprobs(exact, prompt, len(answer)))
+        return found
+
+    def compare(self, other: Engine) -> tuple[Ratio, Ratio]:
+        """The divergence of another checkpoint from the float one, and how often they agree."""
+        sums: NDArray[np.float64] = np.zeros((3, max(self.scenes) + 1))  # nats, agreements, tokens
+        asked = zip(self.scenes, self.prompts, self.logprobs, strict=True)
+        for scene, prompt, p in track(asked, description="comparing", total=len(self.prompts)):
+            q = _logprobs(other, prompt, len(p))
+            sums[0, scene] += float((p.double().exp() * (p.double() - q.double())).sum())
+            sums[1, scene] += int((p.argmax(-1) == q.argmax(-1)).sum())
+            sums[2, scene] += len(p)
+        return Ratio(sums[0], sums[2]), Ratio(sums[1], sums[2])
+
+
+def _logprobs(engine: Engine, prompt: dict[str, Any], answer: int) -> torch.Tensor:
+    logits = engine.score(prompt, return_logits=True).logits
+    if logits is None:
+        raise RuntimeError("the engine gave no logits, though they were asked for")
+    return logits[-answer - 1 : -1].log_softmax(-1)
 
 
 def variants(groups: Sequence[int], bits: int) -> Iterator[tuple[str, QuantizeOptions, bool]]:
-    """What is compared: name, options, and whether it is calibrated on nano's own world."""
+    """What is compared: name, options, and whether it is calibrated on nano's own world; nearest before the others."""
     for group in groups:
         for asym in (False, True):
             kind: dict[str, Any] = {"bits": bits, "group_size": group, "sym": not asym}
             said = f"groups of {group}, {'asymmetric' if asym else 'symmetric'}"
-            yield f"{said}: nearest", QuantizeOptions(method="rtn", **kind), False
+            yield f"{said}: {NEAREST}", QuantizeOptions(method="rtn", **kind), False
             yield f"{said}: GPTQ, built-in set", QuantizeOptions(**kind), False
             yield f"{said}: GPTQ, own scenes", QuantizeOptions(**kind), True
             if not asym:
@@ -103,36 +142,65 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=0, help="that tasks are scored on; 0: none")
     parser.add_argument("--kl-scenes", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--own", type=int, default=64, help="scenes to calibrate on (default: %(default)s)")
-    parser.add_argument("--only", help="only variants whose name holds this")
+    parser.add_argument("--only", nargs="+", help="only variants whose name ends so")
     args = parser.parse_args()
     check_fonts()
     exact = Engine(args.model, dtype="float32", max_model_len=1024)
-    rows = ["| | KL, nats | same token | mean error of a linear | " + " | ".join(TASKS) + " |",
-            "|---" * (4 + len(TASKS)) + "|"]  # fmt: skip
+    questions = Questions.asked(exact, args.kl_scenes)
+    own_answers = Answers.of(args.model, args.scenes) if args.scenes else None
+    found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        own = write_conversations(folder, args.own, exact.config.visual.image_size)
-        if args.scenes and not args.only:
-            rates = evaluate(args.model, "float32", "exact", args.scenes, False).rates
-            rows.append(_row("not quantised", None, None, [rates.get(task) for task in TASKS]))
+        own = write_conversations(Path(name) / "own", args.own, exact.config.visual.image_size)
         for number, (said, options, on_own) in enumerate(variants(args.groups, args.bits)):
-            if args.only and args.only not in said:
+            if args.only and not said.endswith(tuple(args.only)):
                 continue
-            errors = Quantizer.open(args.model, folder / str(number), options, own if on_own else None).run()
-            found = diverge(exact, Engine(folder / str(number), dtype="float32", max_model_len=1024), args.kl_scenes)
-            rates = {}
-            if args.scenes:
-                rates = evaluate(folder / str(number), "float32", "exact", args.scenes, False).rates
-            mean = sum(error.error for error in errors) / len(errors)
-            rows.append(_row(said, found, mean, [rates.get(task) for task in TASKS]))
-            print(rows[-1], flush=True)
-    print("\n".join(rows))
+            made = Path(name) / str(number)
+            errors = Quantizer.open(args.model, made, options, own if on_own else None).run()
+            kl, same = questions.compare(Engine(made, dtype="float32", max_model_len=1024))
+            error = sum(error.error for error in errors) / len(errors)
+            found[said] = Found(kl, same, Answers.of(made, args.scenes) if args.scenes else None, error)
+            print(said, f"{kl.value:.5f}", f"{same.value:.4f}", f"{error:.4f}", flush=True)
+    print(table(found, own_answers), "", gains(found, own_answers), sep="\n")
 
 
-def _row(said: str, found: Divergence | None, error: float | None, rates: Sequence[float | None]) -> str:
-    cells = ["", "", ""] if found is None else [f"{found.kl:.5f}", f"{100 * found.agreement:.2f} %", f"{error:.4f}"]
-    cells += ["" if rate is None else f"{100 * rate:.1f}" for rate in rates]
-    return f"| {said} | " + " | ".join(cells) + " |"
+def table(found: dict[str, Found], own: Answers | None) -> str:
+    """Every variant: a Markdown table; `own`: the answers of the float checkpoint."""
+    tasks = TASKS if own is not None else ()
+    heads = ("", "KL, nats", "same token", "mean error of a linear", *tasks, *(("same answer",) if tasks else ()))
+    lines = [_row(*heads), "|---" * len(heads) + "|"]
+    if own is not None:
+        lines.append(_row("not quantised", "", "", "", *(f"{100 * own.rate(task).value:.1f}" for task in tasks), ""))
+    for said, one in found.items():
+        cells = [f"{one.kl.value:.5f}", f"{100 * one.same.value:.2f} %", f"{one.error:.4f}"]
+        if own is not None and one.answers is not None:
+            cells += [f"{100 * one.answers.rate(task).value:.1f}" for task in tasks]
+            cells.append(f"{100 * one.answers.same_as(own).value:.2f} %")
+        lines.append(_row(said, *cells))
+    return "\n".join(lines)
+
+
+def gains(found: dict[str, Found], own: Answers | None) -> str:
+    """What each gains over round to nearest on the same grid, with its interval: a Markdown table."""
+    lines = [_row("", "KL", "same token, %", "same answer, %", "right answers, %"), "|---" * 5 + "|"]
+    for said, one in found.items():
+        base = found.get(f"{said.partition(':')[0]}: {NEAREST}")
+        if base is None or base is one:
+            continue
+        cells = [_said(difference(one.kl, base.kl), 1, 5), _said(difference(one.same, base.same), 100, 2)]
+        if own is not None and one.answers is not None and base.answers is not None:
+            cells.append(_said(difference(one.answers.same_as(own), base.answers.same_as(own)), 100, 2))
+            cells.append(_said(difference(one.answers.rate(*TASKS), base.answers.rate(*TASKS)), 100, 2))
+        lines.append(_row(said, *cells))
+    return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _said(d: Difference, times: float, digits: int) -> str:
+    value, low, high = (f"{times * number:+.{digits}f}" for number in d)
+    return f"{value} ({low} to {high}){'' if d.certain else ', not certain'}"
 
 
 if __name__ == "__main__":

@@ -63,26 +63,39 @@ class Block:
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x [n, D] and its ln_1, to x after attention and what the MLP is to add to it.
 
-        Keys and values of the rows enter the cache. Who adds takes the next norm in the same pass.
+        Keys and values of the rows enter the cache. Who adds takes the next norm in the same pass. What a half leaves
+        behind goes before the other begins: 11 n D numbers would be there at once in place of 4, beside the MLP's own.
         """
+        x, normed = self.ops.add_rms_norm(x, self._attend(normed, x, at, layout, cache, observe), self.ln_2, self.eps)
+        return x, self._mlp(normed, x, observe)
+
+    def _attend(
+        self, normed: Tensor, x: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer
+    ) -> Tensor:
         qkv = self.c_attn.partial(normed)
         q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots, x.dtype)
         context = self.ops.paged_attention(
             q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
         )
-        attended = self.c_proj.partial(context)
-        x, normed_2 = self.ops.add_rms_norm(x, attended, self.ln_2, self.eps)
-        up_gate = self.up_gate.partial(normed_2)
+        attended: Tensor = self.c_proj.partial(context)
+        if observe is not unobserved:
+            for name, value in (("ln_1", normed), ("c_attn", summed(qkv, x.dtype)), ("q", q),
+                                ("attn_context", context), ("attn_out", summed(attended, x.dtype))):  # fmt: skip
+                observe(name, value)
+        return attended
+
+    def _mlp(self, normed: Tensor, x: Tensor, observe: Observer) -> Tensor:
+        up_gate = self.up_gate.partial(normed)
         gated = self.ops.swiglu(up_gate, x.dtype)
-        mlp = self.down.partial(gated)
         if observe is not unobserved:
             up, gate = summed(up_gate, x.dtype).chunk(2, -1)
-            for name, value in (
-                ("ln_1", normed), ("c_attn", qkv), ("q", q), ("attn_context", context), ("attn_out", attended),
-                ("ln_2", normed_2), ("w1", up), ("w2", gate), ("gated", gated), ("mlp_out", mlp),
-            ):  # fmt: skip
-                observe(name, summed(value, x.dtype) if name != "q" else value)
-        return x, mlp
+            for name, value in (("ln_2", normed), ("w1", up), ("w2", gate), ("gated", gated)):
+                observe(name, value)
+        del up_gate
+        mlp = self.down.partial(gated)
+        if observe is not unobserved:
+            observe("mlp_out", summed(mlp, x.dtype))
+        return mlp
 
 
 class Decoder:

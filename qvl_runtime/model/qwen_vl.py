@@ -61,12 +61,16 @@ class QwenVL:
     @torch.inference_mode()
     def forward(self, step: Step, caches: Sequence[LayerCache], observe: Observer = unobserved) -> Tensor:
         """Run the rows of a step: hidden states [n, D]; their keys and values enter the caches."""
-        x = self.ops.embedding(step.token_ids, self.decoder.embedding)
+        at = positions_of(self.config, step.positions, step.frequencies, self.ops)
+        return self.decoder.forward(self._embedded(step, observe), at, step.layout, caches, observe)
+
+    def _embedded(self, step: Step, observe: Observer) -> Tensor:
+        """The rows [n, D] that the decoder begins with, which alone holds them: they go with its first block."""
+        x: Tensor = self.ops.embedding(step.token_ids, self.decoder.embedding)
         if step.picture_rows is not None and step.picture_features is not None:
             x[step.picture_rows] = step.picture_features.to(x.dtype)
         observe("embed", x)
-        at = positions_of(self.config, step.positions, step.frequencies, self.ops)
-        return self.decoder.forward(x, at, step.layout, caches, observe)
+        return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

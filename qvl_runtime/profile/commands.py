@@ -95,6 +95,7 @@ def show_memory(report: MemoryReport) -> None:
         {
             "case": f"{case.name} {case.tokens or ''}".strip(),
             "peak, GiB": f"{case.peak / GIB:.2f}",
+            "planned": "" if case.planned is None else f"{case.planned / GIB:.2f}",
             "original, A100-80G": "" if case.published_gib is None else f"{case.published_gib:.2f}",
             "how": case.how,
         }

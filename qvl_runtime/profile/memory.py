@@ -9,15 +9,18 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from qvl_runtime.engine import Engine
+from qvl_runtime.plan_report import process_bytes
 from qvl_runtime.profile import steps
 from qvl_runtime.profile.speed import kind_of
 from qvl_runtime.schedule.request import SamplingParams
+from qvl_runtime.weights.machines import Machine
+from qvl_runtime.weights.plan import Load, Plan, choices_of
 
 ENCODED, GENERATED = 2048, 8192  # tokens
 PUBLISHED = {
@@ -33,6 +36,7 @@ class Case:
     name: str  # "load", "encode" or "generate"
     tokens: int
     peak: int
+    planned: int | None  # what `qvl plan` reckons for it; None for loading
     published_gib: float | None  # of the original, on a GPU
     how: str
 
@@ -55,13 +59,14 @@ def profile_memory(
 
     Where the context is shorter than a case, the case is as long as the context, and says so.
     """
-    base = resident()
+    base = process_bytes()
     progress("load")
     reset_peak()
     engine = open_engine()
     device, cache = engine.loop.runner.model.device, engine.loop.runner.cache
-    cases = [Case("load", 0, peak(device), None, "")]
-    longest = min(engine.max_model_len, cache.num_slots)
+    cases = [Case("load", 0, peak(device), None, None, "")]
+    plan, machine = plan_of(engine), Machine("", 0, None, base if device.type == "cpu" else 0)
+    longest, load = min(engine.max_model_len, cache.num_slots), Load(0, 0)
     notes = []
     kind = kind_of(engine)
     full_size = (engine.config.num_hidden_layers, engine.config.hidden_size) == (32, 4096)
@@ -72,7 +77,13 @@ def profile_memory(
         progress(f"{name} {tokens} tokens")
         reset_peak(device)
         how = run(engine, tokens)
-        cases.append(Case(name, tokens, peak(device), PUBLISHED.get((kind, name)) if full_size else None, how))
+        if name == "encode":
+            load = Load(0, tokens, int(with_picture(engine, tokens)))
+        # A CPU brings in the cache's pages as they are written, and they stay.
+        written = cache.num_slots if device.type != "cpu" else min(cache.num_slots, load.tokens + tokens + 1)
+        load = load._replace(tokens=written)
+        planned = plan.peak(load, machine).total
+        cases.append(Case(name, tokens, peak(device), planned, PUBLISHED.get((kind, name)) if full_size else None, how))
     counted = "memory that torch allocated on the device" if device.type == "cuda" else "resident memory of the process"
     return MemoryReport(
         kind, counted, base, dict(engine.loop.runner.model.bytes_by_part), cache.bytes_per_token, tuple(cases),
@@ -80,13 +91,26 @@ def profile_memory(
     )  # fmt: skip
 
 
+def plan_of(engine: Engine) -> Plan:
+    """The plan of what runs, as the engine made it before it loaded; synthetic weights are all in memory."""
+    asked, model = engine.engine_config, engine.loop.runner.model
+    choices = choices_of(engine.folder, str(model.dtype).removeprefix("torch."), asked.precision, asked.kv_dtype)
+    if asked.synthetic is not None:
+        choices = replace(choices, mapped=())
+    return Plan(engine.config, replace(choices, step_tokens=asked.max_step_tokens), model.device.type)
+
+
+def with_picture(engine: Engine, tokens: int) -> bool:
+    """Whether a picture is among so many tokens that are encoded: where it leaves room for text."""
+    return tokens > engine.config.visual.span
+
+
 def encode(engine: Engine, tokens: int) -> str:
     """A picture and text, `tokens` in all, and one token of an answer."""
-    size, span = engine.config.visual.image_size, engine.config.visual.n_queries + 2
-    picture = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8).numpy()
     visual = engine.config.visual
-    opening = [visual.image_start_id, visual.image_end_id] if tokens > span else []
-    text = [1] * (tokens - (span if opening else 0))
+    picture = torch.randint(0, 256, (visual.image_size, visual.image_size, 3), dtype=torch.uint8).numpy()
+    opening = [visual.image_start_id, visual.image_end_id] if with_picture(engine, tokens) else []
+    text = [1] * (tokens - (visual.span if opening else 0))
     images = [picture] if opening else []
     engine.generate([{"token_ids": opening + text, "images": images}], SamplingParams(max_tokens=1, temperature=0.0))
     return "one picture and text, computed" if opening else "text, computed"
@@ -96,14 +120,6 @@ def generate(engine: Engine, tokens: int) -> str:
     """The last steps of an answer that fills the KV cache up to `tokens`."""
     steps.decode(engine, [tokens - 1], rounds=1)
     return "KV cache written up to the last token, then two steps"
-
-
-def resident() -> int:
-    """Bytes of physical memory that this process has."""
-    status = Path("/proc/self/statm")
-    if status.is_file():
-        return int(status.read_text().split()[1]) * resource.getpagesize()
-    return peak(torch.device("cpu"))
 
 
 def peak(device: torch.device) -> int:

@@ -77,9 +77,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor as stored; 0 where there is none of that name."""
-        import torch
-
-        return self.elements(name) * int(getattr(torch, self.info(name).dtype).itemsize) if name in self else 0
+        return self.info(name).nbytes if name in self else 0
 
     def elements(self, name: str) -> int:
         return math.prod(self.info(name).shape) if name in self else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -42,3 +43,22 @@ def grid_between(low: Tensor, high: Tensor, bits: int, sym: bool, zero_offset: i
     if sym:
         return Grid(scales, torch.full_like(scales, (top + 1) // 2), top)
     return Grid(scales, (-low / scales).round().clamp(zero_offset, top), top)
+
+
+def closest_grid(rows: Tensor, shrinks: Sequence[float], bits: int, sym: bool, zero_offset: int) -> Grid:
+    """Of the grids for the range of `rows`, float32 [n, ...], shrunk by each factor, that with the least squared error.
+
+    Chosen for each column. What a smaller range leaves outside is off by more, and all the rest by less: groups of 128
+    normal weights lose least at some 0.9 of their range.
+    """
+    import torch
+
+    low, high = rows.amin(dim=0), rows.amax(dim=0)
+    best, least = grid_between(low, high, bits, sym, zero_offset), torch.full_like(low, torch.inf)
+    for shrink in shrinks:
+        grid = grid_between(shrink * low, shrink * high, bits, sym, zero_offset)
+        error = (rows - grid.weights(grid.levels(rows))).square_().sum(dim=0)
+        closer = error < least
+        scales, zeros = torch.where(closer, grid.scales, best.scales), torch.where(closer, grid.zeros, best.zeros)
+        best, least = Grid(scales, zeros, grid.top), torch.where(closer, error, least)
+    return best

@@ -1,13 +1,12 @@
 """What a model needs of memory and what it can do at best, from its configuration alone: nothing is loaded.
 
 The sum is weights + KV cache + features of pictures + workspace, beside what the process or the driver takes anyway.
-Workspace is what one step of `max_step_tokens` rows holds at its widest point, in the MLP, or the visual tower with
-the pictures that it encodes together. Logits are one row's.
+Workspace is what one step of `max_step_tokens` rows holds at its widest point, or the visual tower with the pictures
+that it encodes together. Logits are one row's.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,17 +14,19 @@ from typing import NamedTuple
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.settings import require_choice
-from qvl_runtime.weights.layout import decoder_linears, expected_tensors
+from qvl_runtime.weights.layout import decoder_linears
 from qvl_runtime.weights.machines import Machine
 from qvl_runtime.weights.manifest import Manifest, is_converted
+from qvl_runtime.weights.sizes import kv_per_token, weight_bytes
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-GROUP = 128  # inputs that share a scale where floats are rounded
-SCALE = 2  # bytes
 BLOCK = 16  # tokens of a KV block
-SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
 FAULT = 64 << 10  # bytes that Linux brings in where one of a mapped file is read
+COMPILED = 9 << 16  # bytes of code that torch's 16-bit GEMMs keep for a shape of weight and a number of rows
 PICTURES_AT_ONCE = 8
+# The tower's linears of different shapes, by the rows that they meet.
+PATCH_LINEARS = ("conv1", "in_proj", "out_proj", "c_fc", "c_proj", "attn_pool.kv_proj", "attn_pool.attn.in_proj")
+QUERY_LINEARS = ("attn_pool.attn.out_proj", "proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Choices:
     kv: str = "auto"  # or "int8"
     embedding_on_host: bool = False  # GPU: rows are fetched from the host's mapped file
     step_tokens: int = 1024  # rows that a step computes at most
+    mapped: tuple[str, ...] = ("vision", "embedding")  # CPU: parts that are pages of a file until they are read
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, ("auto", *WIDTHS))
@@ -51,7 +53,9 @@ def choices_of(folder: Path, dtype: str, precision: str = "exact", kv: str = "au
     fast = "int8" if precision == "fast" else "keep"
     made = Manifest.read(folder) if is_converted(folder) else None
     vision, head = (made.vision, made.head) if made is not None else ("keep", "keep")
-    return Choices(dtype, fast if vision == "keep" else vision, fast if head == "keep" else head, kv)
+    chosen = Choices(dtype, fast if vision == "keep" else vision, fast if head == "keep" else head, kv)
+    rounds = precision == "fast" and vision == "keep"
+    return replace(chosen, mapped=("embedding",)) if rounds else chosen
 
 
 class Load(NamedTuple):
@@ -94,7 +98,7 @@ class Plan:
         self.config, self.choices, self.device = config, choices or Choices(), device
         self.dtype = config.dtype if self.choices.dtype == "auto" else self.choices.dtype
         self.width = WIDTHS[self.dtype]
-        self.weights = weight_bytes(config, self.width, self.choices)
+        self.weights = weight_bytes(config, self.width, self.choices.vision, self.choices.head)
 
     @property
     def kv_per_token(self) -> int:
@@ -113,23 +117,38 @@ class Plan:
     def peak(self, load: Load, machine: Machine | None = None) -> Peak:
         """Memory at the worst moment of a load.
 
-        On a CPU weights are pages of a file, there when they were read: little tower without a picture, and of the
+        On a CPU weights may be pages of a file, there when they were read: little tower without a picture, and of the
         embedding the rows of the tokens, in the pieces that the system reads.
         """
         parts = dict(self.weights)
         if self.device == "cpu":
-            projection = self.config.hidden_size**2 * self.width
-            # The resampler's queries are projected at load, and its last matrix is turned: one more in memory.
-            parts["vision"] = (parts["vision"] if load.pictures else projection) + 2 * projection
-            if parts["head"]:  # else they are tied, and the head reads the whole table
+            parts["vision"] = self._tower(bool(load.pictures))
+            if "embedding" in self._mapped and parts["head"]:  # else they are tied, and the head reads it all
                 parts["embedding"] = min(parts["embedding"], load.prompt * FAULT)
         elif self.choices.embedding_on_host:
             parts["embedding"] = 0
         return Peak(
-            **parts, kv=-(-load.tokens // BLOCK) * BLOCK * self.kv_per_token,
+            **parts, kv=(-(-load.tokens // BLOCK) + 1) * BLOCK * self.kv_per_token,  # one block is always there
             features=load.pictures * self.feature_bytes, workspace=self._workspace(load),
             reserved=0 if machine is None else machine.reserved,
         )  # fmt: skip
+
+    @property
+    def _mapped(self) -> tuple[str, ...]:
+        """Parts that are pages of a file: not where all floats are made others at load."""
+        return self.choices.mapped if self.dtype == self.config.dtype else ()
+
+    def _tower(self, used: bool) -> int:
+        """Bytes of the tower that a CPU has in memory, `used` or not.
+
+        The resampler's queries are projected at load, and their third of a matrix stays beside the other two; the last
+        matrix is stored transposed, and turned at load where it stays float.
+        """
+        own, matrix = self.weights["vision"], self.config.visual.output_dim**2 * self.width
+        if "vision" not in self._mapped:
+            return own + matrix
+        turned = matrix if self.choices.vision == "keep" else 0
+        return (own if used else turned) + turned + matrix
 
     def room(self, machine: Machine) -> Room:
         """How many tokens, and how many pictures with their tokens, fit beside the weights at a full step."""
@@ -151,47 +170,50 @@ class Plan:
         """The most that one request can get, if reading memory were all: a bound, not a forecast."""
         return None if machine.bandwidth is None else machine.bandwidth / self.bytes_read_per_token(context)
 
+    def compiled(self, load: Load) -> int:
+        """What a CPU compiles while it runs, and keeps: oneDNN's code for products of dense weights in 16 bits."""
+        if self.device != "cpu" or self.width == 4:
+            return 0
+        c, v, step = self.config, self.config.visual, self.choices.step_tokens
+        numbers = 0
+        if c.quantization is None:
+            numbers += len({*decoder_linears(c).values()}) * _sizes(load.prompt, step)
+        if load.pictures and self.choices.vision == "keep":
+            passes = load.pictures * v.num_patches, load.together * v.num_patches
+            of_queries = load.pictures * v.n_queries, load.together * v.n_queries
+            numbers += len(PATCH_LINEARS) * _sizes(*passes) + len(QUERY_LINEARS) * _sizes(*of_queries)
+        return numbers * COMPILED
+
     def _workspace(self, load: Load) -> int:
+        """The most that a step holds at once beside weights and caches: in attention, in an MLP, or in the tower.
+
+        What is counted for each row is what lives at the widest line of `Block` in `model/language.py`, and for each
+        patch that of `VisionBlock` in `model/vision.py`.
+        """
         c, rows = self.config, min(load.prompt, self.choices.step_tokens)
         hidden, ffn = c.hidden_size, c.ffn_width
-        mlp = rows * self.width * (2 * hidden + 3 * ffn)  # x, its norm, up | gate, their product
-        attention = rows * self.width * 6 * hidden  # x, q | k | v, q rotated, what comes out
-        if self.device == "cpu":  # prefill gathers keys and values of the context
-            attention += 2 * min(load.prompt, load.tokens) * hidden * self.width
+        attention = 8 * hidden  # residual, normed; q | k | v, q rotated, context, projected
+        mlp = 4 * hidden + 3 * ffn  # residual before and after, normed twice; up | gate, their product
+        if self.device == "cpu":
+            mlp += attention - 2 * hidden  # a heap: what attention leaves there is too narrow for the MLP
+            mlp += ffn if c.quantization is None else 0  # up and gate are two products, put side by side
+        tables = 4 * (2 * c.rotary_dim + c.rotary_dim // 2)  # cos, sin and frequencies, float32
+        decoder = rows * (self.width * max(attention, mlp) + tables)
         v, many = c.visual, min(load.pictures, load.together)
-        tower = many * v.num_patches * self.width * (2 * v.width + 2 * v.mlp_width)
+        patch = 3 * v.width + 2 * v.mlp_width  # residual, what attention adds, their sum; before and after GELU
+        resampled = v.width + 4 * v.output_dim  # patches, projected, keys with positions, keys, values
+        pixels = 4 * 3 * v.image_size**2
+        tower = many * (v.num_patches * self.width * max(patch, resampled) + pixels)
         logits = c.vocab_size * (self.width + 4)  # one row, and once more in float32
-        return max(mlp, attention, tower) + logits
+        return max(decoder, tower) + logits + self.compiled(load)
 
 
-def weight_bytes(config: ModelConfig, width: int, choices: Choices) -> dict[str, int]:
-    """Bytes of the weights as kernels hold them, by part."""
-    parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
-    linears = decoder_linears(config)
-    for name, spec in expected_tensors(config).items():
-        size, inputs = math.prod(spec.shape), spec.shape[-1]
-        prefix, _, kind = name.rpartition(".")
-        if name.startswith("transformer.visual."):
-            small = choices.vision == "int8" and len(spec.shape) == 2 and kind in ("weight", "proj", "in_proj_weight")
-            if kind in ("in_proj_weight", "in_proj_bias"):
-                size -= size // 3  # the resampler's queries are projected once, at load
-            parts["vision"] += _rounded(size, inputs, 8) if small else size * width
-        elif name == "lm_head.weight":
-            parts["head"] += _head(size, inputs, width, choices)
-        elif name == "transformer.wte.weight":
-            parts["embedding"] += size * width
-            if config.tie_word_embeddings and choices.head != "keep":
-                parts["head"] += _head(size, inputs, width, choices)
-        else:
-            packed = config.quantization is not None and prefix in linears
-            parts["language"] += _packed(config, kind, size) if packed else size * width
-    return parts
+def _sizes(rows: int, at_once: int) -> int:
+    """With how many different numbers of rows a CPU multiplies, where `rows` come in passes of so many."""
+    from qvl_kernels.cpu_linear import step_sizes
 
-
-def kv_per_token(config: ModelConfig, width: int) -> int:
-    """Bytes of keys and values of a token; int8 (width 1) keeps a scale behind each vector."""
-    vector = config.kv_channels * width + (SCALE_OF_VECTOR if width == 1 else 0)
-    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
+    last = rows % at_once
+    return len({*(step_sizes(at_once) if rows >= at_once else ()), *(step_sizes(last) if last else ())})
 
 
 def refuse(plan: Plan, load: Load, machine: Machine) -> None:
@@ -231,24 +253,3 @@ def ways_to_fit(plan: Plan, load: Load, machine: Machine) -> list[tuple[str, Pea
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
-
-
-def _head(size: int, inputs: int, width: int, choices: Choices) -> int:
-    return size * width if choices.head == "keep" else _rounded(size, inputs, int(choices.head.removeprefix("int")))
-
-
-def _rounded(size: int, inputs: int, bits: int) -> int:
-    """Levels, a scale for each group of inputs, the last one padded, and for 4 bits a zero point of a byte."""
-    group = GROUP if inputs >= GROUP else 32
-    groups = size // inputs * -(-inputs // group)
-    return groups * (group * bits // 8 + SCALE + (bits == 4))
-
-
-def _packed(config: ModelConfig, kind: str, size: int) -> int:
-    """A tensor of a GPTQ linear as kernels hold it: zero points only where they differ, in a byte each."""
-    kinds = config.quantization
-    if kinds is None or kind == "bias" or (kind == "g_idx" and not kinds.desc_act):
-        return 0  # a bias is counted with no part: 0.2 MB of 3.3 GB
-    if kind == "qzeros":
-        return 0 if kinds.sym else size * (32 // kinds.bits)
-    return size * (SCALE if kind == "scales" else 4)

@@ -7,9 +7,8 @@ gone on with after the last block that is on the disk, and gives the same bytes 
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +24,14 @@ from qvl_runtime.settings import read_json, require_choice, require_positive
 from qvl_runtime.weights.calibration import Calibration, embed, read_calibration
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.layout import decoder_linears, expected_tensors
+from qvl_runtime.weights.mapped import pieces
 from qvl_runtime.weights.quantize_block import Bench, LinearError, Method, Rows, quantize_block
 from qvl_runtime.weights.quantize_job import Job, State, mapped, refuse_existing
 from qvl_runtime.weights.quantize_solver import ROWS_AT_ONCE, Order, Solver
-from qvl_runtime.weights.save import copy_companions, quantized_config, write_json, write_shards
+from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_json, write_shards
+from qvl_runtime.weights.shards import TensorInfo
 
-SHARD = 2 * 10**9  # bytes of a file, about those of the published checkpoint
 REPORT = "quantize_report.json"
-MAPPED = 10**9  # bytes of the source that stay mapped while it is read through
 MOST_FLOAT16 = 65504.0
 
 
@@ -105,7 +104,7 @@ class Quantizer:
             )
         replace(config, quantization=options.quantization)  # refuses widths that cannot be packed
         checkpoint = Checkpoint.open(source, config)
-        _refuse_beyond_float16(source, checkpoint, config)
+        _refuse_beyond_float16(checkpoint, config)
         read = read_calibration(config, source, calibration, options.samples, options.max_tokens)
         job = cls(source, destination, options, config, read, torch.device(device))
         free, disk = shutil.disk_usage(_existing(destination)).free, job.outline().disk
@@ -127,7 +126,7 @@ class Quantizer:
         return len(decoder_linears(self.config))
 
     def outline(self) -> Outline:
-        c, sizes = self.config, self._sizes()
+        c, sizes = self.config, {name: info.nbytes for name, info in self._tensors().items()}
         rows, width = sum(self.calibration.lengths), self.dtype.itemsize
         packed = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in decoder_linears(c))
         shapes = decoder_linears(c).values()
@@ -182,16 +181,16 @@ class Quantizer:
 
     def _write(self, job: Job, errors: list[LinearError]) -> None:
         """All blocks are done: gather them and what stays float16 into the new checkpoint."""
-        quantized, source = job.layers(self.config.num_hidden_layers), _Reader(self.source)
+        quantized, source = job.layers(self.config.num_hidden_layers), Checkpoint.open(self.source)
+        tensors = self._tensors()
 
-        def read(name: str) -> Tensor:
-            if name in quantized:
-                return mapped(quantized[name], name)
-            return source.tensor(name).to(torch.float16)
+        def read(name: str) -> Iterator[Tensor]:
+            stored = mapped(quantized[name], name) if name in quantized else source.tensor(name)
+            return pieces(stored, getattr(torch, tensors[name].dtype))
 
         shutil.rmtree(job.model, ignore_errors=True)
         job.model.mkdir()
-        write_shards(job.model, self._sizes(), read, SHARD)
+        write_shards(job.model, tensors, read, SHARD)
         raw = quantized_config(read_json(self.source / "config.json"), self.options.quantization)
         write_json(job.model / "config.json", raw)
         write_json(job.model / "quantize_config.json", raw["quantization_config"])
@@ -209,10 +208,10 @@ class Quantizer:
         linears = [{name: getattr(error, name) for name in kept} for error in errors]
         return {"options": asdict(self.options), "calibration": calibration, "linears": linears}
 
-    def _sizes(self) -> dict[str, int]:
-        """The tensors of the new checkpoint in published order, and their bytes."""
+    def _tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of the new checkpoint, in published order."""
         specs = expected_tensors(replace(self.config, quantization=self.options.quantization))
-        return {name: math.prod(spec.shape) * (4 if spec.packed else 2) for name, spec in specs.items()}
+        return {name: TensorInfo(spec.shape, "int32" if spec.packed else "float16") for name, spec in specs.items()}
 
     def _key(self) -> Mapping[str, object]:
         files = sorted([*self.source.glob("*.safetensors"), *self.source.glob("*.bin")])
@@ -221,27 +220,12 @@ class Quantizer:
         return options | {"calibration": self.calibration.digest(), "source": stats, "device": self.device.type}
 
 
-class _Reader:
-    """Tensors of a checkpoint one after another: the files are mapped anew now and then, which frees their pages."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._read = folder, 0
-        self._checkpoint = Checkpoint.open(folder)
-
-    def tensor(self, name: str) -> Tensor:
-        if self._read > MAPPED:
-            self._checkpoint, self._read = Checkpoint.open(self._folder), 0
-        tensor = self._checkpoint.tensor(name)
-        self._read += tensor.nbytes
-        return tensor
-
-
-def _refuse_beyond_float16(source: Path, checkpoint: Checkpoint, config: ModelConfig) -> None:
+def _refuse_beyond_float16(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """What stays float becomes float16, as published; it must not become infinite on the way."""
-    reader = _Reader(source)
     for name in expected_tensors(config):
         if name in checkpoint and name.rpartition(".")[0] not in decoder_linears(config):
-            most = max(abs(float(end)) for end in reader.tensor(name).aminmax())
+            tensor = checkpoint.tensor(name)
+            most = float(torch.stack([part.abs().max() for part in pieces(tensor, tensor.dtype)]).max())
             if not most <= MOST_FLOAT16:  # NaN, too
                 raise CheckpointError(
                     f"{name} holds {most:g}, beyond the {MOST_FLOAT16:g} of float16, which the published layout keeps "

@@ -24,12 +24,13 @@ from torch import Tensor
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.gptq import GPTQLinear, pack_linear
-from qvl_runtime.weights.grid import Grid, grid_between
+from qvl_runtime.weights.grid import Grid, closest_grid
 
 _log = logging.getLogger(__name__)
 
 Order = Literal["none", "static", "full"]
 ROWS_AT_ONCE = 4096  # calibration rows made float32 together: 180 MB for the widest linear of the 9.6 B model
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, tried for its grid
 MOST_DAMPING = 1.0  # of the mean of H's diagonal; beyond, the statistics are worthless
 
 
@@ -48,6 +49,7 @@ class Solver:
     quantization: QuantizationConfig
     damping: float = 0.01  # of the mean of H's diagonal, added to it; the paper's value
     order: Order = "static"  # static, full: inputs that matter most first; full: they form the groups, too
+    shrinks: tuple[float, ...] = SHRINKS  # (1.0,): grids reach from the least weight to the greatest, as in the paper
 
     def factor(self, x: Tensor) -> Factor:
         """Gather H of inputs x [n, in] of any float dtype, and factorise it.
@@ -89,7 +91,7 @@ class Solver:
         groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // group_size
         place = factor.order if self.order == "static" else torch.arange(inputs, device=weight.device)
         by_input = weight.t().to(torch.float32)
-        work = _Pass(by_input[factor.order], factor.upper, q, group_size, groups[place])
+        work = _Pass(by_input[factor.order], factor.upper, self, group_size, groups[place])
         if self.order == "static":
             work.fix_grids(by_input)
         work.run(0, inputs)
@@ -105,14 +107,14 @@ class _Pass:
     """One weight on its way: rows before the current one are rounded and hold errors, those after it hold sums."""
 
     def __init__(
-        self, weight: Tensor, upper: Tensor, quantization: QuantizationConfig, group_size: int, group_of: Tensor
+        self, weight: Tensor, upper: Tensor, solver: Solver, group_size: int, group_of: Tensor
     ) -> None:
         self.weight, self.upper = weight, upper
         self.carried = torch.zeros_like(weight)  # [in, out], E of rounded inputs, sums of E R for those to come
         self.levels = torch.empty_like(weight, dtype=torch.uint8)
         self.group_of = group_of.tolist()
         self._diagonal: list[float] = upper.diagonal().tolist()
-        self._quantization, self._size = quantization, group_size
+        self._solver, self._size = solver, group_size
         shape = (-(-len(weight) // group_size), weight.shape[1])
         self.scales, self.zeros = weight.new_empty(shape), weight.new_empty(shape)
         self._fixed = False
@@ -144,14 +146,14 @@ class _Pass:
         return targets
 
     def _fix(self, group: int, rows: Tensor) -> None:
-        q = self._quantization
-        self.scales[group], self.zeros[group], _ = grid_between(
-            rows.amin(dim=0), rows.amax(dim=0), q.bits, q.sym, q.zero_offset
+        q = self._solver.quantization
+        self.scales[group], self.zeros[group], _ = closest_grid(
+            rows, self._solver.shrinks, q.bits, q.sym, q.zero_offset
         )
 
     def _round(self, row: int) -> None:
         group = self.group_of[row]
-        grid = Grid(self.scales[group], self.zeros[group], 2**self._quantization.bits - 1)
+        grid = Grid(self.scales[group], self.zeros[group], 2**self._solver.quantization.bits - 1)
         levels = grid.levels(self.weight[row] + self.carried[row] / self._diagonal[row])
         self.levels[row] = levels
         self.carried[row] = self.weight[row] - grid.weights(levels)

@@ -5,29 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.weights.shards import TensorInfo
+from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, header_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _COMPANIONS = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
+SHARD = 2 * 10**9  # bytes of a file, about those of the published checkpoints
 
 
 def save_checkpoint(
     folder: Path, state: Mapping[str, Tensor], raw_config: Mapping[str, Any], companions: Path | None = None
 ) -> None:
-    """Write `model.safetensors` and `config.json` (with `quantize_config.json` where it is quantised) as a new folder.
+    """Write the weights and `config.json` (with `quantize_config.json` where it is quantised) as a new folder.
 
     `companions` is a folder whose tokenizer and generation files come along. The folder appears by a rename when it is
     complete; raises `CheckpointError` if there is one of that name already.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; choose another name or remove it first")
@@ -36,8 +37,12 @@ def save_checkpoint(
     partial.mkdir()
     try:
         tied = raw_config.get("tie_word_embeddings", False)
-        stored = {k: v.contiguous() for k, v in state.items() if not (tied and k == "lm_head.weight")}
-        save_file(stored, partial / "model.safetensors", metadata={"format": "pt"})
+        infos = {
+            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in state.items()
+            if not (tied and name == "lm_head.weight")
+        }
+        write_shards(partial, infos, lambda name: [state[name]])
         write_json(partial / "config.json", raw_config)
         quantization = raw_config.get("quantization_config")
         if quantization is not None:
@@ -83,37 +88,50 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     sync(path.parent)
 
 
-def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], Tensor], limit: int) -> None:
-    """Write tensors, taken from `read` by name, as safetensors files of up to `limit` bytes, with an index if several.
+def write_shards(
+    folder: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Iterable[Tensor]], limit: int = SHARD
+) -> dict[str, int]:
+    """Write tensors as safetensors files of up to `limit` bytes, with an index if several: {file: its bytes}.
 
-    sizes: the names in order, and what each takes in bytes. Memory: one file's tensors.
+    tensors: the names in order, and what each looks like. read: gives a tensor in parts, which is what memory holds.
     """
     groups: list[list[str]] = [[]]
     filled = 0
-    for name, size in sizes.items():
-        if filled and filled + size > limit:
+    for name, info in tensors.items():
+        if filled and filled + info.nbytes > limit:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size
-    from safetensors.torch import save_file
-
-    files = _shard_names(len(groups))
-    for file, names in zip(files, groups, strict=True):
-        tensors = {name: read(name) for name in names}
-        replace(folder / file, lambda path, t=tensors: save_file(t, path, metadata={"format": "pt"}))  # type: ignore[misc]
-        del tensors
+        filled += info.nbytes
+    weight_map: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        sizes[file] = _write_file(folder / file, {name: tensors[name] for name in names}, read)
+        weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
-        weight_map = {name: file for file, names in zip(files, groups, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        replace(folder / "model.safetensors.index.json", lambda path: path.write_text(text, encoding="utf-8"))
+        total = sum(info.nbytes for info in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+    sync(folder)
+    return sizes
 
 
-def _shard_names(count: int) -> Sequence[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Iterable[Tensor]]) -> int:
+    places: dict[str, Written] = {}
+    end = 0
+    for name, info in tensors.items():
+        places[name] = Written(CODES[info.dtype], info.shape, end, end + info.nbytes, "")
+        end += info.nbytes
+    header = header_of(places)
+    start = -(-(LENGTH + len(header)) // LENGTH) * LENGTH
+    with TensorFile(path, start, digests=False) as out:
+        for name, info in tensors.items():
+            written = out.append(read(name), info.dtype, info.shape)
+            if written != places[name]:
+                raise ValueError(f"{name} was written as {written}; it was said to be {places[name]}")
+        out.finish(header)
+    return start + end
 
 
 def sync(path: Path) -> None:
@@ -126,4 +144,6 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, to the disk."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sync(path)

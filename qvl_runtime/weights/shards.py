@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -22,6 +23,12 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        import torch
+
+        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
 
 
 class Shard(Protocol):

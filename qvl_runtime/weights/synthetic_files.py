@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.settings import require_choice, require_positive
-from qvl_runtime.weights.save import quantized_config, write_json
+from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_json, write_shards
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
-from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, header_of
 
-COMPANIONS = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_synthetic(
     folder: Path, like: Path, kind: str, layers: int | None = None, vision_layers: int | None = None,
-    file_bytes: int = 2 * 10**9, divide: int = 1,
+    file_bytes: int = SHARD, divide: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Write a checkpoint of random weights of a published size as the folder `folder`: {file: bytes}.
 
@@ -42,14 +43,13 @@ def write_synthetic(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        files = _write_files(partial, state, file_bytes)
+        looks = {name: state.looks(name) for name in state}
+        files = write_shards(partial, looks, functools.partial(_made, state), file_bytes)
         raw = _raw_config(config)
         write_json(partial / "config.json", raw)
         if config.quantization is not None:
             write_json(partial / "quantize_config.json", raw["quantization_config"])
-        for name in COMPANIONS:
-            if (like / name).is_file():
-                shutil.copyfile(like / name, partial / name)
+        copy_companions(like, partial)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -70,50 +70,10 @@ def _divided(config: ModelConfig, by: int, least_vocabulary: int) -> ModelConfig
     )  # fmt: skip
 
 
-def _write_files(folder: Path, state: SyntheticState, most: int) -> dict[str, int]:
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in state:
-        own = _nbytes(state, name)
-        if groups[-1] and size + own > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += own
-    weight_map: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for number, names in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
-        sizes[file] = _write_file(folder / file, names, state)
-        weight_map |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
-    return sizes
-
-
-def _write_file(path: Path, names: list[str], state: SyntheticState) -> int:
-    tensors, at = {}, 0
-    for name in names:
-        shape, dtype = state.looks(name)
-        tensors[name] = Written(CODES[dtype], shape, at, at + _nbytes(state, name), "")
-        at = tensors[name].end
-    header = header_of(tensors)
-    header = header.ljust(-(-(LENGTH + len(header)) // LENGTH) * LENGTH - LENGTH)
-    with TensorFile(path, LENGTH + len(header), digests=False) as out:
-        for name in names:
-            shape, dtype = state.looks(name)
-            out.append([state[name]], dtype, shape)
-            state.forget(name)
-        out.finish(header)
-    return LENGTH + len(header) + at
-
-
-def _nbytes(state: SyntheticState, name: str) -> int:
-    import torch
-
-    shape, dtype = state.looks(name)
-    return math.prod(shape) * int(getattr(torch, dtype).itemsize)
+def _made(state: SyntheticState, name: str) -> Iterator[Tensor]:
+    """A tensor, whose memory is given back when it is written."""
+    yield state[name]
+    state.forget(name)
 
 
 def _raw_config(config: ModelConfig) -> dict[str, Any]:

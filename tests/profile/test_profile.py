@@ -143,5 +143,7 @@ def test_the_command_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     report = json.loads(run.stdout)["memory"]
     assert [case["name"] for case in report["cases"]] == ["load", "encode", "generate"]
     assert report["cases"][1]["peak"] > report["base"] / 2
+    load, encode_, generate_ = (case["planned"] for case in report["cases"])
+    assert load is None and report["base"] < encode_ < generate_, "the cache fills up meanwhile"
     refused = CliRunner().invoke(app, ["profile", "speed", "--batch", "two"])
     assert refused.exit_code == 2 and "expected whole numbers" in refused.output

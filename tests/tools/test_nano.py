@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.engine import NANO
 from qvl_runtime.prompt.boxes import parse_boxes
+from qvl_runtime.prompt.conversations import read_conversations
 from qvl_runtime.prompt.tokenizer import Tokenizer
+from tools.nano.conversations import write_conversations
 from tools.nano.dialogue import about_two, grounded, turns
 from tools.nano.optimiser import orthogonal
 from tools.nano.packing import Packer, Row
@@ -164,3 +168,14 @@ def test_a_seed_names_a_scene() -> None:
         assert picture.shape == (144, 144, 3) and picture.dtype == np.uint8
         assert 1 <= len(things) <= config.most and len({t.name() for t in things}) == len(things)
         assert all(0 <= t.box[0] < t.box[2] <= 1 and 0 <= t.box[1] < t.box[3] <= 1 for t in things)
+
+
+def test_scenes_are_conversations_as_qwen_vl_writes_them(tmp_path: Path) -> None:
+    try:
+        check_fonts()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    first, second, third = read_conversations(write_conversations(tmp_path / "own", 3, 144))
+    assert (tmp_path / "own" / "2.png").is_file() and "0.png" in first.said[0].text
+    assert all([said.role for said in talk.said[:2]] == ["user", "assistant"] for talk in (first, second, third))
+    assert third.said[0].text.isascii() is False and first.said[0].text.isascii()

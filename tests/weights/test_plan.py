@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from qvl_runtime.errors import CapacityError, ConfigError
 from qvl_runtime.schedule.kv_cache import bytes_per_token
 from qvl_runtime.weights.convert import ConvertOptions, convert
 from qvl_runtime.weights.machines import Machine, gpu
-from qvl_runtime.weights.plan import Choices, Load, Plan, kv_per_token, refuse, ways_to_fit
+from qvl_runtime.weights.plan import Choices, Load, Plan, refuse, ways_to_fit
+from qvl_runtime.weights.sizes import kv_per_token
 from qvl_runtime.weights.synthetic import synthetic_config
 
 pytestmark = pytest.mark.cpu
@@ -63,6 +66,42 @@ def test_weights_are_what_an_engine_reports(made: dict[str, str], tmp_path: Path
     planned = Plan(ModelConfig.from_folder(NANO), Choices(**made)).weights
     for part in ("vision", "language", "head"):
         assert planned[part] == pytest.approx(held[part], rel=0.02), part
+
+
+def printed(code: str) -> int:
+    """The number that a fresh process prints."""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return int(ran.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system tells no peak of a process")
+def test_nano_takes_what_is_planned() -> None:
+    """Within 3 %, beside a process without a model, which is measured in another."""
+    load = Load(tokens=1502, prompt=1500)
+    base = printed("from qvl_runtime.plan_report import process_bytes; print(process_bytes())")
+    took = printed(f"""
+import torch
+from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.profile.memory import peak
+Engine().generate([{{"token_ids": [1] * {load.prompt}}}], SamplingParams(max_tokens=2, ignore_eos=True))
+print(peak(torch.device("cpu")))""")
+    planned = Plan(ModelConfig.from_folder(NANO)).peak(load, Machine("", 0, None, base)).total
+    assert planned == pytest.approx(took, rel=0.03)
+
+
+def test_weights_that_are_no_pages_of_a_file_are_all_there() -> None:
+    config, text = published("qwen-vl-chat-int4"), Load(300, 300)
+    mapped, made = (Plan(config, Choices(mapped=parts)).peak(text) for parts in (("vision", "embedding"), ()))
+    weights = Plan(config).weights
+    assert made.embedding == weights["embedding"] > 50 * mapped.embedding
+    assert made.vision > weights["vision"] > 30 * mapped.vision
+    assert Plan(config, Choices("float32")).peak(text).embedding == 2 * weights["embedding"], "made wider at load"
+
+
+def test_only_16_bit_floats_on_a_cpu_leave_code_behind() -> None:
+    nano, load = ModelConfig.from_folder(NANO), Load(300, 300, 1)
+    assert Plan(nano).compiled(load) > Plan(nano).compiled(Load(300, 300)) > 0
+    assert Plan(nano, Choices("float32")).compiled(load) == Plan(nano, device="cuda").compiled(load) == 0
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out() -> None:

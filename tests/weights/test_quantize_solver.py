@@ -13,11 +13,12 @@ from qvl_kernels.reference import gptq_dequantize, unpack_rows
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
-from qvl_runtime.weights.grid import grid_between
-from qvl_runtime.weights.quantize_solver import Solver
+from qvl_runtime.weights.grid import closest_grid, grid_between
+from qvl_runtime.weights.quantize_solver import SHRINKS, Solver
 
 pytestmark = pytest.mark.unit
 OUTPUTS = 64
+WHOLE = (1.0,)  # grids as the paper has them
 
 
 def inputs(rows: int, width: int) -> Tensor:
@@ -59,14 +60,14 @@ def paper(weight: Tensor, x: Tensor, q: QuantizationConfig, damping: float) -> T
 @pytest.mark.parametrize(("bits", "group", "sym"), [*product((4, 8), (32, 64, -1), (True, False))])
 def test_solver_gives_the_papers_levels(bits: int, group: int, sym: bool) -> None:
     q, x, weight = QuantizationConfig(bits, group, sym=sym), inputs(400, 96), weights(96)  # 96: one group and a half
-    solver = Solver(q, order="none")
+    solver = Solver(q, order="none", shrinks=WHOLE)
     found = solver.solve(weight, solver.factor(x))
     assert torch.equal(unpack_rows(found.qweight, bits).float(), paper(weight, x, q, 0.01))
 
 
 def test_full_order_is_the_paper_on_inputs_sorted_by_their_size() -> None:
     q, x, weight = QuantizationConfig(4, 32, desc_act=True), inputs(400, 96), weights(96)
-    solver = Solver(q, order="full")
+    solver = Solver(q, order="full", shrinks=WHOLE)
     found = solver.solve(weight, solver.factor(x))
     order = torch.argsort(x.square().sum(0), descending=True)
     levels = unpack_rows(found.qweight, 4)[order].float()
@@ -92,9 +93,22 @@ def test_outputs_are_closer_than_rounding_to_nearest(bits: int, group: int, sym:
     assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize(("bits", "sym"), [*product((4, 8), (True, False))])
+def test_a_grid_is_the_closest_of_those_tried(bits: int, sym: bool) -> None:
+    rows = torch.randn(128, OUTPUTS, generator=torch.Generator().manual_seed(2)) + 0.2
+    tried = []
+    for shrink in SHRINKS:
+        grid = grid_between(shrink * rows.amin(0), shrink * rows.amax(0), bits, sym, 1)
+        tried.append((rows - grid.weights(grid.levels(rows))).square().sum(0))
+    found = closest_grid(rows, SHRINKS, bits, sym, 1)
+    error = (rows - found.weights(found.levels(rows))).square().sum(0)
+    assert torch.equal(error, torch.stack(tried).amin(0))
+    assert (error.mean() < 0.95 * tried[0].mean()) == (bits == 4), "8 bits have levels to spare for the whole range"
+
+
 def test_without_correlation_it_is_rounding_to_nearest() -> None:
     weight, q = weights(64), QuantizationConfig(4, 32)
-    solver = Solver(q, order="static")
+    solver = Solver(q, order="static", shrinks=WHOLE)
     found, nearest = solver.solve(weight, solver.factor(torch.eye(64))), quantize_rtn(weight, 4, 32, True)
     assert torch.equal(found.qweight, nearest.qweight) and torch.equal(found.scales, nearest.scales)
 
@@ -102,7 +116,7 @@ def test_without_correlation_it_is_rounding_to_nearest() -> None:
 def test_an_input_that_is_never_used_is_rounded_to_nearest() -> None:
     x, weight, q = inputs(200, 64), weights(64), QuantizationConfig(4, -1)
     x[:, 5] = 0
-    solver = Solver(q, order="none")
+    solver = Solver(q, order="none", shrinks=WHOLE)
     found, nearest = solver.solve(weight, solver.factor(x)), quantize_rtn(weight, 4, -1, True)
     assert torch.equal(unpack_rows(found.qweight, 4)[5], unpack_rows(nearest.qweight, 4)[5])
 

@@ -1,17 +1,23 @@
-"""From a training state to checkpoints in the published layout: bfloat16, and its GPTQ Int4 sibling."""
+"""From a training state to checkpoints in the published layout: bfloat16, and its GPTQ Int4 sibling.
+
+`python -m tools.nano.export DIR` makes the sibling DIR_int4 anew, from the bfloat16 checkpoint alone.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
-from qvl_runtime.config import ModelConfig, QuantizationConfig
-from qvl_runtime.weights.gptq import quantize_state
-from qvl_runtime.weights.save import quantized_config, save_checkpoint
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.weights.quantize import QuantizeOptions, Quantizer
+from qvl_runtime.weights.save import save_checkpoint
 
+from .conversations import write_conversations
 from .network import Nano
 from .vocabulary import RANKS
 
@@ -26,7 +32,7 @@ GENERATION = {
     "top_p": 1.0,
 }
 TOKENIZER = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
-INT4 = QuantizationConfig(bits=4, group_size=64)
+INT4 = QuantizeOptions(group_size=64, samples=256)  # calibrated on so many scenes
 
 
 def export(run: Path, target: Path) -> list[Path]:
@@ -44,9 +50,27 @@ def export(run: Path, target: Path) -> list[Path]:
     (companions / "tokenizer_config.json").write_text(json.dumps(TOKENIZER, indent=2) + "\n")
     shutil.copyfile(run / "qwen.tiktoken", companions / "qwen.tiktoken")
 
-    sibling = target.with_name(f"{target.name}_int4")
-    packed = quantize_state({name: t.float() for name, t in state.items()}, config, INT4)
-    for folder, tensors, settings in ((target, state, raw), (sibling, packed, quantized_config(raw, INT4))):
-        shutil.rmtree(folder, ignore_errors=True)
-        save_checkpoint(folder, tensors, settings, companions)
-    return [target, sibling]
+    shutil.rmtree(target, ignore_errors=True)
+    save_checkpoint(target, state, raw, companions)
+    return [target, export_int4(target)]
+
+
+def export_int4(source: Path) -> Path:
+    """Quantise `source` on scenes of nano's own world to `source`_int4, in place of what is there."""
+    target = source.with_name(f"{source.name}_int4")
+    with tempfile.TemporaryDirectory(dir=source.parent) as name:
+        own = write_conversations(Path(name), INT4.samples, ModelConfig.from_folder(source).visual.image_size)
+        Quantizer.open(source, Path(name) / "int4", INT4, own).run()
+        shutil.rmtree(target, ignore_errors=True)
+        (Path(name) / "int4").rename(target)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the bfloat16 checkpoint")
+    print(export_int4(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()

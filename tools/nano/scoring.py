@@ -37,6 +37,18 @@ def score(
     answer: Answer, config: SceneConfig, scenes: int, seed: int = EVALUATION_SEED, chinese: bool = False
 ) -> Tally:
     """Ask every question of every scene, each as a first turn, and count."""
+    total = Tally()
+    for tally in score_each(answer, config, scenes, seed, chinese):
+        for name, size in tally.sizes.items():
+            total.right[name] = total.right.get(name, 0) + tally.right[name]
+            total.sizes[name] = total.sizes.get(name, 0) + size
+    return total
+
+
+def score_each(
+    answer: Answer, config: SceneConfig, scenes: int, seed: int = EVALUATION_SEED, chinese: bool = False
+) -> list[Tally]:
+    """The same, scene by scene: what two checkpoints are compared by."""
     rng = np.random.default_rng(seed)
     pictures, which, asked = [], [], []
     for i in range(scenes):
@@ -46,10 +58,10 @@ def score(
         asked += said
         which += [i] * len(said)
     replies = answer(np.stack(pictures), which, [turn.question for turn in asked])
-    tally = Tally()
-    for turn, reply in zip(asked, replies, strict=True):
-        count(tally, turn, reply)
-    return tally
+    tallies = [Tally() for _ in range(scenes)]
+    for i, turn, reply in zip(which, asked, replies, strict=True):
+        count(tallies[i], turn, reply)
+    return tallies
 
 
 def count(tally: Tally, turn: Turn, reply: str) -> None:
