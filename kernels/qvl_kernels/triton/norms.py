@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec
+from qvl_kernels.triton.int4_shapes import decode_splits
+from qvl_kernels.triton.launch import Launch, Spec, counted
 
 WIDEST = 16384  # channels of a row that registers hold on 16 warps
 
@@ -167,20 +168,24 @@ def _check(op: str, x: Tensor, *vectors: Tensor) -> tuple[int, int]:
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """Decode (1 and 16 rows, updates whole and in 8 splits), prefill of 2048 rows, 1024 patches of a picture."""
+    """Decode (1 and 16 rows, updates in packed linears' partial sums and whole), prefill of 2048 rows, a picture."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     specs = []
-    for rows, splits in ((1, 0), (1, 8), (16, 0), (16, 8), (2048, 0)):
+    after = {name: decode_splits(capability, name) for name in ("out", "down")}
+    for rows, splits, linear in (
+        (1, 0, ""), (1, after["out"], "out"), (1, after["down"], "down"),
+        (16, after["out"], "out"), (16, after["down"], "down"), (2048, 0, ""),
+    ):  # fmt: skip
         x, weight = empty(rows, 4096), empty(4096)
         update = empty(splits, rows, 4096, dtype=torch.float32) if splits else empty(rows, 4096)
         moved = 3 * x.nbytes + update.nbytes + weight.nbytes
         launch = _rms_plan("add_rms_norm", x, update, weight, 1e-6, x, x)
-        name = f"add_rms_norm, {rows} rows{f', {splits} splits' if splits else ''}"
-        per_layer = 2 if (splits > 0) == (rows <= 16) and rows <= 16 else 0
-        specs.append(Spec(name, launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=per_layer))
+        label = f"add_rms_norm{f' after {linear}' if linear else ''}, {counted(rows, 'row')}"
+        label += f", {counted(splits, 'split')}" if splits else ""
+        specs.append(Spec(label, launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=int(splits > 0)))
     x, weight = empty(1, 4096), empty(4096)
     launch = _rms_plan("rms_norm", x, None, weight, 1e-6, None, x)
     specs.append(Spec("rms_norm, 1 row", launch, 2 * x.nbytes + weight.nbytes, max_ratio=0.3, min_wide=0.9))
