@@ -73,7 +73,7 @@ def layer_norm_kernel(
             tl.store(total_ptr + at, x, inside)
         x = widened(x)
         total += x
-        chunks = chunks + (x,)
+        chunks = chunks + (x,)  # noqa: RUF005 - a star is not in the language
     mean = (tl.sum(total, 1) / WIDTH)[:, None]
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     for i in tl.static_range(CHUNKS):
@@ -96,7 +96,7 @@ class Configuration(NamedTuple):
 
 
 def configuration(rows: int, width: int) -> Configuration:
-    """Of RMSNorm. Few rows leave most of the GPU idle, so that a row gets many warps; many rows fill it with few warps each."""
+    """RMSNorm's. Few rows leave most of the GPU idle, so that a row gets many warps; many fill it with few each."""
     block = triton.next_power_of_2(width)
     per_lane = 8 if rows < 128 else 16  # values: one or two loads of 128 bits
     return Configuration(block, max(1, min(16, block // (32 * per_lane))))
