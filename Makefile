@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup triton kernel-report demo test asan ubsan lint nano eval-nano report report-quick clean
+.PHONY: help setup triton kernel-report ttsem demo test asan ubsan lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,27 @@ triton: $(STAMP) ## install the pinned Triton anew, after another torch changed 
 
 kernel-report: $(STAMP) ## compile the GPU kernels without a GPU: registers, spills, bounds; a minute
 	$(BIN)/python -m tools.kernel_report $(REPORT_FLAGS)
+
+# Another opinion on the GPU kernels: their tests, on what Triton's compiler makes of them, in bfloat16 too. ttsem wants
+# Python 3.12, so it has an environment of its own.
+TTSEM := .venv-ttsem
+TTSEM_FLAGS ?=
+TTSEM_PACKAGES = torch pytest pytest-timeout safetensors tiktoken Pillow ttsem
+FIND_NEWER_PYTHON = for candidate in python3.12 python3.13; do \
+	$$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	&& { echo $$candidate; break; }; done
+
+ttsem: $(TTSEM)/.set-up ## run the GPU kernels' tests in ttsem, without a GPU: bfloat16, bounds, races; half an hour
+	TRITON_INTERPRET=0 $(TTSEM)/bin/python -m ttsem.sanitize pytest tests/kernels/triton -q -p no:cacheprovider --timeout 1200 $(TTSEM_FLAGS)
+
+$(TTSEM)/.set-up: constraints.txt
+	@python="$${PYTHON:-$$($(FIND_NEWER_PYTHON))}"; \
+	if [ -z "$$python" ]; then echo "error: ttsem needs Python 3.12 or 3.13 with the venv module, and there is none here; install one, or name it: make ttsem PYTHON=..." >&2; exit 2; fi; \
+	[ -x $(TTSEM)/bin/python ] || "$$python" -m venv $(TTSEM)
+	@grep -v '^triton==' constraints.txt > $(TTSEM)/constraints.txt
+	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(TTSEM)/constraints.txt $(TTSEM_PACKAGES)
+	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)"
+	@touch $@
 
 demo: $(STAMP) ## caption a picture, answer a question, box an object: about a minute
 	$(BIN)/qvl demo
@@ -80,5 +101,5 @@ report-quick: $(STAMP) ## the same at the smallest sizes, to out/report: does it
 	$(BIN)/python -m benchmarks.report --quick
 
 clean: ## remove the environment, builds, caches and outputs
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TTSEM) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

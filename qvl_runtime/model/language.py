@@ -18,7 +18,7 @@ from qvl_runtime.model.rotary import Positions
 class LayerCache(NamedTuple):
     """The KV cache of one layer, [blocks, H, block_size, width] each; keys are stored rotated.
 
-    The width is that of a head; in int8 each vector's scale stands behind it (`qvl_kernels.reference.cache_width`).
+    The width is that of a head, and of a float32 scale for each vector in int8 (`qvl_kernels.reference.cache_width`).
     """
 
     k: Tensor

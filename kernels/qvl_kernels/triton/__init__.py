@@ -33,17 +33,16 @@ from qvl_kernels.reference import (
     Precision,
     cache_width,
     embedding,
-    from_cached,
     gptq_dequantize,
     gptq_linear,
     greedy,
     rotary_tables,
     rotate_half,
     side_by_side,
-    to_cached,
     unpack_rows,
 )
 from qvl_kernels.triton.activations import gelu, swiglu
+from qvl_kernels.triton.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.linear import bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.paged_attention import paged_attention

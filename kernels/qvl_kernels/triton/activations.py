@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.int4_shapes import decode_splits
+from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
 
 MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -100,16 +101,15 @@ def _gelu_plan(x: Tensor, y: Tensor) -> Launch:
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """Decode with 1 and 16 rows, whole and in 2 splits; prefill of 2048 rows; the 8192 channels of 1024 patches."""
-    specs = []
-    for rows, splits in ((1, 0), (1, 2), (16, 0), (16, 2), (2048, 0)):
+    """Decode with 1 and 16 rows, of packed linears' partial sums and whole; prefill of 2048 rows; a picture's GELU."""
+    specs, parts = [], decode_splits(capability, "up_gate")
+    for rows, splits in ((1, 0), (1, parts), (16, 0), (16, parts), (2048, 0)):
         shape = (splits, rows, 2 * 11008) if splits else (rows, 2 * 11008)
         x = torch.empty(shape, dtype=torch.float32 if splits else torch.bfloat16, device="meta")
         y = x.new_empty(rows, 11008, dtype=torch.bfloat16)
-        name = f"swiglu, {rows} rows{f', {splits} splits' if splits else ''}"
-        per_layer = int(rows <= 16 and not splits)
-        moved = x.nbytes + y.nbytes
-        specs.append(Spec(name, _swiglu_plan(x, y), moved, max_ratio=0.3, min_wide=0.9, per_layer=per_layer))
+        name = ", ".join(["swiglu", counted(rows, "row"), *[counted(splits, "split")] * bool(splits)])
+        launch, moved = _swiglu_plan(x, y), x.nbytes + y.nbytes
+        specs.append(Spec(name, launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=int(splits > 0)))
     x = torch.empty(1024, 8192, dtype=torch.bfloat16, device="meta")
     specs.append(Spec("gelu, a picture", _gelu_plan(x, x), 2 * x.nbytes))
     return specs

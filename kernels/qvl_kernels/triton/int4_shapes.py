@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.repack import TILE, WORDS, PackedInt4
+from qvl_kernels.triton.configs import config
 
 DECODER = {  # inputs, outputs: the four int4 linears of each of 32 layers
     "qkv": (4096, 12288),
@@ -36,6 +37,11 @@ def example(
         group=GROUP,
     )
     return empty(rows, inputs), weight, empty(outputs) if name in BIASED else None
+
+
+def decode_splits(capability: int, name: str) -> int:
+    """In how many partial sums a linear gives its outputs in a decode step."""
+    return config(capability, "few_rows", 1, *DECODER[name]).splits
 
 
 def weight_bytes(weight: PackedInt4, bias: Tensor | None) -> int:

@@ -1,19 +1,66 @@
-"""Reading tiles of keys or values from the paged cache, 16-bit or int8."""
+"""Where keys and values lie in a block of the paged cache, and reading them from there.
+
+A block of one head holds BLOCK_SIZE vectors of D channels one after another, and in int8 then their float32 scales: as
+much as `reference.to_cached` gives, in another order. A scale behind each vector would leave the next one at a multiple
+of 4 bytes, from where nothing can be loaded 128 bits at a time.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qvl_kernels import reference
+from qvl_kernels.reference import SCALE_BYTES
+
+
+def to_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.to_cached` of whole blocks of vectors [.., block_size, d], as these kernels read them."""
+    return by_block(reference.to_cached(x, dtype))
+
+
+def from_cached(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.from_cached` of whole blocks [.., block_size, width], as these kernels read them."""
+    return reference.from_cached(by_vector(stored), dtype)
+
+
+def by_block(stored: Tensor) -> Tensor:
+    """Whole blocks [.., block_size, width] as `reference` has them, brought into the order of these kernels."""
+    if stored.dtype != torch.int8:
+        return stored
+    parts = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:]
+    return torch.cat([part.flatten(-2) for part in parts], -1).view(stored.shape)
+
+
+def by_vector(stored: Tensor) -> Tensor:
+    """The inverse of `by_block`."""
+    if stored.dtype != torch.int8:
+        return stored
+    slots, dim, block = stored.shape[-2], stored.shape[-1] - SCALE_BYTES, stored.flatten(-2)
+    levels, scales = block[..., : slots * dim], block[..., slots * dim :]
+    return torch.cat([levels.unflatten(-1, (slots, dim)), scales.unflatten(-1, (slots, SCALE_BYTES))], -1)
 
 
 @triton.jit
-def load_tile(cache_ptr, at, keys, columns, dtype: tl.constexpr, D: tl.constexpr, INT8: tl.constexpr):
-    """Vectors [N, BLOCK_D] in dtype whose first elements lie at `at` [N]; zeros where not keys [N] or not columns.
+def scales_at(cache_ptr, start, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Pointers to the scales of an int8 block that starts at element `start` of the cache."""
+    return (cache_ptr + start + BLOCK_SIZE * D).to(tl.pointer_type(tl.float32), bitcast=True)
 
-    The rounding is that of `reference.from_cached`. An int8 vector has its float32 scale behind its D levels.
+
+@triton.jit
+def load_tile(
+    cache_ptr, start, slot, keys, columns, dtype: tl.constexpr,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Vectors [N, BLOCK_D] in dtype of slot [N] of the blocks that start at `start`; zeros where not keys or columns.
+
+    start is [N], or one for all. The rounding is that of `reference.from_cached`.
     """
-    stored = tl.load(cache_ptr + at[:, None] + tl.arange(0, columns.shape[1])[None, :], keys[:, None] & columns, 0)
+    at = cache_ptr + (start + slot * D)[:, None] + tl.arange(0, columns.shape[1])[None, :]
+    stored = tl.load(at, keys[:, None] & columns, 0)
     if INT8:
-        scale = tl.load((cache_ptr + at + D).to(tl.pointer_type(tl.float32), bitcast=True), keys, 0.0)
+        scale = tl.load(scales_at(cache_ptr, start, D, BLOCK_SIZE) + slot, keys, 0.0)
         return (stored.to(tl.float32) * scale[:, None]).to(dtype)
     return stored.to(dtype)

@@ -26,9 +26,9 @@ def prefill_kernel(
 ):  # fmt: skip
     """out = softmax(q k^T / sqrt(d)) v over the keys at or before each row, for one tile of rows and one head.
 
-    q, out [n, H, D]; caches [blocks, H, BLOCK_SIZE, WIDTH]; tables [R, most_blocks]; tiles int32 [T, 4]: request,
-    first row, rows, position of the first row. Whole tiles of keys before the first row need no mask; then come those
-    on the diagonal, where nothing past the last row is read: nobody has written it.
+    q, out [n, H, D]; caches [blocks, H, BLOCK_SIZE, WIDTH] that lie as `kv_tiles` says; tables [R, most_blocks]; tiles
+    int32 [T, 4]: request, first row, rows, position of the first row. Whole tiles of keys before the first row need no
+    mask; then come those on the diagonal, where nothing past the last row is read: nobody has written it.
     """
     tile_ptr = tiles_ptr + 4 * tl.program_id(0)
     head = tl.program_id(1)
@@ -48,18 +48,18 @@ def prefill_kernel(
     for start in range(0, seen, BLOCK_N):
         key = start + slots
         page = tl.load(tables_ptr + request * most_blocks + key // BLOCK_SIZE).to(tl.int64)
-        place = ((page * H + head) * BLOCK_SIZE + key % BLOCK_SIZE) * WIDTH
+        place, slot = (page * H + head) * (BLOCK_SIZE * WIDTH), key % BLOCK_SIZE
         every = key >= 0
-        k = load_tile(k_cache_ptr, place, every, columns, q.dtype, D, INT8)
-        v = load_tile(v_cache_ptr, place, every, columns, q.dtype, D, INT8)
+        k = load_tile(k_cache_ptr, place, slot, every, columns, q.dtype, D, BLOCK_SIZE, INT8)
+        v = load_tile(v_cache_ptr, place, slot, every, columns, q.dtype, D, BLOCK_SIZE, INT8)
         top, mass, total = attend(q, k, v, top, mass, total, scale, True, False)
     for start in range(seen, position + rows, BLOCK_N):
         key = start + slots
         written = key < position + rows
         page = tl.load(tables_ptr + request * most_blocks + key // BLOCK_SIZE, written, 0).to(tl.int64)
-        place = ((page * H + head) * BLOCK_SIZE + key % BLOCK_SIZE) * WIDTH
-        k = load_tile(k_cache_ptr, place, written, columns, q.dtype, D, INT8)
-        v = load_tile(v_cache_ptr, place, written, columns, q.dtype, D, INT8)
+        place, slot = (page * H + head) * (BLOCK_SIZE * WIDTH), key % BLOCK_SIZE
+        k = load_tile(k_cache_ptr, place, slot, written, columns, q.dtype, D, BLOCK_SIZE, INT8)
+        v = load_tile(v_cache_ptr, place, slot, written, columns, q.dtype, D, BLOCK_SIZE, INT8)
         visible = (key[None, :] <= position + row[:, None]) & written[None, :]
         top, mass, total = attend(q, k, v, top, mass, total, scale, visible, True)
     tl.store(out_ptr + at, (total / mass[:, None]).to(out_ptr.dtype.element_ty), inside)

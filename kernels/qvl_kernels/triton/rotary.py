@@ -9,10 +9,12 @@ from torch import Tensor
 
 from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.int4_shapes import decode_splits
+from qvl_kernels.triton.kv_tiles import scales_at
+from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
-HEADS_AT_ONCE = 4  # of a program: enough for one load of 128 bits a lane, few enough for many programs
+MANY = 128  # rows that fill the GPU with programs
 
 
 @triton.jit
@@ -32,21 +34,21 @@ def _levels(x, factor):
 
 @triton.jit
 def _store(
-    cache_ptr, at, head, first, second, rest, turns, passes, column, beyond,
-    TURNED: tl.constexpr, D: tl.constexpr, INT8: tl.constexpr, PARTIAL: tl.constexpr,
+    cache_ptr, start, slot, head, first, second, rest, turns, passes, column, beyond,
+    TURNED: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, INT8: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Vectors into the cache at `at`: channels first | second | rest; in int8 with their scale behind them."""
+    """Vectors into a slot of the blocks that start at `start`: channels first | second | rest; in int8 their scale."""
     if INT8:
-        top = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
+        top = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1)
         if PARTIAL:
             top = tl.maximum(top, tl.max(tl.abs(rest), 1))
-        scale_at = (cache_ptr + at + D).to(tl.pointer_type(tl.float32), bitcast=True)
-        tl.store(scale_at, (top / 127.0)[:, None], head)
-        factor = tl.where(top > 0, tl.div_rn(127.0, top), 0.0)[:, None]
+        tl.store(scales_at(cache_ptr, start, D, BLOCK_SIZE) + slot, (top * (1 / 127))[:, None], head)
+        factor = tl.where(top > 0, 127.0 / top, 0.0)[:, None]
         first, second = _levels(first, factor), _levels(second, factor)
         if PARTIAL:
             rest = _levels(rest, factor)
     dtype = cache_ptr.dtype.element_ty
+    at = start + slot * D
     tl.store(cache_ptr + at + column, first.to(dtype), turns)
     tl.store(cache_ptr + at + TURNED + column, second.to(dtype), turns)
     if PARTIAL:
@@ -59,31 +61,34 @@ def rotary_kernel(
     rows, H,
     D: tl.constexpr, TURNED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, INT8: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """q = round(turn(q)) * logn; caches[slot] = turn(k), v, for HEADS heads of one row.
 
     turn: channels j and j + TURNED of 2 * TURNED become x_j cos_j - x_j' sin_j and x_j' cos_j' + x_j sin_j'; those
     beyond pass (Su et al. 2021, in GPT-NeoX's order). qkv [SPLITS or 1, rows, 3, H, D]; cos, sin float32
-    [rows, 2 * TURNED]; q [rows, H, D]; caches [blocks, H, BLOCK_SIZE, WIDTH]. HALF and REST are the powers of two that
-    hold TURNED and D - 2 * TURNED channels.
+    [rows, 2 * TURNED]; q [rows, H, D]; caches [blocks, H, BLOCK_SIZE, WIDTH] that lie as `kv_tiles` says. HALF and REST
+    are the powers of two that hold TURNED and D - 2 * TURNED channels; WHOLE: HEADS divides H, and nothing is masked.
     """
     dtype = q_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    head = (heads < H)[:, None]
+    some = tl.arange(0, HEADS)
+    heads = tl.program_id(1) * HEADS + some
+    count = HEADS if WHOLE else H - tl.program_id(1) * HEADS
+    head = (some < count)[:, None]
     column = tl.arange(0, HALF)[None, :]
     beyond = 2 * TURNED + tl.arange(0, REST)[None, :]
     turning = column < TURNED
     turns, passes = head & turning, head & (beyond < D)
     partial: tl.constexpr = 2 * TURNED < D
 
-    table = row * 2 * TURNED + column
-    cos_1, cos_2 = tl.load(cos_ptr + table, turning, 0.0), tl.load(cos_ptr + table + TURNED, turning, 0.0)
-    sin_1, sin_2 = tl.load(sin_ptr + table, turning, 0.0), tl.load(sin_ptr + table + TURNED, turning, 0.0)
+    table = row * 2 * TURNED + tl.arange(0, 2)[:, None] * TURNED + column
+    cos_1, cos_2 = tl.split(tl.trans(tl.load(cos_ptr + table, turning, 0.0)))
+    sin_1, sin_2 = tl.split(tl.trans(tl.load(sin_ptr + table, turning, 0.0)))
     logn = tl.load(logn_ptr + row).to(dtype).to(tl.float32)
     slot = tl.load(slots_ptr + row)
-    stored = (heads < tl.where(slot >= 0, H, 0))[:, None]
-    cached = ((slot // BLOCK_SIZE * H + heads[:, None]) * BLOCK_SIZE + slot % BLOCK_SIZE) * WIDTH
+    stored = (some < tl.where(slot >= 0, count, 0))[:, None]
+    cached = (slot // BLOCK_SIZE * H + heads[:, None]) * (BLOCK_SIZE * WIDTH)
     apart = rows.to(tl.int64) * 3 * H * D
     at = (row * 3 * H + heads[:, None]) * D
 
@@ -106,8 +111,8 @@ def rotary_kernel(
                 tl.store(out + beyond, (rest * logn).to(dtype), passes)
         else:
             cache_ptr = k_cache_ptr if part == 1 else v_cache_ptr
-            _store(cache_ptr, cached, stored, first, second, rest, stored & turning, stored & (beyond < D),
-                   column, beyond, TURNED, D, INT8, partial)  # fmt: skip
+            _store(cache_ptr, cached, slot % BLOCK_SIZE, stored, first, second, rest, stored & turning,
+                   stored & (beyond < D), column, beyond, TURNED, D, BLOCK_SIZE, INT8, partial)  # fmt: skip
 
 
 def rotary_to_cache(
@@ -123,6 +128,11 @@ def rotary_to_cache(
     q = qkv.new_empty(qkv.shape[-2], heads, qkv.shape[-1] // (3 * heads), dtype=dtype)
     _plan(qkv, cos, sin, logn, k_cache, v_cache, slots, q).run()
     return q
+
+
+def heads_at_once(rows: int) -> int:
+    """Heads of a program: 4 make one load of 128 bits a lane; of many rows 8, which halves what a row costs besides."""
+    return 4 if rows < MANY else 8
 
 
 def _plan(
@@ -147,27 +157,29 @@ def _plan(
         raise ValueError(f"{op}: heads of {head_dim} channels; an int8 cache needs a multiple of {SCALE_BYTES}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.tensor(op, name, cache, (None, heads, None, width), torch.int8 if int8 else q.dtype)
+    at_once = heads_at_once(rows)
     half, rest = triton.next_power_of_2(turned), triton.next_power_of_2(max(head_dim - 2 * turned, 1))
     return Launch(
         rotary_kernel,
-        (rows, blocks(heads, HEADS_AT_ONCE)),
+        (rows, blocks(heads, at_once)),
         {"qkv_ptr": qkv, "cos_ptr": cos, "sin_ptr": sin, "logn_ptr": logn, "slots_ptr": slots, "q_ptr": q,
          "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "rows": rows, "H": heads},
         {"D": head_dim, "TURNED": turned, "BLOCK_SIZE": k_cache.shape[2], "WIDTH": width, "INT8": int8,
-         "SPLITS": len(qkv) if qkv.dim() == 3 else 0, "HEADS": HEADS_AT_ONCE, "HALF": half, "REST": rest},
+         "SPLITS": len(qkv) if qkv.dim() == 3 else 0, "HEADS": at_once, "HALF": half, "REST": rest,
+         "WHOLE": heads % at_once == 0},
         warps=1,
     )  # fmt: skip
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """32 heads of 128: decode with 1 and 16 rows, whole and in 4 splits, both caches; prefill of 2048 rows."""
+    """32 heads of 128: decode with 1 and 16 rows, of packed linears' partial sums and whole; prefill of 2048 rows."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    specs = []
+    specs, parts = [], decode_splits(capability, "qkv")
     for rows, splits, cache_dtype in (
-        (1, 0, torch.bfloat16), (1, 4, torch.bfloat16), (16, 4, torch.bfloat16), (16, 4, torch.int8),
+        (1, 0, torch.bfloat16), (1, parts, torch.bfloat16), (16, parts, torch.bfloat16), (16, parts, torch.int8),
         (2048, 0, torch.bfloat16), (2048, 0, torch.int8),
     ):  # fmt: skip
         shape = (rows, 3 * 4096)
@@ -177,11 +189,9 @@ def aot_specs(capability: int) -> list[Spec]:
         q = empty(rows, 32, 128)
         stored = 2 * rows * 32 * cache.shape[-1] * cache.element_size()
         moved = qkv.nbytes + 2 * tables.nbytes + logn.nbytes + slots.nbytes + q.nbytes + stored
-        parts = ["rotary_to_cache", f"{rows} rows", *[f"{splits} splits"] * bool(splits)]
-        parts += ["int8 KV"] * (cache_dtype == torch.int8)
+        name = ["rotary_to_cache", counted(rows, "row"), *[counted(splits, "split")] * bool(splits)]
+        name += ["int8 KV"] * (cache_dtype == torch.int8)
         launch = _plan(qkv, tables, tables, logn, cache, cache, slots, q)
         per_layer = int(splits > 0 and cache_dtype != torch.int8)
-        # prefill is no decode-regime kernel; in int8 its maxima and roundings are ALU work, half of the memory time
-        bars = (0.3, 0.9) if splits else (0.3 if cache_dtype != torch.int8 else 0.6, 0.0)
-        specs.append(Spec(", ".join(parts), launch, moved, *bars, per_layer=per_layer))
+        specs.append(Spec(", ".join(name), launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=per_layer))
     return specs

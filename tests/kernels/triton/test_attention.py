@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.triton.decode_attention import splits_for
+from qvl_kernels.triton.kv_tiles import by_block, by_vector
 from qvl_kernels.triton.paged_attention import paged_attention
 from tests.kernels.compare import KV8_ERROR, as_good_as_torch, relative
 
@@ -31,7 +32,10 @@ def case(
     rng: torch.Generator, rows: Sequence[int], lengths: Sequence[int], heads: int = 2, dim: int = 32,
     cache_dtype: torch.dtype | None = None, dtype: torch.dtype = torch.float16,
 ) -> Case:  # fmt: skip
-    """Requests over blocks in no order; garbage (NaN, or the largest scales) where no token is."""
+    """Requests over blocks in no order; garbage (NaN, or the largest scales) where no token is.
+
+    The caches lie as the kernels read them.
+    """
     widest = max(-(-n // BLOCK_SIZE) for n in lengths) + 1
     blocks = torch.randperm(widest * len(lengths), generator=rng).view(len(lengths), widest)
     stored = cache_dtype or dtype
@@ -45,13 +49,14 @@ def case(
             cache[blocks[r, at // BLOCK_SIZE], :, at % BLOCK_SIZE] = reference.to_cached(vectors, stored)
     q = torch.randn(sum(rows), heads, dim, generator=rng).to(dtype) * 2
     starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
-    return Case(q, caches[0], caches[1], blocks, starts, list(lengths))
+    return Case(q, by_block(caches[0]), by_block(caches[1]), blocks, starts, list(lengths))
 
 
 def check(c: Case, got: Tensor) -> None:
-    plain = reference.paged_attention(*c)
-    caches = [reference.from_cached(cache, torch.float32).double() for cache in (c.k_cache, c.v_cache)]
-    want = reference.paged_attention(c.q.double(), *caches, *c[3:])
+    stored = [by_vector(cache) for cache in (c.k_cache, c.v_cache)]
+    plain = reference.paged_attention(c.q, *stored, *c[3:])
+    exact = [reference.from_cached(cache, torch.float32).double() for cache in stored]
+    want = reference.paged_attention(c.q.double(), *exact, *c[3:])
     as_good_as_torch(got, plain, want)
     if c.k_cache.dtype == torch.int8:
         assert relative(got, want) < KV8_ERROR

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
+from qvl_kernels.triton.kv_tiles import by_block, by_vector, from_cached
 from qvl_kernels.triton.rotary import rotary_to_cache
 from tests.kernels.compare import EPSILON
 
@@ -32,7 +33,7 @@ def test_rotary_to_cache(
     q = rotary_to_cache(*same, *ours, slots, torch.float16)
     _one_rounding(q, reference.rotary_to_cache(*same, *plain, slots, torch.float16))
     for mine, theirs in zip(ours, plain, strict=True):
-        a, b = (reference.from_cached(cache, torch.float32) for cache in (mine, theirs))
+        a, b = from_cached(mine, torch.float32), reference.from_cached(theirs, torch.float32)
         if cache_dtype == torch.int8:  # a tie may fall to either side: one level of 127
             assert (a - b).abs().max() <= b.abs().max() / 127 * 1.01
         else:
@@ -40,9 +41,10 @@ def test_rotary_to_cache(
 
 
 def test_a_vector_of_zeros_is_stored_in_int8(rng: torch.Generator) -> None:
-    cache = _cache(1, 8, torch.int8) + 1
+    cache = by_block(_cache(1, 8, torch.int8) + 1)
     slots = torch.tensor([3])
     rotary_to_cache(torch.zeros(1, 24).half(), *_tables(rng, 1, 8), cache, cache, slots)
+    cache = by_vector(cache)
     assert not cache[0, 0, 3].any() and (cache[0, 0, 4] == 1).all()
 
 
