@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import huge_pages, reference
-from qvl_kernels.cpu_library import CODES, FLOATS, library
+from qvl_kernels.cpu_library import CODES, FLOATS, LibraryError, library
 from qvl_kernels.reference import Bound, Packed, Precision
 
 _log = logging.getLogger("qvl_kernels")
@@ -139,6 +139,14 @@ def step_sizes(rows: int) -> list[int]:
     return [2 * whole] if padded == whole else [whole, padded]
 
 
+def in_tiles(dtype: str) -> bool:
+    """Whether dense weights of a dtype, by name, meet many rows on AMX tiles here, and not in torch's GEMM."""
+    try:
+        return dtype == "bfloat16" and library().instruction_set == "amx"
+    except LibraryError:  # plain torch runs
+        return False
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`: few rows at the speed of memory, bfloat16 on AMX tiles, else more through torch's GEMM."""
     rows = x.numel() // max(1, x.shape[-1])
@@ -146,7 +154,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
     if not dense or rows == 0:
         return F.linear(x, weight, bias)
-    if rows > FEW_DENSE and not (x.dtype == torch.bfloat16 and library().instruction_set == "amx"):
+    if rows > FEW_DENSE and not in_tiles(str(x.dtype).removeprefix("torch.")):
         return in_steps(x, lambda part: F.linear(part, weight, bias))
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes; the smallest buffer that gains from them
 LINE = 64
+PIECE = 32 << 10  # bytes of what is written at once, from which on a huge page is soon full
 
 
 def buffer(nbytes: int, huge: int | None = None) -> Tensor:
@@ -33,6 +34,11 @@ def buffer(nbytes: int, huge: int | None = None) -> Tensor:
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE, start, wanted)
     return raw[start : start + nbytes]
+
+
+def touched(nbytes: int, piece: int) -> int:
+    """Bytes that become memory when so many at the start of a buffer are written, `piece` at a time: whole pages."""
+    return -(-nbytes // HUGE_PAGE) * HUGE_PAGE if piece >= PIECE else nbytes
 
 
 def mapping(nbytes: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qvl_kernels.huge_pages import buffer
+from qvl_kernels.huge_pages import PIECE, buffer
 from qvl_kernels.reference import cache_width
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CapacityError
@@ -93,11 +93,12 @@ class KVCache:
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor of blocks. On a CPU in huge pages, with which decoding reads a long context 1.13 times as
-    fast, but for the spare block at the end: it would make a whole page of them resident in every layer."""
+    fast; not the spare block at the end, nor small blocks: a page of 2 MiB would hold thousands of tokens of nano."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     block = math.prod(shape[1:]) * dtype.itemsize
-    return buffer(shape[0] * block, huge=(shape[0] - 1) * block).view(dtype).view(shape)
+    huge = (shape[0] - 1) * block if block >= PIECE else 0
+    return buffer(shape[0] * block, huge).view(dtype).view(shape)
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -128,9 +128,8 @@ class Plan:
         elif self.choices.embedding_on_host:
             parts["embedding"] = 0
         return Peak(
-            **parts, kv=(-(-load.tokens // BLOCK) + 1) * BLOCK * self.kv_per_token,  # one block is always there
-            features=load.pictures * self.feature_bytes, workspace=self._workspace(load),
-            reserved=0 if machine is None else machine.reserved,
+            **parts, kv=self._kv(load.tokens), features=load.pictures * self.feature_bytes,
+            workspace=self._workspace(load), reserved=0 if machine is None else machine.reserved,
         )  # fmt: skip
 
     @property
@@ -172,7 +171,9 @@ class Plan:
 
     def compiled(self, load: Load) -> int:
         """What a CPU compiles while it runs, and keeps: oneDNN's code for products of dense weights in 16 bits."""
-        if self.device != "cpu" or self.width == 4:
+        from qvl_kernels.cpu_linear import in_tiles
+
+        if self.device != "cpu" or self.width == 4 or in_tiles(self.dtype):
             return 0
         c, v, step = self.config, self.config.visual, self.choices.step_tokens
         numbers = 0
@@ -183,6 +184,15 @@ class Plan:
             of_queries = load.pictures * v.n_queries, load.together * v.n_queries
             numbers += len(PATCH_LINEARS) * _sizes(*passes) + len(QUERY_LINEARS) * _sizes(*of_queries)
         return numbers * COMPILED
+
+    def _kv(self, tokens: int) -> int:
+        """Of so many tokens, in blocks, and of one block that is always there. On a CPU in whole pages."""
+        from qvl_kernels.huge_pages import touched
+
+        blocks, tensors = -(-tokens // BLOCK), 2 * self.config.num_hidden_layers
+        block = BLOCK * self.kv_per_token // tensors
+        there = touched(blocks * block, block) if self.device == "cpu" else blocks * block
+        return tensors * (there + block)
 
     def _workspace(self, load: Load) -> int:
         """The most that a step holds at once beside weights and caches: in attention, in an MLP, or in the tower.

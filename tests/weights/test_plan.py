@@ -100,7 +100,8 @@ def test_weights_that_are_no_pages_of_a_file_are_all_there() -> None:
 
 def test_only_16_bit_floats_on_a_cpu_leave_code_behind() -> None:
     nano, load = ModelConfig.from_folder(NANO), Load(300, 300, 1)
-    assert Plan(nano).compiled(load) > Plan(nano).compiled(Load(300, 300)) > 0
+    half = Choices("float16")
+    assert Plan(nano, half).compiled(load) > Plan(nano, half).compiled(Load(300, 300)) > 0
     assert Plan(nano, Choices("float32")).compiled(load) == Plan(nano, device="cuda").compiled(load) == 0
 
 

@@ -73,7 +73,7 @@ def layer_norm_kernel(
             tl.store(total_ptr + at, x, inside)
         x = widened(x)
         total += x
-        chunks = chunks + (x,)  # noqa: RUF005 - a star is not in the language
+        chunks = chunks + (x,)  # type: ignore[assignment]  # noqa: RUF005 - a star is not in the language
     mean = (tl.sum(total, 1) / WIDTH)[:, None]
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     for i in tl.static_range(CHUNKS):
