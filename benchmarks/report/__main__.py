@@ -21,12 +21,15 @@ from typing import Any
 import torch
 
 from benchmarks import serving
+from benchmarks.gpu.bounds import CONTEXTS, bounds
 from benchmarks.report.gather import MODELS, QUICK
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
 from qvl_runtime.device import free_memory
 from qvl_runtime.profile.commands import plain
 from qvl_runtime.profile.machine import Machine
+from qvl_runtime.profile.speed import LENGTHS, PUBLISHED
+from qvl_runtime.weights.synthetic import SYNTHETIC
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +48,16 @@ def measured(label: str, quick: bool) -> dict[str, Any]:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def computed() -> list[dict[str, Any]]:
+    """The bounds of GPUs that nobody here has, beside what the original was measured at on one of them."""
+    published = {
+        ("A100-SXM4-80GB", name, context): PUBLISHED[kind, length]
+        for name, kind in zip(SYNTHETIC, ("bf16", "int4"), strict=True)
+        for context, length in zip(CONTEXTS, LENGTHS, strict=True)
+    }
+    return [{**b, "published": published.get((b["machine"], b["model"], b["context"]))} for b in bounds()]
 
 
 def folder_name(machine: Machine) -> str:
@@ -69,7 +82,7 @@ def main() -> None:
     rates, count = ([float("inf")], 6) if asked.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
     report = {
         "machine": plain(machine), "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
-        "quick": asked.quick, "models": models, "serving": serving.measure({}, rates, count, 6),
+        "quick": asked.quick, "models": models, "serving": serving.measure({}, rates, count, 6), "bounds": computed(),
     }  # fmt: skip
     report["minutes"] = (time.perf_counter() - began) / 60
     (out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")

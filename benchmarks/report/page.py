@@ -38,8 +38,8 @@ def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> 
             timing(m) for m in measured
         ]),
         "## Memory", "", *image(pictures, "memory.png"),
-        *table(("model", "case", "peak, GiB", "original, A100", "how"), [
-            (m["label"], f"{case['name']} {case['tokens'] or ''}", f"{case['peak'] / GIB:.2f}",
+        *table(("model", "case", "peak, GiB", "planned", "original, A100", "how"), [
+            (m["label"], f"{case['name']} {case['tokens'] or ''}", f"{case['peak'] / GIB:.2f}", planned(case),
              case["published_gib"] or "", case["how"])
             for m in measured if m["memory"] for case in m["memory"]["cases"]
         ]),
@@ -59,6 +59,13 @@ def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> 
         "",
         *table(("rate", "tokens/s", "TTFT p50 / p95 / p99, s", "TPOT p50 / p95 / p99, ms", "prefix hits"), [
             serving(record) for record in report["serving"]
+        ]),
+        "## On a GPU: computed, not measured", "",
+        "What the memory's bandwidth allows at most for the mean step of the published lengths, with a 16-bit cache; the "
+        "original was measured on that A100. No GPU has run this software yet.", "",
+        *table(("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100"), [
+            (b["model"], b["machine"], b["context"], f"{b['gb_a_token']:.2f}", f"{b['at_most_tok_s']:.0f}",
+             b["published"] or "") for b in report["bounds"]
         ]),
     ]  # fmt: skip
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -85,6 +92,13 @@ def timing(model: dict[str, Any]) -> tuple[Any, ...]:
     gaps = [f"{1e3 * answer['tpot_s'][p]:.1f} ms" for p in ("p50", "p95", "p99")]
     parts = [f"{answer['timings'][part]:.2f} s" for part in ("picture_s", "vision_s", "prefill_s", "decode_s")]
     return (model["label"], answer["tokens"], f"{answer['ttft_s']:.2f} s", *gaps, *parts)
+
+
+def planned(case: dict[str, Any]) -> str:
+    """What `qvl plan` said before, and how far off it was; of loading it says nothing."""
+    if not case["planned"]:
+        return ""
+    return f"{case['planned'] / GIB:.2f} ({case['planned'] / case['peak'] - 1:+.1%})"
 
 
 def serving(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.kernels.__main__ import compared, figures, markdown
 from benchmarks.kernels.cases import makers
+from benchmarks.report.__main__ import computed
+from benchmarks.report.agree import compare, spreads
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
 
@@ -38,7 +40,10 @@ def report() -> dict[str, Any]:
         "growth": [{"name": n, "axis": "x", "points": points, "bound": "Memory: x."} for n in ("decode", "prefill")],
         "memory": {
             "parts": {"vision": 2 << 30, "language": 3 << 30}, "kv_per_token": 1 << 19,
-            "cases": [{"name": "encode", "tokens": 2048, "peak": 8 << 30, "published_gib": 11.82, "how": "computed"}],
+            "cases": [
+                {"name": "encode", "tokens": 2048, "peak": 8 << 30, "planned": 81 << 27, "published_gib": 11.82,
+                 "how": "computed"}
+            ],
         },
     }  # fmt: skip
     return {
@@ -53,6 +58,7 @@ def report() -> dict[str, Any]:
              "tpot_s": {"p50": 0.01, "p95": 0.02, "p99": 0.03}, "prefix_hit_rate": 0.5},
             {"rate": "one at a time", "tok_s": 20.0},
         ],
+        "bounds": computed(),
     }  # fmt: skip
 
 
@@ -65,11 +71,24 @@ def test_a_page_shows_every_figure_with_where_it_comes_from(tmp_path: Path) -> N
     for wanted in (
         "python -m benchmarks.report", "abc1234", "A CPU, 2 threads", "4.5 (4.05-4.95)", "37.79", "18.0", "90%",
         "11.82", "8.00", "a note", "left out, needs 40 GiB of memory", "one at a time", "0.1 / 0.2 / 0.3",
+        "10.12 (+26.6%)", "H100", "not measured",
     ):  # fmt: skip
         assert wanted in page, wanted
     assert set(pictures) == {"speed.png", "time.png", "memory.png", "serving.png", "growth-full-size-int4-fast.png"}
     for name in pictures:
         assert f"({name})" in page and (tmp_path / name).stat().st_size > 5000
+
+
+def test_two_runs_agree_where_their_spreads_meet() -> None:
+    one, other, slower = report(), report(), report()
+    slower["models"][0]["speed"]["means"][0]["tok_s"] = spread(3.0)
+    names = [name for name, _ in spreads(one)]
+    assert "full-size Int4, fast: mean over 1792 tokens" in names and len(names) == len(set(names)) == 10
+    assert all(row.meet for row in compare(one, other))
+    (apart,) = [row for row in compare(one, slower) if not row.meet]
+    assert apart.name == "full-size Int4, fast: mean over 1792 tokens" and apart.ratio == pytest.approx(3 / 4.5)
+    one["models"] = one["models"][1:]
+    assert compare(one, other) == [], "what only one of them measured"
 
 
 def test_kernel_runs_are_compared_by_name(tmp_path: Path) -> None:
