@@ -61,8 +61,8 @@ def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> 
             serving(record) for record in report["serving"]
         ]),
         "## On a GPU: computed, not measured", "",
-        "What the memory's bandwidth allows at most for the mean step of the published lengths, with a 16-bit cache; the "
-        "original was measured on that A100. No GPU has run this software yet.", "",
+        "What the memory's bandwidth allows at most for the mean step of the published lengths, with a 16-bit cache; "
+        "the original was measured on that A100. No GPU has run this software yet.", "",
         *table(("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100"), [
             (b["model"], b["machine"], b["context"], f"{b['gb_a_token']:.2f}", f"{b['at_most_tok_s']:.0f}",
              b["published"] or "") for b in report["bounds"]

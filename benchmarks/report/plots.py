@@ -146,4 +146,5 @@ def growth(pyplot: Any, model: Model) -> bool:
         axes.set_xlabel(curve["axis"])
         axes.set_ylabel("seconds")
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return True
