@@ -20,8 +20,8 @@ from qvl_runtime.engine_config import EngineConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.schedule import warm_up
 from qvl_runtime.schedule.kv_cache import KVCache
-from qvl_runtime.schedule.runner import PICTURES_AT_ONCE
 from qvl_runtime.schedule.scheduler import StepLimits
+from qvl_runtime.weights.sizes import PICTURES_AT_ONCE
 from tests.schedule.small import small_config
 
 pytestmark = pytest.mark.unit

@@ -22,8 +22,8 @@ from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
 from qvl_runtime.weights.mapped import trim_heap
+from qvl_runtime.weights.sizes import pictures_at_once
 
-PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
 # Passes of the tower after which the heap's free memory is given back. What requests keep lies between the activations
 # of steps of all sizes: with pictures on nano in float32 20 MiB of holes after 100 requests, 34 after 500; 111 in use.
 TRIM_AFTER = 32
@@ -52,6 +52,7 @@ class Runner:
         self.model, self.cache, self.images = model, cache, images
         self.graphs: DecodeGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
+        self.pictures_at_once = pictures_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
         self._passes = 0
 
     def capture(self, capture: Capture, most: int, longest: int, buckets: Items[int] | None = None) -> None:
@@ -62,8 +63,8 @@ class Runner:
         """Features [queries, D] of each picture; those not cached go through the tower together, each once."""
         known = {p.digest: self.images.get(p.digest) for p in pictures}
         missing = list({p.digest: p for p in pictures if known[p.digest] is None}.values())
-        for start in range(0, len(missing), PICTURES_AT_ONCE):
-            batch = missing[start : start + PICTURES_AT_ONCE]
+        for start in range(0, len(missing), self.pictures_at_once):
+            batch = missing[start : start + self.pictures_at_once]
             encoded = self.model.encode_pictures(torch.cat([to_pixels(p.rgb[None]) for p in batch]))
             for picture, features in zip(batch, encoded, strict=True):
                 known[picture.digest] = own = _apart(features)  # a view would keep the whole batch alive

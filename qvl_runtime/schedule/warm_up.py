@@ -10,9 +10,10 @@ from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.request import SamplingParams
-from qvl_runtime.schedule.runner import PICTURES_AT_ONCE, Chunk, Runner
+from qvl_runtime.schedule.runner import Chunk, Runner
 from qvl_runtime.schedule.sampler import Draws, Row, sample
 from qvl_runtime.schedule.scheduler import StepLimits
+from qvl_runtime.weights.sizes import pictures_at_once
 
 # Of the device, left alone: graphs (100 MB of logits and 64 rows of activations for the full model), kernels that are
 # compiled later, fragments, and what other programs and the driver take meanwhile.
@@ -42,8 +43,9 @@ def workspace_bytes(model: QwenVL, kept: torch.dtype, steps: StepLimits, meter: 
     the kernels of prefill, so that the first request does not wait for that.
     """
     meter.begin()
-    size = model.config.visual.image_size
-    model.encode_pictures(torch.zeros(PICTURES_AT_ONCE, 3, size, size))
+    visual = model.config.visual
+    many = pictures_at_once(visual, model.dtype.itemsize, model.device.type)
+    model.encode_pictures(torch.zeros(many, 3, visual.image_size, visual.image_size))
     pictures = meter.grown()
     meter.begin()
     cache = KVCache(model.config, steps.tokens, kept, model.device, prefixes=False)

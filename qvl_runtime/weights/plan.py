@@ -17,13 +17,12 @@ from qvl_runtime.settings import require_choice
 from qvl_runtime.weights.layout import decoder_linears
 from qvl_runtime.weights.machines import Machine
 from qvl_runtime.weights.manifest import Manifest, is_converted
-from qvl_runtime.weights.sizes import kv_per_token, weight_bytes
+from qvl_runtime.weights.sizes import kv_per_token, pictures_at_once, weight_bytes
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 BLOCK = 16  # tokens of a KV block
 FAULT = 64 << 10  # bytes that Linux brings in where one of a mapped file is read
 COMPILED = 9 << 16  # bytes of code that torch's 16-bit GEMMs keep for a shape of weight and a number of rows
-PICTURES_AT_ONCE = 8
 # The tower's linears of different shapes, by the rows that they meet.
 PATCH_LINEARS = ("conv1", "in_proj", "out_proj", "c_fc", "c_proj", "attn_pool.kv_proj", "attn_pool.attn.in_proj")
 QUERY_LINEARS = ("attn_pool.attn.out_proj", "proj")
@@ -64,7 +63,6 @@ class Load(NamedTuple):
     tokens: int  # in the KV cache, of all requests together
     prompt: int  # tokens that are computed in steps of many; the rest are generated one by one
     pictures: int = 0  # whose features are kept
-    together: int = PICTURES_AT_ONCE  # pictures that go through the tower in one pass
 
 
 class Peak(NamedTuple):
@@ -99,6 +97,11 @@ class Plan:
         self.dtype = config.dtype if self.choices.dtype == "auto" else self.choices.dtype
         self.width = WIDTHS[self.dtype]
         self.weights = weight_bytes(config, self.width, self.choices.vision, self.choices.head)
+
+    @property
+    def together(self) -> int:
+        """Pictures that go through the tower in one pass."""
+        return pictures_at_once(self.config.visual, self.width, self.device)
 
     @property
     def kv_per_token(self) -> int:
@@ -180,8 +183,8 @@ class Plan:
         if c.quantization is None:
             numbers += len({*decoder_linears(c).values()}) * _sizes(load.prompt, step)
         if load.pictures and self.choices.vision == "keep":
-            passes = load.pictures * v.num_patches, load.together * v.num_patches
-            of_queries = load.pictures * v.n_queries, load.together * v.n_queries
+            passes = load.pictures * v.num_patches, self.together * v.num_patches
+            of_queries = load.pictures * v.n_queries, self.together * v.n_queries
             numbers += len(PATCH_LINEARS) * _sizes(*passes) + len(QUERY_LINEARS) * _sizes(*of_queries)
         return numbers * COMPILED
 
@@ -209,7 +212,7 @@ class Plan:
             mlp += ffn if c.quantization is None else 0  # up and gate are two products, put side by side
         tables = 4 * (2 * c.rotary_dim + c.rotary_dim // 2)  # cos, sin and frequencies, float32
         decoder = rows * (self.width * max(attention, mlp) + tables)
-        v, many = c.visual, min(load.pictures, load.together)
+        v, many = c.visual, min(load.pictures, self.together)
         patch = 3 * v.width + 2 * v.mlp_width  # residual, what attention adds, their sum; before and after GELU
         resampled = v.width + 4 * v.output_dim  # patches, projected, keys with positions, keys, values
         pixels = 4 * 3 * v.image_size**2
