@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_LOCAL = ROOT / "tests" / "golden"
 # A test that starts Python again must find this checkout, whatever is installed.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-# A shell that runs the tests in its background leaves Ctrl-C ignored in all that they start, and some of it is stopped so.
+# A shell that runs the tests in its background leaves Ctrl-C ignored in what they start, and some of it is stopped so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
