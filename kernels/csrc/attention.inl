@@ -9,9 +9,11 @@ int64_t few(int64_t dtype) { return dtype == kBfloat16 ? 1 : 2; }
 int64_t few(int64_t) { return 2; }
 #endif
 
-// Of the published heads (128), or of any multiple of 16.
+// Of the published heads (128), of nano's (64), or of any multiple of 16.
 template <int DTYPE> void attend_floats(const Job& job) {
-  job.dim == 128 ? attend_together<DTYPE, 8>(job) : attend_together<DTYPE, 0>(job);
+  job.dim == 128  ? attend_together<DTYPE, 8>(job)
+  : job.dim == 64 ? attend_together<DTYPE, 4>(job)
+                  : attend_together<DTYPE, 0>(job);
 }
 
 void attend_few(const Job& job) {

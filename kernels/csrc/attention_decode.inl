@@ -122,7 +122,7 @@ template <int DTYPE, int LINES> class DecodedRow {
 // 16 tokens of some heads; row r of head h is state[h * rows + r], and sees counts[r] of the tokens.
 template <int DTYPE, int LINES>
 void meet(DecodedRow<DTYPE, LINES>* state, const Sixteen* sixteen, int64_t heads, const int64_t* counts, int64_t rows) {
-  const int64_t ahead = DTYPE == kInt8 ? 16 : 4;  // tokens; vectors of 132 bytes gain from more
+  const int64_t ahead = DTYPE == kInt8 || heads < 4 ? 16 : 4;  // tokens: few heads, and vectors of 132 bytes, want more
   F products[2 * kMostHeads][16];
   for (int64_t t = 0; t < 16; t++)
     for (int64_t h = 0; h < heads; h++) {
