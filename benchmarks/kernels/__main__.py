@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +79,10 @@ def main() -> None:
     print(markdown(compared(figures(asked.out), figures(KEPT) if KEPT.is_file() and not asked.quick else {})))
     if asked.keep:
         KEPT.parent.mkdir(exist_ok=True)
-        shutil.copyfile(asked.out, KEPT)
+        kept = json.loads(asked.out.read_text())
+        for bench in kept["benchmarks"]:
+            bench["stats"].pop("data", None)  # every round: 1.8 MB
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":
