@@ -17,7 +17,8 @@ from qvl_runtime.profile.machine import Machine
 from qvl_runtime.profile.memory import profile_memory
 from qvl_runtime.profile.speed import LENGTHS, profile_speed
 
-NANO_INT4 = Path(__file__).resolve().parents[2] / "qvl_runtime" / "nano_int4"
+ROOT = Path(__file__).resolve().parents[2]
+NANO_INT4 = ROOT / "qvl_runtime" / "nano_int4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,16 @@ def gather(model: Model, quick: bool) -> dict[str, Any]:
     speed = profile_speed(engine, 8 if quick else None, lengths, batches, 3 if quick else 5, progress)
     curves = growth(engine, speed.ceilings, quick, progress) if model.curves else []
     return {
-        "label": model.label, "options": model.options, "note": model.note, "summary": engine.summary(),
+        "label": model.label, "options": said(model.options), "note": model.note, "summary": engine.summary(),
         "kernels": engine.report()["kernels"], "machine": plain(Machine.here(engine.loop.runner.model.device)),
         "speed": plain(speed), "growth": plain(curves), "memory": memory,
     }  # fmt: skip
+
+
+def said(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as a report names them: a checkpoint that ships by its place in the checkout, on any machine."""
+    model = options.get("model")
+    return options | ({"model": str(Path(model).relative_to(ROOT))} if model else {})
 
 
 def main() -> None:
