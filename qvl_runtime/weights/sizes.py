@@ -11,9 +11,9 @@ GROUP = 128  # inputs that share a scale where floats are rounded
 SCALE = 2  # bytes
 SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
 PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
-# Bytes of the tower's widest activations that several pictures may have in a CPU's pass: at full size one took 5.6 and
-# 5.5 s with 1 and 2 in a pass, 6.2 and 6.4 with 4 and 8, which leave the caches; with nano's 8 it takes half as long.
-NEAR = 32 << 20
+# Bytes of the tower's widest activations that several pictures may have in a CPU's pass. In turns, a full-size picture
+# took 7.2 and 6.4 s alone, 7.4 and 6.7 in a pass of two, 7.4 in one of four: nothing gained for the memory of more.
+NEAR = 16 << 20
 
 
 def weight_bytes(config: ModelConfig, width: int, vision: str = "keep", head: str = "keep") -> dict[str, int]:
