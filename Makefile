@@ -47,7 +47,7 @@ kernel-report: $(STAMP) ## compile the GPU kernels without a GPU: registers, spi
 TTSEM := .venv-ttsem
 TTSEM_FLAGS ?=
 TTSEM_PACKAGES = torch pytest pytest-timeout safetensors tiktoken Pillow ttsem
-FIND_NEWER_PYTHON = for candidate in python3.12 python3.13; do \
+FIND_NEWER_PYTHON = for candidate in $(or $(PYTHON),python3.12 python3.13); do \
 	$$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& { echo $$candidate; break; }; done
 
@@ -55,8 +55,8 @@ ttsem: $(TTSEM)/.set-up ## run the GPU kernels' tests in ttsem, without a GPU: b
 	TRITON_INTERPRET=0 $(TTSEM)/bin/python -m ttsem.sanitize pytest tests/kernels/triton -q -p no:cacheprovider --timeout 1200 $(TTSEM_FLAGS)
 
 $(TTSEM)/.set-up: constraints.txt
-	@python="$${PYTHON:-$$($(FIND_NEWER_PYTHON))}"; \
-	if [ -z "$$python" ]; then echo "error: ttsem needs Python 3.12 or 3.13 with the venv module, and there is none here; install one, or name it: make ttsem PYTHON=..." >&2; exit 2; fi; \
+	@python="$$($(FIND_NEWER_PYTHON))"; \
+	if [ -z "$$python" ]; then echo "error: ttsem needs Python 3.12 or 3.13 with the venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here); install one, or name it: make ttsem PYTHON=..." >&2; exit 2; fi; \
 	[ -x $(TTSEM)/bin/python ] || "$$python" -m venv $(TTSEM)
 	@grep -v '^triton==' constraints.txt > $(TTSEM)/constraints.txt
 	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(TTSEM)/constraints.txt $(TTSEM_PACKAGES)

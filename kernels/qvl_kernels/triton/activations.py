@@ -10,9 +10,9 @@ from torch import Tensor
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.int4_shapes import decode_splits
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
+from qvl_kernels.triton.widen import widened
 
 MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 LOWEST = tl.constexpr(-40.0)  # silu(-40) is -2e-16; (1 + exp(40))^2 is still a float32
 BLOCK = 256  # of SwiGLU, of one warp: 8 values a lane, and 11008 is a whole number of blocks
 
@@ -56,10 +56,24 @@ def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    """y = x * (1 + erf(x / sqrt(2))) / 2; x and y [n]."""
+    """y = x * (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - a * Phi(-a) with a = |x|; x and y [n].
+
+    log2 Phi(-a) is nearly a parabola. The polynomial is the one of degree 8 whose largest error in a * Phi(-a) over 0
+    to 6 is least, 7e-9, and nowhere above 4e-7 * a; beyond 6 it falls on. With a call of erf the instructions took as
+    long as memory, now they take half of that.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, at < n, 0.0).to(tl.float32)
-    y = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    x = widened(tl.load(x_ptr + at, at < n, 0.0))
+    a = tl.minimum(tl.abs(x), 64.0)  # Phi(-64) is 0, and infinity times 0 is not
+    log = -1.6904018e-06 * a + 2.5083309e-05
+    log = log * a - 1.1446269e-04
+    log = log * a - 3.2334204e-04
+    log = log * a + 7.3333839e-03
+    log = log * a - 5.2714199e-02
+    log = log * a - 4.5911545e-01
+    log = log * a - 1.1511233
+    log = log * a - 0.99999887
+    y = tl.maximum(x, 0.0, tl.PropagateNan.ALL) - a * tl.exp2(log)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), at < n)
 
 

@@ -51,8 +51,8 @@ def decode_floats_kernel(
         page = tl.load(tables_ptr + request.to(tl.int64) * most_blocks + block).to(tl.int64)
         start = (page * H + head) * (BLOCK_SIZE * D)
         written = block * BLOCK_SIZE + slot < length
-        k = load_tile(k_cache_ptr, start, slot, written, columns, tl.float32, D, BLOCK_SIZE, False)
-        v = load_tile(v_cache_ptr, start, slot, written, columns, tl.float32, D, BLOCK_SIZE, False)
+        k = load_tile(k_cache_ptr, start, slot, written, columns, tl.float32, D)
+        v = load_tile(v_cache_ptr, start, slot, written, columns, tl.float32, D)
         scores = tl.where(written, tl.sum(q[None, :] * k, 1), float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 0))
         weights, fade = tl.exp2(scores - higher), tl.exp2(top - higher)

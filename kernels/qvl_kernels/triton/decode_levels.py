@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels.triton.decode_floats import visible_keys
-from qvl_kernels.triton.kv_tiles import scales_at
+from qvl_kernels.triton.kv_tiles import bytes_as_floats, scales_at
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
 PLANES = tl.constexpr(4)  # of 7 bits: what a float32 has
@@ -28,16 +28,6 @@ def planes_of(q):
         levels = tl.where((plane == j)[:, None], level[None, :], levels)
         rest = (rest - level) * 128.0
     return levels.to(tl.int8), tl.exp2(plane * -7.0) * (largest / 127.0)
-
-
-@triton.jit
-def floats(words, BYTE: tl.constexpr):
-    """Byte BYTE of words uint32 as float32: times 2^-149, and times 2^8 and 2^16 for bytes 1 and 2.
-
-    Whole numbers below 2^24 are the bits of float32 numbers in steps of 2^-149, most of them subnormal, which a
-    multiplication takes as fast as any. A conversion of integers runs at 16 lanes a clock, a quarter of a mask's rate.
-    """
-    return (words >> 24 if BYTE == 3 else words & (0xFF << 8 * BYTE)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -93,10 +83,10 @@ def decode_levels_kernel(
             at_words = (page_of_some * H + head) * (BLOCK_SIZE * (D + 4) // 4) + some % BLOCK_SIZE * (D // 4)
             v = tl.load(v_words_ptr + at_words[:, None] + word[None, :], (word < D // 4)[None, :], 0) ^ 0x80808080
             weight = tl.gather(weights, some, 0)[:, None]
-            total_0 += weight * floats(v, 0)
-            total_1 += weight * floats(v, 1)
-            total_2 += weight * floats(v, 2)
-            total_3 += weight * floats(v, 3)
+            total_0 += weight * bytes_as_floats(v, 0)
+            total_1 += weight * bytes_as_floats(v, 1)
+            total_2 += weight * bytes_as_floats(v, 2)
+            total_3 += weight * bytes_as_floats(v, 3)
         top = higher
     at = (query.to(tl.int64) * H + head) * SPLITS + split
     if first < last:

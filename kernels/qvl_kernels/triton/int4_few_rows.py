@@ -15,11 +15,10 @@ from qvl_kernels.repack import PackedInt4
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.configs import FEW, Config, config
 from qvl_kernels.triton.int4_shapes import DECODER, example, weight_bytes
-from qvl_kernels.triton.int4_tile import TILE, WORDS, floats, magic, magic_base
+from qvl_kernels.triton.int4_tile import TILE, WORDS, floats, held, magic, magic_base
 from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
 
 MOST_RATIO, LEAST_WIDE = 0.6, 0.9
-A100_BFLOAT16 = 0.7  # a pair of weights takes two masks there, not one: 0.67 at one row. Checkpoints run in float16
 
 
 @triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
@@ -38,7 +37,6 @@ def int4_few_rows_kernel(
     as the scale is put on it: per output and group, not per weight.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
-    MAGIC: tl.constexpr = 0 if FLOAT == tl.float16 else magic(FLOAT)
     BASE: tl.constexpr = 0 if FLOAT == tl.float16 else magic_base(FLOAT)
     UNIT: tl.constexpr = 2.0**-21 if FLOAT == tl.float16 else 1.0
     PARTS: tl.constexpr = TILE // GROUP if GROUP < TILE else 1  # of a tile, each in one group
@@ -48,6 +46,7 @@ def int4_few_rows_kernel(
     split, splits = tl.program_id(1), tl.num_programs(1)
     m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
+    exponent = 0 if FLOAT == tl.float16 else held(magic(FLOAT), words_ptr, rows)
     acc = tl.zeros([BM, BN], tl.float32)
     for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
         words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
@@ -58,7 +57,7 @@ def int4_few_rows_kernel(
             if RAGGED:
                 inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
-            weight = floats(words, FLOAT, MAGIC, part * 4 // PARTS, 4 // PARTS)
+            weight = floats(words, FLOAT, exponent, part * 4 // PARTS, 4 // PARTS)
             group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
             scale = tl.load(scales_ptr + group).to(tl.float32)
             total = tl.sum(x.to(tl.float32), 1)[:, None] * UNIT
@@ -109,9 +108,10 @@ def _plan(x: Tensor, weight: PackedInt4, bias: Tensor | None, out: Tensor, chose
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """The four linears of a decoder layer at 1, 4 and 16 rows in float16; one in bfloat16, and with zero points."""
+    """The four linears of a decoder layer in float16 and bfloat16, at the fewest and most rows; one has zero points."""
     cases = [(name, rows, torch.float16, True) for name in DECODER for rows in (1, 4, 16)]
-    cases += [("qkv", 1, torch.bfloat16, True), ("qkv", 16, torch.bfloat16, True), ("qkv", 16, torch.float16, False)]
+    cases += [(name, rows, torch.bfloat16, True) for name in DECODER for rows in (1, 16)]
+    cases += [("qkv", 16, dtype, False) for dtype in (torch.float16, torch.bfloat16)]
     specs = []
     for name, rows, dtype, symmetric in cases:
         x, weight, bias = example(name, rows, dtype, symmetric)
@@ -125,7 +125,7 @@ def aot_specs(capability: int) -> list[Spec]:
                 label,
                 _plan(x, weight, bias, out, chosen),
                 x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-                max_ratio=MOST_RATIO if dtype == torch.float16 or capability >= 90 else A100_BFLOAT16,
+                max_ratio=MOST_RATIO,
                 min_wide=LEAST_WIDE,
                 loop_trips=blocks(weight.inputs, TILE.value) / chosen.splits,
                 flops=2 * rows * weight.inputs * weight.outputs,

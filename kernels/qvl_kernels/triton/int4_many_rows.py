@@ -15,7 +15,7 @@ from qvl_kernels.repack import PackedInt4
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.configs import Config, config
 from qvl_kernels.triton.int4_shapes import DECODER, example, weight_bytes
-from qvl_kernels.triton.int4_tile import TILE, WORDS, floats, magic, magic_base
+from qvl_kernels.triton.int4_tile import TILE, WORDS, floats, held, magic, magic_base
 from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
 
 
@@ -32,7 +32,6 @@ def int4_many_rows_kernel(
     the L2 then holds. Scales of another dtype than x's are rounded to it first.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
-    MAGIC: tl.constexpr = magic(FLOAT)
     BASE: tl.constexpr = magic_base(FLOAT)
     PARTS: tl.constexpr = TILE // GROUP if GROUP < TILE else 1  # of a tile, each in one group
     SPAN: tl.constexpr = TILE // PARTS
@@ -41,6 +40,7 @@ def int4_many_rows_kernel(
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
+    exponent = held(magic(FLOAT), words_ptr, rows)
     acc = tl.zeros([BM, BN], tl.float32)
     for i in range(TILES):
         tile = split * TILES + i
@@ -52,7 +52,7 @@ def int4_many_rows_kernel(
             if RAGGED:
                 inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
-            weight = floats(words, FLOAT, MAGIC, part * 4 // PARTS, 4 // PARTS)
+            weight = floats(words, FLOAT, exponent, part * 4 // PARTS, 4 // PARTS)
             group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
             scale = tl.load(scales_ptr + group).to(FLOAT)[None, :]
             if zeros_ptr is None:

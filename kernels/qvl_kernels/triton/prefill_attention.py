@@ -14,21 +14,21 @@ from torch import Tensor
 from qvl_kernels.reference import cache_width
 from qvl_kernels.triton.kv_tiles import load_tile
 from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.prefill_levels import LIFT, prefill_levels_kernel
 from qvl_kernels.triton.softmax import LOG2E, attend
 
 
 @triton.jit
-def prefill_kernel(
+def prefill_floats_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, tiles_ptr, out_ptr,
     H, most_blocks, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, INT8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q k^T / sqrt(d)) v over the keys at or before each row, for one tile of rows and one head.
 
-    q, out [n, H, D]; caches [blocks, H, BLOCK_SIZE, WIDTH] that lie as `kv_tiles` says; tables [R, most_blocks]; tiles
-    int32 [T, 4]: request, first row, rows, position of the first row. Whole tiles of keys before the first row need no
-    mask; then come those on the diagonal, where nothing past the last row is read: nobody has written it.
+    q, out [n, H, D]; caches [blocks, H, BLOCK_SIZE, D]; tables [R, most_blocks]; tiles int32 [T, 4]: request, first
+    row, rows, position of the first row. Whole tiles of keys before the first row need no mask; then come those on the
+    diagonal, where nothing past the last row is read: nobody has written it.
     """
     tile_ptr = tiles_ptr + 4 * tl.program_id(0)
     head = tl.program_id(1)
@@ -48,19 +48,19 @@ def prefill_kernel(
     for start in range(0, seen, BLOCK_N):
         key = start + slots
         page = tl.load(tables_ptr + request * most_blocks + key // BLOCK_SIZE).to(tl.int64)
-        place, slot = (page * H + head) * (BLOCK_SIZE * WIDTH), key % BLOCK_SIZE
+        place, slot = (page * H + head) * (BLOCK_SIZE * D), key % BLOCK_SIZE
         every = key >= 0
-        k = load_tile(k_cache_ptr, place, slot, every, columns, q.dtype, D, BLOCK_SIZE, INT8)
-        v = load_tile(v_cache_ptr, place, slot, every, columns, q.dtype, D, BLOCK_SIZE, INT8)
+        k = load_tile(k_cache_ptr, place, slot, every, columns, q.dtype, D)
+        v = load_tile(v_cache_ptr, place, slot, every, columns, q.dtype, D)
         top, mass, total = attend(q, k, v, top, mass, total, scale, True, False)
     for start in range(seen, position + rows, BLOCK_N):
         key = start + slots
         written = key < position + rows
         page = tl.load(tables_ptr + request * most_blocks + key // BLOCK_SIZE, written, 0).to(tl.int64)
-        place, slot = (page * H + head) * (BLOCK_SIZE * WIDTH), key % BLOCK_SIZE
-        k = load_tile(k_cache_ptr, place, slot, written, columns, q.dtype, D, BLOCK_SIZE, INT8)
-        v = load_tile(v_cache_ptr, place, slot, written, columns, q.dtype, D, BLOCK_SIZE, INT8)
-        visible = (key[None, :] <= position + row[:, None]) & written[None, :]
+        place, slot = (page * H + head) * (BLOCK_SIZE * D), key % BLOCK_SIZE
+        k = load_tile(k_cache_ptr, place, slot, written, columns, q.dtype, D)
+        v = load_tile(v_cache_ptr, place, slot, written, columns, q.dtype, D)
+        visible = key[None, :] <= position + row[:, None]
         top, mass, total = attend(q, k, v, top, mass, total, scale, visible, True)
     tl.store(out_ptr + at, (total / mass[:, None]).to(out_ptr.dtype.element_ty), inside)
 
@@ -75,15 +75,16 @@ class Configuration(NamedTuple):
 def configuration(capability: int, rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Configuration:
     """rows: the most that a request has; dtype: of q; int8: whether the cache is.
 
-    The widest tiles that do not spill: on sm_80 16 rows a warp with 32 keys, and with 64 of an int8 cache 8 rows.
+    The widest tiles that do not spill: on sm_80 16 rows a warp with 32 keys. An int8 cache takes more keys, so that the
+    total, in four parts there, is touched less often; and on sm_80 half the rows, two of which programs fit on an SM.
     """
     if rows <= 16:
         return Configuration(16, 64 if head_dim <= 128 else 32, 4, 2)
     if head_dim > 128 or dtype == torch.float32:
         return Configuration(64, 32, 8, 2)
     if capability >= 90:
-        return Configuration(128, 64, 8, 2)
-    return Configuration(64, 64, 8, 2) if int8 else Configuration(128, 32, 8, 2)
+        return Configuration(128, 128 if int8 else 64, 8, 2)
+    return Configuration(64, 64, 4, 2) if int8 else Configuration(128, 32, 8, 2)
 
 
 @lru_cache(maxsize=16)
@@ -119,17 +120,19 @@ def _plan(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, tiles: Tensor, choice: Configuration, out: Tensor
 ) -> Launch:
     _, heads, head_dim = q.shape
-    return Launch(
-        prefill_kernel,
-        (len(tiles), heads),
-        {"q_ptr": q, "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "tables_ptr": block_tables, "tiles_ptr": tiles,
-         "out_ptr": out, "H": heads, "most_blocks": block_tables.shape[1], "scale": LOG2E * head_dim**-0.5},
-        {"D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_SIZE": k_cache.shape[2],
-         "WIDTH": k_cache.shape[3], "INT8": k_cache.dtype == torch.int8, "BLOCK_M": choice.rows,
-         "BLOCK_N": choice.keys},
-        choice.warps,
-        choice.stages,
-    )  # fmt: skip
+    int8 = k_cache.dtype == torch.int8
+    arguments = {
+        "q_ptr": q, "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "tables_ptr": block_tables, "tiles_ptr": tiles,
+        "out_ptr": out, "H": heads, "most_blocks": block_tables.shape[1], "scale": LOG2E * head_dim**-0.5,
+    }  # fmt: skip
+    constants = {
+        "D": head_dim, "BLOCK_D": max(64 if int8 else 16, triton.next_power_of_2(head_dim)),
+        "BLOCK_SIZE": k_cache.shape[2], "BLOCK_M": choice.rows, "BLOCK_N": choice.keys,
+    }  # fmt: skip
+    grid = len(tiles), heads
+    if int8:
+        return Launch(prefill_levels_kernel, grid, {**arguments, "lift": LIFT}, constants, choice.warps, choice.stages)
+    return Launch(prefill_floats_kernel, grid, arguments, constants, choice.warps, choice.stages)
 
 
 def aot_specs(capability: int) -> list[Spec]:

@@ -216,7 +216,6 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
          "best_ptr": best, "ids_ptr": ids, "tops_ptr": tops, "masses_ptr": masses, "slots_ptr": _or(slots, ids),
          "seen_ptr": marks, "chosen_ptr": tokens, "logprobs_ptr": logprobs, **picked, **sizes},
         {"MOST": most, "BLOCK": 1024, "DRAWS": rows is not None, "PENALTY": seen is not None},
-        warps=4,  # on 8 the registers are so few that 8 bytes are spilled on sm_80 around a float64 division
     ))  # fmt: skip
     return launches
 

@@ -17,11 +17,18 @@ def attend(q, k, v, top, mass, total, scale, visible, MASKED: tl.constexpr):
     first key of a row must be visible: then top is finite from the first tile on.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    top, mass, weights, fade = softmax_step(scores, top, mass, visible, MASKED)
+    return top, mass, tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
+
+
+@triton.jit
+def softmax_step(scores, top, mass, visible, MASKED: tl.constexpr):
+    """(top, mass, weights, fade) after scores [M, N] in base 2: weights [M, N] are 2^(score - top), and what was summed
+    before is to be multiplied by fade [M]. The rest as in `attend`.
+    """
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - higher[:, None])
     fade = tl.exp2(top - higher)
-    mass = mass * fade + tl.sum(weights, 1)
-    total = tl.dot(weights.to(v.dtype), v, total * fade[:, None], input_precision="ieee")
-    return higher, mass, total
+    return higher, mass * fade + tl.sum(weights, 1), weights, fade

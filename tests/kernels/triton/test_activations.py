@@ -41,6 +41,17 @@ def test_far_from_zero(poisoned: None) -> None:
         as_good_as_torch(activations.swiglu(both), reference.swiglu(both), want)
 
 
+def test_gelu_of_what_is_no_number(poisoned: None) -> None:
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    torch.testing.assert_close(activations.gelu(x), torch.tensor([torch.nan, torch.inf, 0.0]), equal_nan=True)
+
+
+def test_gelu_s_polynomial_is_good_to_4_roundings_of_x(poisoned: None) -> None:
+    x = torch.linspace(-12, 12, 4801)
+    error = activations.gelu(x).double() - torch.nn.functional.gelu(x.double())
+    assert (error.abs() <= 4 * 2**-23 * x.abs()).all()
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"swiglu: up_gate is float16 \[1, 2, 8\]; expected contiguous float32"):
         activations.swiglu(torch.zeros(1, 2, 8).half())

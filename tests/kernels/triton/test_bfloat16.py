@@ -95,9 +95,9 @@ def test_pictures(poisoned: None, normal) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_int4(poisoned: None, normal, rows: int, symmetric: bool) -> None:
-    tensors, x = checkpoint(256, 136, 64, symmetric=symmetric), normal(rows, 256)
+@pytest.mark.parametrize("symmetric, group", [(True, 64), (False, 64), (True, 128)])
+def test_int4(poisoned: None, normal, rows: int, symmetric: bool, group: int) -> None:
+    tensors, x = checkpoint(256, 136, group, symmetric=symmetric), normal(rows, 256)
     exact = reference.gptq_dequantize(*tensors, 4, 1)
     plain = torch.nn.functional.linear(x, exact.to(B16))
     as_good_as_torch(ops.prepare_gptq(*tensors, 4, 1)(x), plain, x.double() @ exact.double().t())
