@@ -95,12 +95,13 @@ def open_shards(folder: Path, manifest: Manifest) -> dict[str, Shard]:
 
 
 def _refuse_layouts(folder: Path, manifest: Manifest, device: torch.device) -> None:
-    from qvl_kernels import ops_for
+    from qvl_kernels import ops_for, target_on
 
-    if manifest.target != device.type:
+    target = target_on(device)
+    if manifest.target != target:
         raise CheckpointError(
-            f"{folder} is laid out for {manifest.target} and is to run on {device.type}: convert its source with "
-            f"--target {device.type}, or run it with --device {manifest.target}"
+            f"{folder} is laid out for {manifest.target} and is to run on {target}: convert its source with "
+            f"--target {target}, or run it with --device {manifest.target}"
         )
     readable = ops_for(device).LAYOUTS
     strange = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))
