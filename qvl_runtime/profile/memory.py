@@ -97,7 +97,8 @@ def plan_of(engine: Engine) -> Plan:
     choices = choices_of(engine.folder, str(model.dtype).removeprefix("torch."), asked.precision, asked.kv_dtype)
     if asked.synthetic is not None:
         choices = replace(choices, mapped=())
-    return Plan(engine.config, replace(choices, step_tokens=asked.max_step_tokens), model.device.type)
+    choices = replace(choices, step_tokens=asked.max_step_tokens, embedding_on_host=asked.embedding_on_host)
+    return Plan(engine.config, choices, model.device.type)
 
 
 def with_picture(engine: Engine, tokens: int) -> bool:

@@ -77,8 +77,8 @@ def test_gptq_and_back(
     layouts = {linear.layout for linear in manifest.linears.values()}
     if target == "cpu":
         assert layouts == {"cpu-1"}
-    else:  # what its kernels cannot hold (8 bits, inputs dealt unevenly) stays as published
-        assert "gpu-1" in layouts or GPTQ[name].bits == 8 or GPTQ[name].desc_act
+    else:  # what its kernels cannot hold (inputs dealt unevenly) stays as published
+        assert layouts == {"gpu-int8-1" if GPTQ[name].bits == 8 else "gpu-1"} or GPTQ[name].desc_act
     assert "transformer.h.0.mlp.up_gate" in manifest.linears or GPTQ[name].desc_act
     assert verify(tmp_path / "converted").faults == []
     assert restore(tmp_path / "converted", tmp_path / "back").tensors_only == []
