@@ -24,7 +24,7 @@ from qvl_runtime.settings import read_json, require_choice, require_positive
 from qvl_runtime.weights.calibration import Calibration, embed, read_calibration
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.layout import decoder_linears, expected_tensors
-from qvl_runtime.weights.mapped import pieces
+from qvl_runtime.weights.mapped import keep_heap, pieces, trim_heap
 from qvl_runtime.weights.quantize_block import Bench, LinearError, Method, Rows, quantize_block
 from qvl_runtime.weights.quantize_job import Job, State, mapped, refuse_existing
 from qvl_runtime.weights.quantize_solver import ROWS_AT_ONCE, Order, Solver
@@ -150,6 +150,7 @@ class Quantizer:
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[LinearError]:
         """Quantise and write; `progress` hears how many linears are done. Returns the error of each linear."""
+        keep_heap()
         job = Job(self.destination, self._key())
         state = job.resume()
         if state is None:
@@ -166,6 +167,7 @@ class Quantizer:
             x = quantize_block(self.config, ops_for(self.device), bench, state.x, rows)
             state = State(state.done + 1, x, state.errors + bench.errors)
             job.note(state, bench.packed)
+            trim_heap()
         self._write(job, state.errors)
         return state.errors
 
