@@ -1,10 +1,11 @@
 """The whole report, to benchmarks/results/<machine>-<date>/: JSON, a Markdown page and plots.
 
-    python -m benchmarks.report             # nano and the full-size model with random weights: under 40 minutes
+    python -m benchmarks.report             # nano and the full-size model with random weights: half an hour
     python -m benchmarks.report --quick     # nano alone, little of everything, to out/report: under 3 minutes
     python -m benchmarks.report --only "full-size Int4, fast" --only nano
 
-Each model runs in a process of its own. What does not fit this machine is left out, and the page says why.
+Each model runs in a process of its own, three times in turns with the others, so that spreads show how much the machine
+drifts in all that time. What does not fit this machine is left out, and the page says why.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from benchmarks.gpu.bounds import CONTEXTS, bounds
 from benchmarks.report.gather import MODELS, QUICK
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
+from benchmarks.report.pool import pooled
 from qvl_runtime.device import free_memory
 from qvl_runtime.profile.commands import plain
 from qvl_runtime.profile.machine import Machine
@@ -34,16 +37,33 @@ from qvl_runtime.weights.synthetic import SYNTHETIC
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def measured(label: str, quick: bool) -> dict[str, Any]:
-    """What `gather` says of one model, or why it was left out."""
+def measured(label: str, quick: bool, again: bool = False) -> dict[str, Any]:
+    """What `gather` says of one model, or why it was left out. again: a pass after the first."""
     needed, free = MODELS[label].memory_gib, free_memory(device()) / 2**30
     if needed > free:
         return {"label": label, "skipped": f"needs {needed:.0f} GiB of memory, and {free:.1f} are free"}
-    command = [sys.executable, "-m", "benchmarks.report.gather", label, *(["--quick"] if quick else [])]
+    chosen = [flag for flag, wanted in (("--quick", quick), ("--again", again)) if wanted]
+    command = [sys.executable, "-m", "benchmarks.report.gather", label, *chosen]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{label}: {' '.join(command)} ended with code {done.returncode}; what it said is above")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def in_turns(labels: Sequence[str], quick: bool, passes: int) -> list[dict[str, Any]]:
+    """Every model measured `passes` times, all of them before the next time, and their passes as one."""
+    taken: dict[str, list[dict[str, Any]]] = {label: [] for label in labels}
+    for number in range(passes):
+        for label, records in taken.items():
+            if records and "skipped" in records[0]:
+                continue
+            print(f"pass {number + 1} of {passes}: {label}", file=sys.stderr, flush=True)
+            record = measured(label, quick, again=number > 0)
+            if number and "skipped" in record:
+                print(f"{label}: {record['skipped']}, so it goes without this pass", file=sys.stderr)
+            else:
+                records.append(record)
+    return [pooled(records) for records in taken.values()]
 
 
 def device() -> torch.device:
@@ -70,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", action="append", choices=MODELS, help="measure this model; repeat for several")
+    parser.add_argument("--passes", type=int, help="how often each model is measured (default 3; 1 with --quick)")
     parser.add_argument("--out", type=Path, help="the folder to write; without it, one named after machine and day")
     asked = parser.parse_args()
     began, machine = time.perf_counter(), Machine.here(device())
@@ -77,12 +98,14 @@ def main() -> None:
         ROOT / "out" / "report" if asked.quick else ROOT / "benchmarks" / "results" / folder_name(machine)
     )
     out.mkdir(parents=True, exist_ok=True)
-    models = [measured(label, asked.quick) for label in asked.only or (QUICK if asked.quick else MODELS)]
+    passes = asked.passes or (1 if asked.quick else 3)
+    models = in_turns(asked.only or [*(QUICK if asked.quick else MODELS)], asked.quick, passes)
     print("serving", file=sys.stderr)
     rates, count = ([float("inf")], 6) if asked.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
     report = {
         "machine": plain(machine), "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
-        "quick": asked.quick, "models": models, "serving": serving.measure({}, rates, count, 6), "bounds": computed(),
+        "quick": asked.quick, "passes": passes, "models": models,
+        "serving": serving.measure({}, rates, count, 6), "bounds": computed(),
     }  # fmt: skip
     report["minutes"] = (time.perf_counter() - began) / 60
     (out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")

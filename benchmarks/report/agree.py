@@ -1,6 +1,7 @@
 """Do two reports of a machine agree? `python -m benchmarks.report.agree ONE TWO`, two folders or report.json files.
 
-Two figures agree where their spreads, p10 to p90, meet. Writes a Markdown table of those that do not, and how many do.
+Two figures agree where the spreads that the reports state meet; what was measured once states none. Writes a Markdown
+table of those that do not, and how many do.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def spreads(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> list[Compared]:
-    """The figures that both have."""
+    """The figures that both have, with a spread."""
     found = dict(spreads(other))
-    return [Compared(name, value, found[name]) for name, value in spreads(one) if name in found]
+    both = (Compared(name, value, found[name]) for name, value in spreads(one) if name in found)
+    return [row for row in both if min(row.one["samples"], row.other["samples"]) > 1]
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def main() -> None:
     asked = parser.parse_args()
     rows = compare(load(asked.one), load(asked.two))
     apart = [row for row in rows if not row.meet]
-    print(f"{len(rows) - len(apart)} of {len(rows)} figures agree: their spreads, p10 to p90, meet")
+    print(f"{len(rows) - len(apart)} of {len(rows)} figures agree: the spreads that the reports state meet")
     if apart:
         print("\n| figure | first | second | ratio |\n|---|---|---|---|")
     for row in apart:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,23 +55,27 @@ MODELS = {
     )
 }  # fmt: skip
 QUICK = ("nano",)
+AGAIN_S = 3.0  # a later pass goes along a curve until a point takes longer
 
 
-def gather(model: Model, quick: bool) -> dict[str, Any]:
-    """Speed and growth from one engine; memory from another, after the first is gone."""
+def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
+    """Memory from one engine; speed and growth from another, after the first is gone.
+
+    again: a later pass, which leaves out memory, the same in each, and the long ends of curves.
+    """
 
     def progress(what: str) -> None:
         print(f"{model.label}: {what}", file=sys.stderr, flush=True)
 
     memory = None
-    if not model.options.get("repeat_blocks"):  # first, while the process is as new
+    if not again and not model.options.get("repeat_blocks"):  # first, while the process is as new
         memory = plain(profile_memory(lambda: Engine(**model.options), packs(model), progress))
         gc.collect()
     engine = Engine(**model.options)
     lengths = LENGTHS[:1] if quick else model.lengths
     batches = model.batches[:2] if quick else model.batches
     speed = profile_speed(engine, 8 if quick else None, lengths, batches, 3 if quick else 5, progress)
-    curves = growth(engine, speed.ceilings, quick, progress) if model.curves else []
+    curves = growth(engine, speed.ceilings, quick, progress, AGAIN_S if again else math.inf) if model.curves else []
     return {
         "label": model.label, "options": said(model.options), "note": model.note, "summary": engine.summary(),
         "kernels": engine.report()["kernels"], "machine": plain(Machine.here(engine.loop.runner.model.device)),
@@ -95,8 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("label", choices=MODELS)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--again", action="store_true", help="a later pass: without memory and the long ends of curves")
     asked = parser.parse_args()
-    print(json.dumps(gather(MODELS[asked.label], asked.quick)))
+    print(json.dumps(gather(MODELS[asked.label], asked.quick, asked.again)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> 
         f"`{report['command']}`: {report['minutes']:.0f} minutes; {machine['system']}, {machine['memory_gib']:.0f} "
         f"GiB, Python {machine['python']}, torch {machine['torch_version']}, qvl {machine['qvl']} at commit "
         f"{machine['commit'] or 'unknown'}.",
-        "Figures are medians, with p10 and p90 behind them; full-size weights are random, which costs the same. "
+        f"{spreads_said(report['passes'])} Full-size weights are random, which costs the same. "
         "Published figures are those of the original code on one A100-SXM4-80G: other hardware, for orientation.", "",
         *table(("model", "read at best", "16-bit product at best", "kernels"), [
             (m["label"], spread(m["speed"]["ceilings"]["read_gb_s"], "GB/s"),
@@ -71,6 +71,17 @@ def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> 
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+def spreads_said(passes: int) -> str:
+    """What stands in the brackets."""
+    if passes == 1:
+        return "Figures are medians, with p10 and p90 behind them."
+    return (
+        f"Every model was measured in {passes} passes, in turns with the others over the whole time. Figures are the "
+        "median of the passes' medians; behind them, from the lowest p10 of a pass to the highest p90. What was "
+        "measured once, since it takes long, has no spread. Sentences on what bounds a curve are the first pass's."
+    )
+
+
 def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     """Lines of a Markdown table, and an empty one; nothing where there are no rows."""
     if not rows:
@@ -84,7 +95,8 @@ def image(pictures: dict[str, str], name: str) -> list[str]:
 
 
 def spread(value: dict[str, float], unit: str = "") -> str:
-    return f"{value['median']:.3g} ({value['p10']:.3g}-{value['p90']:.3g}) {unit}".strip()
+    between = f" ({value['p10']:.3g}-{value['p90']:.3g})" if value["samples"] > 1 else ""
+    return f"{value['median']:.3g}{between} {unit}".strip()
 
 
 def timing(model: dict[str, Any]) -> tuple[Any, ...]:

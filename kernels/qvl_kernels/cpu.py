@@ -11,8 +11,9 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.cpu_attention import cross_attention, paged_attention, vision_attention
+from qvl_kernels.cpu_dense import linear
 from qvl_kernels.cpu_library import CODES, FLOATS, library, slower
-from qvl_kernels.cpu_linear import LAYOUTS, bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.cpu_linear import LAYOUTS, bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.reference import (
     cache_width,
     from_cached,

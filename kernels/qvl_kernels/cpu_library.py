@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -142,6 +143,11 @@ def instruction_set(name: str) -> Iterator[Library]:
         yield _active
     finally:
         _active = before
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor lies, as a kernel takes it; a null pointer for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _load() -> ctypes.CDLL:

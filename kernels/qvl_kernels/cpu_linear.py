@@ -1,19 +1,18 @@
-"""Linears with their weights packed for the CPU kernels, and the choice of kernel by the number of rows."""
+"""Linears whose weights of 4 or 8 bits are packed for the CPU kernels, and the choice of kernel by rows."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import huge_pages, reference
-from qvl_kernels.cpu_library import CODES, FLOATS, LibraryError, library
+from qvl_kernels.cpu_dense import in_steps, linear
+from qvl_kernels.cpu_library import CODES, library, pointer
 from qvl_kernels.reference import Bound, Packed, Precision
 
 _log = logging.getLogger("qvl_kernels")
@@ -22,7 +21,6 @@ LAYOUT = "cpu-1"  # of packed weights in files; another number when csrc/linear_
 LAYOUTS = (LAYOUT, *reference.LAYOUTS)
 BLOCK = 16  # outputs that lie side by side in a packed weight
 GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
-FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, AMX tiles or torch's GEMM
 FEW_EXACT = 96  # without AMX, rows up to which packed weights meet float activations in registers: 0.8 ms a row at
 # 4096 x 11008, where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
@@ -85,8 +83,8 @@ class PackedWeight:
         """Outputs first to first + count as columns, [inputs, count]; both are multiples of 16."""
         part = torch.empty(self.inputs, count, dtype=dtype)
         library().ready().dequantize(
-            self.lines.data_ptr(), self.scales.data_ptr(), _pointer(self.zeros), self.bits, self.group, self.outputs,
-            self.inputs, self.padded, _pointer(self.perm), first, count, CODES[dtype], part.data_ptr(),
+            self.lines.data_ptr(), self.scales.data_ptr(), pointer(self.zeros), self.bits, self.group, self.outputs,
+            self.inputs, self.padded, pointer(self.perm), first, count, CODES[dtype], part.data_ptr(),
         )  # fmt: skip
         return part
 
@@ -94,74 +92,15 @@ class PackedWeight:
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.outputs)
         kernel(  # type: ignore[operator]
-            x.data_ptr(), CODES[x.dtype], x.numel() // self.inputs, self.inputs, self.padded, _pointer(self.perm),
-            self.lines.data_ptr(), self.scales.data_ptr(), _pointer(self.zeros), self.bits, self.group, self.outputs,
-            _pointer(self.bias), y.data_ptr(),
+            x.data_ptr(), CODES[x.dtype], x.numel() // self.inputs, self.inputs, self.padded, pointer(self.perm),
+            self.lines.data_ptr(), self.scales.data_ptr(), pointer(self.zeros), self.bits, self.group, self.outputs,
+            pointer(self.bias), y.data_ptr(),
         )  # fmt: skip
         return y
 
 
 def _product(x: Tensor, part: Tensor) -> Tensor:
     return x @ part
-
-
-def in_steps(x: Tensor, gemm: Callable[[Tensor], Tensor]) -> Tensor:
-    """gemm of the rows of x [.., in]: in 16-bit floats by one or two of few numbers of rows, zeros behind the last.
-
-    For these torch's GEMMs (oneDNN) compile code for each new number of rows and keep it, 0.5 MiB a shape of weight,
-    between the activations in the heap; and prompts of a new length would wait for it. In float32 they are another
-    library's, which does not.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    if x.dtype == torch.float32:
-        return gemm(flat).view(*x.shape[:-1], -1)
-    sizes = step_sizes(len(flat))
-    missing = sum(sizes) - len(flat)
-    parts = [gemm(part) for part in torch.split(F.pad(flat, (0, 0, 0, missing)) if missing else flat, sizes)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(flat)].view(*x.shape[:-1], -1)
-
-
-def step_sizes(rows: int) -> list[int]:
-    """The largest power of two in `rows`, and for the rest the next of 16, 32, 48, 64, 96, 128, 192, ...
-
-    Up to 1024 rows these are 11 numbers, with zeros for 6 % of the rows on average (65 to 1024, each as often).
-    One GEMM rounded up to an eighth of a power of two had 5 % and 32 numbers: on nano 39 MiB more in the heap after 150
-    prompts of 5 to 1000 tokens, and still growing.
-    """
-    if rows <= 32:
-        return [16 if rows <= 16 else 32]
-    whole = 1 << rows.bit_length() - 1
-    rest = rows - whole
-    if rest == 0:
-        return [whole]
-    up = max(16, 1 << (rest - 1).bit_length())
-    padded = up * 3 // 4 if up >= 64 and rest <= up * 3 // 4 else up
-    return [2 * whole] if padded == whole else [whole, padded]
-
-
-def in_tiles(dtype: str) -> bool:
-    """Whether dense weights of a dtype, by name, meet many rows on AMX tiles here, and not in torch's GEMM."""
-    try:
-        return dtype == "bfloat16" and library().instruction_set == "amx"
-    except LibraryError:  # plain torch runs
-        return False
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`: few rows at the speed of memory, bfloat16 on AMX tiles, else more through torch's GEMM."""
-    rows = x.numel() // max(1, x.shape[-1])
-    dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
-    dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
-    if not dense or rows == 0:
-        return F.linear(x, weight, bias)
-    if rows > FEW_DENSE and not in_tiles(str(x.dtype).removeprefix("torch.")):
-        return in_steps(x, lambda part: F.linear(part, weight, bias))
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    library().ready().linear_dense(
-        x.data_ptr(), CODES[x.dtype], rows, x.shape[-1], weight.data_ptr(), len(weight), _pointer(bias), y.data_ptr()
-    )
-    return y
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
@@ -207,7 +146,7 @@ def pack_gptq(
     order = _order(inputs, len(scales), g_idx)
     lines = huge_pages.buffer(outputs * len(order.groups) * order.size * bits // 8)
     words, padded = qweight.contiguous(), len(order.groups) * order.size
-    library().ready().pack_gptq(words.data_ptr(), inputs, padded, outputs, bits, _pointer(order.perm), lines.data_ptr())
+    library().ready().pack_gptq(words.data_ptr(), inputs, padded, outputs, bits, pointer(order.perm), lines.data_ptr())
     middle = bool((zeros == 1 << (bits - 1)).all())
     return PackedWeight(
         lines, _by_block(scales.half(), order.groups),
@@ -303,7 +242,3 @@ def _up(n: int, to: int) -> int:
 
 def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 PROMPTS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PICTURES = (0, 1, 2, 4, 8)
+MOMENT = 1.0  # seconds; what takes no longer is measured three times, after a call that is not counted
 QUESTION = 32  # tokens of text beside the pictures
 BATCH_CONTEXT = 256
 
@@ -35,9 +37,13 @@ class Curve:
 
 
 def growth(
-    engine: Engine, ceilings: Ceilings, quick: bool = False, progress: Callable[[str], None] = lambda what: None
-) -> list[Curve]:
-    """The four curves, each as far as the context and the KV cache of this engine reach."""
+    engine: Engine, ceilings: Ceilings, quick: bool = False, progress: Callable[[str], None] = lambda what: None,
+    most_s: float = math.inf,
+) -> list[Curve]:  # fmt: skip
+    """The four curves, each as far as the context and the KV cache of this engine reach.
+
+    Prompts and pictures go no further than the first size that takes more than `most_s` seconds.
+    """
     slots = min(engine.loop.runner.cache.num_slots, engine.max_model_len)
     reach = [n for n in CONTEXTS if n + 32 <= slots][: 2 if quick else None]
     progress("decode against context")
@@ -45,7 +51,7 @@ def growth(
     curves = [Curve("decode", "context, tokens", _points(taken), _decode_bound(engine, taken, ceilings))]
     prompts = [n for n in PROMPTS if n + 32 <= slots][: 2 if quick else None]
     progress("prefill against length")
-    filled = {n: steps.prefill(engine, n, rounds=1 if n > 512 else 2) for n in prompts}
+    filled = _rising(prompts, lambda n, rounds: steps.prefill(engine, n, rounds=rounds), most_s)
     curves.append(Curve("prefill", "prompt, tokens", _points(filled), _prefill_bound(engine, filled, ceilings)))
     fits = engine.loop.runner.cache.num_slots // (BATCH_CONTEXT + 32)
     sizes = [n for n in BATCHES if n <= min(fits, engine.engine_config.max_running)][: 2 if quick else None]
@@ -56,12 +62,23 @@ def growth(
     progress("pictures")
     span = engine.config.visual.n_queries + 2
     counts = [n for n in PICTURES if n * span + QUESTION <= slots][: 2 if quick else None]
-    towers = {n: steps.pictures(engine, n, rounds=1) if n else Spread.of([0.0]) for n in counts}
-    asked = {n: steps.prefill(engine, n * span + QUESTION, rounds=1) for n in counts}
-    seen = {n: Spread.of([towers[n].median + asked[n].median]) for n in counts}
+    asked = _rising(counts, lambda n, rounds: steps.prefill(engine, n * span + QUESTION, rounds=rounds), most_s)
+    towers = _rising([n for n in asked if n], lambda n, rounds: steps.pictures(engine, n, rounds=rounds), most_s)
+    seen = {n: asked[n].plus(towers[n]) if n else asked[n] for n in asked if not n or n in towers}
     axis = f"pictures and {QUESTION} tokens, to the first token"
     curves.append(Curve("pictures", axis, _points(seen), _picture_bound(towers, asked)))
     return curves
+
+
+def _rising(sizes: Sequence[int], measure: Callable[[int, int], Spread], most_s: float) -> dict[int, Spread]:
+    """`measure(size, rounds)` of rising sizes until one takes more than most_s; once after one that took long."""
+    taken: dict[int, Spread] = {}
+    for size in sizes:
+        slow = any(spread.median > MOMENT for spread in taken.values())
+        taken[size] = measure(size, 1 if slow else 3)
+        if taken[size].median > most_s:
+            break
+    return taken
 
 
 def _points(taken: dict[int, Spread]) -> tuple[Point, ...]:
@@ -106,7 +123,9 @@ def _batch_bound(taken: dict[int, Spread]) -> str:
 
 
 def _picture_bound(towers: dict[int, Spread], asked: dict[int, Spread]) -> str:
-    each = ", ".join(f"{s.median / n:.2f} s ({n} in a pass)" for n, s in towers.items() if n)
+    if not towers:
+        return "Not measured: a picture does not fit the context."
+    each = ", ".join(f"{s.median / n:.2f} s ({n} in a pass)" for n, s in towers.items())
     most = max(towers)
     share = towers[most].median / (towers[most].median + asked[most].median)
     return (

@@ -33,6 +33,11 @@ class Spread(NamedTuple):
     def scaled(self, factor: float) -> Spread:
         return Spread(self.median * factor, self.p10 * factor, self.p90 * factor, self.samples)
 
+    def plus(self, other: Spread) -> Spread:
+        """Of work that is done after the other: as if both were at their p10 together, and at their p90."""
+        samples = min(self.samples, other.samples)
+        return Spread(self.median + other.median, self.p10 + other.p10, self.p90 + other.p90, samples)
+
     def rate(self, amount: float) -> Spread:
         """Of samples in seconds: `amount` a second. The slowest times are the lowest rates."""
         return Spread(amount / self.median, amount / self.p90, amount / self.p10, self.samples)

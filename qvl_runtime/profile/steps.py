@@ -74,13 +74,16 @@ def decoding(engine: Engine, longest: int, batch: int = 1) -> Iterator[Callable[
 
 
 def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Spread:
-    """Seconds until the logits after `tokens` more tokens, with `before` in the cache already, chunk by chunk."""
+    """Seconds until the logits after `tokens` more tokens, with `before` in the cache already, chunk by chunk.
+
+    Of several rounds one more is run first and not counted; a single one is what the first time takes.
+    """
     runner, most = engine.loop.runner, engine.engine_config.max_step_tokens
     engine.loop.scheduler.make_room(-(-(before + tokens) // BLOCK_SIZE))
     samples = []
     with runner.cache.sequence(1.0) as sequence:
         _write(engine, sequence, before)
-        for round_ in range(rounds + 1):
+        for round_ in range(rounds + (rounds > 1)):
             sequence.truncate(before)
             began = time.perf_counter()
             for start in range(0, tokens, most):
@@ -89,21 +92,21 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
             finish(runner.model.device)
             if round_ or rounds == 1:
                 samples.append(time.perf_counter() - began)
-    return Spread.of(samples[-rounds:])
+    return Spread.of(samples)
 
 
 def pictures(engine: Engine, count: int, rounds: int = 3) -> Spread:
-    """Seconds that the visual tower takes for so many pictures in one pass."""
+    """Seconds that the visual tower takes for so many pictures given together; `rounds` as in `prefill`."""
     model, size = engine.loop.runner.model, engine.config.visual.image_size
     pixels = torch.randn(count, 3, size, size)
     samples = []
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + (rounds > 1)):
         began = time.perf_counter()
         model.encode_pictures(pixels)
         finish(model.device)
         if round_ or rounds == 1:
             samples.append(time.perf_counter() - began)
-    return Spread.of(samples[-rounds:])
+    return Spread.of(samples)
 
 
 def bytes_read(engine: Engine, context: int, batch: int = 1) -> int:

@@ -174,7 +174,7 @@ class Plan:
 
     def compiled(self, load: Load) -> int:
         """What a CPU compiles while it runs, and keeps: oneDNN's code for products of dense weights in 16 bits."""
-        from qvl_kernels.cpu_linear import in_tiles
+        from qvl_kernels.cpu_dense import in_tiles
 
         if self.device != "cpu" or self.width == 4 or in_tiles(self.dtype):
             return 0
@@ -223,7 +223,7 @@ class Plan:
 
 def _sizes(rows: int, at_once: int) -> int:
     """With how many different numbers of rows a CPU multiplies, where `rows` come in passes of so many."""
-    from qvl_kernels.cpu_linear import step_sizes
+    from qvl_kernels.cpu_dense import step_sizes
 
     last = rows % at_once
     return len({*(step_sizes(at_once) if rows >= at_once else ()), *(step_sizes(last) if last else ())})

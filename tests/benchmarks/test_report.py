@@ -14,6 +14,7 @@ from benchmarks.report.__main__ import computed
 from benchmarks.report.agree import compare, spreads
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
+from benchmarks.report.pool import pooled
 
 pytestmark = pytest.mark.unit
 
@@ -24,7 +25,10 @@ def spread(median: float) -> dict[str, float]:
 
 def report() -> dict[str, Any]:
     timings = {"picture_s": 0.1, "vision_s": 8.0, "prefill_s": 4.0, "decode_s": 7.0}
-    points = [{"x": x, "seconds": spread(0.1 * x)} for x in (1, 2, 4)]
+
+    def points() -> list[dict[str, Any]]:
+        return [{"x": x, "seconds": spread(0.1 * x)} for x in (1, 2, 4)]
+
     full = {
         "label": "full-size Int4, fast", "note": "a note", "kernels": {"ops": "C++ kernels (amx)"},
         "speed": {
@@ -37,7 +41,7 @@ def report() -> dict[str, Any]:
             ],
             "batches": [{"size": 8, "context": 258, "tok_s": spread(14.0)}],
         },
-        "growth": [{"name": n, "axis": "x", "points": points, "bound": "Memory: x."} for n in ("decode", "prefill")],
+        "growth": [{"name": n, "axis": "x", "points": points(), "bound": "Memory: x."} for n in ("decode", "prefill")],
         "memory": {
             "parts": {"vision": 2 << 30, "language": 3 << 30}, "kv_per_token": 1 << 19,
             "cases": [
@@ -51,7 +55,7 @@ def report() -> dict[str, Any]:
             "device": "cpu (A CPU, 2 threads)", "memory_gib": 24.0, "system": "Linux 6", "python": "3.11.7",
             "torch_version": "2.13.0", "qvl": "0.1.0", "commit": "abc1234", "date": "2026-11-22 10:00",
         },
-        "command": "python -m benchmarks.report", "minutes": 20.0,
+        "command": "python -m benchmarks.report", "minutes": 20.0, "passes": 3,
         "models": [full, {"label": "full-size BF16", "skipped": "needs 40 GiB of memory, and 2.0 are free"}],
         "serving": [
             {"rate": 2.0, "tok_s": 30.0, "ttft_s": {"p50": 0.1, "p95": 0.2, "p99": 0.3},
@@ -87,8 +91,30 @@ def test_two_runs_agree_where_their_spreads_meet() -> None:
     assert all(row.meet for row in compare(one, other))
     (apart,) = [row for row in compare(one, slower) if not row.meet]
     assert apart.name == "full-size Int4, fast: mean over 1792 tokens" and apart.ratio == pytest.approx(3 / 4.5)
+    once = report()
+    once["models"][0]["growth"][0]["points"][2]["seconds"]["samples"] = 1
+    assert len(compare(once, other)) == len(names) - 1, "what was measured once states no spread"
     one["models"] = one["models"][1:]
     assert compare(one, other) == [], "what only one of them measured"
+
+
+def test_passes_become_one_whose_spread_holds_them_all() -> None:
+    first, second, third = (report()["models"][0] for _ in range(3))
+    second["speed"]["means"][0] |= {"tok_s": spread(6.0), "gb_s": 20.0}
+    third["speed"]["means"][0] |= {"tok_s": spread(4.0), "gb_s": 19.0}
+    for later in (second, third):
+        later["memory"], later["note"] = None, "another note"
+        del later["growth"][0]["points"][2]
+    made = pooled([first, second, third])
+    assert made["speed"]["means"][0]["tok_s"] == {
+        "median": 4.5, "p10": pytest.approx(3.6), "p90": pytest.approx(6.6), "samples": 15,
+    }  # fmt: skip
+    assert made["speed"]["means"][0]["gb_s"] == 19.0 and made["speed"]["means"][0]["length"] == 1792
+    assert [point["seconds"]["samples"] for point in made["growth"][0]["points"]] == [15, 15, 5]
+    assert made["memory"] == first["memory"] and made["note"] == "a note" and made["growth"][0]["name"] == "decode"
+    assert pooled([first]) == first
+    skipped = {"label": "x", "skipped": "needs more"}
+    assert pooled([skipped]) == skipped
 
 
 def test_kernel_runs_are_compared_by_name(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import cpu, cpu_linear, reference
+from qvl_kernels import cpu, cpu_dense, cpu_linear, reference
 from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
 from tests.kernels.compare import EPSILON, W4A8_ERROR, W8_ERROR, as_good_as_torch, relative
 
@@ -197,13 +197,13 @@ def _built() -> bool:
 
 def test_torch_sees_few_numbers_of_rows() -> None:
     """oneDNN compiles and keeps code for each: many prompts of many lengths must not be many codes."""
-    assert len({size for rows in range(5, 4097) for size in cpu_linear.step_sizes(rows)}) <= 16
+    assert len({size for rows in range(5, 4097) for size in cpu_dense.step_sizes(rows)}) <= 16
     for rows in (5, 16, 17, 33, 64, 65, 200, 375, 500, 1023, 1024, 1025, 4096):
-        sizes = cpu_linear.step_sizes(rows)
+        sizes = cpu_dense.step_sizes(rows)
         assert len(sizes) <= 2 and rows <= sum(sizes) <= max(rows + 16, rows * 5 / 4)
     ones = torch.ones(2, 9, 3, dtype=torch.bfloat16)
-    assert torch.equal(cpu_linear.in_steps(ones, lambda part: 2 * part), 2 * ones)
+    assert torch.equal(cpu_dense.in_steps(ones, lambda part: 2 * part), 2 * ones)
     given: list[int] = []
     many = torch.arange(3 * 300.0).view(300, 3).bfloat16()
-    assert torch.equal(cpu_linear.in_steps(many, lambda part: given.append(len(part)) or part), many)
+    assert torch.equal(cpu_dense.in_steps(many, lambda part: given.append(len(part)) or part), many)
     assert given == [256, 48]
