@@ -103,10 +103,10 @@ class Engine:
         free: int | None = None
         if asked.synthetic is None:  # of one that shares its blocks nobody knows the size before it is there
             free = room_beside(asked, config, kind, self.folder, place)
-            state, laid_out = load_weights(self.folder, config, kind, place)
+            state, laid_out = load_weights(self.folder, config, kind, place, asked.embedding_on_host)
         else:
             state, laid_out = SyntheticState(config, kind, asked.repeat_blocks, place), {}
-        network = QwenVL(config, state, asked.precision, laid_out)
+        network = QwenVL(config, state, asked.precision, laid_out, embedding_on_host=asked.embedding_on_host)
         del state, laid_out
         trim_heap()
         kept = torch.int8 if asked.kv_dtype == "int8" else kind

@@ -20,6 +20,7 @@ class EngineConfig:
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     dtype: str = "auto"  # "auto": what the checkpoint says
     precision: Literal["exact", "fast"] = "exact"  # fast: kernels may round activations, head and vision to int8
+    embedding_on_host: bool = False  # a GPU's: its rows come from the mapped file, 1.2 GB less of the full model
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit

@@ -63,6 +63,14 @@ class ModelOptions:
         ),
     ] = "exact"
 
+    embedding_on_host: Annotated[
+        bool,
+        typer.Option(
+            "--embedding-on-host",
+            help="Leave the embedding table in the host's mapped file: less GPU memory.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
     synthetic: Annotated[
         str | None,
         typer.Option(

@@ -26,7 +26,7 @@ def plan_of(folder: Path, gpu_name: str | None, choices: Choices, measure: bool 
         held = choices_of(folder, choices.dtype)
         choices = replace(choices, vision=held.vision, head=held.head)
     plan = Plan(config, choices, "cpu" if gpu_name is None else "cuda")
-    machine = this_machine(measure) if gpu_name is None else gpu(gpu_name)
+    machine = this_machine(measure, packs(folder)) if gpu_name is None else gpu(gpu_name)
     loads = dict(DOCUMENTED) | {"all, 8 pictures": Load(config.context_limit, config.context_limit, 8)}
     room = plan.room(machine)
     return {
@@ -71,25 +71,31 @@ def show_json(plan: dict[str, Any]) -> None:
     print(json.dumps(plan, ensure_ascii=False, indent=2))
 
 
-def this_machine(measure: bool = True) -> Machine:
+def packs(folder: Path) -> bool:
+    """Whether loading a checkpoint folder lays packed weights out: those of a converted one lie so already."""
+    return not is_converted(folder) and model_config(folder).quantization is not None
+
+
+def this_machine(measure: bool = True, packed: bool = False) -> Machine:
     """This computer: the memory that can be had, how fast it is read, and what this process takes without a model."""
     import torch
 
     from qvl_runtime.device import device_name, free_memory
 
-    base = process_bytes()
+    base = process_bytes(packed)
     return Machine(
         device_name(torch.device("cpu")), free_memory(torch.device("cpu")) + base,
         read_bandwidth() if measure else None, base,
     )  # fmt: skip
 
 
-def process_bytes() -> int:
+def process_bytes(packed: bool = False) -> int:
     """Bytes that a process holds beside a model, once one has run in it; 0 where the system does not tell.
 
     Measured, by running the small checkpoint that comes along once and letting go of it: of 250 MiB a part is code that
-    is read in when it is first called, so that importing torch alone says 30 MiB less. What was compiled for the shapes
-    of this model is taken off, as another has its own.
+    is read in when it is first called, so that importing torch alone says 30 MiB less. packed: its Int4 sibling, since
+    laying packed weights out calls 8 MiB of torch's code that nothing else does. What was compiled for the shapes of
+    this model is taken off, as another has its own.
     """
     import gc
 
@@ -97,15 +103,18 @@ def process_bytes() -> int:
 
     from qvl_runtime.engine import NANO, Engine
     from qvl_runtime.schedule.request import SamplingParams
+    from qvl_runtime.weights.mapped import trim_heap
 
-    engine = Engine(NANO, device="cpu", max_model_len=1024, kv_cache_bytes=4 << 20)
+    small, precision = (NANO.with_name("nano_int4"), "fast") if packed else (NANO, "exact")
+    engine = Engine(small, device="cpu", precision=precision, max_model_len=1024, kv_cache_bytes=4 << 20)
     asked = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
     request = engine.submit(asked, SamplingParams(max_tokens=4, temperature=0))
     while not request.done:
         engine.loop.step()
-    own = Plan(engine.config).compiled(Load(0, len(asked.prompt.token_ids), 1))
+    own = Plan(engine.config, choices_of(small, "auto", precision)).compiled(Load(0, len(asked.prompt.token_ids), 1))
     del engine
     gc.collect()
+    trim_heap()
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

@@ -28,13 +28,14 @@ from tools.eval_nano import PACKAGE, ask
 from tools.nano.conversations import write_conversations
 from tools.nano.dialogue import turns
 from tools.nano.scenes import SceneConfig, check_fonts, draw_scene
-from tools.nano.scoring import Tally, score_each
+from tools.nano.scoring import EVALUATION_SEED, Tally, score_each
 from tools.paired import Difference, Ratio, difference
 
 KL_SEED = 10_000_103
 NEAREST = "nearest"
 TASKS = ("questions, all", "caption: object recalled", "caption: box IoU >= 0.5", "box: box IoU >= 0.5",
          "number: whole", "describe", "word")  # fmt: skip
+TIGHT = ("caption: box IoU >= 0.9", "box: box IoU >= 0.9")
 
 
 class Found(NamedTuple):
@@ -54,7 +55,7 @@ class Answers(NamedTuple):
     replies: list[str]
 
     @classmethod
-    def of(cls, folder: Path, scenes: int) -> Answers:
+    def of(cls, folder: Path, scenes: int, seed: int) -> Answers:
         engine, kept = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
 
         def answer(pictures: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
@@ -62,7 +63,7 @@ class Answers(NamedTuple):
             kept.scenes[:] = which
             return kept.replies
 
-        kept.tallies[:] = score_each(answer, SceneConfig(side=engine.config.visual.image_size), scenes)
+        kept.tallies[:] = score_each(answer, SceneConfig(side=engine.config.visual.image_size), scenes, seed)
         return kept
 
     def rate(self, *tasks: str) -> Ratio:
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 128], help="default: %(default)s")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--scenes", type=int, default=0, help="that tasks are scored on; 0: none")
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of these scenes (default: %(default)s)")
     parser.add_argument("--kl-scenes", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--own", type=int, default=64, help="scenes to calibrate on (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="only variants whose name ends so")
@@ -147,7 +149,7 @@ def main() -> None:
     check_fonts()
     exact = Engine(args.model, dtype="float32", max_model_len=1024)
     questions = Questions.asked(exact, args.kl_scenes)
-    own_answers = Answers.of(args.model, args.scenes) if args.scenes else None
+    own_answers = Answers.of(args.model, args.scenes, args.seed) if args.scenes else None
     found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as name:
         own = write_conversations(Path(name) / "own", args.own, exact.config.visual.image_size)
@@ -158,14 +160,15 @@ def main() -> None:
             errors = Quantizer.open(args.model, made, options, own if on_own else None).run()
             kl, same = questions.compare(Engine(made, dtype="float32", max_model_len=1024))
             error = sum(error.error for error in errors) / len(errors)
-            found[said] = Found(kl, same, Answers.of(made, args.scenes) if args.scenes else None, error)
+            answers = Answers.of(made, args.scenes, args.seed) if args.scenes else None
+            found[said] = Found(kl, same, answers, error)
             print(said, f"{kl.value:.5f}", f"{same.value:.4f}", f"{error:.4f}", flush=True)
     print(table(found, own_answers), "", gains(found, own_answers), sep="\n")
 
 
 def table(found: dict[str, Found], own: Answers | None) -> str:
     """Every variant: a Markdown table; `own`: the answers of the float checkpoint."""
-    tasks = TASKS if own is not None else ()
+    tasks = (*TASKS, *TIGHT) if own is not None else ()
     heads = ("", "KL, nats", "same token", "mean error of a linear", *tasks, *(("same answer",) if tasks else ()))
     lines = [_row(*heads), "|---" * len(heads) + "|"]
     if own is not None:
@@ -181,7 +184,8 @@ def table(found: dict[str, Found], own: Answers | None) -> str:
 
 def gains(found: dict[str, Found], own: Answers | None) -> str:
     """What each gains over round to nearest on the same grid, with its interval: a Markdown table."""
-    lines = [_row("", "KL", "same token, %", "same answer, %", "right answers, %"), "|---" * 5 + "|"]
+    heads = ("", "KL", "same token, %", "same answer, %", "right answers, %", "boxes of IoU >= 0.9, %")
+    lines = [_row(*heads), "|---" * len(heads) + "|"]
     for said, one in found.items():
         base = found.get(f"{said.partition(':')[0]}: {NEAREST}")
         if base is None or base is one:
@@ -189,7 +193,8 @@ def gains(found: dict[str, Found], own: Answers | None) -> str:
         cells = [_said(difference(one.kl, base.kl), 1, 5), _said(difference(one.same, base.same), 100, 2)]
         if own is not None and one.answers is not None and base.answers is not None:
             cells.append(_said(difference(one.answers.same_as(own), base.answers.same_as(own)), 100, 2))
-            cells.append(_said(difference(one.answers.rate(*TASKS), base.answers.rate(*TASKS)), 100, 2))
+            for tasks in (TASKS, TIGHT):
+                cells.append(_said(difference(one.answers.rate(*tasks), base.answers.rate(*tasks)), 100, 2))
         lines.append(_row(said, *cells))
     return "\n".join(lines)
 

@@ -132,6 +132,17 @@ class Maker:
             weight = self.normal(outputs, inputs, scale=inputs**-0.5)
             moved = weight.nbytes + x.nbytes + rows * outputs * x.element_size()
             yield Case(f"dense linear, {note}", (x, weight), prepared("prepare_linear"), moved, timed)
+            yield self.int8_linear(rows, inputs, outputs, timed)
+
+    def int8_linear(self, rows: int, inputs: int, outputs: int, timed: bool = False) -> Case:
+        """Symmetric, in order: as a converted head or visual tower has it."""
+        groups, x = -(-inputs // GROUP), self.normal(rows, inputs)
+        words = torch.randint(-(2**31), 2**31, (inputs // 4, outputs), generator=self._dice).int().to(self.device)
+        zeros = torch.full((groups, outputs // 4), 0x7F7F7F7F, dtype=torch.int32, device=self.device)
+        scales = ((torch.rand(groups, outputs, generator=self._dice) + 1) / 1024).to(self.device, torch.float16)
+        moved = inputs * outputs + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
+        packed = (x, words, zeros, scales, None, 8, 1)
+        return Case(f"int8 linear, {rows} x {inputs} to {outputs}", packed, prepared("prepare_gptq"), moved, timed)
 
 
 def cases(make: Maker, tiny: bool) -> Iterator[Case]:

@@ -53,20 +53,21 @@ def _judged(name: str, path: Path, prompt: dict[str, Any], want: Tensor, dtype: 
 
 
 def graphs(place: Place) -> Iterator[Row]:
-    """Greedy answers to prompts of many lengths, together: by graphs and without, and one after another."""
+    """Greedy answers to prompts of many lengths, together: by graphs, without, and with the embedding on the host."""
     greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
     prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
     for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
         found, replays = [], 0
-        for on in (True, False):
+        for options in ({"graphs": True}, {"graphs": False}, {"embedding_on_host": True}):
             engine = Engine(path, device=str(place.device), dtype=_name(place.dtypes[0]), max_model_len=256,
-                            kv_cache_bytes=64 << 20, graphs=on)  # fmt: skip
+                            kv_cache_bytes=64 << 20, **options)  # fmt: skip
             found.append([out.token_ids for out in engine.generate(prompts, greedy)])
             used = engine.loop.runner.graphs
             replays += used.replays if used is not None else 0
             place.settle()
-        yield {"model": path.name, "requests": len(prompts), "replays": replays, "same_tokens": found[0] == found[1],
-               "right": found[0] == found[1] and (replays > 0) == (not place.tiny)}  # fmt: skip
+        same = found[0] == found[1] == found[2]
+        yield {"model": path.name, "requests": len(prompts), "replays": replays, "same_tokens": same,
+               "right": same and (replays > 0) == (not place.tiny)}  # fmt: skip
 
 
 def _nano_prompt(picture: bool) -> dict[str, Any]:

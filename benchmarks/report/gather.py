@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime import Engine
+from qvl_runtime import Engine, plan_report
+from qvl_runtime.engine import NANO
 from qvl_runtime.profile.commands import plain
 from qvl_runtime.profile.growth import growth
 from qvl_runtime.profile.machine import Machine
@@ -68,7 +69,7 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
 
     memory = None
     if not again and not model.options.get("repeat_blocks"):  # first, while the process is as new
-        memory = plain(profile_memory(lambda: Engine(**model.options), progress))
+        memory = plain(profile_memory(lambda: Engine(**model.options), packs(model), progress))
         gc.collect()
     engine = Engine(**model.options)
     lengths = LENGTHS[:1] if quick else model.lengths
@@ -80,6 +81,13 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
         "kernels": engine.report()["kernels"], "machine": plain(Machine.here(engine.loop.runner.model.device)),
         "speed": plain(speed), "growth": plain(curves), "memory": memory,
     }  # fmt: skip
+
+
+def packs(model: Model) -> bool:
+    """Whether loading lays packed weights out, which the process that it is measured beside has then done too."""
+    if "synthetic" in model.options:
+        return str(model.options["synthetic"]).endswith("int4")
+    return plan_report.packs(Path(model.options.get("model", NANO)))
 
 
 def said(options: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def ops_for(device: torch.device) -> ModuleType:
     return cpu
 
 
+def target_on(device: torch.device) -> str:
+    """The target, "cpu" or "cuda", whose layouts are read on a device: in Triton's interpreter the GPU's."""
+    return "cuda" if _asked() == "triton" else device.type
+
+
 def packing_for(target: str) -> ModuleType:
     """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and gptq_levels.
 

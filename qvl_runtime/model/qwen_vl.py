@@ -7,11 +7,13 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import ops_for
 from qvl_kernels.reference import Bound, Packed, Precision
 from qvl_runtime.config import ModelConfig
+from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
 from qvl_runtime.model.linear import Maker
 from qvl_runtime.model.rotary import positions_of
@@ -22,12 +24,13 @@ from qvl_runtime.model.vision import VisualTower
 class Step:
     """The rows of one model call: n rows of R requests, one after another, without padding."""
 
-    token_ids: Tensor  # int64 [n]
+    token_ids: Tensor  # int64 [n], where the embedding table is
     positions: Tensor  # int64 [n], from 0 in each request
     frequencies: Tensor  # float32 [n, rotary_dim / 2], by the NTK factor that the row's request was admitted with
     layout: Layout
     picture_rows: Tensor | None = None  # int64 [m], rows inside image spans
     picture_features: Tensor | None = None  # [m, D], what stands there in place of an embedding
+    embedded: Tensor | None = None  # [n, D] on the model's device, where the rows have been looked up already
 
 
 class QwenVL:
@@ -35,22 +38,33 @@ class QwenVL:
 
     def __init__(
         self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact",
-        laid_out: Mapping[str, Packed] | None = None,
+        laid_out: Mapping[str, Packed] | None = None, embedding_on_host: bool = False,
     ) -> None:  # fmt: skip
         """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
 
         It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears that lie so already,
-        those of a converted checkpoint; the state lacks them.
+        those of a converted checkpoint; the state lacks them. embedding_on_host: the table is used in the host's
+        memory, and its rows are sent to the device. Raises `ConfigError` where the head reads the same table.
         """
-        embedding = state["transformer.wte.weight"]
-        self.config, self.device, self.dtype, self.precision = config, embedding.device, embedding.dtype, precision
-        self.ops = ops_for(self.device)
+        norm = state["transformer.ln_f.weight"]
+        self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
+        self.ops, self.embedding_on_host = ops_for(self.device), embedding_on_host
         make = Maker(self.ops, state, precision, {}, laid_out or {})
+        tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in make.laid_out
+        if embedding_on_host:
+            if tied:
+                raise ConfigError(
+                    "embedding_on_host is set, and this model's head is its embedding table (tie_word_embeddings), "
+                    "which every token reads whole: leave it out, or convert the checkpoint with --head int8"
+                )
+            state["transformer.wte.weight"] = state["transformer.wte.weight"].cpu()
         self.decoder = Decoder(config, make)
         self.visual = VisualTower(config.visual, make)
-        tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in make.laid_out
-        self.bytes_by_part = _bytes_by_part(state, make.made, tied)
+        here = {name: tensor for name, tensor in state.items() if tensor.device == self.device}
+        self.bytes_by_part = _bytes_by_part(here, make.made, tied)
         self.kernels = _kernels_by_part(make.made)
+        if embedding_on_host:
+            self.kernels["embedding"] = "rows sent from the host"
         state.clear()
 
     @torch.inference_mode()
@@ -66,11 +80,19 @@ class QwenVL:
 
     def _embedded(self, step: Step, observe: Observer) -> Tensor:
         """The rows [n, D] that the decoder begins with, which alone holds them: they go with its first block."""
-        x: Tensor = self.ops.embedding(step.token_ids, self.decoder.embedding)
+        x = self.look_up(step.token_ids) if step.embedded is None else step.embedded
         if step.picture_rows is not None and step.picture_features is not None:
             x[step.picture_rows] = step.picture_features.to(x.dtype)
         observe("embed", x)
         return x
+
+    def look_up(self, token_ids: Tensor) -> Tensor:
+        """The embeddings [n, D] of ids int64 [n] that are where the table is, on the model's device."""
+        table = self.decoder.embedding
+        if self.embedding_on_host:
+            return F.embedding(token_ids, table).to(self.device)
+        rows: Tensor = self.ops.embedding(token_ids, table)
+        return rows
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

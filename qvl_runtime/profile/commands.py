@@ -59,9 +59,11 @@ def memory(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = Fals
 
     [cyan]qvl profile memory --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
     """
+    from qvl_runtime.plan_report import packs
     from qvl_runtime.profile.memory import profile_memory
 
-    report = profile_memory(models.open, progress=_progress)
+    packed = packs(models.folder()) if models.synthetic is None else models.synthetic.endswith("int4")
+    report = profile_memory(models.open, packed, _progress)
     if as_json:
         print(json.dumps({"memory": plain(report)}, indent=2))
     else:

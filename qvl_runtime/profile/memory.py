@@ -53,13 +53,14 @@ class MemoryReport:
 
 
 def profile_memory(
-    open_engine: Callable[[], Engine], progress: Callable[[str], None] = lambda what: None
+    open_engine: Callable[[], Engine], packed: bool, progress: Callable[[str], None] = lambda what: None
 ) -> MemoryReport:
     """Load the model and run both cases; a process of its own, since a peak that was reached before stays.
 
-    Where the context is shorter than a case, the case is as long as the context, and says so.
+    packed: whether loading lays packed weights out (`plan_report.packs`). Where the context is shorter than a case, the
+    case is as long as the context, and says so.
     """
-    base = process_bytes()
+    base = process_bytes(packed)
     progress("load")
     reset_peak()
     engine = open_engine()
@@ -97,7 +98,8 @@ def plan_of(engine: Engine) -> Plan:
     choices = choices_of(engine.folder, str(model.dtype).removeprefix("torch."), asked.precision, asked.kv_dtype)
     if asked.synthetic is not None:
         choices = replace(choices, mapped=())
-    return Plan(engine.config, replace(choices, step_tokens=asked.max_step_tokens), model.device.type)
+    choices = replace(choices, step_tokens=asked.max_step_tokens, embedding_on_host=asked.embedding_on_host)
+    return Plan(engine.config, choices, model.device.type)
 
 
 def with_picture(engine: Engine, tokens: int) -> bool:

@@ -67,12 +67,35 @@ class Capture(Protocol):
         ...
 
 
-class Inputs:
-    """What a decode step of `rows` rows reads, all int64, packed so that one copy brings it to the device."""
+class HostRows:
+    """Rows of an embedding table in the host's memory, gathered there and copied to where graphs read them."""
 
-    def __init__(self, rows: int, host: Tensor, device: Tensor) -> None:
+    def __init__(self, table: Tensor, most: int, device: torch.device) -> None:
+        self._table = table
+        self._gathered = torch.empty(most, table.shape[1], dtype=table.dtype, pin_memory=device.type == "cuda")
+        self._sent = self._gathered.to(device)  # on a CPU the same
+
+    def rows(self, count: int) -> Tensor:
+        """Where the first `count` rows arrive, [count, D] on the device."""
+        return self._sent[:count]
+
+    def send(self, token_ids: Tensor) -> None:
+        """Look up ids int64 [n] of the host. The copy of the last ones must have arrived."""
+        n = len(token_ids)
+        torch.index_select(self._table, 0, token_ids, out=self._gathered[:n])
+        if self._sent is not self._gathered:
+            self._sent[:n].copy_(self._gathered[:n], non_blocking=True)
+
+
+class Inputs:
+    """What a decode step of `rows` rows reads: int64 packed so that one copy brings it to the device; and embeddings
+    where their table is on the host."""
+
+    def __init__(self, rows: int, host: Tensor, device: Tensor, looked_up: HostRows | None = None) -> None:
         """host, device: flat buffers of the same size, for rows * (COLUMNS + blocks of a table) numbers."""
-        self.rows, self._host, self._device = rows, host, device
+        self.rows, self._host, self._device, self._looked_up = rows, host, device, looked_up
+        self.embedded = None if looked_up is None else looked_up.rows(rows)
+        self._ids = self._parts(host)[0][0]
         self._columns, self._tables = (part.numpy() for part in self._parts(host))
         columns, self.block_tables = self._parts(device)  # which on a CPU is `host` itself
         self.token_ids, self.positions, self.slots, self.context_lens, self.frequency_rows = columns
@@ -98,6 +121,8 @@ class Inputs:
         self._tables[n:, 0] = spare
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
+        if self._looked_up is not None:
+            self._looked_up.send(self._ids)
 
 
 class Bucket(NamedTuple):
@@ -130,12 +155,13 @@ class DecodeGraphs:
         on_gpu = model.device.type == "cuda"
         host = torch.zeros(most * width, dtype=torch.int64, pin_memory=on_gpu)  # pinned, or the copy would wait
         device = host.to(model.device)
+        looked_up = HostRows(model.decoder.embedding, most, model.device) if model.embedding_on_host else None
         self.buckets = (*buckets[: bisect_left(buckets, most)], most)
         self._buckets: dict[int, Bucket] = {}
         frequencies.row(1.0)  # row 0, which padding reads
         for rows in reversed(self.buckets):
             on_host = host[: rows * width]
-            inputs = Inputs(rows, on_host, on_host if device is host else device[: rows * width])
+            inputs = Inputs(rows, on_host, on_host if device is host else device[: rows * width], looked_up)
             inputs.send((), (), (), cache.spare)
             self._buckets[rows] = self._captured(inputs)
 
@@ -185,7 +211,8 @@ class DecodeGraphs:
 
         def step() -> Tensor:
             frequencies = model.ops.embedding(inputs.frequency_rows, table)
-            hidden = model.forward(Step(inputs.token_ids, inputs.positions, frequencies, layout), layers)
+            rows = Step(inputs.token_ids, inputs.positions, frequencies, layout, embedded=inputs.embedded)
+            hidden = model.forward(rows, layers)
             return model.logits(hidden) if whole else hidden
 
         return step

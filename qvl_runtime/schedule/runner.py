@@ -107,7 +107,7 @@ class Runner:
                 rows.append(torch.arange(len(span.features), device=device) + start + span.start)
                 features.append(span.features)
         return Step(
-            token_ids=torch.from_numpy(ids).to(device),
+            token_ids=torch.from_numpy(ids).to(self.model.decoder.embedding.device),
             positions=positions.to(device),
             frequencies=self._frequencies.table[torch.from_numpy(factors).to(device)],
             layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),

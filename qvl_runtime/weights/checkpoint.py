@@ -117,14 +117,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
 def load_state(
     folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu",
-    skip: Collection[str] = (),
+    skip: Collection[str] = (), on_host: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint that fits `config` as {published name: tensor}, ready to compute with in `dtype` on `device`.
 
     Packed words and `g_idx` stay int32; GPTQ scales stay as stored unless `dtype` is float32, which holds them exactly.
     A tensor that is already of that dtype and device is the mapped file itself: nothing is copied, and it must not be
     written to. Others are converted one by one, so that memory peaks at most one tensor above its final size. A tied
-    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in `skip` are left out.
+    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in `skip` are left out;
+    tensors in `on_host` stay in the host's memory, whatever the device.
     """
     import torch
 
@@ -137,7 +138,8 @@ def load_state(
             continue
         tensor = checkpoint.tensor(name)
         as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)
-        state[name] = tensor.to(device=device, dtype=tensor.dtype if as_stored else dtype)
+        place = "cpu" if name in on_host else device
+        state[name] = tensor.to(device=place, dtype=tensor.dtype if as_stored else dtype)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["transformer.wte.weight"]
     return state

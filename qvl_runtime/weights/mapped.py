@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 32 << 20  # bytes of a tensor that are in memory at once while it is copied
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+MOST_INT = 2**31 - 1
 
 
 def release(tensor: Tensor) -> None:
@@ -69,6 +71,21 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(ctypes.c_size_t(0))
+
+
+def keep_heap() -> None:
+    """Have the C library keep what is let go for the next large tensor, from now on; `trim_heap` gives it back.
+
+    Else each tensor of more than 32 MiB, and many a smaller one, is a mapping of its own, whose pages are brought in
+    anew: 3.5 million faults while a linear of 4096 x 12288 is quantised, 9.5 s of 26 on two cores; 0.4 million with
+    this. The price are holes: 3.5 GiB in place of 2.1 for one of 11008 x 4096. Does nothing where the C library is not
+    glibc.
+    """
+    if sys.platform.startswith("linux"):
+        option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if option is not None:
+            option(M_MMAP_THRESHOLD, MOST_INT)
+            option(M_TRIM_THRESHOLD, MOST_INT)
 
 
 @lru_cache(maxsize=1)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from qvl_kernels.reference import Packed
 
 
+EMBEDDING = "transformer.wte.weight"
+
+
 class Weights(NamedTuple):
     """What a model is made of."""
 
@@ -34,13 +37,16 @@ def model_config(folder: Path) -> ModelConfig:
     return replace(config, dtype=Manifest.read(folder).dtype) if is_converted(folder) else config
 
 
-def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding_on_host: bool = False
+) -> Weights:
     """The weights of a checkpoint folder, converted or not, mapped where they are what `dtype` and `device` ask for.
 
+    embedding_on_host: the embedding table stays in the host's memory, whatever the device.
     Raises `CheckpointError` for a converted folder that lacks something, is damaged, or is meant for another device.
     """
     if not is_converted(folder):
-        return _published(folder, config, dtype, device)
+        return _published(folder, config, dtype, device, embedding_on_host)
     manifest = Manifest.read(folder)
     _refuse_layouts(folder, manifest, device)
     shards = open_shards(folder, manifest)
@@ -49,19 +55,23 @@ def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
     state: dict[str, Tensor] = {}
     for name in manifest.state:
         tensor = where[name].tensor(name)
-        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        place = "cpu" if embedding_on_host and name == EMBEDDING else device
+        state[name] = tensor.to(place, dtype if tensor.is_floating_point() else tensor.dtype)
     if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["transformer.wte.weight"]
+        state["lm_head.weight"] = state[EMBEDDING]
     linears = manifest.linears.items()
     return Weights(state, {name: packed_linear(name, linear, manifest, where, device) for name, linear in linears})
 
 
-def _published(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+def _published(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding_on_host: bool
+) -> Weights:
     """A published checkpoint. On a CPU its packed linears are laid out here, and each one's pages given back."""
     from qvl_kernels import ops_for
 
     if device.type != "cpu" or config.quantization is None:
-        return Weights(load_state(folder, config, dtype, device), {})
+        on_host = (EMBEDDING,) if embedding_on_host else ()
+        return Weights(load_state(folder, config, dtype, device, on_host=on_host), {})
     checkpoint, ops = Checkpoint.open(folder, config), ops_for(device)
     linears = [recipe for recipe in recipes(config, ConvertOptions()) if recipe.parts]
     packed = {made.name: made.packed for recipe in linears for made in make(recipe, checkpoint, config, ops)}
@@ -95,12 +105,13 @@ def open_shards(folder: Path, manifest: Manifest) -> dict[str, Shard]:
 
 
 def _refuse_layouts(folder: Path, manifest: Manifest, device: torch.device) -> None:
-    from qvl_kernels import ops_for
+    from qvl_kernels import ops_for, target_on
 
-    if manifest.target != device.type:
+    target = target_on(device)
+    if manifest.target != target:
         raise CheckpointError(
-            f"{folder} is laid out for {manifest.target} and is to run on {device.type}: convert its source with "
-            f"--target {device.type}, or run it with --device {manifest.target}"
+            f"{folder} is laid out for {manifest.target} and is to run on {target}: convert its source with "
+            f"--target {target}, or run it with --device {manifest.target}"
         )
     readable = ops_for(device).LAYOUTS
     strange = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))

@@ -99,7 +99,7 @@ def make(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops
     if recipe.bits is not None:
         (part,) = recipe.parts
         packed = _pack(ops, _rounded(tensors, part, recipe.bits))
-        if packed.layout not in ops.LAYOUTS[:1]:  # it would be unpacked on each use, slower than the floats
+        if packed.layout == "gptq":  # it would be unpacked on each use, slower than the floats
             raise ConfigError(f"this target has no kernel for {recipe.name} in {recipe.bits} bits: keep its floats")
         yield Made(recipe.name, packed, recipe.parts, True, {})
         return

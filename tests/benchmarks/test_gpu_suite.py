@@ -42,7 +42,7 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     assert "no time below is a figure" in suite["notes"][0] and len(suite["notes"]) == 1
     ops = {row["case"].partition(",")[0] for row in parts["correct"]}
     assert {"rms_norm", "add_rms_norm", "layer_norm", "swiglu", "gelu", "rotary_to_cache", "paged_attention",
-            "vision_attention", "cross_attention", "int4 linear", "dense linear"} == ops  # fmt: skip
+            "vision_attention", "cross_attention", "int4 linear", "int8 linear", "dense linear"} == ops  # fmt: skip
     assert all(row["right"] for part in ("correct", "goldens", "graphs") for row in parts[part])
     assert {row["model"] for row in parts["goldens"]} == {"nano", "nano_int4"}
     assert {row["what"] for row in parts["int4"]} == {"speed", "memory", "throughput"}

@@ -7,20 +7,26 @@ from torch import Tensor
 
 
 def checkpoint(
-    inputs: int, outputs: int, group: int, *, symmetric: bool = False, act_order: bool = False, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """qweight, qzeros, scales and g_idx of a GPTQ linear with random levels, every zero point among them."""
+    inputs: int, outputs: int, group: int, *, bits: int = 4, symmetric: bool = False, act_order: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """qweight, qzeros, scales and g_idx of a GPTQ linear with random levels and zero points.
+
+    Of 4 bits every zero point is among these; of 8 the even ones as stored: 255 stored is 256, which few kernels take.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def words(rows: int, columns: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, (rows, columns), generator=rng).to(torch.int32)
 
     groups = -(-inputs // group)
-    qzeros = words(groups, outputs // 8)
+    qzeros = words(groups, outputs * bits // 32)
+    if bits == 8:
+        qzeros &= ~0x01010101
     if symmetric:
-        qzeros.fill_(0x77777777)
-    scales = (torch.rand(groups, outputs, generator=rng) * 0.02 + 0.001).half()
+        qzeros.fill_(0x77777777 if bits == 4 else 0x7F7F7F7F)
+    scales = ((torch.rand(groups, outputs, generator=rng) * 0.02 + 0.001) * 2.0 ** (4 - bits)).half()
     g_idx = torch.arange(inputs, dtype=torch.int32) // group
     if act_order:
         g_idx = g_idx[torch.randperm(inputs, generator=rng)]
-    return words(inputs // 8, outputs), qzeros, scales, g_idx if act_order or inputs % group else None
+    return words(inputs * bits // 32, outputs), qzeros, scales, g_idx if act_order or inputs % group else None

@@ -1,4 +1,4 @@
-"""The packed layout of int4 weights: what each word holds, and the way back, bit for bit."""
+"""The packed layouts of int4 and int8 weights: what each word holds, and the way back, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from tests.kernels.gptq import checkpoint
 SHAPES = [(128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (640, 128, 256)]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("zero_offset", [0, 1])
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
-def test_it_comes_back_bit_for_bit(inputs: int, outputs: int, group: int, zero_offset: int, act_order: bool) -> None:
-    qweight, qzeros, scales, g_idx = checkpoint(inputs, outputs, group, act_order=act_order)
-    bias = torch.randn(outputs)
-    packed = repack.pack_gptq(qweight, qzeros, scales, g_idx, 4, zero_offset, bias)
+def test_it_comes_back_bit_for_bit(
+    inputs: int, outputs: int, group: int, zero_offset: int, act_order: bool, bits: int
+) -> None:
+    qweight, qzeros, scales, g_idx = checkpoint(inputs, outputs, group, bits=bits, act_order=act_order)
+    bias, tile = torch.randn(outputs), 512 // bits
+    packed = repack.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
     words = packed.tensors["words"]
-    assert words.shape == (-(-inputs // 128), -(-outputs // 128) * 128, 16) and words.is_contiguous()
+    assert packed.layout == {4: "gpu-1", 8: "gpu-int8-1"}[bits]
+    assert words.shape == (-(-inputs // tile), -(-outputs // 128) * 128, 16) and words.is_contiguous()
     back = repack.unpack_gptq(packed)
-    given = reference.pack_gptq(qweight, qzeros, scales, g_idx, 4, zero_offset, bias)
+    given = reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
     if "order" not in packed.tensors:
         given.tensors.pop("g_idx", None)
     assert back.layout == "gptq" and back.fields == given.fields and set(back.tensors) == set(given.tensors)
@@ -30,12 +34,13 @@ def test_it_comes_back_bit_for_bit(inputs: int, outputs: int, group: int, zero_o
     assert torch.equal(repack.gptq_levels(packed), reference.gptq_levels(given))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
-def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order: bool) -> None:
-    tensors = checkpoint(inputs, outputs, group, act_order=act_order)
-    packed = repack.packed_int4(*tensors, 1)
-    want = reference.gptq_dequantize(*tensors, 4, 1)
+def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order: bool, bits: int) -> None:
+    tensors = checkpoint(inputs, outputs, group, bits=bits, act_order=act_order)
+    packed = repack.packed(repack.KINDS[bits], *tensors, 1)
+    want = reference.gptq_dequantize(*tensors, bits, 1)
     want = want if packed.order is None else want[:, packed.order.long()]
     assert torch.equal(repack.dequantize(packed), want)
 
@@ -54,10 +59,22 @@ def test_a_word_holds_what_the_layout_says() -> None:
         assert packed.words.count_nonzero() == 1
 
 
-def test_symmetric_zero_points_take_no_room() -> None:
-    packed = repack.packed_int4(*checkpoint(128, 128, 128, symmetric=True), 1)
+def test_a_word_of_8_bits_holds_what_the_layout_says() -> None:
+    """Input 64 + 32 j + 2 r + h of output 5 alone is 255: byte j + 2 h of word r of the second tile."""
+    for j, r, h in ((0, 0, 0), (1, 7, 0), (0, 15, 1), (1, 3, 1)):
+        levels = torch.zeros(128, 8, dtype=torch.uint8)
+        levels[64 + 32 * j + 2 * r + h, 5] = 255
+        qweight = levels.view(32, 4, 8).transpose(1, 2).contiguous().view(torch.int32)[..., 0]
+        packed = repack.packed(repack.PackedInt8, qweight, torch.zeros(1, 2).int(), torch.ones(1, 8), None, 0)
+        assert packed.words[1, 5, r].item() & 0xFFFFFFFF == 255 << 8 * (j + 2 * h)
+        assert packed.words.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_zero_points_take_no_room(bits: int) -> None:
+    packed = repack.packed(repack.KINDS[bits], *checkpoint(128, 128, 128, bits=bits, symmetric=True), 1)
     assert packed.zeros is None and packed.order is None
-    assert packed.nbytes == 128 * 128 // 2 + 128 * 2
+    assert packed.nbytes == 128 * 128 * bits // 8 + 128 * 2
 
 
 def test_magic_numbers_make_floats() -> None:
@@ -65,11 +82,20 @@ def test_magic_numbers_make_floats() -> None:
     levels = torch.arange(16, dtype=torch.int32)
     for magic, dtype, base in ((0x5800, torch.float16, 128), (0x4180, torch.bfloat16, 16)):
         assert torch.equal((levels << 3 | magic).to(torch.int16).view(dtype).float(), levels + float(base))
+    levels = torch.arange(256, dtype=torch.int32)
+    assert torch.equal((levels | 0x6400).to(torch.int16).view(torch.float16).float(), levels + 1024.0)
+    assert torch.equal((levels | 0x4B000000).view(torch.float32), levels + 2.0**23)
+    apart = (levels[:, None] - levels).float()  # level less zero point
+    assert torch.equal(apart.bfloat16().float(), apart) and torch.equal(apart.half().float(), apart)
 
 
 def test_what_it_cannot_hold_is_said() -> None:
     qweight, qzeros, scales, _ = checkpoint(128, 16, 32)
-    assert repack.unsupported(qweight, scales, None, 8) == "8 bits"
+    assert repack.unsupported(qweight, scales, None, 2) == "2 bits"
+    stored = torch.full((4, 4), -1, dtype=torch.int32)  # of zero points 256
+    words = torch.zeros(32, 16, dtype=torch.int32)
+    assert repack.pack_gptq(words, stored, scales, None, 8, 1).layout == "gptq"
+    assert repack.pack_gptq(words, stored, scales, None, 8, 0).layout == "gpu-int8-1"
     assert repack.unsupported(qweight, torch.ones(8, 16), None, 4) == "groups of 16"
     uneven = torch.tensor([0] * 40 + [1] * 24 + [2] * 32 + [3] * 32, dtype=torch.int32)
     assert repack.pack_gptq(qweight, qzeros, scales, uneven, 4, 1).layout == "gptq"
@@ -83,5 +109,9 @@ def test_files_of_another_layout_or_shape_are_refused() -> None:
         repack.PackedInt4.from_packed(packed._replace(layout="cpu-1"))
     with pytest.raises(ValueError, match=r"packed words is torch.int32 \(1, 128, 16\); expected torch.int32 \(2,"):
         repack.PackedInt4.from_packed(packed._replace(fields=packed.fields | {"inputs": 256}))
+    with pytest.raises(ValueError, match="read the layout 'gpu-int8-1'; found 'gpu-1'"):
+        repack.PackedInt8.from_packed(packed)
+    with pytest.raises(ValueError, match="read the layouts 'gpu-1' and 'gpu-int8-1'; found 'cpu-1'"):
+        repack.unpack_gptq(packed._replace(layout="cpu-1"))
     with pytest.raises(ValueError, match="lacks scales"):
         repack.PackedInt4.from_packed(packed._replace(tensors={"words": packed.tensors["words"]}))

@@ -8,6 +8,7 @@ cases: a text in chunks is prefill and few rows of packed weights, and a prompt 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qvl_kernels import UnsupportedError, ops_for
+from qvl_runtime.config import ModelConfig
+from qvl_runtime.engine import NANO
+from qvl_runtime.errors import CheckpointError
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.prompt.images import load_image
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.runner import Chunk, Span
+from qvl_runtime.weights.convert import ConvertOptions, convert
 from tests.interpreter import patch_language_once
 from tests.model.oracle import Oracle, spelled_images, without_padding
 from tests.schedule.fake_graphs import FakeCapture
@@ -184,6 +189,29 @@ def test_graphs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"rotary_kernel", "rms_norm_kernel", "swiglu_kernel"} < kernels
     gap = (found[0].float() - found[1].float()).abs().max()
     assert gap <= 2**-8 * found[1].float().abs().max(), "further apart than a few roundings of float16"
+
+
+def test_a_folder_made_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visual tower and head of 8 bits, as they lie in the files, beside the same levels on the CPU's kernels.
+
+    One block of the tower: each takes the interpreter 3 s.
+    """
+    found, whole = {}, ModelConfig.from_folder(NANO).visual
+    for target, dtype in (("cpu", torch.float16), ("cpu", torch.float32), ("cuda", torch.float16)):
+        monkeypatch.setenv("QVL_KERNELS", "triton" if target == "cuda" else "")
+        folder = tmp_path / target
+        if not folder.exists():
+            convert(NANO, folder, ConvertOptions(target=target, dtype="float16", vision="int8", head="int8"))
+        oracle = Oracle(tmp_path, target, dtype, visual=replace(whole, layers=1))
+        kernels = oracle.model.kernels
+        assert kernels["head linears"].startswith("int8") and "x int8" in kernels["vision linears"]
+        pixels = torch.randn(1, 3, whole.image_size, whole.image_size, generator=torch.Generator().manual_seed(0))
+        found[target, dtype] = oracle.model.encode_pictures(pixels), in_chunks(oracle, [5, 6, 7], 3)
+    with pytest.raises(CheckpointError, match="is laid out for cpu and is to run on cuda"):
+        Oracle(tmp_path, "cpu", torch.float16)
+    (_, plain), (_, exact), (_, ours) = found.items()
+    for part, name in enumerate(("features", "text")):
+        no_worse([ours[part], plain[part]], exact[part], name)
 
 
 def test_nobody_watching_changes_nothing(pair: Pair) -> None:

@@ -24,7 +24,7 @@ from qvl_runtime.weights import tensor_file
 from qvl_runtime.weights.convert import ConvertOptions, convert, outline
 from qvl_runtime.weights.gptq import quantize_state
 from qvl_runtime.weights.manifest import MANIFEST, Manifest
-from qvl_runtime.weights.packed import load_weights
+from qvl_runtime.weights.packed import load_weights, open_shards, packed_linear
 from qvl_runtime.weights.restore import restore
 from qvl_runtime.weights.save import quantized_config
 from qvl_runtime.weights.verify import verify
@@ -77,8 +77,8 @@ def test_gptq_and_back(
     layouts = {linear.layout for linear in manifest.linears.values()}
     if target == "cpu":
         assert layouts == {"cpu-1"}
-    else:  # what its kernels cannot hold (8 bits, inputs dealt unevenly) stays as published
-        assert "gpu-1" in layouts or GPTQ[name].bits == 8 or GPTQ[name].desc_act
+    else:  # what its kernels cannot hold (inputs dealt unevenly) stays as published
+        assert layouts == {"gpu-int8-1" if GPTQ[name].bits == 8 else "gpu-1"} or GPTQ[name].desc_act
     assert "transformer.h.0.mlp.up_gate" in manifest.linears or GPTQ[name].desc_act
     assert verify(tmp_path / "converted").faults == []
     assert restore(tmp_path / "converted", tmp_path / "back").tensors_only == []
@@ -174,11 +174,33 @@ def test_rounded_vision_and_head(raw: dict[str, Any], make_state: MakeState, wri
         assert (y.t() - weight).abs().max() <= step * 0.6  # half a step of the group, and float16 scales
 
 
-def test_a_target_without_a_kernel_for_it(int4: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["int4", "int8"])
+def test_both_targets_round_to_the_same_levels(int4: Path, tmp_path: Path, head: str) -> None:
+    from qvl_kernels import packing_for
+
+    levels: dict[str, dict[str, torch.Tensor]] = {}
+    for target in ("cpu", "cuda"):
+        options = ConvertOptions(target=target, vision="int8", head=head)
+        manifest = convert(int4, tmp_path / target, options)
+        shards = open_shards(tmp_path / target, manifest)
+        where = {name: shard for shard in shards.values() for name in shard.infos}
+        levels[target] = {
+            name: packing_for(target).gptq_levels(packed_linear(name, linear, manifest, where))
+            for name, linear in manifest.linears.items()
+        }
+    assert levels["cpu"].keys() == levels["cuda"].keys()
+    assert all(torch.equal(found, levels["cuda"][name]) for name, found in levels["cpu"].items())
+    kinds = {name: linear.layout for name, linear in manifest.linears.items() if linear.rounded}
+    assert kinds.pop("lm_head") == {"int4": "gpu-1", "int8": "gpu-int8-1"}[head]
+    assert len(kinds) > 4 and set(kinds.values()) == {"gpu-int8-1"}
+
+
+def test_what_has_no_kernel_is_not_rounded(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qvl_kernels import reference
+
+    monkeypatch.setattr("qvl_kernels.repack.pack_gptq", reference.pack_gptq)
     with pytest.raises(ConfigError, match=r"no kernel for transformer.visual.* in 8 bits: keep its floats"):
         convert(int4, tmp_path / "new", ConvertOptions(target="cuda", vision="int8"))
-    manifest = convert(int4, tmp_path / "new", ConvertOptions(target="cuda", head="int4"))
-    assert manifest.linears["lm_head"].layout == "gpu-1"
 
 
 def test_options_that_do_not_exist() -> None:

@@ -12,10 +12,11 @@ import torch
 from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.engine import NANO, Engine
 from qvl_runtime.errors import CapacityError, ConfigError
+from qvl_runtime.plan_report import packs
 from qvl_runtime.schedule.kv_cache import bytes_per_token
 from qvl_runtime.weights.convert import ConvertOptions, convert
 from qvl_runtime.weights.machines import Machine, gpu
-from qvl_runtime.weights.plan import Choices, Load, Plan, refuse, ways_to_fit
+from qvl_runtime.weights.plan import Choices, Load, Plan, choices_of, refuse, ways_to_fit
 from qvl_runtime.weights.sizes import kv_per_token
 from qvl_runtime.weights.synthetic import synthetic_config
 
@@ -75,17 +76,21 @@ def printed(code: str) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system tells no peak of a process")
-def test_nano_takes_what_is_planned() -> None:
+@pytest.mark.parametrize("name, precision", [("nano", "exact"), ("nano_int4", "exact"), ("nano_int4", "fast")])
+def test_nano_takes_what_is_planned(name: str, precision: str) -> None:
     """Within 3 %, beside a process without a model, which is measured in another."""
-    load = Load(tokens=1502, prompt=1500)
-    base = printed("from qvl_runtime.plan_report import process_bytes; print(process_bytes())")
+    load, folder = Load(tokens=1502, prompt=1500), NANO.with_name(name)
+    assert packs(folder) == (name == "nano_int4")
+    base = printed(f"from qvl_runtime.plan_report import process_bytes; print(process_bytes({packs(folder)}))")
     took = printed(f"""
 import torch
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.profile.memory import peak
-Engine().generate([{{"token_ids": [1] * {load.prompt}}}], SamplingParams(max_tokens=2, ignore_eos=True))
+engine = Engine({str(folder)!r}, precision={precision!r})
+engine.generate([{{"token_ids": [1] * {load.prompt}}}], SamplingParams(max_tokens=2, ignore_eos=True))
 print(peak(torch.device("cpu")))""")
-    planned = Plan(ModelConfig.from_folder(NANO)).peak(load, Machine("", 0, None, base)).total
+    plan = Plan(ModelConfig.from_folder(folder), choices_of(folder, "auto", precision))
+    planned = plan.peak(load, Machine("", 0, None, base)).total
     assert planned == pytest.approx(took, rel=0.03)
 
 

@@ -1,4 +1,4 @@
-"""Linears bound to their weights: which int4 kernel runs for how many rows, and what runs instead where none can."""
+"""Linears bound to their weights: which kernel runs for how many rows, and what runs instead where none can."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from torch import Tensor
 
 from qvl_kernels import reference, repack
 from qvl_kernels.reference import Bound, Packed, Precision, linear
-from qvl_kernels.repack import PackedInt4, gptq_levels, pack_gptq
+from qvl_kernels.repack import LAYOUTS, PackedInt4, PackedInt8, gptq_levels, kind_of, pack_gptq
 from qvl_kernels.triton.configs import regime
 from qvl_kernels.triton.int4_dequantize import int4_dequantize
 from qvl_kernels.triton.int4_few_rows import int4_few_rows
 from qvl_kernels.triton.int4_many_rows import int4_many_rows
+from qvl_kernels.triton.int8_dequantize import int8_dequantize
+from qvl_kernels.triton.int8_few_rows import FEW as FEW_INT8
+from qvl_kernels.triton.int8_few_rows import int8_few_rows
 from qvl_kernels.triton.split_sum import summed
 
-__all__ = ["bind", "gptq_levels", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
+__all__ = ["LAYOUTS", "bind", "gptq_levels", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
 
 _log = logging.getLogger("qvl_kernels")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Int4:
+class PackedLinear:
     """A packed weight and its bias, and the choice of kernel by the number of rows."""
 
-    weight: PackedInt4
+    weight: PackedInt4 | PackedInt8
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -42,13 +45,25 @@ class Int4:
         x = x.contiguous()
         if not len(x):
             return x.new_empty(0, self.weight.outputs)
+        if isinstance(self.weight, PackedInt8):
+            return self._int8(x, self.weight)
+        return self._int4(x, self.weight)
+
+    def _int4(self, x: Tensor, weight: PackedInt4) -> Tensor:
         kind = "dequantize" if x.dtype == torch.float32 else regime(len(x))
         if kind == "few_rows":
-            return int4_few_rows(x, self.weight, self.bias)
+            return int4_few_rows(x, weight, self.bias)
         if kind == "many_rows":
-            return int4_many_rows(x, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, int4_dequantize(self.weight, x.dtype), bias)
+            return int4_many_rows(x, weight, self.bias)
+        return self._unpacked(x, int4_dequantize(weight, x.dtype))
+
+    def _int8(self, x: Tensor, weight: PackedInt8) -> Tensor:
+        if len(x) <= FEW_INT8 and x.dtype != torch.float32:
+            return int8_few_rows(x, weight, self.bias)
+        return self._unpacked(x, int8_dequantize(weight, x.dtype))
+
+    def _unpacked(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
@@ -69,17 +84,18 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
     if packed.layout == "gptq":
         again = pack_gptq(**_published(packed), **packed.fields)  # type: ignore[arg-type]
         return _plain(again, precision) if again.layout == "gptq" else bind(again, precision)
-    weight, bias = PackedInt4.from_packed(packed), packed.tensors.get("bias")
+    weight, bias = kind_of(packed).from_packed(packed), packed.tensors.get("bias")
     details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
     details += "" if weight.order is None else ", act-order: x is gathered first"
-    packed_linear = Int4(weight, bias)
-    return Bound(packed_linear, f"int4, {details}", weight.nbytes, packed_linear.partial)
+    packed_linear = PackedLinear(weight, bias)
+    return Bound(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.partial)
 
 
 def _plain(packed: Packed, precision: Precision) -> Bound:
     """What the kernels cannot hold, in plain torch, said aloud."""
     given, bits = packed.tensors, packed.fields["bits"]
-    reason = repack.unsupported(given["qweight"], given["scales"], given.get("g_idx"), bits)
+    zeros = repack.zero_points(given["qzeros"], bits, packed.fields["zero_offset"])
+    reason = repack.unsupported(given["qweight"], given["scales"], given.get("g_idx"), bits, zeros)
     outputs = given["scales"].shape[1]
     _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", outputs, reason)
     slow = reference.bind(packed, precision)

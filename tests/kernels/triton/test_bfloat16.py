@@ -9,6 +9,7 @@ from torch import Tensor
 from qvl_kernels import reference, repack
 from qvl_kernels import triton as ops
 from qvl_kernels.triton.int4_dequantize import int4_dequantize
+from qvl_kernels.triton.int8_dequantize import int8_dequantize
 from qvl_kernels.triton.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.launch import interpreted
 from tests.kernels.compare import EPSILON, as_good_as_torch
@@ -94,15 +95,16 @@ def test_pictures(poisoned: None, normal) -> None:
     as_good_as_torch(ops.cross_attention(q, k, v, 2), reference.cross_attention(q, k, v, 2), want)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 16, 33])
 @pytest.mark.parametrize("symmetric, group", [(True, 64), (False, 64), (True, 128)])
-def test_int4(poisoned: None, normal, rows: int, symmetric: bool, group: int) -> None:
-    tensors, x = checkpoint(256, 136, group, symmetric=symmetric), normal(rows, 256)
-    exact = reference.gptq_dequantize(*tensors, 4, 1)
+def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, group: int, bits: int) -> None:
+    tensors, x = checkpoint(256, 136, group, bits=bits, symmetric=symmetric), normal(rows, 256)
+    exact = reference.gptq_dequantize(*tensors, bits, 1)
     plain = torch.nn.functional.linear(x, exact.to(B16))
-    as_good_as_torch(ops.prepare_gptq(*tensors, 4, 1)(x), plain, x.double() @ exact.double().t())
-    weight = repack.packed_int4(*tensors, 1)
-    assert torch.equal(int4_dequantize(weight, B16), repack.dequantize(weight).to(B16))
+    as_good_as_torch(ops.prepare_gptq(*tensors, bits, 1)(x), plain, x.double() @ exact.double().t())
+    weight, dequantize = repack.packed(repack.KINDS[bits], *tensors, 1), {4: int4_dequantize, 8: int8_dequantize}[bits]
+    assert torch.equal(dequantize(weight, B16), repack.dequantize(weight).to(B16))
 
 
 def test_the_likeliest(poisoned: None, normal) -> None:

@@ -136,14 +136,13 @@ def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tenso
 
 
 def test_what_has_no_kernel_runs_in_plain_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    words = torch.randint(-(2**31), 2**31, (32, 16)).to(torch.int32)
-    tensors = (words, torch.full((1, 4), 0x7F7F7F7F, dtype=torch.int32), torch.rand(1, 16).half(), None)
+    tensors = checkpoint(128, 16, 16)
     with caplog.at_level(logging.WARNING, "qvl_kernels"):
-        linear = ops.prepare_gptq(*tensors, 8, 1)
-    assert "a linear of 16 outputs runs in plain torch, unpacked on each use: 8 bits" in caplog.text
-    assert linear.kernel == "int8, unpacked on use (8 bits)"
+        linear = ops.prepare_gptq(*tensors, 4, 1)
+    assert "a linear of 16 outputs runs in plain torch, unpacked on each use: groups of 16" in caplog.text
+    assert linear.kernel == "int4, unpacked on use (groups of 16)"
     x = activations(3, 128)
-    assert torch.equal(linear(x), reference.prepare_gptq(*tensors, 8, 1)(x))
+    assert torch.equal(linear(x), reference.prepare_gptq(*tensors, 4, 1)(x))
 
 
 def test_the_report_says_what_is_held() -> None:
