@@ -42,24 +42,32 @@ def int8_dequantize_kernel(
         tl.store(out_ptr + n.to(tl.int64)[:, None] * INPUTS + first + k[None, :], weight.to(OUT), inside)
 
 
-def int8_dequantize(weight: PackedInt8, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] in `dtype`, its inputs in the packed order, each rounded once: `repack.dequantize`."""
+def int8_dequantize(weight: PackedInt8, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
+    """The weight [N, K] in `dtype`, its inputs in the packed order, each rounded once: `repack.dequantize`.
+
+    Of `count` outputs from `first` on, a multiple of `COLUMNS`; None: all that follow.
+    """
     checks.device("int8_dequantize", *weight.tensors().values())
-    out = weight.scales.new_empty((weight.outputs, weight.inputs), dtype=dtype)
+    left = weight.outputs - first
+    out = weight.scales.new_empty((left if count is None else min(count, left), weight.inputs), dtype=dtype)
     checks.tensor("int8_dequantize", "out", out, tuple(out.shape))
-    _plan(weight, out).run()
+    if first % COLUMNS or left < 1:
+        raise ValueError(f"int8_dequantize: first is {first}; expected a multiple of {COLUMNS} below {weight.outputs}")
+    _plan(weight, out, first).run()
     return out
 
 
-def _plan(weight: PackedInt8, out: Tensor) -> Launch:
+def _plan(weight: PackedInt8, out: Tensor, first: int = 0) -> Launch:
     tiles, padded, _ = weight.words.shape
+    zeros = None if weight.zeros is None else weight.zeros[:, first:]
     return Launch(
         int8_dequantize_kernel,
-        (tiles, blocks(padded, COLUMNS)),
-        {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "out_ptr": out},
-        {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group, "BN": COLUMNS},
+        (tiles, blocks(len(out), COLUMNS)),
+        {"words_ptr": weight.words[:, first:], "scales_ptr": weight.scales[:, first:], "zeros_ptr": zeros,
+         "out_ptr": out},
+        {"INPUTS": weight.inputs, "OUTPUTS": len(out), "PADDED": padded, "GROUP": weight.group, "BN": COLUMNS},
         WARPS,
-    )
+    )  # fmt: skip
 
 
 def aot_specs(capability: int) -> list[Spec]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import reference, repack
@@ -24,6 +25,9 @@ from qvl_kernels.triton.split_sum import summed
 __all__ = ["LAYOUTS", "bind", "gptq_levels", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
 
 _log = logging.getLogger("qvl_kernels")
+
+STEP = 128  # outputs: whole programs of the kernels that unpack
+UNPACKED_AT_ONCE = 16 << 20  # bytes: up_gate of the published model would be 172 MiB, beside all that a prompt holds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,15 +59,26 @@ class PackedLinear:
             return int4_few_rows(x, weight, self.bias)
         if kind == "many_rows":
             return int4_many_rows(x, weight, self.bias)
-        return self._unpacked(x, int4_dequantize(weight, x.dtype))
+        return self._unpacked(x, partial(int4_dequantize, weight, x.dtype))
 
     def _int8(self, x: Tensor, weight: PackedInt8) -> Tensor:
         if len(x) <= FEW_INT8 and x.dtype != torch.float32:
             return int8_few_rows(x, weight, self.bias)
-        return self._unpacked(x, int8_dequantize(weight, x.dtype))
+        return self._unpacked(x, partial(int8_dequantize, weight, x.dtype))
 
-    def _unpacked(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+    def _unpacked(self, x: Tensor, dequantize: Callable[[int, int], Tensor]) -> Tensor:
+        """dequantize: outputs `first` to `first + count` as floats; torch multiplies them while the L2 holds them."""
+        outputs = self.weight.outputs
+        step = max(STEP, UNPACKED_AT_ONCE // (self.weight.inputs * x.element_size()) // STEP * STEP)
+        y = x.new_empty(len(x), outputs)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        for first in range(0, outputs, step):
+            weight, part = dequantize(first, step).t(), slice(first, first + step)
+            if bias is None:
+                torch.mm(x, weight, out=y[:, part])
+            else:
+                torch.addmm(bias[part], x, weight, out=y[:, part])
+        return y
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:

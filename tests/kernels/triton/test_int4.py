@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,20 @@ def test_very_many_rows_and_float32_take_the_dequantised_weight(monkeypatch: pyt
         monkeypatch.delattr(kernel, f"{kernel.__name__.rpartition('.')[2]}_kernel")
     for x in (activations(configs.MANY, 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, symmetric: bool, biased: bool
+) -> None:
+    tensors, x = checkpoint(192, 296, 64, symmetric=symmetric), activations(2, 192, torch.float32)
+    bias = activations(1, 296)[0] if biased else None
+    linear = ops.prepare_gptq(*tensors, 4, 1, bias)
+    whole = linear(x)
+    monkeypatch.setattr(import_module("qvl_kernels.triton.linear"), "UNPACKED_AT_ONCE", 1)  # 128 outputs, 128 and 40
+    check(linear(x), x, tensors, bias)
+    torch.testing.assert_close(linear(x), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -73,6 +74,20 @@ def test_many_rows_and_float32_take_the_dequantised_weight(poisoned: None, monke
     monkeypatch.delattr(int8_few_rows, "int8_few_rows_kernel")
     for x in (activations(FEW + 1, 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
+    poisoned: None, monkeypatch: pytest.MonkeyPatch, symmetric: bool, biased: bool
+) -> None:
+    tensors, x = checkpoint(192, 296, 64, bits=8, symmetric=symmetric), activations(2, 192, torch.float32)
+    bias = activations(1, 296)[0] if biased else None
+    linear = ops.prepare_gptq(*tensors, 8, 1, bias)
+    whole = linear(x)
+    monkeypatch.setattr(import_module("qvl_kernels.triton.linear"), "UNPACKED_AT_ONCE", 1)  # 128 outputs, 128 and 40
+    check(linear(x), x, tensors, bias)
+    torch.testing.assert_close(linear(x), whole, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
