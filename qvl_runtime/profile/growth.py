@@ -125,7 +125,7 @@ def _batch_bound(taken: dict[int, Spread]) -> str:
 def _picture_bound(towers: dict[int, Spread], asked: dict[int, Spread]) -> str:
     if not towers:
         return "Not measured: a picture does not fit the context."
-    each = ", ".join(f"{s.median / n:.2f} s ({n} in a pass)" for n, s in towers.items())
+    each = ", ".join(f"{s.median / n:.3g} s ({n} in a pass)" for n, s in towers.items())
     most = max(towers)
     share = towers[most].median / (towers[most].median + asked[most].median)
     return (
