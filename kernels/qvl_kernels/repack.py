@@ -136,7 +136,7 @@ def pack_gptq(
     zeros = zero_points(qzeros, bits, zero_offset)
     if unsupported(qweight, scales, g_idx, bits, zeros):
         return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
-    return packed(KINDS[bits], qweight, qzeros, scales, g_idx, zero_offset).as_packed(zero_offset, bias)
+    return _laid_out(KINDS[bits], qweight, zeros, scales, g_idx).as_packed(zero_offset, bias)
 
 
 def packed_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int) -> PackedInt4:
@@ -148,10 +148,14 @@ def packed(
     kind: type[Kind], qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int
 ) -> Kind:
     """Lay a GPTQ linear out anew, a tile at a time; raises ValueError where the layout cannot hold it."""
-    bits = kind.BITS
-    zeros = zero_points(qzeros, bits, zero_offset)
-    if fault := unsupported(qweight, scales, g_idx, bits, zeros):
+    zeros = zero_points(qzeros, kind.BITS, zero_offset)
+    if fault := unsupported(qweight, scales, g_idx, kind.BITS, zeros):
         raise ValueError(f"a GPTQ linear with {fault} has no packed form; expected equal groups of 32, 64 or 128 n")
+    return _laid_out(kind, qweight, zeros, scales, g_idx)
+
+
+def _laid_out(kind: type[Kind], qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor | None) -> Kind:
+    bits = kind.BITS
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
     group, order, _ = _grouping(inputs, len(scales), g_idx)
     places = torch.arange(inputs, device=qweight.device) if order is None else order.long()
