@@ -18,7 +18,7 @@ class Grid(NamedTuple):
 
     def levels(self, weights: Tensor) -> Tensor:
         """The nearest level of each weight, float32; grids and weights broadcast."""
-        return ((weights / self.scales).round() + self.zeros).clamp(0, self.top)
+        return (weights / self.scales).round_().add_(self.zeros).clamp_(0, self.top)
 
     def weights(self, levels: Tensor) -> Tensor:
         """What the levels stand for, float32."""

@@ -13,7 +13,7 @@ One op a file, always in this order:
 `qvl_kernels.aot` collects the lists. A kernel takes its dtype from its pointers: tests run float16, since Triton's
 interpreter computes bfloat16 wrongly. Rules that the machine code asked for stand beside the kernels that obey them.
 
-The layout of packed weights is `qvl_kernels.repack`, plain torch, which needs no Triton.
+The layout of packed weights is `qvl_kernels.gpu_weight`, made by `repack` in plain torch, which needs no Triton.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference, repack
+from qvl_kernels.gpu_weight import LAYOUTS, PackedInt4, PackedInt8, kind_of
 from qvl_kernels.reference import Bound, Packed, Precision, linear
-from qvl_kernels.repack import LAYOUTS, PackedInt4, PackedInt8, gptq_levels, kind_of, pack_gptq
+from qvl_kernels.repack import gptq_levels, pack_gptq
 from qvl_kernels.triton.configs import regime
 from qvl_kernels.triton.int4_dequantize import int4_dequantize
 from qvl_kernels.triton.int4_few_rows import int4_few_rows
