@@ -177,7 +177,7 @@ class _Job(NamedTuple):
         for made in make(recipe, self.checkpoint, self.config, self.ops):
             target = self.options.target
             entries += [Entry.of(f"{made.name}.{target}.{name}", t) for name, t in made.packed.tensors.items()]
-            entries += [Entry.of(name, tensor) for name, tensor in made.kept.items()]
+            entries += [Entry.of(name, t)._replace(parts=pieces(t, t.dtype)) for name, t in made.kept.items()]
             linears[made.name] = PackedLinear(
                 made.packed.layout, list(made.packed.tensors), made.packed.fields, list(made.parts), made.rounded
             )

@@ -152,4 +152,6 @@ def _rounded(tensors: Mapping[str, Tensor], name: str, bits: int) -> GPTQLinear:
         start += len(rows)
         if name not in SLICES:
             release(rows)
+    if name not in SLICES:
+        release(weight)  # the pages that two pieces share
     return replace(part, qweight=qweight, qzeros=torch.cat(qzeros, 1), scales=torch.cat(scales, 1), bias=bias)

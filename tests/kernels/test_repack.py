@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qvl_kernels import gpu_weight, reference, repack
+from qvl_kernels import gpu_weight, gpu_words, reference, repack
 from tests.kernels.gptq import checkpoint
 
 SHAPES = [(128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (640, 128, 256)]
@@ -43,6 +43,22 @@ def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order:
     want = reference.gptq_dequantize(*tensors, bits, 1)
     want = want if packed.order is None else want[:, packed.order.long()]
     assert torch.equal(repack.dequantize(packed), want)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outputs_are_laid_out_some_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qweight = checkpoint(320, 264, 64, bits=bits)[0]
+    whole = gpu_words.to_tiles(qweight, bits, 384)
+    monkeypatch.setattr(gpu_words, "_AT_ONCE", 96)  # the last piece has 72
+    assert torch.equal(gpu_words.to_tiles(qweight, bits, 384), whole) and not whole[:, 264:].any()
+    assert torch.equal(gpu_words.from_tiles(whole, bits, 264)[: len(qweight)], qweight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_levels_in_another_order(bits: int) -> None:
+    qweight, places = checkpoint(320, 264, 64, bits=bits)[0], torch.randperm(320)
+    levels = reference.unpack_rows(gpu_words.reordered(qweight, bits, places), bits)
+    assert torch.equal(levels, reference.unpack_rows(qweight, bits)[places])
 
 
 def test_a_word_holds_what_the_layout_says() -> None:
