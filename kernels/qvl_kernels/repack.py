@@ -9,15 +9,12 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.gpu_weight import KINDS, LAYOUTS, OUTPUTS, TILE, Kind, PackedInt4, PackedWeight, kind_of, middle
 from qvl_kernels.gpu_words import from_tiles, reordered, to_tiles
-from qvl_kernels.reference import Packed, unpack_rows
+from qvl_kernels.reference import Packed, pack_rows, unpack_rows
 
 __all__ = [
-    "LAYOUTS", "dequantize", "gptq_levels", "pack_gptq", "packed", "packed_int4", "unpack_gptq", "unsupported",
+    "LAYOUTS", "dequantize", "gptq_words", "pack_gptq", "packed", "packed_int4", "unpack_gptq", "unsupported",
     "zero_points",
 ]  # fmt: skip
-
-LEVELS_AT_ONCE = 1024  # outputs: 45 MB of integers at 11008 inputs
-
 
 def unsupported(
     qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zeros: Tensor | None = None
@@ -92,16 +89,14 @@ def unpack_gptq(packed: Packed) -> Packed:
     zeros = torch.full(scales.shape, middle(w.BITS), dtype=torch.uint8, device=scales.device)
     if w.zeros is not None:
         zeros = w.zeros[:, : w.outputs]
-    qzeros = _pack_rows(zeros.t().int() - zero_offset, w.BITS).t().contiguous()
+    qzeros = pack_rows(zeros.t().int() - zero_offset, w.BITS).t().contiguous()
     bias = packed.tensors.get("bias")
     return reference.pack_gptq(qweight, qzeros, scales, g_idx, w.BITS, zero_offset, bias)
 
 
-def gptq_levels(packed: Packed) -> Tensor:
-    """`reference.gptq_levels`, of any layout."""
-    published = packed if packed.layout == "gptq" else unpack_gptq(packed)
-    parts = torch.split(published.tensors["qweight"], LEVELS_AT_ONCE, dim=1)
-    return torch.cat([reference.gptq_levels(published._replace(tensors={"qweight": part})) for part in parts])
+def gptq_words(packed: Packed) -> Tensor:
+    """`reference.gptq_words`, of any layout."""
+    return reference.gptq_words(packed if packed.layout == "gptq" else unpack_gptq(packed))
 
 
 def dequantize(w: PackedWeight) -> Tensor:
@@ -136,12 +131,3 @@ def _grouping(inputs: int, groups: int, g_idx: Tensor | None) -> tuple[int, Tens
 def _in_packed_order(w: PackedWeight) -> Tensor:
     """`qweight` with the inputs in the packed order."""
     return from_tiles(w.words, w.BITS, w.outputs)[: w.inputs * w.BITS // 32]
-
-
-def _pack_rows(levels: Tensor, bits: int) -> Tensor:
-    """Levels [rows, columns] to int32 words [rows * bits / 32, columns], first row lowest: `unpack_rows` undone."""
-    fields = levels.int().view(-1, 32 // bits, levels.shape[1])
-    words = torch.zeros_like(fields[:, 0])
-    for i in range(fields.shape[1]):
-        words |= (fields[:, i] & (2**bits - 1)) << (bits * i)
-    return words

@@ -101,27 +101,14 @@ class GPTQLinear:
         return {f"{name}.{key}": value for key, value in (published | {"bias": bias.to(torch.float16)}).items()}
 
 
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """Pack integers below 2^bits, [rows, columns], into int32 words [rows * bits / 32, columns], first row lowest.
-
-    In bytes: a column's are joined two by two until they are full, and four of them are a word as they lie (words are
-    little-endian in files, and on every machine that torch runs on). Summing shifted int64 took eleven times as long.
-    """
-    import torch
-
-    narrow = values.to(torch.int16).to(torch.uint8)  # torch takes three times as long for float to uint8 at once
-    fields, held = narrow.t().contiguous(), bits
-    while held < 8:
-        fields, held = fields[:, ::2] | (fields[:, 1::2] << held), 2 * held
-    return fields.view(-1).view(torch.int32).view(values.shape[1], len(values) * bits // 32).t().contiguous()
-
-
 def pack_linear(
     levels: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int,
     group_size: int, zero_offset: int,
 ) -> GPTQLinear:  # fmt: skip
     """A linear of unpacked whole numbers: levels [in, out]; scales and zero points [G, out], said as they are."""
     import torch
+
+    from qvl_kernels.reference import pack_rows
 
     return GPTQLinear(
         qweight=pack_rows(levels, bits),

@@ -38,18 +38,18 @@ def test_rounded_vision_and_head(raw: dict[str, Any], make_state: MakeState, wri
 def test_both_targets_round_to_the_same_levels(int4: Path, tmp_path: Path, head: str) -> None:
     from qvl_kernels import packing_for
 
-    levels: dict[str, dict[str, torch.Tensor]] = {}
+    words: dict[str, dict[str, torch.Tensor]] = {}
     for target in ("cpu", "cuda"):
         options = ConvertOptions(target=target, vision="int8", head=head)
         manifest = convert(int4, tmp_path / target, options)
         shards = open_shards(tmp_path / target, manifest)
         where = {name: shard for shard in shards.values() for name in shard.infos}
-        levels[target] = {
-            name: packing_for(target).gptq_levels(packed_linear(name, linear, manifest, where))
+        words[target] = {
+            name: packing_for(target).gptq_words(packed_linear(name, linear, manifest, where))
             for name, linear in manifest.linears.items()
         }
-    assert levels["cpu"].keys() == levels["cuda"].keys()
-    assert all(torch.equal(found, levels["cuda"][name]) for name, found in levels["cpu"].items())
+    assert words["cpu"].keys() == words["cuda"].keys()
+    assert all(torch.equal(found, words["cuda"][name]) for name, found in words["cpu"].items())
     kinds = {name: linear.layout for name, linear in manifest.linears.items() if linear.rounded}
     assert kinds.pop("lm_head") == {"int4": "gpu-1", "int8": "gpu-int8-1"}[head]
     assert len(kinds) > 4 and set(kinds.values()) == {"gpu-int8-1"}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qvl_kernels.reference import gptq_dequantize
+from qvl_kernels.reference import gptq_dequantize, pack_rows
 from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.checkpoint import load_state
-from qvl_runtime.weights.gptq import GPTQLinear, pack_rows, quantize_rtn, quantize_state
+from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn, quantize_state
 
 HALF = 2.0**-11  # float16's rounding, relative
 
