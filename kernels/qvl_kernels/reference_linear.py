@@ -29,10 +29,9 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     """Pack integers below 2^bits, [rows, columns], into int32 words [rows * bits / 32, columns], first row lowest.
 
     In bytes: a column's are joined two by two until they are full, and four of them are a word as they lie (words are
-    little-endian in files, and on every machine that torch runs on). Summing shifted int64 took eleven times as long.
+    little-endian in files, and on every machine that torch runs on). Summing shifted int64 took 9 to 21 times as long.
     """
-    narrow = values.to(torch.int16).to(torch.uint8)  # torch takes three times as long for float to uint8 at once
-    fields, held = narrow.t().contiguous(), bits
+    fields, held = values.t().to(torch.uint8).contiguous(), bits
     while held < 8:
         fields, held = fields[:, ::2] | (fields[:, 1::2] << held), 2 * held
     words: Tensor = fields.view(-1).view(torch.int32).view(values.shape[1], len(values) * bits // 32)

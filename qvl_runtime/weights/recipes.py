@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TARGETS = ("cpu", "cuda")
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 ROUNDED_GROUP = 128  # inputs that share a scale where floats are rounded to 8 or 4 bits
-FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that what is made on the way stays in a core's cache
+ROWS_AT_ONCE = 2048  # outputs rounded together, and then given back: 17 MB of the source at 4096 inputs
 _POOL = "transformer.visual.attn_pool.attn"
 SLICES = (f"{_POOL}.to_k", f"{_POOL}.to_v", "transformer.visual.proj")  # linears that no published name is
 _VISION = (".attn.in_proj", ".attn.out_proj", ".mlp.c_fc", ".mlp.c_proj", ".kv_proj")
@@ -141,10 +141,9 @@ def _rounded(tensors: Mapping[str, Tensor], name: str, bits: int) -> GPTQLinear:
     if outputs % 32:
         raise ConfigError(f"{name} has {outputs} outputs; rounding to {bits} bits takes a multiple of 32: keep it")
     group = ROUNDED_GROUP if inputs >= ROUNDED_GROUP else 32
-    rows_at_once = max(32, FLOATS_AT_ONCE // inputs // 32 * 32)  # zero points of 32 outputs are whole words
     qweight = weight.new_empty(inputs * bits // 32, outputs, dtype=torch.int32)
     qzeros, scales, start = [], [], 0
-    for rows in torch.split(weight, rows_at_once):
+    for rows in torch.split(weight, ROWS_AT_ONCE):
         part = quantize_rtn(rows, bits, group, sym=bits == 8)
         qweight[:, start : start + len(rows)] = part.qweight
         qzeros.append(part.qzeros)
