@@ -25,33 +25,10 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
-    "LAYOUTS",
-    "add_rms_norm",
-    "bind",
-    "cache_width",
-    "cross_attention",
-    "embedding",
-    "from_cached",
-    "gelu",
-    "gptq_dequantize",
-    "gptq_linear",
-    "gptq_words",
-    "greedy",
-    "layer_norm",
-    "linear",
-    "pack_gptq",
-    "paged_attention",
-    "prepare_gptq",
-    "prepare_linear",
-    "rms_norm",
-    "rotary_tables",
-    "rotary_to_cache",
-    "rotate_half",
-    "side_by_side",
-    "swiglu",
-    "to_cached",
-    "unpack_rows",
-    "vision_attention",
+    "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu",
+    "gptq_dequantize", "gptq_linear", "gptq_words", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention",
+    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
+    "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
