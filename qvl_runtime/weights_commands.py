@@ -45,9 +45,9 @@ def run_restore(source: Path, destination: Path, quiet: bool = False) -> int:
     with progress_bar(destination.name, total, shown=not quiet, in_bytes=True) as advance:
         files = restore(source, destination, advance)
     if not quiet and files.exact:
-        say(f"{destination}: {len(files.exact)} files, byte for byte those that were converted (SHA-256)")
+        say(f"{destination}: {_files(len(files.exact))}, byte for byte as converted (SHA-256)")
     if not quiet and files.tensors_only:
-        say(f"{destination}: {len(files.tensors_only)} files with the tensors of another format, now safetensors")
+        say(f"{destination}: {_files(len(files.tensors_only))} with the tensors of another format, now safetensors")
     return 0
 
 
@@ -69,6 +69,10 @@ def run_verify(folder: Path, quiet: bool = False) -> int:
         took = time.perf_counter() - began
         say(f"{folder}: {found.tensors} tensors, {size(found.bytes)}, all as {MANIFEST} says, in {took:.1f} s")
     return 0
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def target_of(name: str, given: dict[str, str]) -> ConvertOptions | None:
