@@ -69,7 +69,8 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
 
     memory = None
     if not again and not model.options.get("repeat_blocks"):  # first, while the process is as new
-        memory = plain(profile_memory(lambda: Engine(**model.options), packs(model), progress))
+        folder = Path(model.options.get("model", NANO))
+        memory = plain(profile_memory(lambda: Engine(**model.options), folder, packs(model), progress))
         gc.collect()
     engine = Engine(**model.options)
     lengths = LENGTHS[:1] if quick else model.lengths

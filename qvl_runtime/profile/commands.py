@@ -62,8 +62,9 @@ def memory(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = Fals
     from qvl_runtime.plan_report import packs
     from qvl_runtime.profile.memory import profile_memory
 
-    packed = packs(models.folder()) if models.synthetic is None else models.synthetic.endswith("int4")
-    report = profile_memory(models.open, packed, _progress)
+    folder = models.folder()
+    packed = packs(folder) if models.synthetic is None else models.synthetic.endswith("int4")
+    report = profile_memory(models.open, folder, packed, _progress)
     if as_json:
         print(json.dumps({"memory": plain(report)}, indent=2))
     else:

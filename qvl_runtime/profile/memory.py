@@ -53,14 +53,14 @@ class MemoryReport:
 
 
 def profile_memory(
-    open_engine: Callable[[], Engine], packed: bool, progress: Callable[[str], None] = lambda what: None
+    open_engine: Callable[[], Engine], folder: Path, packed: bool, progress: Callable[[str], None] = lambda what: None
 ) -> MemoryReport:
     """Load the model and run both cases; a process of its own, since a peak that was reached before stays.
 
-    packed: whether loading lays packed weights out (`plan_report.packs`). Where the context is shorter than a case, the
-    case is as long as the context, and says so.
+    folder: the model's, or that whose tokenizer synthetic weights use. packed: whether loading lays packed weights out
+    (`plan_report.packs`). Where the context is shorter than a case, the case is as long as the context, and says so.
     """
-    base = process_bytes(packed)
+    base = process_bytes(folder, packed)
     progress("load")
     reset_peak()
     engine = open_engine()
