@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+OUTPUTS_AT_ONCE = 256  # whose weights are rounded together: 11 MB of floats for the widest linear of the 9.6 B model
+WIDENED = 8 << 20  # bytes of integers that are packed together
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GPTQLinear:
@@ -88,6 +91,15 @@ class GPTQLinear:
         bias = torch.cat([self.bias, other.bias]) if self.bias is not None and other.bias is not None else None
         return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
 
+    def outputs(self, first: int, end: int) -> GPTQLinear:
+        """Outputs first to end alone, both multiples of the values of a word (or the last)."""
+        per_word = 32 // self.bits
+        words, bias = slice(first // per_word, -(-end // per_word)), self.bias
+        return replace(
+            self, qweight=self.qweight[:, first:end], qzeros=self.qzeros[:, words], scales=self.scales[:, first:end],
+            bias=None if bias is None else bias[first:end],
+        )  # fmt: skip
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""
         import torch
@@ -105,10 +117,14 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     """Pack integers below 2^bits, [rows, columns], into int32 words [rows * bits / 32, columns], first row lowest."""
     import torch
 
-    per_word = 32 // bits
+    per_word, columns = 32 // bits, values.shape[1]
     shifts = torch.arange(0, 32, bits, device=values.device).view(1, per_word, 1)
-    words = (values.to(torch.int64).view(-1, per_word, values.shape[1]) << shifts).sum(dim=1)
-    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)  # two's complement, said openly
+    packed = torch.empty(len(values) // per_word, columns, dtype=torch.int32, device=values.device)
+    at_once = max(1, WIDENED // (8 * per_word * max(1, columns)))
+    for into, rows in zip(torch.split(packed, at_once), torch.split(values, at_once * per_word), strict=True):
+        words = (rows.to(torch.int64).view(-1, per_word, columns) << shifts).sum(dim=1)
+        into.copy_(torch.where(words < 2**31, words, words - 2**32))  # two's complement, said openly
+    return packed
 
 
 def pack_linear(
@@ -144,15 +160,18 @@ def quantize_rtn(
     out_features, in_features = weight.shape
     group_size = in_features if group_size == -1 else group_size
     groups = -(-in_features // group_size)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - in_features))
-    grouped = padded.view(out_features, groups, group_size)
-    grid = grid_between(grouped.amin(dim=2), grouped.amax(dim=2), bits, sym, zero_offset)
-    levels = Grid(grid.scales.unsqueeze(2), grid.zeros.unsqueeze(2), grid.top).levels(grouped)
-    return pack_linear(
-        levels.view(out_features, -1)[:, :in_features].t(), grid.scales.t(), grid.zeros.t(),
-        _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
-        bias, bits, group_size, zero_offset,
-    )  # fmt: skip
+    levels = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
+    scales, zeros = (torch.empty(groups, out_features, device=weight.device) for _ in range(2))
+    for first in range(0, out_features, OUTPUTS_AT_ONCE):
+        part = slice(first, first + OUTPUTS_AT_ONCE)
+        padded = torch.nn.functional.pad(weight[part].float(), (0, groups * group_size - in_features))
+        grouped = padded.view(-1, groups, group_size)
+        grid = grid_between(grouped.amin(dim=2), grouped.amax(dim=2), bits, sym, zero_offset)
+        rounded = Grid(grid.scales.unsqueeze(2), grid.zeros.unsqueeze(2), grid.top).levels(grouped)
+        levels[:, part] = rounded.view(len(rounded), -1)[:, :in_features].t()
+        scales[:, part], zeros[:, part] = grid.scales.t(), grid.zeros.t()
+    g_idx = _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None
+    return pack_linear(levels, scales, zeros, g_idx, bias, bits, group_size, zero_offset)
 
 
 def quantize_state(
