@@ -73,6 +73,13 @@ def quantize(
         ),
     ] = "static",
     damping: Annotated[float, typer.Option(metavar="X", help="Added to the statistics' diagonal, of its mean.")] = 0.01,
+    drift: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="How much of what rounding earlier layers did to its inputs a linear makes up for; 0: plain GPTQ.",
+        ),
+    ] = 0.5,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Conversations in Qwen-VL's fine-tuning JSON; without: a built-in set."),
@@ -99,7 +106,7 @@ def quantize(
     asked = QuantizeRequest(
         source, destination, calibration, device, plot, dry_run, as_json, quiet,
         {"method": method, "bits": bits, "group_size": group, "sym": not asym, "order": act_order, "damping": damping,
-         "samples": samples, "max_tokens": max_tokens},
+         "drift": drift, "samples": samples, "max_tokens": max_tokens},
     )  # fmt: skip
     return quantize_checkpoint(asked)
 

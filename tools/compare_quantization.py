@@ -1,12 +1,12 @@
 """GPTQ against round to nearest on nano: `python -m tools.compare_quantization [--scenes 600] [--groups 32 128]`.
 
 Nano's float checkpoint is quantised each way, and compared with itself on scenes that training never draws, all in
-float32: the Kullback-Leibler divergence of its next-token distributions, in nats a token, over the expected answers of
-`--kl-scenes` scenes; how often the likeliest token is the same; and where `--scenes` is not 0 the scores of
-`tools.eval_nano`, and how many answers are word for word those of the float checkpoint. Calibrated on the set that
-comes with qvl, and on `--own` scenes of nano's world from seeds of their own, written as a file in Qwen-VL's
-fine-tuning format. What GPTQ gains over round to nearest stands beside it with its interval (`tools/paired.py`). Writes
-two tables as Markdown.
+float32. Over the expected answers of `--kl-scenes` scenes: the Kullback-Leibler divergence of its next-token
+distributions, in nats a token, how often the likeliest token is the same, and the loss of the expected tokens. Where
+`--scenes` is not 0: the scores of `tools.eval_nano`, and how many answers are word for word those of the float
+checkpoint. Calibrated on the set that comes with qvl, and on `--own` scenes of nano's world from seeds of their own,
+written as a file in Qwen-VL's fine-tuning format. What GPTQ gains over round to nearest stands beside it with its
+interval (`tools/paired.py`). Writes two tables as Markdown.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Found(NamedTuple):
 
     kl: Ratio  # nats a token
     same: Ratio  # tokens whose likeliest is the same
+    loss: Ratio  # nats a token, - log p of what is right
     answers: Answers | None
     error: float  # of a linear's outputs, mean of all
 
@@ -85,12 +86,13 @@ class Questions(NamedTuple):
 
     scenes: list[int]  # which each is about
     prompts: list[dict[str, Any]]
+    answers: list[torch.Tensor]  # int64 [tokens]
     logprobs: list[torch.Tensor]  # float32 [tokens of the answer, vocabulary]
 
     @classmethod
     def asked(cls, exact: Engine, scenes: int) -> Questions:
         """All questions about `scenes` pictures, every third in Chinese."""
-        rng, found, tokens = np.random.default_rng(KL_SEED), cls([], [], []), exact.tokenizer
+        rng, found, tokens = np.random.default_rng(KL_SEED), cls([], [], [], []), exact.tokenizer
         for number in track(range(scenes), description="asking the float checkpoint"):
             picture, things = draw_scene(rng, SceneConfig(side=exact.config.visual.image_size))
             for turn in turns(rng, things, chinese=number % 3 == 2):
@@ -99,19 +101,22 @@ class Questions(NamedTuple):
                 prompt = {"token_ids": question.prompt.token_ids + answer, "images": [picture]}
                 found.scenes.append(number)
                 found.prompts.append(prompt)
+                found.answers.append(torch.tensor(answer))
                 found.logprobs.append(_logprobs(exact, prompt, len(answer)))
         return found
 
-    def compare(self, other: Engine) -> tuple[Ratio, Ratio]:
-        """The divergence of another checkpoint from the float one, and how often they agree."""
-        sums: NDArray[np.float64] = np.zeros((3, max(self.scenes) + 1))  # nats, agreements, tokens
-        asked = zip(self.scenes, self.prompts, self.logprobs, strict=True)
-        for scene, prompt, p in track(asked, description="comparing", total=len(self.prompts)):
-            q = _logprobs(other, prompt, len(p))
+    def compare(self, other: Engine | None) -> tuple[Ratio, Ratio, Ratio]:
+        """Divergence of another checkpoint from the float one, how often they agree, and its loss; None: itself."""
+        sums: NDArray[np.float64] = np.zeros((4, max(self.scenes) + 1))  # nats, agreements, nats, tokens
+        asked = zip(self.scenes, self.prompts, self.answers, self.logprobs, strict=True)
+        for scene, prompt, answer, p in track(asked, description="comparing", total=len(self.prompts)):
+            q = p if other is None else _logprobs(other, prompt, len(p))
             sums[0, scene] += float((p.double().exp() * (p.double() - q.double())).sum())
             sums[1, scene] += int((p.argmax(-1) == q.argmax(-1)).sum())
-            sums[2, scene] += len(p)
-        return Ratio(sums[0], sums[2]), Ratio(sums[1], sums[2])
+            sums[2, scene] -= float(q.double().gather(-1, answer[:, None]).sum())
+            sums[3, scene] += len(p)
+        kl, same, loss = (Ratio(each, sums[3]) for each in sums[:3])
+        return kl, same, loss
 
 
 def _logprobs(engine: Engine, prompt: dict[str, Any], answer: int) -> torch.Tensor:
@@ -131,6 +136,7 @@ def variants(groups: Sequence[int], bits: int) -> Iterator[tuple[str, QuantizeOp
             yield f"{said}: GPTQ, built-in set", QuantizeOptions(**kind), False
             yield f"{said}: GPTQ, own scenes", QuantizeOptions(**kind), True
             if not asym:
+                yield f"{said}: GPTQ, own scenes, drift 0", QuantizeOptions(drift=0.0, **kind), True
                 for order in ("none", "full"):
                     yield f"{said}: GPTQ, own scenes, order {order}", QuantizeOptions(order=order, **kind), True
 
@@ -150,6 +156,7 @@ def main() -> None:
     exact = Engine(args.model, dtype="float32", max_model_len=1024)
     questions = Questions.asked(exact, args.kl_scenes)
     own_answers = Answers.of(args.model, args.scenes, args.seed) if args.scenes else None
+    own_loss = questions.compare(None)[2]
     found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as name:
         own = write_conversations(Path(name) / "own", args.own, exact.config.visual.image_size)
@@ -158,23 +165,25 @@ def main() -> None:
                 continue
             made = Path(name) / str(number)
             errors = Quantizer.open(args.model, made, options, own if on_own else None).run()
-            kl, same = questions.compare(Engine(made, dtype="float32", max_model_len=1024))
+            kl, same, loss = questions.compare(Engine(made, dtype="float32", max_model_len=1024))
             error = sum(error.error for error in errors) / len(errors)
             answers = Answers.of(made, args.scenes, args.seed) if args.scenes else None
-            found[said] = Found(kl, same, answers, error)
-            print(said, f"{kl.value:.5f}", f"{same.value:.4f}", f"{error:.4f}", flush=True)
-    print(table(found, own_answers), "", gains(found, own_answers), sep="\n")
+            found[said] = Found(kl, same, loss, answers, error)
+            print(said, *(f"{one:.5f}" for one in (kl.value, same.value, loss.value, error)), flush=True)
+    print(table(found, own_loss, own_answers), "", gains(found, own_answers), sep="\n")
 
 
-def table(found: dict[str, Found], own: Answers | None) -> str:
-    """Every variant: a Markdown table; `own`: the answers of the float checkpoint."""
+def table(found: dict[str, Found], loss: Ratio, own: Answers | None) -> str:
+    """Every variant: a Markdown table; `loss`, `own`: those of the float checkpoint."""
     tasks = (*TASKS, *TIGHT) if own is not None else ()
-    heads = ("", "KL, nats", "same token", "mean error of a linear", *tasks, *(("same answer",) if tasks else ()))
+    asked = (*tasks, "same answer") if tasks else ()
+    heads = ("", "KL, nats", "same token", "loss, nats", "mean error of a linear", *asked)
     lines = [_row(*heads), "|---" * len(heads) + "|"]
-    if own is not None:
-        lines.append(_row("not quantised", "", "", "", *(f"{100 * own.rate(task).value:.1f}" for task in tasks), ""))
+    rates = [f"{100 * own.rate(task).value:.1f}" for task in tasks] + [""] if own is not None else []
+    lines.append(_row("not quantised", "", "", f"{loss.value:.5f}", "", *rates))
     for said, one in found.items():
-        cells = [f"{one.kl.value:.5f}", f"{100 * one.same.value:.2f} %", f"{one.error:.4f}"]
+        change = one.loss.value - loss.value
+        cells = [f"{one.kl.value:.5f}", f"{100 * one.same.value:.2f} %", f"{change:+.5f}", f"{one.error:.4f}"]
         if own is not None and one.answers is not None:
             cells += [f"{100 * one.answers.rate(task).value:.1f}" for task in tasks]
             cells.append(f"{100 * one.answers.same_as(own).value:.2f} %")
@@ -184,13 +193,14 @@ def table(found: dict[str, Found], own: Answers | None) -> str:
 
 def gains(found: dict[str, Found], own: Answers | None) -> str:
     """What each gains over round to nearest on the same grid, with its interval: a Markdown table."""
-    heads = ("", "KL", "same token, %", "same answer, %", "right answers, %", "boxes of IoU >= 0.9, %")
+    heads = ("", "KL", "same token, %", "loss", "same answer, %", "right answers, %", "boxes of IoU >= 0.9, %")
     lines = [_row(*heads), "|---" * len(heads) + "|"]
     for said, one in found.items():
         base = found.get(f"{said.partition(':')[0]}: {NEAREST}")
         if base is None or base is one:
             continue
         cells = [_said(difference(one.kl, base.kl), 1, 5), _said(difference(one.same, base.same), 100, 2)]
+        cells.append(_said(difference(one.loss, base.loss), 1, 5))
         if own is not None and one.answers is not None and base.answers is not None:
             cells.append(_said(difference(one.answers.same_as(own), base.answers.same_as(own)), 100, 2))
             for tasks in (TASKS, TIGHT):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qvl_kernels import ops_for
 from qvl_runtime.config import ModelConfig, QuantizationConfig
-from qvl_runtime.errors import CapacityError, CheckpointError
+from qvl_runtime.errors import CapacityError, CheckpointError, ConfigError
 from qvl_runtime.settings import read_json, require_choice, require_positive
 from qvl_runtime.weights.calibration import Calibration, embed, read_calibration
 from qvl_runtime.weights.checkpoint import Checkpoint
@@ -46,6 +46,7 @@ class QuantizeOptions:
     sym: bool = True
     order: Order = "static"  # full: what the published format calls desc_act
     damping: float = 0.01
+    drift: float = 0.5  # share that is made up for of what rounding earlier layers did to a linear's inputs
     samples: int = 64  # conversations, an eighth of which are held out to measure on
     max_tokens: int = 512  # of a conversation; what is beyond is cut
 
@@ -55,6 +56,13 @@ class QuantizeOptions:
         require_choice("group size", self.group_size, (32, 64, 128, -1))
         require_choice("order", self.order, ("none", "static", "full"))
         require_positive(self, "", "damping", "samples", "max_tokens")
+        if not 0 <= self.drift <= 1:
+            raise ConfigError(f"drift is {self.drift:g}; expected a share from 0, as GPTQ was published, to 1")
+
+    @property
+    def streams(self) -> int:
+        """Residual streams that are followed: the quantised model's, and the float one's to make up for drift."""
+        return 2 if self.method == "gptq" and self.drift else 1
 
     @property
     def quantization(self) -> QuantizationConfig:
@@ -131,13 +139,16 @@ class Quantizer:
         rows, width = sum(self.calibration.lengths), self.dtype.itemsize
         packed = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in decoder_linears(c))
         shapes = decoder_linears(c).values()
-        # what a block's forward holds at once; H, its factor and a copy; a weight, its levels, errors and comparisons
-        activations = rows * width * (14 * c.hidden_size + 5 * c.ffn_width)
-        statistics = 4 * max(i for _, i in shapes) * (3 * max(i for _, i in shapes) + ROWS_AT_ONCE)
+        # what a block's forward holds at once, and what a float one keeps of it; H, its factor and a copy, and the
+        # drift; a weight, its levels, errors and comparisons
+        streams, widest = self.options.streams, max(i for _, i in shapes)
+        kept = (streams - 1) * (5 * c.hidden_size + c.ffn_width)
+        activations = rows * width * (14 * c.hidden_size + 5 * c.ffn_width + kept)
+        statistics = 4 * widest * ((2 + streams) * widest + ROWS_AT_ONCE)
         held = activations + statistics + max(32 * o * i for o, i in shapes)
         memory = int(HOLES * held)
         result = sum(sizes.values())
-        disk = result + packed + 2 * rows * width * c.hidden_size
+        disk = result + packed + 2 * streams * rows * width * c.hidden_size
         samples = self.calibration.samples
         return Outline(rows, len(samples), self.calibration.shortened, memory, disk, result)
 
@@ -156,9 +167,10 @@ class Quantizer:
         job = Job(self.destination, self._key())
         state = job.resume()
         if state is None:
-            shape = (sum(self.calibration.lengths), self.config.hidden_size)
+            shape = (self.options.streams, sum(self.calibration.lengths), self.config.hidden_size)
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
-            embed(self.config, Checkpoint.open(self.source), self.calibration, x)
+            embed(self.config, Checkpoint.open(self.source), self.calibration, x[0])
+            x[1:] = x[0]
             state = State(0, x, [])
             job.note(state, {})
         rows = Rows.of(self.config, self.calibration.lengths, self.calibration.held_out, self.device)
@@ -180,8 +192,9 @@ class Quantizer:
         for norm in ("ln_1", "ln_2"):
             name = f"{prefix}{norm}.weight"
             state[name] = state[name].to(self.device, self.dtype)
-        solver = Solver(self.options.quantization, self.options.damping, self.options.order)
-        return Bench(layer, state, self.options.method, solver, rows.fitted, progress)
+        asked = self.options
+        solver = Solver(asked.quantization, asked.damping, asked.order, asked.drift)
+        return Bench(layer, state, asked.method, solver, rows.fitted, progress)
 
     def _write(self, job: Job, errors: list[LinearError]) -> None:
         """All blocks are done: gather them and what stays float16 into the new checkpoint."""

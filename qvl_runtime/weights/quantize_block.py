@@ -1,9 +1,10 @@
-"""One decoder block, quantised in the one forward pass over all calibration rows that it takes.
+"""One decoder block, quantised in one forward pass over all calibration rows.
 
 The block is the model's own. Its linears come from a maker whose linears quantise themselves when they are called: each
 gathers the statistics of the inputs it is given, rounds its weight, and answers with the rounded one. So what comes
 later in the block is calibrated on what is quantised before it ("true sequential"), w1 and w2 share their statistics,
-and the block's output is what the next block will really get.
+and the block's output is what the next block will really get. Where rounding is to make up for what earlier rounding
+did, a pass of the float block over the float model's rows comes first, and keeps what its linears are given.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from qvl_kernels.reference import gptq_dequantize
 from qvl_runtime.config import ModelConfig, QuantizationConfig
-from qvl_runtime.model.language import LayerCache, Layout, make_block, unobserved
+from qvl_runtime.model.language import LayerCache, Layout, Observer, make_block, unobserved
 from qvl_runtime.model.linear import Linear, Maker, SideBySide
 from qvl_runtime.model.rotary import Positions, inverse_frequencies, ntk_alpha, positions_of
 from qvl_runtime.weights.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
@@ -28,6 +29,8 @@ from qvl_runtime.weights.quantize_solver import Factor, Solver
 
 Method = Literal["gptq", "rtn"]
 BLOCK_SIZE = 16  # slots of a cache block
+INPUTS = {"attn.c_attn": "ln_1", "attn.c_proj": "attn_context", "mlp.w1": "ln_2", "mlp.w2": "ln_2",
+          "mlp.c_proj": "gated"}  # of each linear, by the name that the block has for them  # fmt: skip
 MEASURED_ROWS = 512  # held-out rows that errors are measured on: more change the third digit
 
 
@@ -81,11 +84,12 @@ class Bench:
     progress: Callable[[int], None]  # hears how many linears of this block are done
     packed: dict[str, Tensor] = field(default_factory=dict)  # the published tensors
     errors: list[LinearError] = field(default_factory=list)
+    meant: dict[str, Tensor] = field(default_factory=dict)  # inputs in the float model, by the names of `INPUTS`
     _factor: tuple[Tensor, Factor] | None = None  # of the inputs that were seen last
 
     def quantize(self, name: str, x: Tensor) -> Tensor:
         """Quantise linear `name` on its inputs x [n, in]; its outputs [n, out] with the rounded weight."""
-        began = time.perf_counter()
+        began, part = time.perf_counter(), name.split(".", 3)[3]
         weight = self.state.pop(f"{name}.weight").to(x.device)
         bias = self.state.pop(f"{name}.bias", None)
         q = self.solver.quantization
@@ -93,12 +97,12 @@ class Bench:
             chosen = quantize_rtn(weight, q.bits, q.group_size, q.sym, bias=bias, zero_offset=q.zero_offset)
             damping = 0.0
         else:
-            factor = self._factor_of(x)
+            factor = self._factor_of(x, INPUTS[part])
             chosen, damping = self.solver.solve(weight, factor, bias), factor.damping
         rounded, error, rtn_error = self._compare(weight, chosen, x)
         outputs = torch.nn.functional.linear(x, rounded, None if bias is None else bias.to(x))
         self.packed |= {key: tensor.cpu() for key, tensor in chosen.tensors(name).items()}
-        part, seconds = name.split(".", 3)[3], time.perf_counter() - began
+        seconds = time.perf_counter() - began
         self.errors.append(LinearError(self.layer, part, error, rtn_error, damping, seconds))
         self.progress(len(self.errors))
         return outputs
@@ -110,7 +114,7 @@ class Bench:
         """
         q = self.solver.quantization
         measured = x[self.fitted :][:: -(-(len(x) - self.fitted) // MEASURED_ROWS)].float()
-        rounded = torch.empty_like(weight, dtype=x.dtype)
+        rounded = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
         exact, *errors = (measured.new_empty(len(measured), len(weight)) for _ in range(3))
         for first in range(0, len(weight), OUTPUTS_AT_ONCE):
             end = min(first + OUTPUTS_AT_ONCE, len(weight))
@@ -124,11 +128,16 @@ class Bench:
         error, rtn_error = (float(off.norm() / size) for off in errors)
         return rounded, error, rtn_error
 
-    def _factor_of(self, x: Tensor) -> Factor:
+    def keep(self, name: str, value: Tensor) -> None:
+        """Observe a float block: what its linears are given."""
+        if name in INPUTS.values():
+            self.meant[name] = value[: self.fitted]
+
+    def _factor_of(self, x: Tensor, inputs: str) -> Factor:
         """Of the same inputs, as of w1 and w2, once."""
         if self._factor is None or self._factor[0] is not x:
             self._factor = None  # gone before the next is made: one of the 9.6 B model takes 0.5 GB
-            self._factor = (x, self.solver.factor(x[: self.fitted]))
+            self._factor = (x, self.solver.factor(x[: self.fitted], self.meant.pop(inputs, None)))
         return self._factor[1]
 
 
@@ -161,16 +170,28 @@ class QuantizingMaker(Maker):
 
 
 @torch.inference_mode()
-def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, x: Tensor, rows: Rows) -> Tensor:
-    """Quantise the block of `bench`: the residual stream x [n, D] before it to that after it.
+def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, streams: Tensor, rows: Rows) -> Tensor:
+    """Quantise the block of `bench`: the residual streams [1 or 2, n, D] before it to those after it.
 
-    What was made is in `bench.packed` and `bench.errors`; `bench.state` must hold the block's tensors.
+    The first is that of the model as it is quantised so far. The second is that of the float model: there to make up
+    for the drift of the first. What was made is in `bench.packed` and `bench.errors`; `bench.state` must hold the
+    block's tensors.
     """
+    after = torch.empty_like(streams)
+    if len(streams) > 1:
+        floats = Maker(ops, {name: tensor.to(streams) for name, tensor in bench.state.items()}, "exact", {})
+        after[1] = _through(config, floats, bench.layer, streams[1], rows, bench.keep)
     maker = QuantizingMaker(ops, bench.state, "exact", {}, bench=bench)
-    block = make_block(config, maker, f"transformer.h.{bench.layer}")
+    after[0] = _through(config, maker, bench.layer, streams[0], rows, unobserved)
+    return after
+
+
+def _through(config: ModelConfig, maker: Maker, layer: int, x: Tensor, rows: Rows, observe: Observer) -> Tensor:
+    """The residual stream x [n, D] after a block."""
+    block = make_block(config, maker, f"transformer.h.{layer}")
     shape = (rows.cache_blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
     cache = LayerCache(x.new_empty(shape), x.new_empty(shape))
-    x, update = block(x, ops.rms_norm(x, block.ln_1, block.eps), rows.at, rows.layout, cache, unobserved)
+    x, update = block(x, maker.ops.rms_norm(x, block.ln_1, block.eps), rows.at, rows.layout, cache, observe)
     return x + update
 
 

@@ -3,8 +3,8 @@
 Beside the destination NAME stands the folder `.NAME.partial`:
 
     layer-00007.safetensors  the published tensors of block 7
-    state.safetensors        the residual stream after the last block that is done, how many are, their errors, and
-                             what was asked for
+    state.safetensors        the residual streams after the last block that is done, how many are, their errors,
+                             and what was asked for
     model/                   the finished checkpoint, which becomes NAME by a rename
 
 Every file is written under another name, brought to the disk and renamed, and the state after the layer it speaks of.
@@ -34,7 +34,7 @@ class State(NamedTuple):
     """Where a quantisation stands."""
 
     done: int  # layers
-    x: Tensor  # the residual stream before layer `done`
+    x: Tensor  # [1 or 2, n, D], the residual streams before layer `done`
     errors: list[LinearError]
 
 

@@ -9,12 +9,19 @@ Those are the paper's updates, which it writes with the inverse of H; this form,
 algorithm, needs one Cholesky factorisation and no inverse. Sums over earlier inputs go halves by halves, as matrix
 products, where the paper goes in blocks of 128.
 
+Layers before this one are rounded already, so that its inputs X are not X⁰, which the float model has. Wanted is then
+W X⁰, and what is left of W X⁰ - Ŵ X in reach of the weights is |E R + W (X⁰ - X) Xᵀ R⁻ᵀ|²: the sums of each input
+start at the second term in place of zero. The wish is GPTAQ's (Li et al. 2025, arXiv:2504.02692); taking a share of it
+keeps a calibration of few rows from being learnt by heart.
+
 Everything here is laid out [in, out], float32: an input's weights are one contiguous row.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +47,7 @@ class Factor(NamedTuple):
     upper: Tensor  # float32 [in, in], the R of H = R Rᵀ, inputs in the order `order`
     order: Tensor  # int64 [in], in which inputs are rounded
     damping: float  # what was added to H's diagonal, as a share of its mean
+    drift: Tensor | None = None  # float32 [in, in], the share of X (X⁰ - X)ᵀ that is made up for, in that order
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +57,33 @@ class Solver:
     quantization: QuantizationConfig
     damping: float = 0.01  # of the mean of H's diagonal, added to it; the paper's value
     order: Order = "static"  # static, full: inputs that matter most first; full: they form the groups, too
+    drift: float = 0.5  # share that is made up for of what rounding earlier layers did to the inputs; 0: the paper
     shrinks: tuple[float, ...] = SHRINKS  # (1.0,): grids reach from the least weight to the greatest, as in the paper
 
-    def factor(self, x: Tensor) -> Factor:
-        """Gather H of inputs x [n, in] of any float dtype, and factorise it.
+    def factor(self, x: Tensor, meant: Tensor | None = None) -> Factor:
+        """Gather H of inputs x [n, in] of any float dtype, and factorise it; `meant`: these inputs in the float model.
 
         Where rounding leaves H without a factor, its damping grows tenfold, with a warning. Raises `CheckpointError`
         where nothing helps: the activations are not finite.
         """
-        hessian = _hessian(x)
+        hessian = _products(x, x)
+        drift = None if meant is None else _products(x, meant).sub_(hessian).mul_(self.drift)
         diagonal = hessian.diagonal().clone()
         unused = diagonal == 0  # an input that is always zero: rounded to nearest
         hessian.diagonal()[unused] = 1.0
         order = torch.arange(len(hessian), device=hessian.device)
         if self.order != "none":
             order = torch.argsort(diagonal, descending=True, stable=True)
+            drift = None if drift is None else drift[order[:, None], order]  # in one copy: 0.5 GB at 11008 inputs
         damping, mean, upwards = self.damping, diagonal.mean(), order.flip(0)
-        flipped = hessian[upwards[:, None], upwards]  # in one copy: each is 0.5 GB at 11008 inputs
+        flipped = hessian[upwards[:, None], upwards]
         del hessian
         while damping <= MOST_DAMPING:
             flipped.diagonal().add_(damping * mean)
             lower, fault = torch.linalg.cholesky_ex(flipped)
             if not fault:
                 del flipped
-                return Factor(lower.flip(0, 1), order, damping)
+                return Factor(lower.flip(0, 1), order, damping, drift)
             flipped.diagonal().sub_(damping * mean)
             _log.warning("damping %g leaves the inputs' statistics singular; trying %g", damping, 10 * damping)
             damping *= 10
@@ -90,8 +101,8 @@ class Solver:
         group_size = inputs if q.group_size == -1 else q.group_size
         groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // group_size
         place = factor.order if self.order == "static" else torch.arange(inputs, device=weight.device)
-        by_input = weight.t()
-        work = _Pass(by_input[factor.order].float(), factor.upper, self, group_size, groups[place])
+        by_input, short = weight.t(), weight.dtype is torch.bfloat16
+        work = _Pass(by_input[factor.order].float(), factor, self, group_size, groups[place], short)
         if self.order == "static":
             work.fix_grids(by_input)
         work.run(0, inputs)
@@ -107,13 +118,19 @@ class _Pass:
     """One weight on its way: rows before the current one are rounded and hold errors, those after it hold sums."""
 
     def __init__(
-        self, weight: Tensor, upper: Tensor, solver: Solver, group_size: int, group_of: Tensor
+        self, weight: Tensor, factor: Factor, solver: Solver, group_size: int, group_of: Tensor, short: bool
     ) -> None:
-        self.weight, self.upper = weight, upper
-        self.carried = torch.zeros_like(weight)  # [in, out], E of rounded inputs, sums of E R for those to come
+        self.weight, self.upper = weight, factor.upper
+        # [in, out], E of rounded inputs, sums of E R for those to come
+        if factor.drift is None:
+            self.carried = torch.zeros_like(weight)
+        else:
+            with _multiplying_as_bfloat16(short):
+                moved = factor.drift @ weight
+            self.carried = torch.linalg.solve_triangular(factor.upper, moved, upper=True)
         self.levels = torch.empty_like(weight, dtype=torch.uint8)
         self.group_of = group_of.tolist()
-        self._diagonal: list[float] = upper.diagonal().tolist()
+        self._diagonal: list[float] = factor.upper.diagonal().tolist()
         self._solver, self._size = solver, group_size
         shape = (-(-len(weight) // group_size), weight.shape[1])
         self.scales, self.zeros = weight.new_empty(shape), weight.new_empty(shape)
@@ -159,21 +176,27 @@ class _Pass:
         self.carried[row] = self.weight[row] - grid.weights(levels)
 
 
-def _hessian(x: Tensor) -> Tensor:
-    """The sum of x xᵀ over rows, float32 [in, in].
+def _products(x: Tensor, other: Tensor) -> Tensor:
+    """The sum of x otherᵀ over rows, float32 [in, in], of tensors [n, in].
 
-    Rows that are bfloat16 stay exact when they are rounded to it again: oneDNN may then multiply them as such and add
-    in float32, which is faster on CPUs with AMX.
+    Rows that are bfloat16 stay exact when they are rounded to it again.
     """
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    with _multiplying_as_bfloat16(x.dtype is torch.bfloat16):
+        for rows, others in zip(torch.split(x, ROWS_AT_ONCE), torch.split(other, ROWS_AT_ONCE), strict=True):
+            rows = rows.float()
+            total.addmm_(rows.t(), rows if other is x else others.float())
+    return total
+
+
+@contextmanager
+def _multiplying_as_bfloat16(wanted: bool) -> Iterator[None]:
+    """Products of float32 on a CPU round their factors to bfloat16 and add in float32: faster where it has AMX."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if x.dtype is torch.bfloat16:
+    if wanted:
         settings.fp32_precision = "bf16"
     try:
-        for rows in torch.split(x, ROWS_AT_ONCE):
-            rows = rows.float()
-            total.addmm_(rows.t(), rows)
+        yield
     finally:
         settings.fp32_precision = before
-    return total

@@ -101,7 +101,7 @@ def test_each_linear_beats_rounding_to_nearest_on_conversations_it_has_not_seen(
 
 
 def test_blocks_are_calibrated_on_what_the_quantised_model_computes(source: Path, tmp_path: Path) -> None:
-    """The residual stream that the quantiser ends with is that of the finished model on the same conversation."""
+    """The residual streams that the quantiser ends with are those of both models on the same conversations."""
     quantizer = Quantizer.open(source, tmp_path / "out", FEW)
     seen: list[torch.Tensor] = []
     original = quantize.quantize_block
@@ -113,17 +113,33 @@ def test_blocks_are_calibrated_on_what_the_quantised_model_computes(source: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "quantize_block", watched)
         quantizer.run()
-    engine = Engine(tmp_path / "out", dtype="float32")
-    start = 0
-    for sample in quantizer.calibration.samples:
-        rows = seen[-1][start : start + len(sample.token_ids)]
-        start += len(rows)
-        pictures = [picture.original for _, picture in sample.pictures]
-        found = engine.score({"token_ids": sample.token_ids, "images": pictures}, return_logits=True).logits
-        decoder = engine.loop.runner.model.decoder
-        expected = decoder.logits(decoder._ops.rms_norm(rows, decoder._ln_f, decoder._eps))
-        assert found is not None
-        assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
+    for folder, stream in zip((tmp_path / "out", source), seen[-1], strict=True):
+        engine, start = Engine(folder, dtype="float32"), 0
+        for sample in quantizer.calibration.samples:
+            rows = stream[start : start + len(sample.token_ids)]
+            start += len(rows)
+            pictures = [picture.original for _, picture in sample.pictures]
+            found = engine.score({"token_ids": sample.token_ids, "images": pictures}, return_logits=True).logits
+            decoder = engine.loop.runner.model.decoder
+            expected = decoder.logits(decoder._ops.rms_norm(rows, decoder._ln_f, decoder._eps))
+            assert found is not None
+            assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()
+
+
+def test_without_drift_the_float_models_rows_are_not_followed(source: Path, tmp_path: Path) -> None:
+    plain = replace(FEW, drift=0.0)
+    assert (FEW.streams, plain.streams, replace(FEW, method="rtn").streams) == (2, 1, 1)
+    two, one = (Quantizer.open(source, tmp_path / "out", options).outline() for options in (FEW, plain))
+    assert two.memory > one.memory and two.disk > one.disk
+    run(source, tmp_path / "out", plain)
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    assert report["options"]["drift"] == 0 and all(0 < e["error"] < 0.9 * e["rtn_error"] for e in report["linears"])
+
+
+@pytest.mark.parametrize("drift", [-0.1, 1.5, float("nan")])
+def test_a_drift_that_is_no_share_is_refused(drift: float) -> None:
+    with pytest.raises(ConfigError, match="expected a share from 0"):
+        QuantizeOptions(drift=drift)
 
 
 def test_round_to_nearest_is_what_it_was(source: Path, tmp_path: Path) -> None:

@@ -76,6 +76,53 @@ def test_full_order_is_the_paper_on_inputs_sorted_by_their_size() -> None:
     assert torch.equal(found.g_idx[order], torch.arange(96, dtype=torch.int32) // 32)
 
 
+def drifted(x: Tensor) -> Tensor:
+    """Inputs x as a float model would have them, if earlier rounding had mixed them a little and added noise."""
+    generator, width = torch.Generator().manual_seed(3), x.shape[1]
+    mixed = x @ torch.randn(width, width, generator=generator) / width**0.5
+    return x + 0.05 * mixed + 0.02 * torch.randn(x.shape, generator=generator)
+
+
+def toward(weight: Tensor, x: Tensor, meant: Tensor, share: float, damping: float) -> Tensor:
+    """The weight that on x [n, in] best gives, by least squares, what `weight` gives on `meant`; a share of the way."""
+    x, meant, w = x.double(), meant.double(), weight.double()
+    hessian = x.t() @ x
+    hessian += damping * hessian.diagonal().mean() * torch.eye(x.shape[1])
+    return w + share * torch.linalg.solve(hessian, x.t() @ (meant - x) @ w.t()).t()
+
+
+@pytest.mark.parametrize(("order", "share"), [*product(("none", "full"), (0.5, 1.0))])
+def test_drift_is_the_paper_on_the_weight_that_makes_up_for_it(order: str, share: float) -> None:
+    q, x, weight = QuantizationConfig(4, 32, desc_act=order == "full"), inputs(400, 96), weights(96)
+    solver = Solver(q, order=order, drift=share, shrinks=WHOLE)  # type: ignore[arg-type]
+    found = solver.solve(weight, solver.factor(x, drifted(x)))
+    by_size = torch.argsort(x.square().sum(0), descending=True) if order == "full" else torch.arange(96)
+    wished = toward(weight, x, drifted(x), share, 0.01)
+    levels = unpack_rows(found.qweight, 4)[by_size].float()
+    assert torch.equal(levels, paper(wished[:, by_size], x[:, by_size], q, 0.01))
+    plain = solver.solve(weight, solver.factor(x))
+    assert not torch.equal(found.qweight, plain.qweight)
+
+
+@pytest.mark.parametrize("order", ["none", "static", "full"])
+def test_outputs_are_closer_to_the_float_models_with_drift(order: str) -> None:
+    x, held_out = inputs(2000, 192).split(1000)
+    weight, solver = weights(192), Solver(QuantizationConfig(4, 64), order=order)  # type: ignore[arg-type]
+    meant = drifted(torch.cat([x, held_out]))
+    wanted = meant[1000:] @ weight.t()
+    errors = [
+        float((wanted - held_out @ dense(solver.solve(weight, factor)).t()).norm())
+        for factor in (solver.factor(x, meant[:1000]), solver.factor(x))
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_without_drift_nothing_changes() -> None:
+    x, weight, solver = inputs(400, 64), weights(64), Solver(QuantizationConfig(4, 32))
+    found, plain = (solver.solve(weight, solver.factor(x, meant)) for meant in (x.clone(), None))
+    assert torch.equal(found.qweight, plain.qweight) and torch.equal(found.scales, plain.scales)
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "sym", "order"),
     [*product((4, 8), (32, 128, -1), (True, False), ("none", "static", "full"))],
