@@ -139,16 +139,15 @@ class Quantizer:
         rows, width = sum(self.calibration.lengths), self.dtype.itemsize
         packed = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in decoder_linears(c))
         shapes = decoder_linears(c).values()
-        # what a block's forward holds at once, and what a float one keeps of it; H, its factor and a copy, and the
-        # drift; a weight, its levels, errors and comparisons
-        streams, widest = self.options.streams, max(i for _, i in shapes)
-        kept = (streams - 1) * (5 * c.hidden_size + c.ffn_width)
-        activations = rows * width * (14 * c.hidden_size + 5 * c.ffn_width + kept)
-        statistics = 4 * widest * ((2 + streams) * widest + ROWS_AT_ONCE)
+        # what a block's forward holds at once, and what a float one keeps of it; H and its factor, or that, the drift
+        # and the drift in the inputs' dtype, and some rows; a weight, its levels, errors and comparisons
+        more, widest = self.options.streams - 1, max(i for _, i in shapes)
+        activations = rows * width * (14 * c.hidden_size + 5 * c.ffn_width + more * (5 * c.hidden_size + c.ffn_width))
+        statistics = widest * (widest * (8 + more * width) + 4 * (1 + more) * ROWS_AT_ONCE)
         held = activations + statistics + max(32 * o * i for o, i in shapes)
         memory = int(HOLES * held)
         result = sum(sizes.values())
-        disk = result + packed + 2 * streams * rows * width * c.hidden_size
+        disk = result + packed + 2 * self.options.streams * rows * width * c.hidden_size
         samples = self.calibration.samples
         return Outline(rows, len(samples), self.calibration.shortened, memory, disk, result)
 

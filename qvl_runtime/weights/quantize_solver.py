@@ -20,8 +20,6 @@ Everything here is laid out [in, out], float32: an input's weights are one conti
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -47,7 +45,7 @@ class Factor(NamedTuple):
     upper: Tensor  # float32 [in, in], the R of H = R Rᵀ, inputs in the order `order`
     order: Tensor  # int64 [in], in which inputs are rounded
     damping: float  # what was added to H's diagonal, as a share of its mean
-    drift: Tensor | None = None  # float32 [in, in], the share of X (X⁰ - X)ᵀ that is made up for, in that order
+    drift: Tensor | None = None  # [in, in] in the inputs' dtype, the share of X (X⁰ - X)ᵀ made up for, in that order
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +64,27 @@ class Solver:
         Where rounding leaves H without a factor, its damping grows tenfold, with a warning. Raises `CheckpointError`
         where nothing helps: the activations are not finite.
         """
-        hessian = _products(x, x)
-        drift = None if meant is None else _products(x, meant).sub_(hessian).mul_(self.drift)
-        diagonal = hessian.diagonal().clone()
-        unused = diagonal == 0  # an input that is always zero: rounded to nearest
-        hessian.diagonal()[unused] = 1.0
-        order = torch.arange(len(hessian), device=hessian.device)
+        diagonal = torch.zeros(x.shape[1], device=x.device)
+        for rows in torch.split(x, ROWS_AT_ONCE):
+            diagonal += rows.float().square().sum(0)
+        order = torch.arange(len(diagonal), device=x.device)
         if self.order != "none":
             order = torch.argsort(diagonal, descending=True, stable=True)
-            drift = None if drift is None else drift[order[:, None], order]  # in one copy: 0.5 GB at 11008 inputs
-        damping, mean, upwards = self.damping, diagonal.mean(), order.flip(0)
-        flipped = hessian[upwards[:, None], upwards]
-        del hessian
+        backwards = order.flip(0)  # the lower factor of H in this order is, turned around, the upper one wanted
+        hessian = _products(x, backwards)
+        unused = (diagonal == 0)[backwards]  # an input that is always zero: rounded to nearest
+        hessian.diagonal()[unused] = 1.0
+        damping, mean = self.damping, diagonal.mean()
         while damping <= MOST_DAMPING:
-            flipped.diagonal().add_(damping * mean)
-            lower, fault = torch.linalg.cholesky_ex(flipped)
+            hessian.diagonal().add_(damping * mean)
+            lower, fault = torch.linalg.cholesky_ex(hessian)
             if not fault:
-                del flipped
-                return Factor(lower.flip(0, 1), order, damping, drift)
-            flipped.diagonal().sub_(damping * mean)
+                del hessian
+                upper = lower.flip(0, 1)
+                del lower
+                drift = None if meant is None else _products(x, order, meant).mul_(self.drift).to(x.dtype)
+                return Factor(upper, order, damping, drift)
+            hessian.diagonal().sub_(damping * mean)
             _log.warning("damping %g leaves the inputs' statistics singular; trying %g", damping, 10 * damping)
             damping *= 10
         raise CheckpointError(
@@ -101,8 +101,8 @@ class Solver:
         group_size = inputs if q.group_size == -1 else q.group_size
         groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // group_size
         place = factor.order if self.order == "static" else torch.arange(inputs, device=weight.device)
-        by_input, short = weight.t(), weight.dtype is torch.bfloat16
-        work = _Pass(by_input[factor.order].float(), factor, self, group_size, groups[place], short)
+        by_input = weight.t()
+        work = _Pass(by_input[factor.order].float(), factor, self, group_size, groups[place])
         if self.order == "static":
             work.fix_grids(by_input)
         work.run(0, inputs)
@@ -118,16 +118,15 @@ class _Pass:
     """One weight on its way: rows before the current one are rounded and hold errors, those after it hold sums."""
 
     def __init__(
-        self, weight: Tensor, factor: Factor, solver: Solver, group_size: int, group_of: Tensor, short: bool
+        self, weight: Tensor, factor: Factor, solver: Solver, group_size: int, group_of: Tensor
     ) -> None:
         self.weight, self.upper = weight, factor.upper
         # [in, out], E of rounded inputs, sums of E R for those to come
         if factor.drift is None:
             self.carried = torch.zeros_like(weight)
         else:
-            with _multiplying_as_bfloat16(short):
-                moved = factor.drift @ weight
-            self.carried = torch.linalg.solve_triangular(factor.upper, moved, upper=True)
+            moved = factor.drift @ weight.to(factor.drift.dtype)
+            self.carried = torch.linalg.solve_triangular(factor.upper, moved.float(), upper=True).contiguous()
         self.levels = torch.empty_like(weight, dtype=torch.uint8)
         self.group_of = group_of.tolist()
         self._diagonal: list[float] = factor.upper.diagonal().tolist()
@@ -176,27 +175,23 @@ class _Pass:
         self.carried[row] = self.weight[row] - grid.weights(levels)
 
 
-def _products(x: Tensor, other: Tensor) -> Tensor:
-    """The sum of x otherᵀ over rows, float32 [in, in], of tensors [n, in].
+def _products(x: Tensor, order: Tensor, meant: Tensor | None = None) -> Tensor:
+    """The sum over rows of x xᵀ, or of x (meant - x)ᵀ: float32 [in, in], of tensors [n, in] with inputs in `order`.
 
-    Rows that are bfloat16 stay exact when they are rounded to it again.
+    Rows that are bfloat16 stay exact when they are rounded to it again, and differences of such rows nearly do: oneDNN
+    may then multiply them as such and add in float32, which is faster on CPUs with AMX.
     """
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    with _multiplying_as_bfloat16(x.dtype is torch.bfloat16):
-        for rows, others in zip(torch.split(x, ROWS_AT_ONCE), torch.split(other, ROWS_AT_ONCE), strict=True):
-            rows = rows.float()
-            total.addmm_(rows.t(), rows if other is x else others.float())
-    return total
-
-
-@contextmanager
-def _multiplying_as_bfloat16(wanted: bool) -> Iterator[None]:
-    """Products of float32 on a CPU round their factors to bfloat16 and add in float32: faster where it has AMX."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if wanted:
+    if x.dtype is torch.bfloat16:
         settings.fp32_precision = "bf16"
     try:
-        yield
+        for start in range(0, len(x), ROWS_AT_ONCE):
+            here = slice(start, start + ROWS_AT_ONCE)
+            rows = x[here, order].float()
+            others = rows if meant is None else meant[here, order].float() - rows
+            total.addmm_(rows.t(), others)
     finally:
         settings.fp32_precision = before
+    return total
