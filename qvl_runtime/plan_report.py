@@ -110,7 +110,7 @@ def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = Non
     packs = config.quantization is not None and not lies_ready
     small, precision = (NANO.with_name("nano_int4"), "fast") if packs else (NANO, "exact")
     engine = Engine(
-        small, device="cpu", dtype=dtype, precision=precision, max_model_len=1024, kv_cache_bytes=4 << 20
+        small, device="cpu", dtype=dtype, precision=precision, max_model_len=1024, kv_cache_bytes=8 << 20
     )
     asked = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
     request = engine.submit(asked, SamplingParams(max_tokens=4, temperature=0))

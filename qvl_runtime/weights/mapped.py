@@ -77,9 +77,9 @@ def trim_heap() -> None:
 def keep_heap() -> None:
     """Have the C library keep what tensors of up to `KEPT` leave for the next, from now on; `trim_heap` gives it back.
 
-    Else many are mappings of their own, whose pages are brought in anew: quantising a layer of full width with a limit of
-    32 MiB takes 2.8 million faults and 2.0 GiB, with 256 0.8 million, an eighth less time and 3.0 GiB. Larger ones are
-    mappings in either case: in the heap they leave holes, another 0.3 GiB. Does nothing where the C library is not glibc.
+    Else many are mappings of their own, whose pages are brought in anew: quantising a layer of full width with a limit
+    of 32 MiB takes 2.8 million faults and 2.0 GiB, with 256 0.8 million, an eighth less time and 3.0 GiB. Larger ones
+    are mappings in either case: in the heap they leave holes, another 0.3 GiB. Does nothing without glibc.
     """
     if sys.platform.startswith("linux"):
         option = getattr(ctypes.CDLL(None), "mallopt", None)
