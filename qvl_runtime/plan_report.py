@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.terminal import size
+from qvl_runtime.terminal import print_table, size
 from qvl_runtime.weights.machines import Machine, gpu
 from qvl_runtime.weights.manifest import is_converted
 from qvl_runtime.weights.packed import model_config
 from qvl_runtime.weights.plan import Choices, Load, Peak, Plan, choices_of, ways_to_fit
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 CONTEXTS = (300, 2048, 8192)
 READ_AT_ONCE = 256 << 20  # bytes: more than any cache
@@ -40,31 +44,41 @@ def plan_of(folder: Path, gpu_name: str | None, choices: Choices, measure: bool 
 
 
 def show(plan: dict[str, Any]) -> None:
-    """The plan as tables."""
+    """The plan as lines and a table; a line breaks between words where standard output is a terminal."""
     from rich.console import Console
-    from rich.table import Table
 
-    console, machine = Console(), plan["machine"]
+    console, machine = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()), plan["machine"]
     parts = ", ".join(f"{name} {size(count)}" for name, count in plan["weights"].items() if count)
-    console.print(f"weights   {size(plan['weights_total'])} in {plan['dtype']}: {parts}", highlight=False)
+    console.print(f"weights   {size(plan['weights_total'])} in {plan['dtype']}: {parts}")
     console.print(
         f"KV cache  {size(plan['kv_per_token'])} a token; a picture takes {size(plan['kv_per_picture'])} there and "
-        f"{size(plan['features_per_picture'])} of features", highlight=False,
-    )  # fmt: skip
+        f"{size(plan['features_per_picture'])} of features"
+    )
     fits = plan["fits"]
     console.print(
         f"fits      {machine['name']} ({size(machine['memory'])}): {fits['tokens']:,} tokens, or {fits['pictures']:,} "
-        "pictures with their tokens", highlight=False,
-    )  # fmt: skip
-    table = Table("peak", "weights", "KV", "features", "work", "rest", "total", "", padding=(0, 0))
-    for name, peak in plan["peaks"].items():
+        "pictures with their tokens"
+    )
+    print_table(peak_table(plan["peaks"]))
+    if any(plan["speed_bounds"].values()):
+        said = ", ".join(f"{rate:,.1f} at {n} tokens" for n, rate in plan["speed_bounds"].items() if rate)
+        console.print(f"speed     at most, by bytes a token over memory bandwidth: {said} (a bound, not a forecast)")
+
+
+def peak_table(peaks: dict[str, dict[str, Any]]) -> Table:
+    """What each load takes at its peak, and whether it fits."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("peak", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("weights", "KV", "features", "work", "rest", "total"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for name, peak in peaks.items():
         held = sum(peak[part] for part in ("vision", "language", "embedding", "head"))
         cells = [size(n) for n in (held, *(peak[p] for p in ("kv", "features", "workspace", "reserved", "total")))]
         table.add_row(name, *cells, "fits" if peak["fits"] else f"too large; {peak['way_out']}")
-    console.print(table)
-    if any(plan["speed_bounds"].values()):
-        said = ", ".join(f"{rate:.1f} at {n} tokens" for n, rate in plan["speed_bounds"].items() if rate)
-        console.print(f"speed     at most, by bytes a token over memory bandwidth: {said} (a bound, not a forecast)")
+    return table
 
 
 def show_json(plan: dict[str, Any]) -> None:

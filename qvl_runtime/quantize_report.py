@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,30 +17,36 @@ PLOTS = (".png", ".svg", ".pdf")
 
 
 def error_table(errors: Sequence[LinearError]) -> Table:
-    """One row a layer, one column a linear: its error in percent, and in brackets that of rounding to nearest."""
+    """One row a layer, one column a linear: its error in percent, and in brackets that of rounding to nearest.
+
+    Of 76 columns, or less where cells and headings break at their blank.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     linears = list(dict.fromkeys(error.linear for error in errors))
     title = "error of the outputs on held-out conversations, % (rounded to nearest)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("layer", *linears, "s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("layer", *(name.replace(".", " ") for name in linears), "s"):
+        table.add_column(column, justify="right", vertical="bottom")
     for layer in sorted({error.layer for error in errors}):
         row = {error.linear: error for error in errors if error.layer == layer}
-        cells = [f"{100 * row[name].error:.2f} ({100 * row[name].rtn_error:.2f})" for name in linears]
-        table.add_row(str(layer), *cells, f"{sum(error.seconds for error in row.values()):.1f}")
-    means = [_mean([error for error in errors if error.linear == name]) for name in linears]
+        table.add_row(str(layer), *(_cell([row[name]]) for name in linears), _seconds(row.values()))
+    means = [_cell([error for error in errors if error.linear == name]) for name in linears]
     table.add_section()
-    table.add_row("mean", *means, f"{sum(error.seconds for error in errors):.1f}")
+    table.add_row("mean", *means, _seconds(errors))
     return table
 
 
-def _mean(errors: Sequence[LinearError]) -> str:
-    own, nearest = (
-        sum(values) / len(errors) for values in ([e.error for e in errors], [e.rtn_error for e in errors])
-    )
-    return f"{100 * own:.2f} ({100 * nearest:.2f})"
+def _cell(errors: Sequence[LinearError]) -> str:
+    """Their means, to three digits."""
+    means = (sum(values) / len(errors) for values in ([e.error for e in errors], [e.rtn_error for e in errors]))
+    own, nearest = (f"{100 * mean:.2f}" if 100 * mean < 9.995 else f"{100 * mean:.1f}" for mean in means)
+    return f"{own} ({nearest})"
+
+
+def _seconds(errors: Iterable[LinearError]) -> str:
+    return f"{sum(error.seconds for error in errors):.0f}"
 
 
 def plottable(path: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvl_runtime.quantize_report import error_table, plot_errors, plottable
-from qvl_runtime.terminal import progress_bar, say, size, working
+from qvl_runtime.terminal import print_table, progress_bar, say, size, working
 
 if TYPE_CHECKING:
     from qvl_runtime.weights.quantize import Quantizer
@@ -58,9 +58,7 @@ def quantize_checkpoint(asked: QuantizeRequest) -> int:
         report = quantizer.report(errors)
         print(json.dumps(report | {"seconds": time.perf_counter() - began}, ensure_ascii=False))
     elif not asked.quiet:
-        from rich.console import Console
-
-        Console().print(error_table(errors))
+        print_table(error_table(errors))
     if not asked.quiet:
         say(f"{asked.destination} is done, {size(quantizer.outline().result)} in {time.perf_counter() - began:.0f} s")
     return 0

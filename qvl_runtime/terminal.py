@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qvl_runtime.errors import ImageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from qvl_runtime.prompt.boxes import Box
     from qvl_runtime.schedule.request import Completion, StreamPiece
 
@@ -92,6 +95,34 @@ def progress_bar(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total, completed=done)
         yield lambda count: progress.update(task, completed=count)
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """A table on standard output, every word and number of it whole; rich alone would cut them ("11.0…").
+
+    Where it is wider than the terminal, cells break between words, in the column first that can spare the most; where
+    standard output is no terminal, it is as wide as it wants.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    boundless = Console(width=10_000)
+    spans = [
+        [Measurement.get(boundless, boundless.options, text) for text in (column.header, *column.cells)]
+        for column in table.columns
+    ]
+    widths = [max(span.maximum for span in texts) for texts in spans]
+    spare = [width - max(span.minimum for span in texts) for width, texts in zip(widths, spans, strict=True)]
+    whole = Measurement.get(boundless, boundless.options, table).maximum
+    console = console or Console(width=None if sys.stdout.isatty() else whole)
+    console.width = max(console.width, whole - sum(spare))  # a terminal that is narrower still breaks the lines itself
+    for _ in range(min(whole - console.width, sum(spare))):
+        most = spare.index(max(spare))
+        widths[most] -= 1
+        spare[most] -= 1
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width = width
+    console.print(table)
 
 
 def receive(pieces: Iterator[StreamPiece], echo: bool) -> Answer:

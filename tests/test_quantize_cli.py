@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qvl_runtime.cli import app
 from qvl_runtime.engine import NANO
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.quantize_report import error_table, plot_errors, plottable
+from qvl_runtime.terminal import print_table
 from qvl_runtime.weights.quantize_block import LinearError
 
 pytestmark = pytest.mark.cpu
@@ -60,14 +62,29 @@ ERRORS = [
 ]
 
 
-def test_the_table_fits_eighty_columns_and_has_a_mean() -> None:
-    console = Console(width=80, record=True, force_terminal=False)
-    console.print(error_table(ERRORS))
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_is_whole_at_any_width(width: int) -> None:
+    """Errors of one and of two digits before the point, with their mean; seconds as a full-size model takes them."""
+    errors = [e._replace(error=e.error * 3, rtn_error=0.132, seconds=26.4) for e in ERRORS] + [
+        e._replace(layer=31, error=0.1516, rtn_error=0.2046) for e in ERRORS if e.layer == 0
+    ]
+    console = Console(width=width, record=True, force_terminal=False, file=io.StringIO())
+    print_table(error_table(errors), console)
     lines = console.export_text().splitlines()
-    assert all(len(line) <= 80 for line in lines) and not any("…" in line for line in lines)
-    rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if cells}
-    assert rows["1"] == [*["2.00", "(3.00)"] * 5, "10.0"]
-    assert rows["mean"] == [*["2.00", "(3.00)"] * 5, "30.0"]
+    assert all(len(line) <= width for line in lines) and not any("…" in line for line in lines)
+    words = " ".join(lines).split()
+    wanted = {"3.00": 5, "6.00": 5, "9.00": 5, "15.2": 5, "(13.2)": 15, "(20.5)": 5, "132": 3, "10": 1}
+    assert {number: words.count(number) for number in wanted} == wanted
+    if width >= 80:
+        rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if cells}
+        assert rows["31"] == [*["15.2", "(20.5)"] * 5, "10"]
+        assert rows["mean"] == [*["8.29", "(15.0)"] * 5, "406"]
+
+
+def test_piped_the_table_is_as_wide_as_it_wants(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(error_table([e._replace(error=1.5, rtn_error=2.5) for e in ERRORS]))  # 82 columns
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("150.0 (250.0)  150.0 (250.0)" in line for line in lines) == 4
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:

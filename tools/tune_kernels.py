@@ -24,7 +24,7 @@ from benchmarks.gpu.place import Place
 from qvl_kernels import UnsupportedError, ops_for
 
 if TYPE_CHECKING:
-    from qvl_kernels.repack import PackedInt4
+    from qvl_kernels.gpu_weight import PackedInt4
     from qvl_kernels.triton.configs import Config, Regime
 
 Cost = Callable[["Config"], float | None]  # seconds; None where the GPU has not the shared memory for it
@@ -38,7 +38,7 @@ WRONG = 2**-7  # of the largest output: sixteen roundings of float16
 
 def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iterator[Config]:
     """The built-in configuration, then the others, each with the built-in splits and up to twice as many or half."""
-    from qvl_kernels.repack import TILE
+    from qvl_kernels.gpu_weight import TILE
     from qvl_kernels.triton.configs import Config, config
 
     built_in = config(capability, kind, ROWS[kind], inputs, outputs)
@@ -109,7 +109,8 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
 
 def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4:
     """Of random levels, symmetric, in groups of 128."""
-    from qvl_kernels.repack import TILE, WORDS, PackedInt4
+    from qvl_kernels.gpu_weight import TILE, PackedInt4
+    from qvl_kernels.gpu_words import WORDS
 
     words = torch.randint(-(2**31), 2**31, (inputs // TILE, outputs, WORDS), device=device).to(torch.int32)
     scales: Tensor = torch.full((inputs // TILE, outputs), 0.01, dtype=torch.float16, device=device)

@@ -50,7 +50,7 @@ def target_on(device: torch.device) -> str:
 
 
 def packing_for(target: str) -> ModuleType:
-    """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and gptq_levels.
+    """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and gptq_words.
 
     Raises `RuntimeError` where that cannot be done here.
     """

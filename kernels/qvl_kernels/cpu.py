@@ -13,7 +13,7 @@ from qvl_kernels import reference
 from qvl_kernels.cpu_attention import cross_attention, paged_attention, vision_attention
 from qvl_kernels.cpu_dense import linear
 from qvl_kernels.cpu_library import CODES, FLOATS, library, slower
-from qvl_kernels.cpu_linear import LAYOUTS, bind, gptq_levels, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.cpu_linear import LAYOUTS, bind, gptq_words, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.cpu_memory import empty, empty_like
 from qvl_kernels.reference import (
     cache_width,
@@ -27,9 +27,9 @@ from qvl_kernels.reference import (
 
 __all__ = [
     "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu",
-    "gptq_dequantize", "gptq_levels", "gptq_linear", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention",
-    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half",
-    "side_by_side", "swiglu", "to_cached", "unpack_rows", "vision_attention",
+    "gptq_dequantize", "gptq_linear", "gptq_words", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention",
+    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
+    "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -172,17 +172,18 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
     return Bound(w.exact, f"int{w.bits}, float activations, {details}", w.nbytes)
 
 
-def gptq_levels(packed: Packed) -> Tensor:
-    """`reference.gptq_levels`, of either layout."""
+def gptq_words(packed: Packed) -> Tensor:
+    """`reference.gptq_words`, of either layout."""
     if packed.layout == "gptq":
-        return reference.gptq_levels(packed)
+        return reference.gptq_words(packed)
     w = PackedWeight.from_packed(packed)
     plain = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantised, a level is itself minus the middle
-    middle, levels = 1 << (w.bits - 1), torch.empty(w.outputs, w.inputs, dtype=torch.uint8)
+    middle, words = 1 << (w.bits - 1), torch.empty(w.inputs * w.bits // 32, w.outputs, dtype=torch.int32)
     for first in range(0, w.outputs, LEVELS_AT_ONCE):
-        part = plain.unpacked(first, min(LEVELS_AT_ONCE, w.padded_outputs - first), torch.float32)
-        levels[first : first + LEVELS_AT_ONCE] = (part.t() + middle)[: w.outputs - first].to(torch.uint8)
-    return levels
+        levels = plain.unpacked(first, min(LEVELS_AT_ONCE, w.padded_outputs - first), torch.float32)
+        levels += middle
+        words[:, first : first + LEVELS_AT_ONCE] = reference.pack_rows(levels[:, : w.outputs - first], w.bits)
+    return words
 
 
 def _plain(packed: Packed, precision: Precision) -> Bound:

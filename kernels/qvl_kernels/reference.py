@@ -23,10 +23,11 @@ from qvl_kernels.reference_linear import (
     Precision,
     bind,
     gptq_dequantize,
-    gptq_levels,
     gptq_linear,
+    gptq_words,
     linear,
     pack_gptq,
+    pack_rows,
     prepare_gptq,
     prepare_linear,
     unpack_rows,
@@ -34,10 +35,10 @@ from qvl_kernels.reference_linear import (
 
 __all__ = [
     "LAYOUTS", "SCALE_BYTES", "Bound", "Linear", "Packed", "Precision", "add_layer_norm", "add_rms_norm", "bind",
-    "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_levels",
-    "gptq_linear", "greedy", "layer_norm", "linear", "on_host", "pack_gptq", "paged_attention", "prepare_gptq",
-    "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side", "summed",
-    "swiglu", "to_cached", "unpack_rows", "vision_attention",
+    "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
+    "gptq_words", "greedy", "layer_norm", "linear", "on_host", "pack_gptq", "pack_rows", "paged_attention",
+    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
+    "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
 
 

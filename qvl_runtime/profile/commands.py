@@ -13,7 +13,7 @@ import typer
 from qvl_runtime.commands import add_command
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.options import AsJson, Debug, ModelOptions
-from qvl_runtime.terminal import say
+from qvl_runtime.terminal import print_table, say
 
 if TYPE_CHECKING:
     from qvl_runtime.profile.memory import MemoryReport
@@ -112,7 +112,6 @@ def show_memory(report: MemoryReport) -> None:
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     if not rows:
@@ -122,7 +121,7 @@ def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
         table.add_column(name)
     for row in rows:
         table.add_row(*row.values())
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print_table(table)
 
 
 def plain(value: Any) -> Any:

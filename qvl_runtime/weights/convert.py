@@ -10,12 +10,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.errors import CheckpointError, ConfigError
+from qvl_runtime.weights.ahead import ahead
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.journal import Journal
 from qvl_runtime.weights.manifest import (
@@ -142,18 +144,23 @@ class _Job(NamedTuple):
 
     def write(self, journal: Journal, progress: Callable[[int], None]) -> None:
         """Every recipe that no whole file holds yet."""
-        done, writer = 0, ShardWriter(journal.folder, journal.shards)
-        for recipe in self._recipes():
-            read = [f"{part}.{kind}" for part in recipe.parts for kind in ("weight", "qweight")] or [recipe.name]
-            if recipe.name not in journal.done:
-                linears: dict[str, PackedLinear] = {}
-                writer.add(recipe.name, self._entries(recipe, linears), linears)
+        writer, found = ShardWriter(journal.folder, journal.shards), list(self._recipes())
+        missing = [recipe for recipe in found if recipe.name not in journal.done]
+        done = sum(self._read_by(recipe) for recipe in found) - sum(self._read_by(recipe) for recipe in missing)
+        with closing(ahead(missing, self._made)) as made:
+            for recipe, (entries, linears) in made:
+                writer.add(recipe.name, entries, linears)
                 if writer.full:
                     journal.note(writer.close())
-            done += sum(self.checkpoint.nbytes(name) for name in read if name in self.checkpoint)
-            progress(done)
+                done += self._read_by(recipe)
+                progress(done)
         if writer.items:
             journal.note(writer.close())
+
+    def _read_by(self, recipe: Recipe) -> int:
+        """Bytes of the source."""
+        read = [f"{part}.{kind}" for part in recipe.parts for kind in ("weight", "qweight")] or [recipe.name]
+        return sum(self.checkpoint.nbytes(name) for name in read if name in self.checkpoint)
 
     def _recipes(self) -> Iterator[Recipe]:
         """Those of the model, then tensors that nothing reads, which come along for the way back."""
@@ -162,19 +169,19 @@ class _Job(NamedTuple):
         used = {f"{part}.{kind}" for r in model for part in r.parts for kind in _KINDS} | {r.name for r in model}
         yield from (Recipe(name) for name in self.checkpoint.names if name not in used)
 
-    def _entries(self, recipe: Recipe, linears: dict[str, PackedLinear]) -> Iterator[Entry]:
+    def _made(self, recipe: Recipe) -> tuple[list[Entry], dict[str, PackedLinear]]:
+        """What to write of a recipe, and the linears that it makes."""
         if not recipe.parts:
-            yield self._as_it_is(recipe.name)
-            return
+            return [self._as_it_is(recipe.name)], {}
+        entries, linears = [], {}
         for made in make(recipe, self.checkpoint, self.config, self.ops):
             target = self.options.target
-            for name, tensor in made.packed.tensors.items():
-                yield Entry.of(f"{made.name}.{target}.{name}", tensor)
-            for name, tensor in made.kept.items():
-                yield Entry.of(name, tensor)
+            entries += [Entry.of(f"{made.name}.{target}.{name}", t) for name, t in made.packed.tensors.items()]
+            entries += [Entry.of(name, t)._replace(parts=pieces(t, t.dtype)) for name, t in made.kept.items()]
             linears[made.name] = PackedLinear(
                 made.packed.layout, list(made.packed.tensors), made.packed.fields, list(made.parts), made.rounded
             )
+        return entries, linears
 
     def _as_it_is(self, name: str) -> Entry:
         """A tensor of the source, floats as the dtype that was chosen."""

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-OUTPUTS_AT_ONCE = 256  # whose weights are rounded together: 11 MB of floats for the widest linear of the 9.6 B model
-WIDENED = 8 << 20  # bytes of integers that are packed together
+FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that what is made on the way stays in a core's cache
+OUTPUTS_AT_ONCE = 256  # that are compared with their floats together: 11 MB of those for the widest linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,26 +113,14 @@ class GPTQLinear:
         return {f"{name}.{key}": value for key, value in (published | {"bias": bias.to(torch.float16)}).items()}
 
 
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """Pack integers below 2^bits, [rows, columns], into int32 words [rows * bits / 32, columns], first row lowest."""
-    import torch
-
-    per_word, columns = 32 // bits, values.shape[1]
-    shifts = torch.arange(0, 32, bits, device=values.device).view(1, per_word, 1)
-    packed = torch.empty(len(values) // per_word, columns, dtype=torch.int32, device=values.device)
-    at_once = max(1, WIDENED // (8 * per_word * max(1, columns)))
-    for into, rows in zip(torch.split(packed, at_once), torch.split(values, at_once * per_word), strict=True):
-        words = (rows.to(torch.int64).view(-1, per_word, columns) << shifts).sum(dim=1)
-        into.copy_(torch.where(words < 2**31, words, words - 2**32))  # two's complement, said openly
-    return packed
-
-
 def pack_linear(
     levels: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int,
     group_size: int, zero_offset: int,
 ) -> GPTQLinear:  # fmt: skip
     """A linear of unpacked whole numbers: levels [in, out]; scales and zero points [G, out], said as they are."""
     import torch
+
+    from qvl_kernels.reference import pack_rows
 
     return GPTQLinear(
         qweight=pack_rows(levels, bits),
@@ -151,27 +139,41 @@ def quantize_rtn(
 ) -> GPTQLinear:
     """Round a weight [out, in] to the nearest point of its group's grid, which is at most half a scale away.
 
-    `weights.grid` says which grid that is.
+    `weights.grid` says which grid that is. Beside the result it takes a byte a weight.
     """
     import torch
 
-    if not torch.isfinite(weight).all():
-        raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantised")
     out_features, in_features = weight.shape
     group_size = in_features if group_size == -1 else group_size
-    groups = -(-in_features // group_size)
-    levels = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
-    scales, zeros = (torch.empty(groups, out_features, device=weight.device) for _ in range(2))
-    for first in range(0, out_features, OUTPUTS_AT_ONCE):
-        part = slice(first, first + OUTPUTS_AT_ONCE)
-        padded = torch.nn.functional.pad(weight[part].float(), (0, groups * group_size - in_features))
-        grouped = padded.view(-1, groups, group_size)
-        grid = grid_between(grouped.amin(dim=2), grouped.amax(dim=2), bits, sym, zero_offset)
-        rounded = Grid(grid.scales.unsqueeze(2), grid.zeros.unsqueeze(2), grid.top).levels(grouped)
-        levels[:, part] = rounded.view(len(rounded), -1)[:, :in_features].t()
-        scales[:, part], zeros[:, part] = grid.scales.t(), grid.zeros.t()
-    g_idx = _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None
-    return pack_linear(levels, scales, zeros, g_idx, bias, bits, group_size, zero_offset)
+    rows = max(1, FLOATS_AT_ONCE // in_features)
+    ranges = []
+    for part in torch.split(weight, rows):
+        grouped = _grouped(part, group_size)
+        ranges.append((grouped.amin(dim=2), grouped.amax(dim=2)))  # torch.aminmax takes eight times as long
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    if not (high - low).sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes the sum one
+        raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantised")
+    grid = grid_between(low, high, bits, sym, zero_offset)
+    levels = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    for start, part in enumerate(torch.split(weight, rows)):
+        own, grouped = slice(start * rows, (start + 1) * rows), _grouped(part, group_size)
+        Grid(grid.scales[own].unsqueeze(2), grid.zeros[own].unsqueeze(2), grid.top).levels(grouped, out=grouped)
+        levels[own] = grouped.view(len(part), -1)[:, :in_features].to(torch.int16)  # to bytes at once is slower
+    return pack_linear(
+        levels.t(), grid.scales.t(), grid.zeros.t(),
+        _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
+        bias, bits, group_size, zero_offset,
+    )  # fmt: skip
+
+
+def _grouped(weight: Tensor, group_size: int) -> Tensor:
+    """A float32 copy [out, groups, group size] of a weight [out, in], zeros in what the last group lacks."""
+    import torch
+
+    floats = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if missing := -weight.shape[1] % group_size:
+        floats = torch.nn.functional.pad(floats, (0, missing))
+    return floats.view(len(weight), -1, group_size)
 
 
 def quantize_state(

@@ -16,9 +16,11 @@ class Grid(NamedTuple):
     zeros: Tensor  # float32, whole numbers
     top: int  # the highest level, 2^bits - 1
 
-    def levels(self, weights: Tensor) -> Tensor:
-        """The nearest level of each weight, float32; grids and weights broadcast."""
-        return ((weights / self.scales).round() + self.zeros).clamp(0, self.top)
+    def levels(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """The nearest level of each weight, float32, in `out` if it is given; grids and weights broadcast."""
+        import torch
+
+        return torch.div(weights, self.scales, out=out).round_().add_(self.zeros).clamp_(0, self.top)
 
     def weights(self, levels: Tensor) -> Tensor:
         """What the levels stand for, float32."""

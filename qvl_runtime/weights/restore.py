@@ -10,21 +10,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.convert import refuse_destination
-from qvl_runtime.weights.gptq import pack_rows
 from qvl_runtime.weights.manifest import Manifest, SourceFile
 from qvl_runtime.weights.mapped import pieces, release
-from qvl_runtime.weights.packed import model_config, open_shards, packed_linear
+from qvl_runtime.weights.packed import open_shards, packed_linear
 from qvl_runtime.weights.save import sync
 from qvl_runtime.weights.shards import Shard
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-COLUMNS_AT_ONCE = 1024  # outputs whose levels are packed together: 90 MB of integers at 11008 inputs
 
 
 class Restored(NamedTuple):
@@ -73,7 +69,6 @@ class _Reader:
         shards = open_shards(folder, manifest)
         self._where: dict[str, Shard] = {name: shard for shard in shards.values() for name in shard.infos}
         self._manifest, self._ops = manifest, ops
-        self._quantization: QuantizationConfig | None = model_config(folder).quantization
         self._linears = {part: name for name, linear in manifest.linears.items() for part in linear.parts}
         self._last: tuple[str, Tensor] | None = None
 
@@ -89,19 +84,15 @@ class _Reader:
         return iter([self._qweight(prefix)])
 
     def _qweight(self, part: str) -> Tensor:
-        import torch
-
         name = self._linears[part]
         linear = self._manifest.linears[name]
         if self._last is None or self._last[0] != name:
             packed = packed_linear(name, linear, self._manifest, self._where)
-            self._last = name, self._ops.gptq_levels(packed)
+            self._last = name, self._ops.gptq_words(packed)
             for tensor in packed.tensors.values():
                 release(tensor)
-        outputs = len(self._last[1]) // len(linear.parts)  # those side by side are as wide as each other
-        first = linear.parts.index(part) * outputs
-        levels, bits = self._last[1][first : first + outputs], self._quantization.bits if self._quantization else 0
-        return torch.cat([pack_rows(chunk.t(), bits) for chunk in torch.split(levels, COLUMNS_AT_ONCE)], 1)
+        side_by_side = self._last[1].chunk(len(linear.parts), dim=1)  # each as wide as the other
+        return side_by_side[linear.parts.index(part)]
 
 
 def _write(path: Path, file: SourceFile, reader: _Reader) -> int:

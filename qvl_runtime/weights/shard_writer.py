@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,8 +66,8 @@ class ShardWriter:
         self._said = 0
         self._file: TensorFile | None = None
 
-    def add(self, item: str, entries: Iterator[Entry], linears: dict[str, PackedLinear]) -> None:
-        """Write the tensors of an item; `linears` is what they make, complete when `entries` is through."""
+    def add(self, item: str, entries: Iterable[Entry], linears: dict[str, PackedLinear]) -> None:
+        """Write the tensors of an item; `linears` is what they make."""
         if self._file is None:
             self._number += 1
             self._file = TensorFile(self._folder / f"qvl-{self._number:05}.safetensors", HEADER)

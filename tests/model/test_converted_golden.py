@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from qvl_kernels import cpu_linear, repack
-from qvl_kernels.reference import unpack_rows
 from qvl_runtime.config import QuantizationConfig
 from qvl_runtime.schedule.runner import Chunk
 from qvl_runtime.weights.checkpoint import load_state
@@ -85,4 +84,4 @@ def test_layers(golden: Path, case: str) -> None:
     packed = cpu_linear.pack_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias)
     assert packed.layout == cpu_linear.LAYOUT
     torch.testing.assert_close(cpu_linear.bind(packed)(tensors["x"]), tensors[f"{case}.y"], atol=1e-5, rtol=0)
-    assert torch.equal(cpu_linear.gptq_levels(packed), unpack_rows(w.qweight, w.bits).t().to(torch.uint8))
+    assert torch.equal(cpu_linear.gptq_words(packed), w.qweight)

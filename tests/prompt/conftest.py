@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from qvl_runtime.prompt.chatml import PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
+
+from .chat import SIZE
 
 MERGES = ["th", "the", " t", "in", "Pi", "ic", "你".encode()[:2], "你".encode()]
 
@@ -55,3 +58,8 @@ def answer(function: Any, *args: Any, **options: Any) -> Any:
 def expected(golden: Any) -> Any:
     """A golden answer, with every error reduced to "error": the wording is ours."""
     return "error" if isinstance(golden, dict) and "error" in golden else golden
+
+
+@pytest.fixture(scope="session")
+def encoder(toy: Tokenizer) -> PromptEncoder:
+    return PromptEncoder(toy, SIZE, system="Hi.")

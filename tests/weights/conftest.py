@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.weights.layout import expected_tensors
+from tests.weights.sources import gptq
 
 RAW: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
@@ -95,3 +96,8 @@ def write(tmp_path: Path) -> Write:
         return folder
 
     return write_folder
+
+
+@pytest.fixture
+def int4(raw: dict[str, Any], make_state: MakeState, write: Write) -> Path:
+    return write(raw, gptq(raw, make_state(ModelConfig.from_dict(raw)), "int4"), shards=2)

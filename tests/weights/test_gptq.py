@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qvl_kernels.reference import gptq_dequantize
+from qvl_kernels.reference import gptq_dequantize, pack_rows
 from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.checkpoint import load_state
-from qvl_runtime.weights.gptq import GPTQLinear, pack_rows, quantize_rtn, quantize_state
+from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn, quantize_state
 
 HALF = 2.0**-11  # float16's rounding, relative
 
@@ -206,3 +206,15 @@ def test_state_is_quantised_written_and_loaded(
     assert torch.equal(loaded["transformer.ln_f.weight"], state["transformer.ln_f.weight"].half().float())
     qkv_bias = loaded["transformer.h.0.attn.c_attn.bias"]
     assert torch.equal(qkv_bias, state["transformer.h.0.attn.c_attn.bias"].half().float())
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_no_number_is_not_rounded(wrong: float, dtype: torch.dtype) -> None:
+    weight = torch.full((32, 64), 2.0, dtype=dtype)
+    given = weight.clone()
+    quantize_rtn(weight, 8, 32, sym=True)
+    assert torch.equal(weight, given), "rounded in place"
+    weight[1, 40] = wrong
+    with pytest.raises(CheckpointError, match=r"shape \(32, 64\) holds NaN or infinity"):
+        quantize_rtn(weight, 8, 32, sym=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvl_kernels.reference import gptq_dequantize, gptq_linear
+from qvl_kernels.reference import gptq_dequantize, gptq_linear, pack_rows
 from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.weights.checkpoint import load_state
-from qvl_runtime.weights.gptq import GPTQLinear, pack_rows, quantize_rtn
+from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.weights.layout import decoder_linears
 
 CASES = ("g128_sym", "g64_sym", "gall_sym", "g128_asym", "g64_asym", "gall_asym")

@@ -13,7 +13,7 @@ One op a file, always in this order:
 `qvl_kernels.aot` collects the lists. A kernel takes its dtype from its pointers: tests run float16, since Triton's
 interpreter computes bfloat16 wrongly. Rules that the machine code asked for stand beside the kernels that obey them.
 
-The layout of packed weights is `qvl_kernels.repack`, plain torch, which needs no Triton.
+The layout of packed weights is `qvl_kernels.gpu_weight`, made by `repack` in plain torch, which needs no Triton.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qvl_kernels.reference import (
 )
 from qvl_kernels.triton.activations import gelu, swiglu
 from qvl_kernels.triton.kv_tiles import from_cached, to_cached
-from qvl_kernels.triton.linear import LAYOUTS, bind, gptq_levels, linear, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.linear import LAYOUTS, bind, gptq_words, linear, pack_gptq, prepare_gptq, prepare_linear
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.paged_attention import paged_attention
 from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
@@ -53,8 +53,8 @@ from qvl_kernels.triton.split_sum import summed
 
 __all__ = [
     "LAYOUTS", "SCALE_BYTES", "Bound", "Drawn", "Packed", "Precision", "SamplingRows", "add_layer_norm", "add_rms_norm",
-    "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_levels",
-    "gptq_linear", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear",
+    "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
+    "gptq_words", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear",
     "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "sample", "side_by_side", "summed", "swiglu",
     "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qvl_kernels.repack import OUTPUTS, TILE
+from qvl_kernels.gpu_weight import OUTPUTS, TILE
 from qvl_kernels.triton.launch import CAPABILITIES, blocks
 
 Regime = Literal["few_rows", "many_rows", "dequantize"]

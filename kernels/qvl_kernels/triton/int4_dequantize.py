@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl_kernels.repack import PackedInt4
+from qvl_kernels.gpu_weight import PackedInt4
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.int4_shapes import DECODER, example
 from qvl_kernels.triton.int4_tile import TILE, WORDS, floats, magic, magic_base

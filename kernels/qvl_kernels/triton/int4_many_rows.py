@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl_kernels.repack import PackedInt4
+from qvl_kernels.gpu_weight import PackedInt4
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.configs import Config, config
 from qvl_kernels.triton.int4_shapes import DECODER, example, weight_bytes

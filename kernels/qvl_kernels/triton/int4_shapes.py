@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qvl_kernels.repack import TILE, WORDS, PackedInt4
+from qvl_kernels.gpu_weight import TILE, PackedInt4
+from qvl_kernels.gpu_words import WORDS
 from qvl_kernels.triton.configs import config
 
 DECODER = {  # inputs, outputs: the four int4 linears of each of 32 layers

@@ -1,14 +1,14 @@
-"""Words of packed int4 weights to floats, inside a kernel: see `qvl_kernels.repack` for the layout."""
+"""Words of packed int4 weights to floats, inside a kernel: see `qvl_kernels.gpu_weight` for the layout."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from qvl_kernels import repack
+from qvl_kernels import gpu_weight, gpu_words
 
-TILE = tl.constexpr(repack.TILE)
-WORDS = tl.constexpr(repack.WORDS)
+TILE = tl.constexpr(gpu_weight.TILE)
+WORDS = tl.constexpr(gpu_words.WORDS)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl_kernels.repack import PackedInt8
+from qvl_kernels.gpu_weight import PackedInt8
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.int8_shapes import example
 from qvl_kernels.triton.int8_tile import TILE, WORDS, levels

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qvl_kernels.repack import OUTPUTS, TILE_INT8, WORDS, PackedInt8
+from qvl_kernels.gpu_weight import OUTPUTS, TILE_INT8, PackedInt8
+from qvl_kernels.gpu_words import WORDS
 
 LINEARS = {  # inputs, outputs: the head; a decoder block's deepest; the visual tower's widest
     "head": (4096, 151936),

@@ -1,15 +1,15 @@
-"""Words of packed int8 weights to floats, inside a kernel: see `qvl_kernels.repack` for the layout."""
+"""Words of packed int8 weights to floats, inside a kernel: see `qvl_kernels.gpu_weight` for the layout."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from qvl_kernels import repack
+from qvl_kernels import gpu_weight, gpu_words
 
-TILE = tl.constexpr(repack.TILE_INT8)
-WORDS = tl.constexpr(repack.WORDS)
-MIDDLE = tl.constexpr(repack.middle(8))
+TILE = tl.constexpr(gpu_weight.TILE_INT8)
+WORDS = tl.constexpr(gpu_words.WORDS)
+MIDDLE = tl.constexpr(gpu_weight.middle(8))
 
 
 @triton.jit

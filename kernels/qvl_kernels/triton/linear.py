@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference, repack
+from qvl_kernels.gpu_weight import LAYOUTS, PackedInt4, PackedInt8, kind_of
 from qvl_kernels.reference import Bound, Packed, Precision, linear
-from qvl_kernels.repack import LAYOUTS, PackedInt4, PackedInt8, gptq_levels, kind_of, pack_gptq
+from qvl_kernels.repack import gptq_words, pack_gptq
 from qvl_kernels.triton.configs import regime
 from qvl_kernels.triton.int4_dequantize import int4_dequantize
 from qvl_kernels.triton.int4_few_rows import int4_few_rows
@@ -22,7 +23,7 @@ from qvl_kernels.triton.int8_few_rows import FEW as FEW_INT8
 from qvl_kernels.triton.int8_few_rows import int8_few_rows
 from qvl_kernels.triton.split_sum import summed
 
-__all__ = ["LAYOUTS", "bind", "gptq_levels", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
+__all__ = ["LAYOUTS", "bind", "gptq_words", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
 
 _log = logging.getLogger("qvl_kernels")
 

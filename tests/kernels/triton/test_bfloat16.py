@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import reference, repack
+from qvl_kernels import gpu_weight, reference, repack
 from qvl_kernels import triton as ops
 from qvl_kernels.triton.int4_dequantize import int4_dequantize
 from qvl_kernels.triton.int8_dequantize import int8_dequantize
@@ -103,7 +103,8 @@ def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, grou
     exact = reference.gptq_dequantize(*tensors, bits, 1)
     plain = torch.nn.functional.linear(x, exact.to(B16))
     as_good_as_torch(ops.prepare_gptq(*tensors, bits, 1)(x), plain, x.double() @ exact.double().t())
-    weight, dequantize = repack.packed(repack.KINDS[bits], *tensors, 1), {4: int4_dequantize, 8: int8_dequantize}[bits]
+    weight = repack.packed(gpu_weight.KINDS[bits], *tensors, 1)
+    dequantize = {4: int4_dequantize, 8: int8_dequantize}[bits]
     assert torch.equal(dequantize(weight, B16), repack.dequantize(weight).to(B16))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import reference, repack
+from qvl_kernels import gpu_weight, reference, repack
 from tests.kernels.compare import as_good_as_torch
 from tests.kernels.gptq import checkpoint
 
@@ -64,7 +64,7 @@ def test_dequantised_weights_are_rounded_once(
     poisoned: None, inputs: int, outputs: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     tensors = checkpoint(inputs, outputs, group, bits=8, symmetric=symmetric)
-    weight = repack.packed(repack.PackedInt8, *tensors, 1)
+    weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
     assert torch.equal(int8_dequantize.int8_dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
 
 
@@ -104,7 +104,7 @@ def test_partial_sums_add_up(poisoned: None, rows: int) -> None:
 
 def test_any_split_gives_the_sum(poisoned: None) -> None:
     tensors, x = checkpoint(320, 128, 64, bits=8), activations(2, 320)
-    weight = repack.packed(repack.PackedInt8, *tensors, 1)
+    weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
         out = int8_few_rows.int8_few_rows(x, weight, splits=splits)
         check(ops.summed(out, x.dtype), x, tensors)
@@ -131,7 +131,7 @@ def test_leading_axes_are_kept(poisoned: None, shape: tuple[int, ...]) -> None:
     (lambda x: x.repeat(33, 1), r"x has 66 rows; expected 1 to 64"),
 ])  # fmt: skip
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
-    weight = repack.packed(repack.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
+    weight = repack.packed(gpu_weight.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
     with pytest.raises(ValueError, match=message):
         int8_few_rows.int8_few_rows(spoil(activations(2, 128)), weight)
 
