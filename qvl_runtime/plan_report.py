@@ -30,7 +30,7 @@ def plan_of(folder: Path, gpu_name: str | None, choices: Choices, measure: bool 
         held = choices_of(folder, choices.dtype)
         choices = replace(choices, vision=held.vision, head=held.head)
     plan = Plan(config, choices, "cpu" if gpu_name is None else "cuda")
-    machine = this_machine(measure, packs(folder)) if gpu_name is None else gpu(gpu_name)
+    machine = this_machine(folder, choices.dtype, measure) if gpu_name is None else gpu(gpu_name)
     loads = dict(DOCUMENTED) | {"all, 8 pictures": Load(config.context_limit, config.context_limit, 8)}
     room = plan.room(machine)
     return {
@@ -85,55 +85,68 @@ def show_json(plan: dict[str, Any]) -> None:
     print(json.dumps(plan, ensure_ascii=False, indent=2))
 
 
-def packs(folder: Path) -> bool:
-    """Whether loading a checkpoint folder lays packed weights out: those of a converted one lie so already."""
-    return not is_converted(folder) and model_config(folder).quantization is not None
-
-
-def this_machine(measure: bool = True, packed: bool = False) -> Machine:
-    """This computer: the memory that can be had, how fast it is read, and what this process takes without a model."""
+def this_machine(folder: Path, dtype: str, measure: bool = True) -> Machine:
+    """This computer: the memory that can be had, how fast it is read, what this process takes beside a checkpoint."""
     import torch
 
     from qvl_runtime.device import device_name, free_memory
 
-    base = process_bytes(packed)
+    base = process_bytes(folder, dtype)
     return Machine(
         device_name(torch.device("cpu")), free_memory(torch.device("cpu")) + base,
         read_bandwidth() if measure else None, base,
     )  # fmt: skip
 
 
-def process_bytes(packed: bool = False) -> int:
-    """Bytes that a process holds beside a model, once one has run in it; 0 where the system does not tell.
+def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = None) -> int:
+    """Bytes that a process holds beside a folder's model, once one has run in it; 0 where the system does not tell.
 
     Measured, by running the small checkpoint that comes along once and letting go of it: of 250 MiB a part is code that
-    is read in when it is first called, so that importing torch alone says 30 MiB less. packed: its Int4 sibling, since
-    laying packed weights out calls 8 MiB of torch's code that nothing else does. What was compiled for the shapes of
-    this model is taken off, as another has its own.
+    is read in when it is first called, so that importing torch alone says 30 MiB less. In the model's dtype, since
+    float32 calls other GEMMs; and where packed weights are laid out at load, which calls 8 MiB of torch's code that
+    nothing else does, its Int4 sibling. What was compiled for the shapes of this model is taken off, as another has its
+    own. The folder's tokenizer is there: the published one takes 59 MiB. synthetic: weights that are run in its place.
     """
     import gc
 
     import numpy as np
 
     from qvl_runtime.engine import NANO, Engine
+    from qvl_runtime.prompt.tokenizer import VOCABULARY_FILE, Tokenizer
     from qvl_runtime.schedule.request import SamplingParams
     from qvl_runtime.weights.mapped import trim_heap
+    from qvl_runtime.weights.synthetic import synthetic_config
 
-    small, precision = (NANO.with_name("nano_int4"), "fast") if packed else (NANO, "exact")
-    engine = Engine(small, device="cpu", precision=precision, max_model_len=1024, kv_cache_bytes=4 << 20)
+    config, lies_ready = model_config(folder), synthetic is None and is_converted(folder)
+    if synthetic is not None:
+        config = synthetic_config(synthetic, config)
+    dtype = config.dtype if dtype == "auto" else dtype
+    packs = config.quantization is not None and not lies_ready
+    small, precision = (NANO.with_name("nano_int4"), "fast") if packs else (NANO, "exact")
+    engine = Engine(
+        small, device="cpu", dtype=dtype, precision=precision, max_model_len=1024, kv_cache_bytes=8 << 20
+    )
     asked = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
     request = engine.submit(asked, SamplingParams(max_tokens=4, temperature=0))
     while not request.done:
         engine.loop.step()
-    own = Plan(engine.config, choices_of(small, "auto", precision)).compiled(Load(0, len(asked.prompt.token_ids), 1))
-    del engine
+    own = Plan(engine.config, choices_of(small, dtype, precision)).compiled(Load(0, len(asked.prompt.token_ids), 1))
+    del engine, request, asked
+    tokenizer = Tokenizer.from_folder(folder) if (folder / VOCABULARY_FILE).is_file() else None
     gc.collect()
     trim_heap()
+    there = resident_bytes()
+    del tokenizer
+    return max(0, there - own)
+
+
+def resident_bytes() -> int:
+    """Of this process; 0 where the system does not tell."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024 - own
+                return int(line.split()[1]) * 1024
     return 0
 
 

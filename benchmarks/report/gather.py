@@ -69,7 +69,10 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
 
     memory = None
     if not again and not model.options.get("repeat_blocks"):  # first, while the process is as new
-        memory = plain(profile_memory(lambda: Engine(**model.options), packs(model), progress))
+        given = model.options
+        folder = Path(given.get("model", NANO))
+        base = plan_report.process_bytes(folder, given.get("dtype", "auto"), given.get("synthetic"))
+        memory = plain(profile_memory(lambda: Engine(**given), base, progress))
         gc.collect()
     engine = Engine(**model.options)
     lengths = LENGTHS[:1] if quick else model.lengths
@@ -81,13 +84,6 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
         "kernels": engine.report()["kernels"], "machine": plain(Machine.here(engine.loop.runner.model.device)),
         "speed": plain(speed), "growth": plain(curves), "memory": memory,
     }  # fmt: skip
-
-
-def packs(model: Model) -> bool:
-    """Whether loading lays packed weights out, which the process that it is measured beside has then done too."""
-    if "synthetic" in model.options:
-        return str(model.options["synthetic"]).endswith("int4")
-    return plan_report.packs(Path(model.options.get("model", NANO)))
 
 
 def said(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from qvl_kernels.cpu_attention import cross_attention, paged_attention, vision_a
 from qvl_kernels.cpu_dense import linear
 from qvl_kernels.cpu_library import CODES, FLOATS, library, slower
 from qvl_kernels.cpu_linear import LAYOUTS, bind, gptq_words, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.cpu_memory import empty, empty_like
 from qvl_kernels.reference import (
     cache_width,
     from_cached,
@@ -35,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not _same_floats(x, weight) or weight.shape != x.shape[-1:]:
         slower("rms_norm", _mixed(x, weight))
         return reference.rms_norm(x, weight, eps)
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, y = x.contiguous(), empty_like(x)
     width = x.shape[-1]
     library().ready().rms_norm(
         x.data_ptr(), None, CODES[x.dtype], x.numel() // width, width, weight.data_ptr(), eps, None, y.data_ptr()
@@ -48,7 +49,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
         slower("add_rms_norm", _mixed(x, update, weight))
         return reference.add_rms_norm(x, update, weight, eps)
     x, update = x.contiguous(), update.contiguous()
-    total, y = torch.empty_like(x), torch.empty_like(x)
+    total, y = empty_like(x), empty_like(x)
     width = x.shape[-1]
     library().ready().rms_norm(
         x.data_ptr(), update.data_ptr(), CODES[x.dtype], x.numel() // width, width, weight.data_ptr(), eps,
@@ -61,7 +62,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if not _same_floats(x, weight, bias) or not weight.shape == bias.shape == x.shape[-1:]:
         slower("layer_norm", _mixed(x, weight, bias))
         return reference.layer_norm(x, weight, bias, eps)
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, y = x.contiguous(), empty_like(x)
     width = x.shape[-1]
     library().ready().layer_norm(
         x.data_ptr(), CODES[x.dtype], x.numel() // width, width, weight.data_ptr(), bias.data_ptr(), eps, y.data_ptr()
@@ -74,7 +75,7 @@ def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if up_gate.dtype not in FLOATS or up_gate.dim() == 3 or up_gate.shape[-1] != 2 * width:
         slower("swiglu", _mixed(up_gate))
         return reference.swiglu(up_gate, dtype)
-    x, y = up_gate.contiguous(), up_gate.new_empty(*up_gate.shape[:-1], width)
+    x, y = up_gate.contiguous(), empty((*up_gate.shape[:-1], width), up_gate.dtype)
     library().ready().swiglu(x.data_ptr(), CODES[x.dtype], len(x), width, y.data_ptr())
     return y
 
@@ -84,7 +85,7 @@ def side_by_side(first: Tensor, second: Tensor) -> Tensor:
         return reference.side_by_side(first, second)
     first, second = first.contiguous(), second.contiguous()
     (rows, left), right, size = first.shape, second.shape[1], first.element_size()
-    y = first.new_empty(rows, left + right)
+    y = empty((rows, left + right), first.dtype)
     library().ready().side_by_side(
         first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr()
     )
@@ -95,13 +96,13 @@ def gelu(x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
         slower("gelu", _mixed(x))
         return reference.gelu(x)
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, y = x.contiguous(), empty_like(x)
     library().ready().gelu(x.data_ptr(), CODES[x.dtype], x.numel(), y.data_ptr())
     return y
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    y = table.new_empty(len(ids), table.shape[1])
+    y = empty((len(ids), table.shape[1]), table.dtype)
     ids, table = ids.contiguous(), table.contiguous()
     library().ready().gather_rows(
         table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(), len(ids), y.data_ptr()
@@ -112,7 +113,9 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, half = len(positions), frequencies.shape[-1]
     positions, frequencies = positions.contiguous(), frequencies.expand(rows, half).contiguous()
-    cos, sin, logn = (frequencies.new_empty(*shape) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,)))
+    cos, sin, logn = (
+        empty(shape, frequencies.dtype) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,))
+    )
     library().ready().rotary_tables(
         positions.data_ptr(), frequencies.data_ptr(), rows, half, logn_from or 0, cos.data_ptr(), sin.data_ptr(),
         logn.data_ptr(),
@@ -141,7 +144,7 @@ def rotary_to_cache(
         slower("rotary_to_cache", _mixed(qkv, k_cache, v_cache))
         return reference.rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
     qkv, head_dim = qkv.contiguous(), qkv.shape[-1] // (3 * heads)
-    q = qkv.new_empty(len(qkv), heads, head_dim)
+    q = empty((len(qkv), heads, head_dim), qkv.dtype)
     library().ready().rotary_to_cache(
         qkv.data_ptr(), CODES[qkv.dtype], len(qkv), heads, head_dim, cos.data_ptr(), sin.data_ptr(), cos.shape[-1],
         logn.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], block_size,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.cpu_library import CODES, FLOATS, library, slower
+from qvl_kernels.cpu_memory import empty
 
 MOST_DIM = 256  # the widest head of the kernel
 FEW_PORTABLE = 16  # rows of a request up to which the portable kernel is as fast as torch: 51 to 33 ms at 30 of 330
@@ -45,7 +46,7 @@ def paged_attention(
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
     q, tables = q.contiguous(), block_tables.contiguous()
     n, heads, head_dim = q.shape
-    y = q.new_empty(n, heads * head_dim)
+    y = empty((n, heads * head_dim), q.dtype)
     library().ready().attention(
         q.data_ptr(), CODES[q.dtype], heads * head_dim, head_dim, heads, head_dim,
         k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], k_cache.shape[2], *k_cache.stride()[:3],
@@ -80,7 +81,7 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return y.transpose(1, 2).flatten(2)
     pictures, rows, heads, head_dim = q.shape
     keys = k.shape[1]
-    y, tables = q.new_empty(pictures, rows, heads * head_dim), torch.arange(pictures)
+    y, tables = empty((pictures, rows, heads * head_dim), q.dtype), torch.arange(pictures)
     per_block, per_row, per_head, _ = k.stride()
     library().ready().attention(
         q.data_ptr(), CODES[q.dtype], q.stride(1), q.stride(2), heads, head_dim,

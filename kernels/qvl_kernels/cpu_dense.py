@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels.cpu_library import CODES, FLOATS, LibraryError, library, pointer
+from qvl_kernels.cpu_memory import empty
 
 FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, AMX tiles or torch's GEMM
 
 
-def in_steps(x: Tensor, gemm: Callable[[Tensor], Tensor]) -> Tensor:
-    """gemm of the rows of x [.., in]: in 16-bit floats by one or two of few numbers of rows, zeros behind the last.
+def in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """What gemm(rows, into) writes for the rows of x [.., in], [.., outputs]: in 16-bit floats by one or two of few
+    numbers of rows, zeros behind the last.
 
     For these torch's GEMMs (oneDNN) compile code for each new number of rows and keep it, 0.5 MiB a shape of weight,
     between the activations in the heap; and prompts of a new length would wait for it. In float32 they are another
     library's, which does not.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if x.dtype == torch.float32:
-        return gemm(flat).view(*x.shape[:-1], -1)
-    sizes = step_sizes(len(flat))
-    missing = sum(sizes) - len(flat)
-    parts = [gemm(part) for part in torch.split(F.pad(flat, (0, 0, 0, missing)) if missing else flat, sizes)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[: len(flat)].view(*x.shape[:-1], -1)
+    rows = len(flat)
+    sizes = [rows] if x.dtype == torch.float32 else step_sizes(rows)
+    y = empty((sum(sizes), outputs), x.dtype)
+    padded = F.pad(flat, (0, 0, 0, len(y) - rows)) if len(y) > rows else flat
+    for part, into in zip(torch.split(padded, sizes), torch.split(y, sizes), strict=True):
+        gemm(part, into)
+    return y[:rows].view(*x.shape[:-1], outputs)
 
 
 def step_sizes(rows: int) -> list[int]:
@@ -63,10 +67,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not dense or rows == 0:
         return F.linear(x, weight, bias)
     if rows > FEW_DENSE and not in_tiles(str(x.dtype).removeprefix("torch.")):
-        return in_steps(x, lambda part: F.linear(part, weight, bias))
+        return in_steps(x, len(weight), partial(_gemm, weight=weight.t(), bias=bias))
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], len(weight))
+    y = empty((*x.shape[:-1], len(weight)), x.dtype)
     library().ready().linear_dense(
         x.data_ptr(), CODES[x.dtype], rows, x.shape[-1], weight.data_ptr(), len(weight), pointer(bias), y.data_ptr()
     )
     return y
+
+
+def _gemm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """y [n, outputs] = x weight + bias, weight [in, outputs], by torch: what F.linear calls, in memory at hand."""
+    if bias is None:
+        torch.mm(x, weight, out=y)
+    else:
+        torch.addmm(bias, x, weight, out=y)

@@ -97,6 +97,11 @@ class Library:
             self.threads = threads
         return self._recorders.get(get_ident(), self.kernels) if self._recorders else self.kernels
 
+    @property
+    def records(self) -> bool:
+        """Whether this thread records its calls."""
+        return bool(self._recorders) and get_ident() in self._recorders
+
     @contextmanager
     def recording(self, kernels: SimpleNamespace) -> Iterator[None]:
         """Give this thread `kernels` in place of its own for a while."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from qvl_kernels import huge_pages, reference
 from qvl_kernels.cpu_dense import in_steps, linear
 from qvl_kernels.cpu_library import CODES, library, pointer
+from qvl_kernels.cpu_memory import empty
 from qvl_kernels.reference import Bound, Packed, Precision
 
 _log = logging.getLogger("qvl_kernels")
@@ -69,10 +70,12 @@ class PackedWeight:
         if rows <= FEW_EXACT or library().instruction_set == "amx":
             return self._run(library().ready().linear_exact, x)
         step = max(BLOCK, UNPACKED_AT_ONCE // (self.inputs * x.element_size()) // BLOCK * BLOCK)
-        y = x.new_empty(*x.shape[:-1], self.outputs)
+        y = empty((*x.shape[:-1], self.outputs), x.dtype)
         for first in range(0, self.outputs, step):
             part = self.unpacked(first, min(step, self.padded_outputs - first), x.dtype)
-            y[..., first : first + step] = in_steps(x, partial(_product, part=part))[..., : self.outputs - first]
+            y[..., first : first + step] = in_steps(x, part.shape[1], partial(_product, part=part))[
+                ..., : self.outputs - first
+            ]
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     @property
@@ -81,7 +84,7 @@ class PackedWeight:
 
     def unpacked(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Outputs first to first + count as columns, [inputs, count]; both are multiples of 16."""
-        part = torch.empty(self.inputs, count, dtype=dtype)
+        part = empty((self.inputs, count), dtype)
         library().ready().dequantize(
             self.lines.data_ptr(), self.scales.data_ptr(), pointer(self.zeros), self.bits, self.group, self.outputs,
             self.inputs, self.padded, pointer(self.perm), first, count, CODES[dtype], part.data_ptr(),
@@ -90,7 +93,7 @@ class PackedWeight:
 
     def _run(self, kernel: object, x: Tensor) -> Tensor:
         x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self.outputs)
+        y = empty((*x.shape[:-1], self.outputs), x.dtype)
         kernel(  # type: ignore[operator]
             x.data_ptr(), CODES[x.dtype], x.numel() // self.inputs, self.inputs, self.padded, pointer(self.perm),
             self.lines.data_ptr(), self.scales.data_ptr(), pointer(self.zeros), self.bits, self.group, self.outputs,
@@ -99,8 +102,8 @@ class PackedWeight:
         return y
 
 
-def _product(x: Tensor, part: Tensor) -> Tensor:
-    return x @ part
+def _product(x: Tensor, y: Tensor, part: Tensor) -> None:
+    torch.mm(x, part, out=y)
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:

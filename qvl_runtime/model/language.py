@@ -117,6 +117,7 @@ class Decoder:
         for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
             x, update = block(x, hidden, at, layout, cache, _of_layer(observe, i))
             x, hidden = self._ops.add_rms_norm(x, update, self._next_norm(i), self._eps)
+            del update  # else it is there until the next block gives its own
             observe(f"block{i}", x)
         return hidden
 

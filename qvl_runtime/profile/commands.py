@@ -59,11 +59,11 @@ def memory(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = Fals
 
     [cyan]qvl profile memory --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
     """
-    from qvl_runtime.plan_report import packs
+    from qvl_runtime.plan_report import process_bytes
     from qvl_runtime.profile.memory import profile_memory
 
-    packed = packs(models.folder()) if models.synthetic is None else models.synthetic.endswith("int4")
-    report = profile_memory(models.open, packed, _progress)
+    base = process_bytes(models.folder(), models.dtype, models.synthetic)
+    report = profile_memory(models.open, base, _progress)
     if as_json:
         print(json.dumps({"memory": plain(report)}, indent=2))
     else:

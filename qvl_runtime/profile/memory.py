@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from qvl_runtime.engine import Engine
-from qvl_runtime.plan_report import process_bytes
 from qvl_runtime.profile import steps
 from qvl_runtime.profile.speed import kind_of
 from qvl_runtime.schedule.request import SamplingParams
@@ -53,14 +52,13 @@ class MemoryReport:
 
 
 def profile_memory(
-    open_engine: Callable[[], Engine], packed: bool, progress: Callable[[str], None] = lambda what: None
+    open_engine: Callable[[], Engine], base: int, progress: Callable[[str], None] = lambda what: None
 ) -> MemoryReport:
     """Load the model and run both cases; a process of its own, since a peak that was reached before stays.
 
-    packed: whether loading lays packed weights out (`plan_report.packs`). Where the context is shorter than a case, the
+    base: what the process holds beside it (`plan_report.process_bytes`). Where the context is shorter than a case, the
     case is as long as the context, and says so.
     """
-    base = process_bytes(packed)
     progress("load")
     reset_peak()
     engine = open_engine()
@@ -80,8 +78,8 @@ def profile_memory(
         how = run(engine, tokens)
         if name == "encode":
             load = Load(0, tokens, int(with_picture(engine, tokens)))
-        # A CPU brings in the cache's pages as they are written, and they stay.
-        written = cache.num_slots if device.type != "cpu" else min(cache.num_slots, load.tokens + tokens + 1)
+        # A CPU brings in the cache's pages as they are written, and they stay. The last token of each is only chosen.
+        written = cache.num_slots if device.type != "cpu" else min(cache.num_slots, load.tokens + tokens)
         load = load._replace(tokens=written)
         planned = plan.peak(load, machine).total
         cases.append(Case(name, tokens, peak(device), planned, PUBLISHED.get((kind, name)) if full_size else None, how))
@@ -108,11 +106,12 @@ def with_picture(engine: Engine, tokens: int) -> bool:
 
 
 def encode(engine: Engine, tokens: int) -> str:
-    """A picture and text, `tokens` in all, and one token of an answer."""
+    """A picture and text, `tokens` in all, and one token of an answer; no word comes twice where there are enough."""
     visual = engine.config.visual
     picture = torch.randint(0, 256, (visual.image_size, visual.image_size, 3), dtype=torch.uint8).numpy()
     opening = [visual.image_start_id, visual.image_end_id] if with_picture(engine, tokens) else []
-    text = [1] * (tokens - (visual.span if opening else 0))
+    words = tokens - (visual.span if opening else 0)
+    text = [i * visual.image_start_id // words for i in range(words)]  # each brings in its own page of the embedding
     images = [picture] if opening else []
     engine.generate([{"token_ids": opening + text, "images": images}], SamplingParams(max_tokens=1, temperature=0.0))
     return "one picture and text, computed" if opening else "text, computed"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that what is made on the way stays in a core's cache
+OUTPUTS_AT_ONCE = 256  # that are compared with their floats together: 11 MB of those for the widest linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,6 +90,15 @@ class GPTQLinear:
         qweight, qzeros, scales = (torch.cat(pair, 1) for pair in pairs)
         bias = torch.cat([self.bias, other.bias]) if self.bias is not None and other.bias is not None else None
         return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
+
+    def outputs(self, first: int, end: int) -> GPTQLinear:
+        """Outputs first to end alone, both multiples of the values of a word (or the last)."""
+        per_word = 32 // self.bits
+        words, bias = slice(first // per_word, -(-end // per_word)), self.bias
+        return replace(
+            self, qweight=self.qweight[:, first:end], qzeros=self.qzeros[:, words], scales=self.scales[:, first:end],
+            bias=None if bias is None else bias[first:end],
+        )  # fmt: skip
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""

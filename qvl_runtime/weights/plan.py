@@ -144,13 +144,15 @@ class Plan:
         """Bytes of the tower that a CPU has in memory, `used` or not.
 
         The resampler's queries are projected at load, and their third of a matrix stays beside the other two; the last
-        matrix is stored transposed, and turned at load where it stays float.
+        matrix is stored transposed, and turned at load where it stays float. Positions are resized to the grid.
         """
-        own, matrix = self.weights["vision"], self.config.visual.output_dim**2 * self.width
+        v = self.config.visual
+        own, matrix = self.weights["vision"], v.output_dim**2 * self.width
+        made = matrix + v.num_patches * (v.width + v.output_dim) * self.width
         if "vision" not in self._mapped:
-            return own + matrix
+            return own + made
         turned = matrix if self.choices.vision == "keep" else 0
-        return (own if used else turned) + turned + matrix
+        return (own if used else turned) + turned + made
 
     def room(self, machine: Machine) -> Room:
         """How many tokens, and how many pictures with their tokens, fit beside the weights at a full step."""
@@ -208,8 +210,8 @@ class Plan:
         attention = 8 * hidden  # residual, normed; q | k | v, q rotated, context, projected
         mlp = 4 * hidden + 3 * ffn  # residual before and after, normed twice; up | gate, their product
         if self.device == "cpu":
-            mlp += attention - 2 * hidden  # a heap: what attention leaves there is too narrow for the MLP
             mlp += ffn if c.quantization is None else 0  # up and gate are two products, put side by side
+            mlp += max(hidden, ffn)  # the input of a product as its kernel lays it out, kept until the next
         tables = 4 * (2 * c.rotary_dim + c.rotary_dim // 2)  # cos, sin and frequencies, float32
         decoder = rows * (self.width * max(attention, mlp) + tables)
         v, many = c.visual, min(load.pictures, self.together)

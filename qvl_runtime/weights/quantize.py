@@ -33,7 +33,7 @@ from qvl_runtime.weights.shards import TensorInfo
 
 REPORT = "quantize_report.json"
 MOST_FLOAT16 = 65504.0
-HOLES = 1.2  # between tensors, in a heap that keeps them (`keep_heap`): at full size 3.7 GiB took 4.3
+HOLES = 1.2  # between tensors, in a heap that keeps those below 256 MiB (`keep_heap`): at full size 2.3 GiB took 2.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +139,14 @@ class Quantizer:
         rows, width = sum(self.calibration.lengths), self.dtype.itemsize
         packed = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in decoder_linears(c))
         shapes = decoder_linears(c).values()
-        # what a block's forward holds at once, and what a float one keeps of it; H and its factor, or that, the drift
-        # and the drift in the inputs' dtype, and some rows; a weight, its levels, errors and comparisons
+        # what a block's forward holds at once, and what a float one keeps of it
         more, widest = self.options.streams - 1, max(i for _, i in shapes)
         activations = rows * width * (14 * c.hidden_size + 5 * c.ffn_width + more * (5 * c.hidden_size + c.ffn_width))
+        # H and its factor, or that, the drift and the drift in the inputs' dtype, and some rows; then the last two, a
+        # weight in float32, its errors and levels, and what drift moves, three times over
         statistics = widest * (widest * (8 + more * width) + 4 * (1 + more) * ROWS_AT_ONCE)
-        held = activations + statistics + max(32 * o * i for o, i in shapes)
+        solving = max(i * i * (4 + more * width) + o * i * (10 + 10 * more) for o, i in shapes)
+        held = activations + max(statistics, solving)
         memory = int(HOLES * held)
         result = sum(sizes.values())
         disk = result + packed + 2 * self.options.streams * rows * width * c.hidden_size

@@ -24,7 +24,7 @@ from qvl_runtime.config import ModelConfig, QuantizationConfig
 from qvl_runtime.model.language import LayerCache, Layout, Observer, make_block, unobserved
 from qvl_runtime.model.linear import Linear, Maker, SideBySide
 from qvl_runtime.model.rotary import Positions, inverse_frequencies, ntk_alpha, positions_of
-from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
+from qvl_runtime.weights.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
 from qvl_runtime.weights.quantize_solver import Factor, Solver
 
 Method = Literal["gptq", "rtn"]
@@ -93,25 +93,40 @@ class Bench:
         weight = self.state.pop(f"{name}.weight").to(x.device)
         bias = self.state.pop(f"{name}.bias", None)
         q = self.solver.quantization
-        nearest = quantize_rtn(weight, q.bits, q.group_size, q.sym, bias=bias, zero_offset=q.zero_offset)
         if self.method == "rtn":
-            chosen, damping = nearest, 0.0
+            chosen = quantize_rtn(weight, q.bits, q.group_size, q.sym, bias=bias, zero_offset=q.zero_offset)
+            damping = 0.0
         else:
             factor = self._factor_of(x, INPUTS[part])
             chosen, damping = self.solver.solve(weight, factor, bias), factor.damping
-        rounded = _dequantized(chosen)
-        measured = x[self.fitted :][:: -(-(len(x) - self.fitted) // MEASURED_ROWS)].float()
-        exact = weight.float()
-        size = (measured @ exact.t()).norm().clamp(min=torch.finfo(torch.float32).tiny)
-        error, rtn_error = (
-            float((measured @ (exact - other).t()).norm() / size) for other in (rounded, _dequantized(nearest))
-        )
-        outputs = torch.nn.functional.linear(x, rounded.to(x.dtype), None if bias is None else bias.to(x))
+        rounded, error, rtn_error = self._compare(weight, chosen, x)
+        outputs = torch.nn.functional.linear(x, rounded, None if bias is None else bias.to(x))
         self.packed |= {key: tensor.cpu() for key, tensor in chosen.tensors(name).items()}
         seconds = time.perf_counter() - began
         self.errors.append(LinearError(self.layer, part, error, rtn_error, damping, seconds))
         self.progress(len(self.errors))
         return outputs
+
+    def _compare(self, weight: Tensor, chosen: GPTQLinear, x: Tensor) -> tuple[Tensor, float, float]:
+        """The rounded weight [out, in] in x's dtype; its error, and that of rounding to nearest, on held-out rows.
+
+        Some outputs at a time: as many floats as the weight has, five times over, would be 1 GB at full size.
+        """
+        q = self.solver.quantization
+        measured = x[self.fitted :][:: -(-(len(x) - self.fitted) // MEASURED_ROWS)].float()
+        rounded = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+        exact, *errors = (measured.new_empty(len(measured), len(weight)) for _ in range(3))
+        for first in range(0, len(weight), OUTPUTS_AT_ONCE):
+            end = min(first + OUTPUTS_AT_ONCE, len(weight))
+            floats, ours = weight[first:end].float(), _dequantized(chosen.outputs(first, end))
+            nearest = quantize_rtn(weight[first:end], q.bits, q.group_size, q.sym, zero_offset=q.zero_offset)
+            rounded[first:end] = ours
+            torch.mm(measured, floats.t(), out=exact[:, first:end])
+            for off, other in zip(errors, (ours, _dequantized(nearest)), strict=True):
+                torch.mm(measured, (floats - other).t(), out=off[:, first:end])
+        size = exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
+        error, rtn_error = (float(off.norm() / size) for off in errors)
+        return rounded, error, rtn_error
 
     def keep(self, name: str, value: Tensor) -> None:
         """Observe a float block: what its linears are given."""

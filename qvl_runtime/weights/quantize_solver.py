@@ -101,8 +101,8 @@ class Solver:
         group_size = inputs if q.group_size == -1 else q.group_size
         groups = torch.arange(inputs, dtype=torch.int32, device=weight.device) // group_size
         place = factor.order if self.order == "static" else torch.arange(inputs, device=weight.device)
-        by_input = weight.t().to(torch.float32)
-        work = _Pass(by_input[factor.order], factor, self, group_size, groups[place])
+        by_input = weight.t()
+        work = _Pass(by_input[factor.order].float(), factor, self, group_size, groups[place])
         if self.order == "static":
             work.fix_grids(by_input)
         work.run(0, inputs)
@@ -138,7 +138,7 @@ class _Pass:
     def fix_grids(self, weight: Tensor) -> None:
         """Choose every grid before anything is rounded, for groups of inputs in their natural order."""
         for group, rows in enumerate(torch.split(weight, self._size)):
-            self._fix(group, rows)
+            self._fix(group, rows.float())
         self._fixed = True
 
     def run(self, start: int, end: int) -> None:
