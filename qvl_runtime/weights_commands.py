@@ -30,8 +30,8 @@ def run_convert(
     if not quiet:
         took = time.perf_counter() - began
         say(
-            f"{destination}: {len(manifest.linears)} linears laid out for {manifest.target}, {len(manifest.shards)} "
-            f"files, in {took:.1f} s ({plan.source_bytes / took / 1e6:,.0f} MB/s)"
+            f"{destination}: {len(manifest.linears)} linears laid out for {manifest.target}, "
+            f"{_files(len(manifest.shards))}, in {took:.1f} s ({plan.source_bytes / took / 1e6:,.0f} MB/s)"
         )
     return 0
 
@@ -45,7 +45,7 @@ def run_restore(source: Path, destination: Path, quiet: bool = False) -> int:
     with progress_bar(destination.name, total, shown=not quiet, in_bytes=True) as advance:
         files = restore(source, destination, advance)
     if not quiet and files.exact:
-        say(f"{destination}: {_files(len(files.exact))}, byte for byte as converted (SHA-256)")
+        say(f"{destination}: {_files(len(files.exact))}, byte for byte what was converted (SHA-256)")
     if not quiet and files.tensors_only:
         say(f"{destination}: {_files(len(files.tensors_only))} with the tensors of another format, now safetensors")
     return 0
