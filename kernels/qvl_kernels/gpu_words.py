@@ -7,7 +7,7 @@ j1 with r0, and h, which is now where j0 was, with r1. Of 8 bits an input is j r
 r0 h, wanted in word r3 r2 r1 r0 and byte h j: j with h, then h with r0.
 
 Each exchange is six operations on two rows of words, for all of their nibbles at once (Warren, Hacker's Delight,
-section 7-3, on transposing a matrix of bits). A word takes 5 ns of one core; unpacked level by level it took 30 to 80.
+section 7-3, on transposing a matrix of bits). A word takes 7 ns of one core; unpacked level by level it took 30 to 80.
 """
 
 from __future__ import annotations

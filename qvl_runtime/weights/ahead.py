@@ -9,7 +9,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MOST = 4  # threads, and items that are made or wait beside the one in use: each is held in memory
+MOST = 4  # threads; so many items and one more are made or wait beside the one in use, each held in memory
 
 
 def ahead(items: Iterable[Item], make: Callable[[Item], Result]) -> Generator[tuple[Item, Result], None, None]:

@@ -147,6 +147,7 @@ class _Job(NamedTuple):
         writer, found = ShardWriter(journal.folder, journal.shards), list(self._recipes())
         missing = [recipe for recipe in found if recipe.name not in journal.done]
         done = sum(self._read_by(recipe) for recipe in found) - sum(self._read_by(recipe) for recipe in missing)
+        progress(done)
         with closing(ahead(missing, self._made)) as made:
             for recipe, (entries, linears) in made:
                 writer.add(recipe.name, entries, linears)

@@ -33,7 +33,7 @@ from qvl_runtime.weights.shards import TensorInfo
 
 REPORT = "quantize_report.json"
 MOST_FLOAT16 = 65504.0
-HOLES = 1.2  # between tensors, in a heap that keeps those below 256 MiB (`keep_heap`): at full size 2.3 GiB took 2.8
+HOLES = 1.2  # between tensors, in a heap that keeps those below 256 MiB (`keep_heap`): 2.3 GiB took 2.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,9 @@ class Quantizer:
         # weight in float32, its errors and levels, and what drift moves, three times over
         statistics = widest * (widest * (8 + more * width) + 4 * (1 + more) * ROWS_AT_ONCE)
         solving = max(i * i * (4 + more * width) + o * i * (10 + 10 * more) for o, i in shapes)
-        held = activations + max(statistics, solving)
+        copied = self.dtype != getattr(torch, c.dtype) or self.device.type != "cpu"  # the float block's weights
+        floats = more * copied * width * sum(o * i for o, i in shapes) // c.num_hidden_layers
+        held = activations + max(statistics, solving, floats)
         memory = int(HOLES * held)
         result = sum(sizes.values())
         disk = result + packed + 2 * self.options.streams * rows * width * c.hidden_size
@@ -235,6 +237,7 @@ class Quantizer:
         files = sorted([*self.source.glob("*.safetensors"), *self.source.glob("*.bin")])
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         options = cast("dict[str, object]", asdict(self.options))
+        options["drift"] = self.options.drift if self.options.streams > 1 else 0.0  # rounding to nearest knows none
         return options | {"calibration": self.calibration.digest(), "source": stats, "device": self.device.type}
 
 

@@ -10,7 +10,7 @@ did, a pass of the float block over the float model's rows comes first, and keep
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import ModuleType
@@ -37,7 +37,7 @@ MEASURED_ROWS = 512  # held-out rows that errors are measured on: more change th
 class LinearError(NamedTuple):
     """What quantising a linear does to its outputs, on conversations that it was not calibrated on.
 
-    Errors are |x (W - Ŵ)ᵀ| / |x Wᵀ| over `MEASURED_ROWS` rows.
+    Errors are |x (W - Ŵ)ᵀ| / |x Wᵀ| over up to `MEASURED_ROWS` rows.
     """
 
     layer: int
@@ -179,11 +179,15 @@ def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, streams: 
     """
     after = torch.empty_like(streams)
     if len(streams) > 1:
-        floats = Maker(ops, {name: tensor.to(streams) for name, tensor in bench.state.items()}, "exact", {})
-        after[1] = _through(config, floats, bench.layer, streams[1], rows, bench.keep)
+        after[1] = _through(config, _floats(ops, bench.state, streams), bench.layer, streams[1], rows, bench.keep)
     maker = QuantizingMaker(ops, bench.state, "exact", {}, bench=bench)
     after[0] = _through(config, maker, bench.layer, streams[0], rows, unobserved)
     return after
+
+
+def _floats(ops: ModuleType, state: Mapping[str, Tensor], like: Tensor) -> Maker:
+    """Makes the float block, with weights on the device and in the dtype of `like`; nobody keeps it."""
+    return Maker(ops, {name: tensor.to(like) for name, tensor in state.items()}, "exact", {})
 
 
 def _through(config: ModelConfig, maker: Maker, layer: int, x: Tensor, rows: Rows, observe: Observer) -> Tensor:

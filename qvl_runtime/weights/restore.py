@@ -92,7 +92,7 @@ class _Reader:
             for tensor in packed.tensors.values():
                 release(tensor)
         side_by_side = self._last[1].chunk(len(linear.parts), dim=1)  # each as wide as the other
-        return side_by_side[linear.parts.index(part)]
+        return side_by_side[linear.parts.index(part)].contiguous()
 
 
 def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
