@@ -113,9 +113,11 @@ def make(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops
     for name, parts, linear in groups:
         stored = (f"{part}.{kind}" for part in parts for kind in GPTQ_TENSORS)
         kept = {full: tensors[full] for full in stored if full in tensors and not full.endswith(".qweight")}
-        yield Made(name, _pack(ops, linear), parts, False, kept)
-    for part in recipe.parts:
-        release(tensors[f"{part}.qweight"])
+        packed = _pack(ops, linear)
+        if packed.layout != "gptq" or len(parts) > 1:  # else these are the words that are still to be written
+            for part in parts:
+                release(tensors[f"{part}.qweight"])
+        yield Made(name, packed, parts, False, kept)
 
 
 def _slice(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
