@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from qvl_runtime.config import ModelConfig
 from qvl_runtime.weights.layout import expected_tensors
+from tests.weights.quantized import run
 from tests.weights.sources import gptq
 
 RAW: dict[str, Any] = {
@@ -101,3 +103,27 @@ def write(tmp_path: Path) -> Write:
 @pytest.fixture
 def int4(raw: dict[str, Any], make_state: MakeState, write: Write) -> Path:
     return write(raw, gptq(raw, make_state(ModelConfig.from_dict(raw)), "int4"), shards=2)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint of two layers with a vocabulary of bytes; its numbers are whole in float16."""
+    folder = tmp_path_factory.mktemp("quantize") / "float"
+    folder.mkdir()
+    raw = {**RAW, "vocab_size": 480, "seq_length": 512, "visual": {**RAW["visual"], "image_start_id": 470}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    lines = [f"{b64encode(bytes([value])).decode()} {value}" for value in range(256)]
+    (folder / "qwen.tiktoken").write_text("\n".join(lines))
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, spec in expected_tensors(ModelConfig.from_dict(raw)).items():
+        scale = 1.0 if len(spec.shape) == 1 else spec.shape[-1] ** -0.5
+        state[name] = (torch.randn(spec.shape, generator=generator) * scale).half().float()
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(source: Path) -> Path:
+    """`source` quantised as FEW says, never interrupted."""
+    run(source, source.parent / "whole")
+    return source.parent / "whole"

@@ -1,16 +1,8 @@
-"""A whole quantisation: the published layout, what the model computes, stops at any moment, and refusals."""
+"""A whole quantisation: the published layout, what it is calibrated on, and what the model then computes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import random
-import shutil
-import signal
-import time
-from base64 import b64encode
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,57 +11,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.config import ModelConfig
-from qvl_runtime.errors import CapacityError, CheckpointError, ConfigError, PromptError
+from qvl_runtime.errors import PromptError
 from qvl_runtime.weights import quantize
 from qvl_runtime.weights.calibration import _cut
 from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.gptq import quantize_state
 from qvl_runtime.weights.quantize import QuantizeOptions, Quantizer
+from tests.weights.quantized import FEW, digest, run
 
 pytestmark = pytest.mark.cpu
 ROUNDING = 2**10 * torch.finfo(torch.float32).eps  # sums of 384 numbers in another order, through two layers and a head
-FEW = QuantizeOptions(samples=8, group_size=32)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 checkpoint of two layers with a vocabulary of bytes; its numbers are whole in float16."""
-    from qvl_runtime.weights.layout import expected_tensors
-    from tests.weights.conftest import RAW
-
-    folder = tmp_path_factory.mktemp("quantize") / "float"
-    folder.mkdir()
-    raw = {**RAW, "vocab_size": 480, "seq_length": 512, "visual": {**RAW["visual"], "image_start_id": 470}}
-    (folder / "config.json").write_text(json.dumps(raw))
-    lines = [f"{b64encode(bytes([value])).decode()} {value}" for value in range(256)]
-    (folder / "qwen.tiktoken").write_text("\n".join(lines))
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name, spec in expected_tensors(ModelConfig.from_dict(raw)).items():
-        scale = 1.0 if len(spec.shape) == 1 else spec.shape[-1] ** -0.5
-        state[name] = (torch.randn(spec.shape, generator=generator) * scale).half().float()
-    save_file(state, folder / "model.safetensors")
-    return folder
-
-
-def run(source: Path, target: Path, options: QuantizeOptions = FEW, **more: Any) -> Quantizer:
-    quantizer = Quantizer.open(source, target, options, **more)
-    quantizer.run()
-    return quantizer
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path) -> Path:
-    """What comes of FEW, never interrupted."""
-    run(source, source.parent / "whole")
-    return source.parent / "whole"
 
 
 def test_the_result_is_a_published_checkpoint(source: Path, whole: Path) -> None:
@@ -136,12 +91,6 @@ def test_without_drift_the_float_models_rows_are_not_followed(source: Path, tmp_
     assert report["options"]["drift"] == 0 and all(0 < e["error"] < 0.9 * e["rtn_error"] for e in report["linears"])
 
 
-@pytest.mark.parametrize("drift", [-0.1, 1.5, float("nan")])
-def test_a_drift_that_is_no_share_is_refused(drift: float) -> None:
-    with pytest.raises(ConfigError, match="expected a share from 0"):
-        QuantizeOptions(drift=drift)
-
-
 def test_round_to_nearest_is_what_it_was(source: Path, tmp_path: Path) -> None:
     quantizer = run(source, tmp_path / "rtn", replace(FEW, method="rtn"))
     config = ModelConfig.from_folder(source)
@@ -179,69 +128,6 @@ def test_big_models_come_in_shards_with_an_index(
     assert index["metadata"]["total_size"] == sum(sizes)
 
 
-class Stopped(BaseException):
-    pass
-
-
-def test_stopped_after_any_linear_it_goes_on_and_gives_the_same_bytes(
-    source: Path, whole: Path, tmp_path: Path
-) -> None:
-    def stop_at(linear: int) -> Callable[[int], None]:
-        def progress(done: int) -> None:
-            started.append(done)
-            if done == linear:
-                raise Stopped
-
-        return progress
-
-    for linear in (0, 3, 5, 9, 10):
-        started: list[int] = []
-        with pytest.raises(Stopped):
-            Quantizer.open(source, tmp_path / "out", FEW).run(stop_at(linear))
-        assert not (tmp_path / "out").exists()
-    started = []
-    Quantizer.open(source, tmp_path / "out", FEW).run(stop_at(-1))
-    assert started[0] == 5  # the first layer was not done again
-    assert digest(tmp_path / "out") == digest(whole)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-def test_killed_at_ten_random_moments_nothing_looks_whole_that_is_not(
-    source: Path, whole: Path, tmp_path: Path
-) -> None:
-    target, rng, wanted = tmp_path / "out", random.Random(7), digest(whole)
-    began = time.perf_counter()
-    run(source, tmp_path / "timed")
-    took = time.perf_counter() - began
-    for _ in range(10):
-        child = os.fork()
-        if child == 0:
-            try:
-                run(source, target)
-            finally:
-                os._exit(0)
-        time.sleep(rng.uniform(0, took))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        if target.exists():
-            assert digest(target) == wanted
-            shutil.rmtree(target)
-            shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
-    run(source, target)
-    assert digest(target) == wanted
-
-
-def test_another_run_in_progress_is_not_mixed_in(source: Path, tmp_path: Path) -> None:
-    def stop(done: int) -> None:
-        if done:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        Quantizer.open(source, tmp_path / "out", FEW).run(stop)
-    with pytest.raises(CheckpointError, match=r"0 layers .* other settings \(bits 4 instead of 8\).*remove the folder"):
-        run(source, tmp_path / "out", replace(FEW, bits=8))
-
-
 def test_no_more_than_one_layer_is_mapped(source: Path, tmp_path: Path) -> None:
     quantizer = Quantizer.open(source, tmp_path / "out", FEW)
     held = quantizer._bench(1, quantizer_rows(quantizer), lambda done: None).state
@@ -251,41 +137,6 @@ def test_no_more_than_one_layer_is_mapped(source: Path, tmp_path: Path) -> None:
 def quantizer_rows(quantizer: Quantizer) -> Any:
     c = quantizer.calibration
     return quantize.Rows.of(quantizer.config, c.lengths, c.held_out, torch.device("cpu"))
-
-
-def test_sources_and_destinations_that_cannot_be(source: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="quantised already, to 4 bits"):
-        Quantizer.open(whole, tmp_path / "out", FEW)
-    with pytest.raises(CheckpointError, match="exists already"):
-        Quantizer.open(source, whole, FEW)
-    with pytest.raises(CheckpointError, match="is the source itself"):
-        Quantizer.open(source, source, FEW)
-    with pytest.raises(ConfigError, match="group size is 48; supported are 32, 64, 128, -1"):
-        QuantizeOptions(group_size=48)
-    with pytest.raises(ConfigError, match="bits is 3"):
-        QuantizeOptions(bits=3)
-    with pytest.raises(ConfigError, match="there are 1 conversations"):
-        Quantizer.open(source, tmp_path / "out", replace(FEW, samples=1))
-    with pytest.raises(CapacityError, match=r"needs about .* GiB, and 0.0 GiB are free"):
-        Quantizer.open(source, tmp_path / "out", FEW).refuse_beyond(1000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_said_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes on the way and its disk has 1,000 free"):
-        Quantizer.open(source, tmp_path / "deep" / "out", FEW)
-
-
-def test_weights_that_float16_cannot_hold_are_named_first(source: Path, tmp_path: Path) -> None:
-    wide = tmp_path / "wide"
-    shutil.copytree(source, wide)
-    state = load_file(source / "model.safetensors")
-    state["lm_head.weight"][3, 4] = 1e6
-    save_file(state, wide / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lm_head.weight holds 1e\+06, beyond the 65504"):
-        Quantizer.open(wide, tmp_path / "out", FEW)
 
 
 def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) -> None:
