@@ -67,7 +67,7 @@ def test_kill_nine_at_ten_moments(int4: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("qvl_runtime.weights.shard_writer.SHARD", SHARD)
     began = time.perf_counter()
     convert(int4, tmp_path / "whole")
-    took = time.perf_counter() - began
+    span = 1.5 * (time.perf_counter() - began)  # within which it dies; follows how fast the machine is just now
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.weights.kill"])
     generator, kills, went_on = random.Random(0), 0, 0
@@ -77,7 +77,7 @@ def test_kill_nine_at_ten_moments(int4: Path, tmp_path: Path, monkeypatch: pytes
         process = context.Process(target=converting, args=(int4, goal, started))
         process.start()
         started.wait(30)
-        time.sleep(generator.uniform(0, 1.5 * took))
+        time.sleep(generator.uniform(0, span))
         process.kill()
         process.join()
         kills += process.exitcode != 0
@@ -85,8 +85,12 @@ def test_kill_nine_at_ten_moments(int4: Path, tmp_path: Path, monkeypatch: pytes
             assert verify(goal).faults == []
             same_files(goal, tmp_path / "whole")
             shutil.rmtree(goal)
-        elif (tmp_path / ".goal.partial" / "journal.jsonl").is_file():
-            went_on += len((tmp_path / ".goal.partial" / "journal.jsonl").read_text().splitlines()) > 1
+            span *= 0.8
+        else:
+            journal = tmp_path / ".goal.partial" / "journal.jsonl"
+            further = journal.is_file() and len(journal.read_text().splitlines()) > 1
+            went_on += further
+            span *= 1 if further else 1.25
         if kills == 10:
             break
     assert kills == 10 and went_on > 0
