@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.alternating import alternate, say, setting
-from qvl_kernels import ceiling, cpu, cpu_linear, huge_pages
+from qvl_kernels import bandwidth as ceiling
+from qvl_kernels import cpu
+from qvl_kernels import memory as huge_pages
+from qvl_kernels.cpu import linears as cpu_linear
 from qvl_kernels.reference import SCALE_BYTES
 
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096))  # inputs, outputs

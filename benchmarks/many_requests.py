@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.alternating import others, say, setting
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.engine import NANO
+from qvl_runtime.engine.engine import NANO
 from tests.schedule.drive import all_together, greedy, one_at_a_time, picture, prompt_of, random_requests
 
 SWITCHES: dict[str, dict[str, Any]] = {

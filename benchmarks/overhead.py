@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from benchmarks.alternating import say, setting
-from qvl_kernels.cpu_library import library
+from qvl_kernels.cpu.library import library
 from qvl_runtime import Engine, SamplingParams
 
 SCHEDULING = ("loop", "schedule", "layout")  # parts that know requests and blocks, and no numbers of the model

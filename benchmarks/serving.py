@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.alternating import say, setting
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.async_engine import AsyncEngine
+from qvl_runtime.engine.async_engine import AsyncEngine
 from qvl_runtime.profile.spread import percentiles
 
 QUESTIONS = ("What is in the picture?", "Box the largest thing.", "What colours are there?", "Read the number.")

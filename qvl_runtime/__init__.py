@@ -11,28 +11,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qvl_runtime.async_engine import AsyncEngine as AsyncEngine
-    from qvl_runtime.engine import Engine as Engine
-    from qvl_runtime.engine import Score as Score
+    from qvl_runtime.engine.async_engine import AsyncEngine as AsyncEngine
+    from qvl_runtime.engine.engine import Engine as Engine
+    from qvl_runtime.engine.engine import Score as Score
     from qvl_runtime.errors import QVLError as QVLError
     from qvl_runtime.prompt.boxes import Box as Box
     from qvl_runtime.prompt.images import load_image as load_image
-    from qvl_runtime.schedule.request import Completion as Completion
-    from qvl_runtime.schedule.request import SamplingParams as SamplingParams
-    from qvl_runtime.schedule.request import StreamPiece as StreamPiece
+    from qvl_runtime.schedule.api import Completion as Completion
+    from qvl_runtime.schedule.api import SamplingParams as SamplingParams
+    from qvl_runtime.schedule.api import StreamPiece as StreamPiece
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncEngine": "qvl_runtime.async_engine",
-    "Engine": "qvl_runtime.engine",
-    "Score": "qvl_runtime.engine",
+    "AsyncEngine": "qvl_runtime.engine.async_engine",
+    "Engine": "qvl_runtime.engine.engine",
+    "Score": "qvl_runtime.engine.engine",
     "QVLError": "qvl_runtime.errors",
     "Box": "qvl_runtime.prompt.boxes",
     "load_image": "qvl_runtime.prompt.images",
-    "Completion": "qvl_runtime.schedule.request",
-    "SamplingParams": "qvl_runtime.schedule.request",
-    "StreamPiece": "qvl_runtime.schedule.request",
+    "Completion": "qvl_runtime.schedule.api",
+    "SamplingParams": "qvl_runtime.schedule.api",
+    "StreamPiece": "qvl_runtime.schedule.api",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

@@ -19,6 +19,7 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 # imports triton. What compiles kernels does so in a subprocess without it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ["tests.checkpoints"]
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_LOCAL = ROOT / "tests" / "golden"
 # A test that starts Python again must find this checkout, whatever is installed.

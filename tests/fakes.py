@@ -12,16 +12,16 @@ from typing import Any
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from qvl_runtime.cli import app
+from qvl_runtime.cli.app import app
 from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.images import Picture, load_image
-from qvl_runtime.schedule.request import Completion, SamplingParams, StreamPiece, Timings, Usage
+from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, Timings, Usage
 
 SCRIPT = """
 import sys
-from qvl_runtime.cli import main
-from qvl_runtime.options import ModelOptions
+from qvl_runtime.cli.app import main
+from qvl_runtime.cli.options import ModelOptions
 from tests.fakes import FakeEngine
 def open_fake(self):
     print("ready", file=sys.stderr, flush=True)

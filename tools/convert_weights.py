@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from qvl_runtime.cli import main
+from qvl_runtime.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "convert")

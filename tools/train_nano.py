@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from tools.nano.curve import plot
 from tools.nano.export import export

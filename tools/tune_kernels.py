@@ -24,28 +24,28 @@ from benchmarks.gpu.place import Place
 from qvl_kernels import UnsupportedError, ops_for
 
 if TYPE_CHECKING:
-    from qvl_kernels.gpu_weight import PackedInt4
-    from qvl_kernels.triton.configs import Config, Regime
+    from qvl_kernels.layouts.gpu import PackedInt4
+    from qvl_kernels.triton.linear.configs import Config, Regime
 
 Cost = Callable[["Config"], float | None]  # seconds; None where the GPU has not the shared memory for it
-ROWS: dict[Regime, int] = {"few_rows": 1, "many_rows": 256}  # that each kernel is timed with
+ROWS: dict[Regime, int] = {"small_m": 1, "gemm": 256}  # that each kernel is timed with
 GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and stages to try
-    "few_rows": ((16,), (128, 256), (4, 8), (2, 3, 4, 5)),
-    "many_rows": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
+    "small_m": ((16,), (128, 256), (4, 8), (2, 3, 4, 5)),
+    "gemm": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
 }
 WRONG = 2**-7  # of the largest output: sixteen roundings of float16
 
 
 def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iterator[Config]:
     """The built-in configuration, then the others, each with the built-in splits and up to twice as many or half."""
-    from qvl_kernels.gpu_weight import TILE
-    from qvl_kernels.triton.configs import Config, config
+    from qvl_kernels.layouts.gpu import TILE
+    from qvl_kernels.triton.linear.configs import Config, config
 
     built_in = config(capability, kind, ROWS[kind], inputs, outputs)
     yield built_in
     tiles = -(-inputs // TILE)
     near = {max(1, built_in.splits * quarters // 4) for quarters in (2, 3, 4, 5, 6, 8)}
-    splits = [n for n in sorted(near) if n <= tiles and (kind == "few_rows" or tiles % n == 0)]
+    splits = [n for n in sorted(near) if n <= tiles and (kind == "small_m" or tiles % n == 0)]
     for *cut, split in product(*GRID[kind], splits):
         made = Config(*cut, split)
         if made != built_in and outputs % made.columns == 0:
@@ -64,12 +64,12 @@ def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: t
     """What a linear costs, and the reading of its partial sums by the next kernel, through the way a file takes."""
     from triton.runtime.errors import OutOfResources
 
-    from qvl_kernels.repack import dequantize
-    from qvl_kernels.triton.configs import overrides
-    from qvl_kernels.triton.int4_few_rows import int4_few_rows
-    from qvl_kernels.triton.int4_many_rows import int4_many_rows
+    from qvl_kernels.layouts.repack import dequantize
+    from qvl_kernels.triton.linear.configs import overrides
+    from qvl_kernels.triton.linear.int4_gemm import int4_gemm
+    from qvl_kernels.triton.linear.int4_small_m import int4_small_m
 
-    op = int4_few_rows if kind == "few_rows" else int4_many_rows
+    op = int4_small_m if kind == "small_m" else int4_gemm
     x = torch.randn(ROWS[kind], weight.inputs, device=place.device, dtype=torch.float16)
     want = x.float() @ dequantize(weight).T
 
@@ -89,9 +89,9 @@ def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: t
 
 def search(place: Place) -> tuple[int, dict[str, list[int]]]:
     """The capability that configurations go by, and the best of each kernel and linear."""
-    from qvl_kernels.triton import configs
-    from qvl_kernels.triton.int4_shapes import DECODER
     from qvl_kernels.triton.launch import capability
+    from qvl_kernels.triton.linear import configs
+    from qvl_kernels.triton.linear.int4_shapes import DECODER
 
     here, ceiling = configs.known(capability(place.device)), place.copy_ceiling()
     found: dict[str, list[int]] = {}
@@ -109,8 +109,8 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
 
 def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4:
     """Of random levels, symmetric, in groups of 128."""
-    from qvl_kernels.gpu_weight import TILE, PackedInt4
-    from qvl_kernels.gpu_words import WORDS
+    from qvl_kernels.layouts.gpu import TILE, PackedInt4
+    from qvl_kernels.layouts.interleave import WORDS
 
     words = torch.randint(-(2**31), 2**31, (inputs // TILE, outputs, WORDS), device=device).to(torch.int32)
     scales: Tensor = torch.full((inputs // TILE, outputs), 0.01, dtype=torch.float16, device=device)

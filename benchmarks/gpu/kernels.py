@@ -66,7 +66,7 @@ def _plain(value: Tensor, dtype: torch.dtype, ops: ModuleType = reference) -> Te
 
 def _as_gpu_reads(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies, with int8 caches in the order of the GPU's kernels."""
-    from qvl_kernels.triton.kv_tiles import by_block
+    from qvl_kernels.triton.attention.kv_tiles import by_block
 
     return tuple(by_block(value).clone() if isinstance(value, Tensor) else value for value in inputs)
 

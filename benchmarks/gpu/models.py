@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu.place import Place
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.engine import NANO
+from qvl_runtime.engine.engine import NANO
 
 Row = dict[str, Any]
 GOLDENS = {  # of the original code, where the folder with them is at hand: file, ids, logits, and the rows they are of
@@ -81,7 +81,7 @@ def _nano_prompt(picture: bool) -> dict[str, Any]:
 
 def _marks() -> tuple[int, int]:
     """The ids around a picture."""
-    from qvl_runtime.config import ModelConfig
+    from qvl_runtime.config.model import ModelConfig
 
     visual = ModelConfig.from_folder(NANO).visual
     return visual.image_start_id, visual.image_end_id

@@ -56,7 +56,7 @@ def _engine(place: Place, kind: str, longest: int) -> Engine:
 
 
 def _nano_int4() -> str:
-    from qvl_runtime.engine import NANO
+    from qvl_runtime.engine.engine import NANO
 
     return str(NANO.parent / "nano_int4")
 

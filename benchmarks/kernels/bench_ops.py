@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.kernels.cases import Case, Setting, makers
 from qvl_kernels import ops_for
-from qvl_runtime.profile.machine import finish
+from qvl_runtime.profile.run_info import finish
 
 SCALE = int(os.environ.get("QVL_BENCH_SCALE", "1"))
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.alternating import Timing, alternate, say, setting
 from benchmarks.peers.llama import Llama
-from qvl_kernels.ceiling import reader
+from qvl_kernels.bandwidth import reader
 from qvl_runtime import Engine
 from qvl_runtime.profile import steps
 

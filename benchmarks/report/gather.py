@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime import Engine, plan_report
-from qvl_runtime.engine import NANO
-from qvl_runtime.profile.commands import plain
+from qvl_runtime import Engine
+from qvl_runtime.cli import plan as plan_report
+from qvl_runtime.cli.profile import plain
+from qvl_runtime.engine.engine import NANO
 from qvl_runtime.profile.growth import growth
-from qvl_runtime.profile.machine import Machine
 from qvl_runtime.profile.memory import profile_memory
+from qvl_runtime.profile.run_info import Machine
 from qvl_runtime.profile.speed import LENGTHS, profile_speed
 
 ROOT = Path(__file__).resolve().parents[2]

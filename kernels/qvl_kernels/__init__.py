@@ -55,13 +55,13 @@ def packing_for(target: str) -> ModuleType:
     Raises `RuntimeError` where that cannot be done here.
     """
     if target == "cpu":
-        from qvl_kernels import cpu_linear
-        from qvl_kernels.cpu_library import library
+        from qvl_kernels.cpu import linears as cpu_linear
+        from qvl_kernels.cpu.library import library
 
         library()
         return cpu_linear
     if target == "cuda":
-        from qvl_kernels import repack
+        from qvl_kernels.layouts import repack
 
         return repack
     raise RuntimeError(f"this version has no layout for {target}")
@@ -82,8 +82,8 @@ def report(device: torch.device) -> dict[str, str]:
     fault = _cpu_fault()
     if fault is not None:
         return _plain_torch(fault)
-    from qvl_kernels import cpu_attention
-    from qvl_kernels.cpu_library import SLOWER, library
+    from qvl_kernels.cpu import attention as cpu_attention
+    from qvl_kernels.cpu.library import SLOWER, library
 
     used, available = library().instruction_set, ", ".join(library().available)
     said = {"ops": f"C++ kernels ({used})", "why": f"this CPU and build have {available}; QVL_CPU_ISA chooses"}
@@ -151,7 +151,7 @@ def _asked() -> str:
 
 def _cpu_fault() -> str | None:
     """Why the CPU kernels do not run, or None. An instruction set asked for by name and not there is an error."""
-    from qvl_kernels.cpu_library import LibraryError, library
+    from qvl_kernels.cpu.library import LibraryError, library
 
     try:
         library()

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from qvl_kernels.reference import summed
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.linear import Linear, Maker
 from qvl_runtime.model.rotary import Positions
 

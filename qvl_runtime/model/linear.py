@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.reference import Bound, Packed, Precision
-from qvl_runtime.config import QuantizationConfig
-from qvl_runtime.weights.gptq import GPTQLinear
-from qvl_runtime.weights.mapped import release_source
+from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.formats.gptq import GPTQLinear
+from qvl_runtime.formats.host_memory import release_source
 
 
 class Linear(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qvl_kernels import ops_for
 from qvl_kernels.reference import Bound, Packed, Precision
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
 from qvl_runtime.model.linear import Maker

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 
 
 class Positions(NamedTuple):

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl_runtime.config import VisionConfig
+from qvl_runtime.config.model import VisionConfig
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.linear import Linear, Maker
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qvl_runtime.engine import Engine
+from qvl_runtime.engine.engine import Engine
 from qvl_runtime.profile import steps
-from qvl_runtime.profile.machine import Ceilings
+from qvl_runtime.profile.run_info import Ceilings
 from qvl_runtime.profile.spread import Spread
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from qvl_runtime.engine import Engine
+from qvl_runtime.engine.engine import Engine
+from qvl_runtime.plan.gpus import Machine
+from qvl_runtime.plan.plan import Load, Plan, choices_of
 from qvl_runtime.profile import steps
 from qvl_runtime.profile.speed import kind_of
-from qvl_runtime.schedule.request import SamplingParams
-from qvl_runtime.weights.machines import Machine
-from qvl_runtime.weights.plan import Load, Plan, choices_of
+from qvl_runtime.schedule.api import SamplingParams
 
 ENCODED, GENERATED = 2048, 8192  # tokens
 PUBLISHED = {

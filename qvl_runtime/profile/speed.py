@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from qvl_runtime.engine import Engine
+from qvl_runtime.engine.engine import Engine
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.profile import steps
-from qvl_runtime.profile.machine import Ceilings
+from qvl_runtime.profile.run_info import Ceilings
 from qvl_runtime.profile.spread import Spread, percentiles
-from qvl_runtime.schedule.request import SamplingParams, Timings
+from qvl_runtime.schedule.api import SamplingParams, Timings
 
 LENGTHS = (1792, 7934)  # generated tokens of the published table
 PUBLISHED = {("bf16", 1792): 28.87, ("bf16", 7934): 24.32, ("int4", 1792): 37.79, ("int4", 7934): 34.34}  # A100-80G

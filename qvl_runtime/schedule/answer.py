@@ -10,7 +10,7 @@ from qvl_runtime.prompt.boxes import Box, parse_boxes
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.streaming import StopMatcher, StreamDecoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
-from qvl_runtime.schedule.request import SamplingParams, TokenLogprob
+from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 from qvl_runtime.schedule.sampler import Sample
 
 

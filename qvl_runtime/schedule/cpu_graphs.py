@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from qvl_kernels.cpu_library import library
-from qvl_kernels.cpu_replay import Arena, Recording
+from qvl_kernels.cpu.library import library
+from qvl_kernels.cpu.replay import Arena, Recording
 
 BUCKETS = range(1, 65)  # of rows; a longer step takes so long that Python's part is lost in it
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvl_runtime.schedule.request import TokenLogprob
+from qvl_runtime.schedule.api import TokenLogprob
 from qvl_runtime.schedule.sampler import Row, Sample, likeliest, sample
 
 Sampler = Callable[[Tensor, Sequence[Row]], list[Sample]]

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qvl_kernels.huge_pages import PIECE, buffer
+from qvl_kernels.memory import PIECE, buffer
 from qvl_kernels.reference import cache_width
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.language import LayerCache, Layout
 from qvl_runtime.schedule.block_pool import BlockPool

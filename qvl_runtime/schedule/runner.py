@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qvl_kernels.huge_pages import mapping
+from qvl_kernels.memory import mapping
+from qvl_runtime.formats.host_memory import trim_heap
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
+from qvl_runtime.plan.sizes import pictures_at_once
 from qvl_runtime.prompt.images import Picture, to_pixels
 from qvl_runtime.schedule.decode_graphs import Capture, DecodeGraphs
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
-from qvl_runtime.weights.mapped import trim_heap
-from qvl_runtime.weights.sizes import pictures_at_once
 
 # Passes of the tower after which the heap's free memory is given back. What requests keep lies between the activations
 # of steps of all sizes: with pictures on nano in float32 20 MiB of holes after 100 requests, 34 after 500; 111 in use.

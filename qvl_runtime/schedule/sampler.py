@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvl_runtime.errors import SamplingError
-from qvl_runtime.schedule.request import SamplingParams, TokenLogprob
+from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 
 CANDIDATES = 1024  # a nucleus is looked for among so many before a whole vocabulary is sorted, at ten times the cost
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.schedule.kv_cache import KVCache
+from qvl_runtime.schedule.request import Task
 from qvl_runtime.schedule.speculative import Drafter
-from qvl_runtime.schedule.task import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvl_runtime.config import DTYPES, ModelConfig
+from qvl_runtime.config.checks import read_json
+from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.settings import read_json
-from qvl_runtime.weights.layout import TensorSpec, expected_tensors, is_ignored
+from qvl_runtime.formats.layout import TensorSpec, expected_tensors, is_ignored
 from qvl_runtime.weights.shards import Shard, TensorInfo, open_shard
 
 if TYPE_CHECKING:

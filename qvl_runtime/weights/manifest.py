@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qvl_runtime.config.checks import read_json
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.settings import read_json
 from qvl_runtime.weights.save import sync
 
 MANIFEST = "qvl_manifest.json"

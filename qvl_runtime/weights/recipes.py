@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvl_runtime.config import DTYPES, ModelConfig
+from qvl_runtime.config.checks import require_choice
+from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.settings import require_choice
-from qvl_runtime.weights.gptq import GPTQLinear, quantize_rtn
-from qvl_runtime.weights.layout import expected_tensors
+from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
+from qvl_runtime.formats.host_memory import release
+from qvl_runtime.formats.layout import expected_tensors
 from qvl_runtime.weights.manifest import KEEP
-from qvl_runtime.weights.mapped import release
 
 if TYPE_CHECKING:
     from torch import Tensor

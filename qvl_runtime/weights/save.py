@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.config import QuantizationConfig
+from qvl_runtime.config.model import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.shards import TensorInfo
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, header_of

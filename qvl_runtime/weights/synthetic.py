@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING
 
-from qvl_runtime.config import ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.weights.layout import TensorSpec, expected_tensors
+from qvl_runtime.formats.layout import TensorSpec, expected_tensors
 from qvl_runtime.weights.shards import TensorInfo
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     import torch
 
-    from qvl_kernels.huge_pages import mapping
+    from qvl_kernels.memory import mapping
 
     if device.type != "cpu" or count == 0:
         return torch.empty(count, dtype=dtype, device=device)

@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.checks import require_choice, require_positive
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.settings import require_choice, require_positive
 from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_json, write_shards
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 

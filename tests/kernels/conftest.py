@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qvl_kernels import cpu_library
+from qvl_kernels.cpu import library as cpu_library
 
 try:
     AVAILABLE: tuple[str, ...] = cpu_library.Library().available

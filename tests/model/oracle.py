@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.images import load_image
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner, Span
-from qvl_runtime.weights.packed import load_weights
+from qvl_runtime.weights.loader import load_weights
 
 LOGITS = 2e-4  # the oracle's own tolerances in float32 (golden/README.md); its independent second
 TOWER = 2e-5  # implementation differs by 4e-5 and 4e-6

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qvl_kernels import cpu_linear, repack
-from qvl_runtime.config import QuantizationConfig
+from qvl_kernels.cpu import linears as cpu_linear
+from qvl_kernels.layouts import repack
+from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.convert.convert import ConvertOptions, convert
+from qvl_runtime.formats.gptq import GPTQLinear
 from qvl_runtime.schedule.runner import Chunk
 from qvl_runtime.weights.checkpoint import load_state
-from qvl_runtime.weights.convert import ConvertOptions, convert
-from qvl_runtime.weights.gptq import GPTQLinear
-from qvl_runtime.weights.packed import open_shards, packed_linear
+from qvl_runtime.weights.loader import open_shards, packed_linear
 from tests.model.oracle import LOGITS, Oracle, close
 
 pytestmark = pytest.mark.cpu

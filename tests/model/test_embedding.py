@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.engine import NANO
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule.decode_graphs import HostRows
-from qvl_runtime.weights.packed import load_weights
+from qvl_runtime.weights.loader import load_weights
 
 pytestmark = pytest.mark.cpu
 META = torch.device("meta")

@@ -52,7 +52,7 @@ def test_decoder_anywhere(golden_local: Path) -> None:
     import json
 
     from qvl_kernels import reference
-    from qvl_runtime.config import ModelConfig
+    from qvl_runtime.config.model import ModelConfig
     from qvl_runtime.model.linear import Maker
     from qvl_runtime.model.rotary import Frequencies, positions_of
     from qvl_runtime.schedule.kv_cache import KVCache, layout_of

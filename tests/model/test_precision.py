@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.engine import NANO
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.engine.engine import NANO
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.images import to_pixels

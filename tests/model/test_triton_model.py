@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qvl_kernels import UnsupportedError, ops_for
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.engine import NANO
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.convert.convert import ConvertOptions, convert
+from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.rotary import ntk_alpha
@@ -27,7 +28,6 @@ from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.prompt.images import load_image
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.runner import Chunk, Span
-from qvl_runtime.weights.convert import ConvertOptions, convert
 from tests.interpreter import patch_language_once
 from tests.model.oracle import Oracle, spelled_images, without_padding
 from tests.schedule.fake_graphs import FakeCapture

@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from qvl_runtime import Engine
-from qvl_runtime.cli import app
+from qvl_runtime.cli.app import app
 from qvl_runtime.errors import CapacityError, ConfigError
 from qvl_runtime.profile import steps
 from qvl_runtime.profile.growth import growth, slope
-from qvl_runtime.profile.machine import Ceilings, Machine
 from qvl_runtime.profile.memory import encode, peak, reset_peak
+from qvl_runtime.profile.run_info import Ceilings, Machine
 from qvl_runtime.profile.speed import profile_speed
 from qvl_runtime.profile.spread import Spread, percentiles
 

@@ -12,8 +12,8 @@ from PIL import Image
 from qvl_runtime.errors import PromptError
 from qvl_runtime.prompt.conversations import Conversation, Said, conversation_segment, read_conversations
 from qvl_runtime.prompt.images import load_image
-from qvl_runtime.prompt.sample_conversations import sample_conversations
 from qvl_runtime.prompt.tokenizer import Tokenizer
+from qvl_runtime.quantize.sample_conversations import sample_conversations
 
 pytestmark = pytest.mark.unit
 TOKENIZER = Tokenizer({bytes([value]): value for value in range(256)}, n_queries=4)

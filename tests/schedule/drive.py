@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule.task import Request
+from qvl_runtime.schedule.request import Request
 
 
 def picture(seed: int, size: int = 32) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qvl_runtime.config import ModelConfig, VisionConfig
+from qvl_runtime.config.model import ModelConfig, VisionConfig
 
 
 def small_config() -> ModelConfig:

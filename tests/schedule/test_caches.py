@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.engine import NANO
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, layout_of

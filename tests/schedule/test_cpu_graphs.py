@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import cpu_library
+from qvl_kernels.cpu import library as cpu_library
 from qvl_runtime import Engine
 from qvl_runtime.schedule.cpu_graphs import CpuCapture
 from qvl_runtime.schedule.decode_graphs import DecodeGraphs

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qvl_kernels import reference
+from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.device_sampler import sample_by, sampler_for
-from qvl_runtime.schedule.request import SamplingParams
 from qvl_runtime.schedule.sampler import Draws, Row, sample
 
 pytestmark = [

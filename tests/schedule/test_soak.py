@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule.task import Task
+from qvl_runtime.schedule.request import Task
 from tests.schedule.drive import picture, prompt_of
 
 pytestmark = pytest.mark.cpu

@@ -8,7 +8,7 @@ import pytest
 
 from qvl_runtime import Engine
 from qvl_runtime.errors import CapacityError, ConfigError
-from qvl_runtime.schedule.task import Request
+from qvl_runtime.schedule.request import Request
 from tests.schedule.drive import checkpoint, engine_of, greedy
 
 pytestmark = pytest.mark.cpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qvl_runtime.engine import NANO
+from qvl_runtime.engine.engine import NANO
 from tools.compare_precision import compare, loss
 
 pytestmark = pytest.mark.cpu

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qvl_runtime.cli import app
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.engine import NANO, Engine
-from qvl_runtime.schedule.request import SamplingParams
+from qvl_runtime.cli.app import app
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.engine.engine import NANO, Engine
+from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.weights.checkpoint import Checkpoint
 from tools.make_synthetic import main
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.engine import NANO
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.engine.engine import NANO
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.conversations import read_conversations
 from qvl_runtime.prompt.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ def nothing_read() -> Iterator[None]:
     """What a file said, and what the search tried last, ends with each test."""
     yield
     if find_spec("triton") is not None:
-        from qvl_kernels.triton.configs import overrides
+        from qvl_kernels.triton.linear.configs import overrides
 
         overrides.cache_clear()
 
@@ -37,10 +37,10 @@ def test_without_a_gpu_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
 @needs_triton
 @pytest.mark.parametrize("inputs, outputs", [(4096, 12288), (11008, 4096), (256, 384)])
 def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None:
-    from qvl_kernels.triton.configs import _sound, config
+    from qvl_kernels.triton.linear.configs import _sound, config
 
-    few, many = ([*candidates(kind, 80, inputs, outputs)] for kind in ("few_rows", "many_rows"))
-    assert few[0] == config(80, "few_rows", 1, inputs, outputs)
+    few, many = ([*candidates(kind, 80, inputs, outputs)] for kind in ("small_m", "gemm"))
+    assert few[0] == config(80, "small_m", 1, inputs, outputs)
     assert len(few) > 8 and len(many) > 8 and len({*few}) == len(few)
     assert all(_sound([*made]) and outputs % made.columns == 0 for made in few + many)
     assert all(-(-inputs // 128) % made.splits == 0 for made in many)
@@ -48,32 +48,32 @@ def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None
 
 @needs_triton
 def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qvl_kernels.triton.configs import config, overrides
+    from qvl_kernels.triton.linear.configs import config, overrides
 
-    tried = [*candidates("few_rows", 90, 4096, 4096)]
+    tried = [*candidates("small_m", 90, 4096, 4096)]
     best, seconds = fastest(tried, lambda made: None if made == tried[0] else 1.0 / made.stages)
     assert (best.stages, seconds) == (5, 0.2)
     with pytest.raises(RuntimeError, match="no configuration runs on this GPU"):
         fastest(tried, lambda made: None)
     file = tmp_path / "kernels.json"
-    write(file, 80, {"few_rows 4096 4096": [16, 128, 8, 4, 6]})
-    write(file, 90, {"few_rows 4096 4096": [*best]})
+    write(file, 80, {"small_m 4096 4096": [16, 128, 8, 4, 6]})
+    write(file, 90, {"small_m 4096 4096": [*best]})
     monkeypatch.setenv("QVL_KERNEL_CONFIGS", str(file))
     overrides.cache_clear()
-    assert config(90, "few_rows", 1, 4096, 4096) == best != tried[0]
-    assert config(80, "few_rows", 1, 4096, 4096).stages == 4
+    assert config(90, "small_m", 1, 4096, 4096) == best != tried[0]
+    assert config(80, "small_m", 1, 4096, 4096).stages == 4
 
 
 @needs_triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind, count", [("few_rows", 3), ("many_rows", 2)])
+@pytest.mark.parametrize("kind, count", [("small_m", 3), ("gemm", 2)])
 def test_costs_are_taken_of_right_numbers_only(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.tune_kernels.ROWS", {"few_rows": 2, "many_rows": 20})
+    monkeypatch.setattr("tools.tune_kernels.ROWS", {"small_m": 2, "gemm": 20})
     weight, key = random_weight(256, 256, CPU.device), (80, f"{kind} 256 256")
     cost = timed(CPU, 1e9, kind, weight, key)  # type: ignore[arg-type]
     for made in islice(candidates(kind, 80, 256, 256), count):  # type: ignore[arg-type]
         assert cost(made)
-    from qvl_kernels.triton.configs import overrides
+    from qvl_kernels.triton.linear.configs import overrides
 
     assert overrides()[key] == made, "the kernel did not run as the file would have it"
     weight.scales.mul_(2)

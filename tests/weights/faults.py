@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.checkpoint import Checkpoint
 

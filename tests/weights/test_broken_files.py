@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from tests.weights.faults import fails
 
 Fixture = Any

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.weights.checkpoint import Checkpoint, load_state
 from tests.weights.faults import fails
 

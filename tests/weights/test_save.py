@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from qvl_runtime.config import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.formats.gptq import quantize_state
 from qvl_runtime.weights.checkpoint import load_state
-from qvl_runtime.weights.gptq import quantize_state
 from qvl_runtime.weights.save import quantized_config, save_checkpoint
 
 

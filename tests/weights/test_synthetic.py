@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.formats.layout import expected_tensors
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.weights.layout import expected_tensors
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 
 NANO = Path(__file__).resolve().parents[2] / "qvl_runtime" / "nano_int4"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from qvl_runtime.config import ModelConfig
-from qvl_runtime.weights.quantize import QuantizeOptions, Quantizer
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
 from qvl_runtime.weights.save import save_checkpoint
 
 from .conversations import write_conversations

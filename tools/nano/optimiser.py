@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 
 from .team import Team
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .dialogue import GREETINGS, Turn, about_two, turns

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qvl_runtime.config import ModelConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .decoding import answers

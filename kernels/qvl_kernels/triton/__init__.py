@@ -13,7 +13,7 @@ One op a file, always in this order:
 `qvl_kernels.aot` collects the lists. A kernel takes its dtype from its pointers: tests run float16, since Triton's
 interpreter computes bfloat16 wrongly. Rules that the machine code asked for stand beside the kernels that obey them.
 
-The layout of packed weights is `qvl_kernels.gpu_weight`, made by `repack` in plain torch, which needs no Triton.
+The layout of packed weights is `qvl_kernels.layouts.gpu`, made by `repack` in plain torch, which needs no Triton.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from qvl_kernels.reference import (
     unpack_rows,
 )
 from qvl_kernels.triton.activations import gelu, swiglu
-from qvl_kernels.triton.kv_tiles import from_cached, to_cached
-from qvl_kernels.triton.linear import LAYOUTS, bind, gptq_words, linear, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
+from qvl_kernels.triton.attention.paged import paged_attention
+from qvl_kernels.triton.attention.vision import cross_attention, vision_attention
+from qvl_kernels.triton.linear.linears import LAYOUTS, bind, gptq_words, linear, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.triton.linear.split_sum import summed
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from qvl_kernels.triton.paged_attention import paged_attention
-from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
 from qvl_kernels.triton.rotary import rotary_to_cache
-from qvl_kernels.triton.sampling import Drawn, SamplingRows, sample
-from qvl_kernels.triton.split_sum import summed
+from qvl_kernels.triton.sampling.sample import Drawn, SamplingRows, sample
 
 __all__ = [
     "LAYOUTS", "SCALE_BYTES", "Bound", "Drawn", "Packed", "Precision", "SamplingRows", "add_layer_norm", "add_rms_norm",

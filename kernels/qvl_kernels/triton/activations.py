@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.int4_shapes import decode_splits
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
-from qvl_kernels.triton.widen import widened
+from qvl_kernels.triton.linear.int4_shapes import decode_splits
+from qvl_kernels.triton.to_float32 import widened
 
 MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
 LOWEST = tl.constexpr(-40.0)  # silu(-40) is -2e-16; (1 + exp(40))^2 is still a float32

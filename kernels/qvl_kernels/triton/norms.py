@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.int4_shapes import decode_splits
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
-from qvl_kernels.triton.widen import widened
+from qvl_kernels.triton.linear.int4_shapes import decode_splits
+from qvl_kernels.triton.to_float32 import widened
 
 WIDEST = 16384  # channels of a row that registers hold on 16 warps
 LAYER_NORM_ROWS = 2  # of a program: one leaves half of a warp idle where a chunk is 128 channels

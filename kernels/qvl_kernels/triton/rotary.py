@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.int4_shapes import decode_splits
-from qvl_kernels.triton.kv_tiles import scales_at
+from qvl_kernels.triton.attention.kv_tiles import scales_at
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
+from qvl_kernels.triton.linear.int4_shapes import decode_splits
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
 MANY = 128  # rows that fill the GPU with programs

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.triton.decode_attention import splits_for
-from qvl_kernels.triton.kv_tiles import by_block, by_vector
-from qvl_kernels.triton.paged_attention import paged_attention
+from qvl_kernels.triton.attention.decode import splits_for
+from qvl_kernels.triton.attention.kv_tiles import by_block, by_vector
+from qvl_kernels.triton.attention.paged import paged_attention
 from tests.kernels.compare import KV8_ERROR, as_good_as_torch, relative
 
 pytestmark = pytest.mark.interpreter

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import gpu_weight, reference, repack
+from qvl_kernels import reference
 from qvl_kernels import triton as ops
-from qvl_kernels.triton.int4_dequantize import int4_dequantize
-from qvl_kernels.triton.int8_dequantize import int8_dequantize
-from qvl_kernels.triton.kv_tiles import from_cached, to_cached
+from qvl_kernels.layouts import gpu as gpu_weight
+from qvl_kernels.layouts import repack
+from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.launch import interpreted
+from qvl_kernels.triton.linear.int4_dequantize import int4_dequantize
+from qvl_kernels.triton.linear.int8_dequantize import int8_dequantize
 from tests.kernels.compare import EPSILON, as_good_as_torch
 from tests.kernels.gptq import checkpoint
 from tests.kernels.triton import test_attention as attention

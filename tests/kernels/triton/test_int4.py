@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import reference, repack
+from qvl_kernels import reference
+from qvl_kernels.layouts import repack
 from tests.kernels.compare import as_good_as_torch
 from tests.kernels.gptq import checkpoint
 
@@ -20,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed: `make triton`")
 pytestmark = pytest.mark.interpreter
 
 from qvl_kernels import triton as ops  # noqa: E402
-from qvl_kernels.triton import configs, int4_dequantize, int4_few_rows, int4_many_rows  # noqa: E402
+from qvl_kernels.triton.linear import configs, int4_dequantize, int4_gemm, int4_small_m  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def test_dequantised_weights_are_rounded_once(
 def test_very_many_rows_and_float32_take_the_dequantised_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
-    for kernel in (int4_few_rows, int4_many_rows):
+    for kernel in (int4_small_m, int4_gemm):
         monkeypatch.delattr(kernel, f"{kernel.__name__.rpartition('.')[2]}_kernel")
     for x in (activations(configs.MANY, 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
@@ -97,7 +98,8 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
     bias = activations(1, 296)[0] if biased else None
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
     whole = linear(x)
-    monkeypatch.setattr(import_module("qvl_kernels.triton.linear"), "UNPACKED_AT_ONCE", 1)  # 128 outputs, 128 and 40
+    # 128 outputs, 128 and 40
+    monkeypatch.setattr(import_module("qvl_kernels.triton.linear.linears"), "UNPACKED_AT_ONCE", 1)
     check(linear(x), x, tensors, bias)
     torch.testing.assert_close(linear(x), whole, rtol=0, atol=1e-5)
 
@@ -120,7 +122,7 @@ def test_any_split_gives_the_sum() -> None:
     tensors, x = checkpoint(640, 128, 128), activations(2, 640)
     weight = repack.packed_int4(*tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
-        out = int4_few_rows.int4_few_rows(x, weight, splits=splits)
+        out = int4_small_m.int4_small_m(x, weight, splits=splits)
         check(ops.summed(out, x.dtype), x, tensors)
 
 
@@ -147,7 +149,7 @@ def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     weight = repack.packed_int4(*checkpoint(128, 24, 32), 1)
     with pytest.raises(ValueError, match=message):
-        int4_few_rows.int4_few_rows(spoil(activations(2, 128)), weight)
+        int4_small_m.int4_small_m(spoil(activations(2, 128)), weight)
 
 
 def test_what_has_no_kernel_runs_in_plain_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -174,21 +176,21 @@ def test_configurations_cover_what_they_are_given(capability: int, rows: int, in
     made = configs.config(capability, kind, rows, inputs, outputs)
     assert outputs % made.columns == 0 and made.rows & (made.rows - 1) == 0
     assert 1 <= made.splits <= max(1, inputs // 128 // configs.LEAST_TILES)
-    assert kind == "many_rows" or made.rows >= rows
+    assert kind == "gemm" or made.rows >= rows
 
 
 def test_a_file_of_configurations_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = tmp_path / "configs.json"
     monkeypatch.setenv("QVL_KERNEL_CONFIGS", str(named))
-    named.write_text(json.dumps({"90": {"few_rows 4096 4096": [16, 128, 8, 4, 6]}}))
+    named.write_text(json.dumps({"90": {"small_m 4096 4096": [16, 128, 8, 4, 6]}}))
     configs.overrides.cache_clear()
     try:
-        assert configs.config(90, "few_rows", 1, 4096, 4096) == (16, 128, 8, 4, 6)
-        assert configs.config(80, "few_rows", 1, 4096, 4096) != (16, 128, 8, 4, 6)
-        named.write_text(json.dumps({"90": {"few_rows 4096 4096": [16, 96, 8, 4, 6]}}))
+        assert configs.config(90, "small_m", 1, 4096, 4096) == (16, 128, 8, 4, 6)
+        assert configs.config(80, "small_m", 1, 4096, 4096) != (16, 128, 8, 4, 6)
+        named.write_text(json.dumps({"90": {"small_m 4096 4096": [16, 96, 8, 4, 6]}}))
         configs.overrides.cache_clear()
-        with pytest.raises(ValueError, match=r"'few_rows 4096 4096' is \[16, 96, 8, 4, 6\]; expected"):
-            configs.config(90, "few_rows", 1, 4096, 4096)
+        with pytest.raises(ValueError, match=r"'small_m 4096 4096' is \[16, 96, 8, 4, 6\]; expected"):
+            configs.config(90, "small_m", 1, 4096, 4096)
     finally:
         monkeypatch.delenv("QVL_KERNEL_CONFIGS")
         configs.overrides.cache_clear()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import gpu_weight, reference, repack
+from qvl_kernels import reference
+from qvl_kernels.layouts import gpu as gpu_weight
+from qvl_kernels.layouts import repack
 from tests.kernels.compare import as_good_as_torch
 from tests.kernels.gptq import checkpoint
 
@@ -18,8 +20,8 @@ pytest.importorskip("triton", reason="triton is not installed: `make triton`")
 pytestmark = pytest.mark.interpreter
 
 from qvl_kernels import triton as ops  # noqa: E402
-from qvl_kernels.triton import int8_dequantize, int8_few_rows  # noqa: E402
-from qvl_kernels.triton.int8_few_rows import FEW  # noqa: E402
+from qvl_kernels.triton.linear import int8_dequantize, int8_small_m  # noqa: E402
+from qvl_kernels.triton.linear.int8_small_m import FEW  # noqa: E402
 
 SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial tile; a partial group; one group for all
     (64, 128, 64), (256, 24, 32), (160, 136, 64), (96, 8, 128), (224, 264, 224), (512, 256, 256),
@@ -71,7 +73,7 @@ def test_dequantised_weights_are_rounded_once(
 def test_many_rows_and_float32_take_the_dequantised_weight(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, bits=8, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
-    monkeypatch.delattr(int8_few_rows, "int8_few_rows_kernel")
+    monkeypatch.delattr(int8_small_m, "int8_small_m_kernel")
     for x in (activations(FEW + 1, 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
 
@@ -85,7 +87,8 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
     bias = activations(1, 296)[0] if biased else None
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
     whole = linear(x)
-    monkeypatch.setattr(import_module("qvl_kernels.triton.linear"), "UNPACKED_AT_ONCE", 1)  # 128 outputs, 128 and 40
+    # 128 outputs, 128 and 40
+    monkeypatch.setattr(import_module("qvl_kernels.triton.linear.linears"), "UNPACKED_AT_ONCE", 1)
     check(linear(x), x, tensors, bias)
     torch.testing.assert_close(linear(x), whole, rtol=0, atol=1e-5)
 
@@ -106,7 +109,7 @@ def test_any_split_gives_the_sum(poisoned: None) -> None:
     tensors, x = checkpoint(320, 128, 64, bits=8), activations(2, 320)
     weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
-        out = int8_few_rows.int8_few_rows(x, weight, splits=splits)
+        out = int8_small_m.int8_small_m(x, weight, splits=splits)
         check(ops.summed(out, x.dtype), x, tensors)
 
 
@@ -133,7 +136,7 @@ def test_leading_axes_are_kept(poisoned: None, shape: tuple[int, ...]) -> None:
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     weight = repack.packed(gpu_weight.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
     with pytest.raises(ValueError, match=message):
-        int8_few_rows.int8_few_rows(spoil(activations(2, 128)), weight)
+        int8_small_m.int8_small_m(spoil(activations(2, 128)), weight)
 
 
 def test_a_zero_point_of_256_runs_in_plain_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

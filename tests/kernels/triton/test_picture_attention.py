@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qvl_kernels import reference
-from qvl_kernels.triton.picture_attention import cross_attention, vision_attention
+from qvl_kernels.triton.attention.vision import cross_attention, vision_attention
 from tests.kernels.compare import as_good_as_torch
 
 pytestmark = pytest.mark.interpreter

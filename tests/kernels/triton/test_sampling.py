@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvl_kernels.triton.sampling import SamplingRows, sample
-from qvl_runtime.schedule.request import SamplingParams
+from qvl_kernels.triton.sampling.sample import SamplingRows, sample
+from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.sampler import Draws, Row
 from qvl_runtime.schedule.sampler import sample as sample_on_cpu
 

@@ -1,0 +1,116 @@
+"""Attention on a CPU, and the choice between the kernel of csrc/attention.inl and torch's fused one.
+
+The kernel's two products, rows by keys, are AMX tiles for bfloat16 and fused multiply-adds in float32 else. Torch's, on
+GEMMs of its own, is kept where it was measured to be faster: 512 rows of 128 channels on a machine without any vector
+instructions of ours, and pictures (1024 patches, 16 heads of 104) up to AVX2, 124 ms to 310.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels import reference
+from qvl_kernels.cpu.library import CODES, FLOATS, library, slower
+from qvl_kernels.cpu.memory import empty
+
+MOST_DIM = 256  # the widest head of the kernel
+FEW_PORTABLE = 16  # rows of a request up to which the portable kernel is as fast as torch: 51 to 33 ms at 30 of 330
+TORCH_WHOLE = ("avx2", "portable")  # instruction sets with which torch is faster where all rows see all keys
+
+
+def report() -> str:
+    """Which attention runs, for the report."""
+    used = library().instruction_set
+    if used == "portable":
+        return f"C++ for up to {FEW_PORTABLE} rows of a request; torch for more and for pictures"
+    if used in TORCH_WHOLE:
+        return "C++ over the paged cache; torch for pictures"
+    return "C++, bfloat16 on AMX tiles" if used == "amx" else "C++"
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
+) -> Tensor:  # fmt: skip
+    reason = _not_covered(q, k_cache, v_cache)
+    if reason is not None:
+        slower("paged_attention", reason)
+        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
+    if library().instruction_set == "portable" and _most_rows(query_starts) > FEW_PORTABLE:
+        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
+    q, tables = q.contiguous(), block_tables.contiguous()
+    n, heads, head_dim = q.shape
+    y = empty((n, heads * head_dim), q.dtype)
+    library().ready().attention(
+        q.data_ptr(), CODES[q.dtype], heads * head_dim, head_dim, heads, head_dim,
+        k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], k_cache.shape[2], *k_cache.stride()[:3],
+        tables.data_ptr(), tables.shape[1],
+        len(context_lens), _integers(query_starts), _integers(context_lens), True, y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def vision_attention(qkv: Tensor, heads: int) -> Tensor:
+    pictures, patches, width = qkv.shape
+    head_dim = width // (3 * heads)
+    q, k, v = qkv.contiguous().view(pictures, patches, heads, 3, head_dim).unbind(3)
+    return _whole("vision_attention", q, k, v)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (t.reshape(*t.shape[:-1], heads, -1) for t in (q.expand(len(k), -1, -1).contiguous(), k, v))
+    return _whole("cross_attention", q, k, v)
+
+
+def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of all queries [P, Q, H, d] to all keys [P, L, H, d] of their picture: [P, Q, H * d].
+
+    The kernel reads a paged cache: a picture is taken for a block of L tokens.
+    """
+    reason = _not_covered(q, k, v)
+    if reason is not None:
+        slower(op, reason)
+    if reason is not None or library().instruction_set in TORCH_WHOLE:
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return y.transpose(1, 2).flatten(2)
+    pictures, rows, heads, head_dim = q.shape
+    keys = k.shape[1]
+    y, tables = empty((pictures, rows, heads * head_dim), q.dtype), torch.arange(pictures)
+    per_block, per_row, per_head, _ = k.stride()
+    library().ready().attention(
+        q.data_ptr(), CODES[q.dtype], q.stride(1), q.stride(2), heads, head_dim,
+        k.data_ptr(), v.data_ptr(), CODES[k.dtype], keys, per_block, per_head, per_row, tables.data_ptr(), 1, pictures,
+        _integers(range(0, (pictures + 1) * rows, rows)), _integers([keys] * pictures), False, y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def _not_covered(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the attention kernel cannot take these, or None."""
+    if q.dtype not in FLOATS or k.dtype not in CODES or k.dtype != v.dtype:
+        return f"its dtypes are {q.dtype}, {k.dtype} and {v.dtype}"
+    if q.shape[-1] > MOST_DIM:
+        return f"a head of {q.shape[-1]} channels is wider than {MOST_DIM}"
+    strided = (q.dim() == 4 and len(q) > 1 and q.stride(0) != q.shape[1] * q.stride(1)) or k.stride() != v.stride()
+    return "its tensors are strided apart" if strided or k.stride(-1) != 1 or q.stride(-1) != 1 else None
+
+
+def _most_rows(query_starts: Sequence[int] | Tensor) -> int:
+    if isinstance(query_starts, Tensor):  # all requests decode
+        return 1
+    return max((end - start for start, end in pairwise(query_starts)), default=0)
+
+
+def _integers(values: Sequence[int] | Tensor) -> ctypes.Array[ctypes.c_int64] | int:
+    """Numbers as the kernel reads them: a copy, or a tensor in place, whose values may change until a replay."""
+    if isinstance(values, Tensor):
+        if values.dtype != torch.int64 or not values.is_contiguous():
+            raise ValueError(f"starts and lengths are {values.dtype} {list(values.shape)}; expected contiguous int64")
+        return values.data_ptr()
+    return (ctypes.c_int64 * len(values))(*values)

@@ -1,0 +1,84 @@
+"""Dense linears on a CPU: our kernels for few rows and for bfloat16 on AMX tiles, torch's GEMM for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels.cpu.library import CODES, FLOATS, LibraryError, library, pointer
+from qvl_kernels.cpu.memory import empty
+
+FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, AMX tiles or torch's GEMM
+
+
+def in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
+    """What gemm(rows, into) writes for the rows of x [.., in], [.., outputs]: in 16-bit floats by one or two of few
+    numbers of rows, zeros behind the last.
+
+    For these torch's GEMMs (oneDNN) compile code for each new number of rows and keep it, 0.5 MiB a shape of weight,
+    between the activations in the heap; and prompts of a new length would wait for it. In float32 they are another
+    library's, which does not.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    rows = len(flat)
+    sizes = [rows] if x.dtype == torch.float32 else step_sizes(rows)
+    y = empty((sum(sizes), outputs), x.dtype)
+    padded = F.pad(flat, (0, 0, 0, len(y) - rows)) if len(y) > rows else flat
+    for part, into in zip(torch.split(padded, sizes), torch.split(y, sizes), strict=True):
+        gemm(part, into)
+    return y[:rows].view(*x.shape[:-1], outputs)
+
+
+def step_sizes(rows: int) -> list[int]:
+    """The largest power of two in `rows`, and for the rest the next of 16, 32, 48, 64, 96, 128, 192, ...
+
+    Up to 1024 rows these are 11 numbers, with zeros for 6 % of the rows on average (65 to 1024, each as often).
+    One GEMM rounded up to an eighth of a power of two had 5 % and 32 numbers: on nano 39 MiB more in the heap after 150
+    prompts of 5 to 1000 tokens, and still growing.
+    """
+    if rows <= 32:
+        return [16 if rows <= 16 else 32]
+    whole = 1 << rows.bit_length() - 1
+    rest = rows - whole
+    if rest == 0:
+        return [whole]
+    up = max(16, 1 << (rest - 1).bit_length())
+    padded = up * 3 // 4 if up >= 64 and rest <= up * 3 // 4 else up
+    return [2 * whole] if padded == whole else [whole, padded]
+
+
+def in_tiles(dtype: str) -> bool:
+    """Whether dense weights of a dtype, by name, meet many rows on AMX tiles here, and not in torch's GEMM."""
+    try:
+        return dtype == "bfloat16" and library().instruction_set == "amx"
+    except LibraryError:  # plain torch runs
+        return False
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.linear`: few rows at the speed of memory, bfloat16 on AMX tiles, else more through torch's GEMM."""
+    rows = x.numel() // max(1, x.shape[-1])
+    dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
+    dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+    if not dense or rows == 0:
+        return F.linear(x, weight, bias)
+    if rows > FEW_DENSE and not in_tiles(str(x.dtype).removeprefix("torch.")):
+        return in_steps(x, len(weight), partial(_gemm, weight=weight.t(), bias=bias))
+    x = x.contiguous()
+    y = empty((*x.shape[:-1], len(weight)), x.dtype)
+    library().ready().linear_dense(
+        x.data_ptr(), CODES[x.dtype], rows, x.shape[-1], weight.data_ptr(), len(weight), pointer(bias), y.data_ptr()
+    )
+    return y
+
+
+def _gemm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """y [n, outputs] = x weight + bias, weight [in, outputs], by torch: what F.linear calls, in memory at hand."""
+    if bias is None:
+        torch.mm(x, weight, out=y)
+    else:
+        torch.addmm(bias, x, weight, out=y)

@@ -1,0 +1,175 @@
+"""The shared library of CPU kernels: found, loaded, and its kernels as Python callables for one instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from threading import get_ident
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+ABI = 3  # of csrc/library.h: what the library must have been built with
+_REBUILD = "build it anew: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
+
+_KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
+    "linear_int8": "PiiiiPPPPiiiPP",
+    "linear_exact": "PiiiiPPPPiiiPP",
+    "linear_dense": "PiiiPiPP",
+    "dequantize": "PPPiiiiiPiiiP",
+    "rms_norm": "PPiiiPdPP",
+    "layer_norm": "PiiiPPdP",
+    "swiglu": "PiiiP",
+    "gelu": "PiiP",
+    "rotary_to_cache": "PiiiiPPiPPPPiiP",
+    "attention": "PiiiiiPPiiiiiPiiPPiP",
+    "greedy": "PiiiPP",
+    "gather_rows": "PiPiP",
+    "side_by_side": "PiPiiP",
+    "rotary_tables": "PPiiiPPP",
+    "pack_gptq": "PiiiiPP",
+    "pack_dense": "PiiiiiPP",
+    "read_memory": "PiP",
+}
+
+
+_log = logging.getLogger("qvl_kernels")
+SLOWER: dict[str, str] = {}  # ops that ran in plain torch since the process began, and why: for the report
+
+
+def slower(op: str, reason: str) -> None:
+    """Note that an op runs in plain torch; the first time, and for each new reason, with a warning."""
+    if SLOWER.get(op) != reason:
+        SLOWER[op] = reason
+        _log.warning("%s runs in plain torch, one to ten times slower than its C++ kernel: %s", op, reason)
+
+
+class LibraryError(RuntimeError):
+    """The kernels cannot run here; the message says why."""
+
+
+class Library:
+    """The kernels for one instruction set, each an attribute; `threads` follows torch's setting."""
+
+    def __init__(self, instruction_set: str | None = None) -> None:
+        """instruction_set: "amx", "avx512", "avx2" or "portable"; None is the best that this CPU has.
+
+        Raises `LibraryError` where the library was not built, or cannot run what is asked.
+        """
+        handle = _load()
+        handle.qvl_instruction_sets.restype = ctypes.c_char_p
+        handle.qvl_kernel.restype = ctypes.c_void_p
+        handle.qvl_kernel.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p))
+        self.available = tuple(handle.qvl_instruction_sets().decode().split())
+        self.instruction_set = instruction_set or self.available[0]
+        if self.instruction_set not in self.available:
+            raise LibraryError(
+                f"the instruction set asked for is {self.instruction_set!r}; this CPU and build have "
+                f"{', '.join(self.available)}"
+            )
+        self._entry: Callable[[bytes, bytes], int] = handle.qvl_entry
+        handle.qvl_entry.restype = ctypes.c_void_p
+        handle.qvl_entry.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+        self.kernels = SimpleNamespace(**{name: self._kernel(handle, name) for name in SIGNATURES})
+        self._set_threads: Callable[[int], None] = handle.qvl_set_threads
+        handle.qvl_set_threads.argtypes = (ctypes.c_int64,)
+        self.threads = 0  # as many as the pool was last told of
+        self.replay: Callable[[ctypes.Array[Any], int], None] = handle.qvl_replay  # calls of cpu_replay.py
+        handle.qvl_replay.argtypes, handle.qvl_replay.restype = (ctypes.c_void_p, ctypes.c_int64), None
+        self._recorders: dict[int, SimpleNamespace] = {}  # by thread: what its calls go through
+
+    def ready(self) -> SimpleNamespace:
+        """The kernels, told how many threads torch may use; while this thread records its calls, those that do so."""
+        threads = torch.get_num_threads()
+        if threads != self.threads:
+            self._set_threads(threads)
+            self.threads = threads
+        return self._recorders.get(get_ident(), self.kernels) if self._recorders else self.kernels
+
+    @property
+    def records(self) -> bool:
+        """Whether this thread records its calls."""
+        return bool(self._recorders) and get_ident() in self._recorders
+
+    @contextmanager
+    def recording(self, kernels: SimpleNamespace) -> Iterator[None]:
+        """Give this thread `kernels` in place of its own for a while."""
+        self._recorders[get_ident()] = kernels
+        try:
+            yield
+        finally:
+            del self._recorders[get_ident()]
+
+    def entry(self, name: str) -> int:
+        """The address of a kernel's entry, by which recorded calls name it."""
+        return self._entry(self.instruction_set.encode(), name.encode())
+
+    def _kernel(self, handle: ctypes.CDLL, name: str) -> Callable[..., None]:
+        found = ctypes.c_char_p()
+        address = handle.qvl_kernel(self.instruction_set.encode(), name.encode(), ctypes.byref(found))
+        arguments = (found.value or b"").decode()
+        if not address or arguments != SIGNATURES[name]:
+            raise LibraryError(
+                f"{handle._name} was built from other sources: its kernel {name!r} takes {arguments or 'nothing'}, "
+                f"this version gives {SIGNATURES[name]}; {_REBUILD}"
+            )
+        kernel: Callable[..., None] = ctypes.CFUNCTYPE(None, *(_KINDS[k] for k in SIGNATURES[name]))(address)
+        return kernel
+
+
+_active: Library | None = None
+
+
+def library() -> Library:
+    """The library in use, loaded at the first call; `QVL_CPU_ISA` names an instruction set instead of the best."""
+    global _active
+    if _active is None:
+        _active = Library(os.environ.get("QVL_CPU_ISA") or None)
+    return _active
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[Library]:
+    """Run another instruction set's kernels for a while, as tests and benchmarks do."""
+    global _active
+    before, _active = _active, Library(name)
+    try:
+        yield _active
+    finally:
+        _active = before
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor lies, as a kernel takes it; a null pointer for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _load() -> ctypes.CDLL:
+    named = os.environ.get("QVL_CPU_LIBRARY")  # another build, such as that of `make asan`
+    here = Path(__file__).parents[1]
+    found = [Path(named)] if named else [path for suffix in EXTENSION_SUFFIXES for path in here.glob(f"_cpu{suffix}")]
+    if not found:
+        raise LibraryError(
+            f"the CPU kernels were not built (no C++ compiler at install time?): install g++ and {_REBUILD}"
+        )
+    try:
+        handle = ctypes.CDLL(str(found[0]))
+    except OSError as fault:
+        raise LibraryError(f"{found[0].name} cannot be loaded ({fault}): {_REBUILD}") from fault
+    abi = handle.qvl_abi() if hasattr(handle, "qvl_abi") else "none"
+    if abi != ABI:
+        raise LibraryError(
+            f"{found[0]} was built from other sources: its ABI is {abi}, this version wants {ABI}; {_REBUILD}"
+        )
+    return handle

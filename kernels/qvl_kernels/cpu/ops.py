@@ -1,0 +1,163 @@
+"""The ops on a CPU: the names and signatures of `reference`, on the C++ kernels of csrc/.
+
+What no kernel covers (float64, a head wider than 256 channels, weights of another dtype than their input) runs in plain
+torch, which is said: a warning the first time, and a line in the report.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qvl_kernels import reference
+from qvl_kernels.cpu.attention import cross_attention, paged_attention, vision_attention
+from qvl_kernels.cpu.dense import linear
+from qvl_kernels.cpu.library import CODES, FLOATS, library, slower
+from qvl_kernels.cpu.linears import LAYOUTS, bind, gptq_words, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.cpu.memory import empty, empty_like
+from qvl_kernels.reference import (
+    cache_width,
+    from_cached,
+    gptq_dequantize,
+    gptq_linear,
+    rotate_half,
+    to_cached,
+    unpack_rows,
+)
+
+__all__ = [
+    "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu",
+    "gptq_dequantize", "gptq_linear", "gptq_words", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention",
+    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
+    "swiglu", "to_cached", "unpack_rows", "vision_attention",
+]  # fmt: skip
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not _same_floats(x, weight) or weight.shape != x.shape[-1:]:
+        slower("rms_norm", _mixed(x, weight))
+        return reference.rms_norm(x, weight, eps)
+    x, y = x.contiguous(), empty_like(x)
+    width = x.shape[-1]
+    library().ready().rms_norm(
+        x.data_ptr(), None, CODES[x.dtype], x.numel() // width, width, weight.data_ptr(), eps, None, y.data_ptr()
+    )
+    return y
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _same_floats(x, weight, update) or x.shape != update.shape or weight.shape != x.shape[-1:]:
+        slower("add_rms_norm", _mixed(x, update, weight))
+        return reference.add_rms_norm(x, update, weight, eps)
+    x, update = x.contiguous(), update.contiguous()
+    total, y = empty_like(x), empty_like(x)
+    width = x.shape[-1]
+    library().ready().rms_norm(
+        x.data_ptr(), update.data_ptr(), CODES[x.dtype], x.numel() // width, width, weight.data_ptr(), eps,
+        total.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    return total, y
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    if not _same_floats(x, weight, bias) or not weight.shape == bias.shape == x.shape[-1:]:
+        slower("layer_norm", _mixed(x, weight, bias))
+        return reference.layer_norm(x, weight, bias, eps)
+    x, y = x.contiguous(), empty_like(x)
+    width = x.shape[-1]
+    library().ready().layer_norm(
+        x.data_ptr(), CODES[x.dtype], x.numel() // width, width, weight.data_ptr(), bias.data_ptr(), eps, y.data_ptr()
+    )
+    return y
+
+
+def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    width = up_gate.shape[-1] // 2
+    if up_gate.dtype not in FLOATS or up_gate.dim() == 3 or up_gate.shape[-1] != 2 * width:
+        slower("swiglu", _mixed(up_gate))
+        return reference.swiglu(up_gate, dtype)
+    x, y = up_gate.contiguous(), empty((*up_gate.shape[:-1], width), up_gate.dtype)
+    library().ready().swiglu(x.data_ptr(), CODES[x.dtype], len(x), width, y.data_ptr())
+    return y
+
+
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    if first.dtype != second.dtype or first.dim() != 2:
+        return reference.side_by_side(first, second)
+    first, second = first.contiguous(), second.contiguous()
+    (rows, left), right, size = first.shape, second.shape[1], first.element_size()
+    y = empty((rows, left + right), first.dtype)
+    library().ready().side_by_side(
+        first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr()
+    )
+    return y
+
+
+def gelu(x: Tensor) -> Tensor:
+    if x.dtype not in FLOATS:
+        slower("gelu", _mixed(x))
+        return reference.gelu(x)
+    x, y = x.contiguous(), empty_like(x)
+    library().ready().gelu(x.data_ptr(), CODES[x.dtype], x.numel(), y.data_ptr())
+    return y
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    y = empty((len(ids), table.shape[1]), table.dtype)
+    ids, table = ids.contiguous(), table.contiguous()
+    library().ready().gather_rows(
+        table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(), len(ids), y.data_ptr()
+    )
+    return y
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, half = len(positions), frequencies.shape[-1]
+    positions, frequencies = positions.contiguous(), frequencies.expand(rows, half).contiguous()
+    cos, sin, logn = (
+        empty(shape, frequencies.dtype) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,))
+    )
+    library().ready().rotary_tables(
+        positions.data_ptr(), frequencies.data_ptr(), rows, half, logn_from or 0, cos.data_ptr(), sin.data_ptr(),
+        logn.data_ptr(),
+    )  # fmt: skip
+    return cos, sin, logn
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.dtype not in FLOATS:
+        return reference.greedy(logits)
+    logits, rows = logits.contiguous(), len(logits)
+    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    library().ready().greedy(
+        logits.data_ptr(), CODES[logits.dtype], rows, logits.shape[1], tokens.data_ptr(), logprobs.data_ptr()
+    )
+    return tokens, logprobs
+
+
+def rotary_to_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    heads, block_size, _ = k_cache.shape[1:]
+    plain = all(t.is_contiguous() for t in (k_cache, v_cache, cos, sin, logn, slots))
+    if qkv.dtype not in FLOATS or qkv.dim() == 3 or not plain:
+        slower("rotary_to_cache", _mixed(qkv, k_cache, v_cache))
+        return reference.rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
+    qkv, head_dim = qkv.contiguous(), qkv.shape[-1] // (3 * heads)
+    q = empty((len(qkv), heads, head_dim), qkv.dtype)
+    library().ready().rotary_to_cache(
+        qkv.data_ptr(), CODES[qkv.dtype], len(qkv), heads, head_dim, cos.data_ptr(), sin.data_ptr(), cos.shape[-1],
+        logn.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], block_size,
+        q.data_ptr(),
+    )  # fmt: skip
+    return q
+
+
+def _same_floats(x: Tensor, *others: Tensor) -> bool:
+    return x.dtype in FLOATS and all(t.dtype == x.dtype and t.is_contiguous() for t in others)
+
+
+def _mixed(*tensors: Tensor) -> str:
+    """What tensors are, where that is why a kernel cannot take them."""
+    kinds = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors)
+    return f"it is given {', '.join(kinds)}"

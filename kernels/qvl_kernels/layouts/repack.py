@@ -1,0 +1,133 @@
+"""A GPTQ linear to the layouts of `gpu_weight` and back, bit for bit, in plain torch: it takes no GPU to make them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels import reference
+from qvl_kernels.layouts.gpu import KINDS, LAYOUTS, OUTPUTS, TILE, Kind, PackedInt4, PackedWeight, kind_of, middle
+from qvl_kernels.layouts.interleave import from_tiles, reordered, to_tiles
+from qvl_kernels.reference import Packed, pack_rows, unpack_rows
+
+__all__ = [
+    "LAYOUTS", "dequantize", "gptq_words", "pack_gptq", "packed", "packed_int4", "unpack_gptq", "unsupported",
+    "zero_points",
+]  # fmt: skip
+
+def unsupported(
+    qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zeros: Tensor | None = None
+) -> str | None:
+    """Why no layout can hold a GPTQ linear, or None; `zeros` are its zero points, where they are known."""
+    if bits not in KINDS:
+        return f"{bits} bits"
+    inputs = qweight.shape[0] * (32 // bits)
+    group, _, even = _grouping(inputs, len(scales), g_idx)
+    if not even:
+        return "groups of unequal size"
+    if len(scales) > 1 and group % TILE and group not in (32, 64):
+        return f"groups of {group}"
+    if zeros is not None and int(zeros.max()) > torch.iinfo(torch.uint8).max:
+        return f"a zero point of {int(zeros.max())}"
+    return None
+
+
+def pack_gptq(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    bias: Tensor | None = None,
+) -> Packed:  # fmt: skip
+    """`reference.pack_gptq` in the layout of these bits, or as published where it cannot hold the linear."""
+    zeros = zero_points(qzeros, bits, zero_offset)
+    if unsupported(qweight, scales, g_idx, bits, zeros):
+        return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
+    return _laid_out(KINDS[bits], qweight, zeros, scales, g_idx).as_packed(zero_offset, bias)
+
+
+def packed_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int) -> PackedInt4:
+    """`packed` of 4 bits."""
+    return packed(PackedInt4, qweight, qzeros, scales, g_idx, zero_offset)
+
+
+def packed(
+    kind: type[Kind], qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int
+) -> Kind:
+    """Lay a GPTQ linear out anew, a tile at a time; raises ValueError where the layout cannot hold it."""
+    zeros = zero_points(qzeros, kind.BITS, zero_offset)
+    if fault := unsupported(qweight, scales, g_idx, kind.BITS, zeros):
+        raise ValueError(f"a GPTQ linear with {fault} has no packed form; expected equal groups of 32, 64 or 128 n")
+    return _laid_out(kind, qweight, zeros, scales, g_idx)
+
+
+def _laid_out(kind: type[Kind], qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor | None) -> Kind:
+    bits = kind.BITS
+    inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
+    group, order, _ = _grouping(inputs, len(scales), g_idx)
+    padding = -outputs % OUTPUTS
+    held = None
+    if not bool((zeros == middle(bits)).all()):
+        held = F.pad(zeros.to(torch.uint8), (0, padding), value=middle(bits)).contiguous()
+    return kind(
+        words=to_tiles(qweight if order is None else reordered(qweight, bits, order), bits, outputs + padding),
+        scales=F.pad(scales, (0, padding)).contiguous(),
+        zeros=held,
+        order=order,
+        inputs=inputs,
+        outputs=outputs,
+        group=group,
+    )
+
+
+def unpack_gptq(packed: Packed) -> Packed:
+    """The published tensors again, in layout "gptq"; `g_idx` is absent where the groups follow one another."""
+    w, zero_offset = kind_of(packed).from_packed(packed), packed.fields["zero_offset"]
+    qweight, g_idx = _in_packed_order(w), None
+    if w.order is not None:
+        inverse = torch.argsort(w.order)
+        qweight, g_idx = reordered(qweight, w.BITS, inverse), (inverse // w.group).to(torch.int32)
+    scales = w.scales[:, : w.outputs].contiguous()
+    zeros = torch.full(scales.shape, middle(w.BITS), dtype=torch.uint8, device=scales.device)
+    if w.zeros is not None:
+        zeros = w.zeros[:, : w.outputs]
+    qzeros = pack_rows(zeros.t().int() - zero_offset, w.BITS).t().contiguous()
+    bias = packed.tensors.get("bias")
+    return reference.pack_gptq(qweight, qzeros, scales, g_idx, w.BITS, zero_offset, bias)
+
+
+def gptq_words(packed: Packed) -> Tensor:
+    """`reference.gptq_words`, of any layout."""
+    return reference.gptq_words(packed if packed.layout == "gptq" else unpack_gptq(packed))
+
+
+def dequantize(w: PackedWeight) -> Tensor:
+    """The float32 weight [N, K], its inputs in the packed order: what the kernels compute with."""
+    levels = unpack_rows(_in_packed_order(w), w.BITS)
+    group = torch.arange(w.inputs, device=levels.device) // w.group
+    zeros = middle(w.BITS) if w.zeros is None else w.zeros[:, : w.outputs].int()[group]
+    weight: Tensor = w.scales[:, : w.outputs].float()[group] * (levels - zeros)
+    return weight.t()
+
+
+def zero_points(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor:
+    """int32 [G, N], as they are meant."""
+    return unpack_rows(qzeros.t().contiguous(), bits).t() + zero_offset
+
+
+def _grouping(inputs: int, groups: int, g_idx: Tensor | None) -> tuple[int, Tensor | None, bool]:
+    """Inputs in a group, the order that sorts inputs by group (None: they are sorted), and whether groups are equal.
+
+    The last group may be smaller.
+    """
+    if g_idx is None:
+        return -(-inputs // groups), None, True
+    sizes = torch.bincount(g_idx.long(), minlength=groups)
+    group = int(sizes[0])
+    by_group, order = torch.sort(g_idx.long(), stable=True)
+    places = torch.arange(inputs, device=g_idx.device)
+    even = group > 0 and torch.equal(by_group, places // group)
+    return group, None if torch.equal(order, places) else order.to(torch.int32), even
+
+
+def _in_packed_order(w: PackedWeight) -> Tensor:
+    """`qweight` with the inputs in the packed order."""
+    return from_tiles(w.words, w.BITS, w.outputs)[: w.inputs * w.BITS // 32]

@@ -1,0 +1,233 @@
+"""Every op in plain torch, without tricks: its definition, and what runs where nothing faster does.
+
+Shapes: n rows (tokens of all requests of a step, one after another, no padding), R requests, D channels, H heads of
+d channels, P pictures of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
+contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size +
+offset. Section numbers are those of the Qwen-VL specification that the tests are built on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels.reference.linears import (
+    LAYOUTS,
+    Bound,
+    Linear,
+    Packed,
+    Precision,
+    bind,
+    gptq_dequantize,
+    gptq_linear,
+    gptq_words,
+    linear,
+    pack_gptq,
+    pack_rows,
+    prepare_gptq,
+    prepare_linear,
+    unpack_rows,
+)  # fmt: skip
+
+__all__ = [
+    "LAYOUTS", "SCALE_BYTES", "Bound", "Linear", "Packed", "Precision", "add_layer_norm", "add_rms_norm", "bind",
+    "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
+    "gptq_words", "greedy", "layer_norm", "linear", "on_host", "pack_gptq", "pack_rows", "paged_attention",
+    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
+    "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
+]  # fmt: skip
+
+
+def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a linear gave, [n, out] as it is, and float32 partial sums [S, n, out] added up and rounded to `dtype`."""
+    return x.sum(0).to(dtype) if x.dim() == 3 else x
+
+
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+    """What two linears gave, [.., a] and [.., b], as one [.., a + b]."""
+    return torch.cat([first, second], -1)
+
+
+# --- norms and elementwise ---------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times weight [D] (5.2)."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return y.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream [n, D] after an update, x + update, and its `rms_norm`; update may be partial sums."""
+    x = x + summed(update, x.dtype)
+    return x, rms_norm(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalised over the last axis, times weight [D] plus bias [D]."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The tower's residual stream after an update, x + update, and its `layer_norm`."""
+    x = x + update
+    return x, layer_norm(x, weight, bias, eps)
+
+
+def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (5.2)."""
+    up, gate = summed(up_gate, dtype or up_gate.dtype).chunk(2, -1)
+    return up * F.silu(gate)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU, x * Phi(x) with the error function (4.4); the tanh form is off by 8e-4 in the tower's output."""
+    return F.gelu(x)
+
+
+# --- what a step begins with -------------------------------------------------------------------------------------
+
+
+def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """The rows [n, D] of table [V, D] that ids int64 [n], below V, name."""
+    return F.embedding(ids, table)
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin [n, r] of positions int64 [n] times inverse frequencies [n or 1, r / 2], and log-n [n] (5.3).
+
+    All float32, the product of position and frequency too. Log-n is log(t + 1) / log(logn_from), at least 1; None: 1.
+    """
+    angles = positions.float().unsqueeze(1) * frequencies
+    angles = torch.cat([angles, angles], dim=1)
+    if logn_from is None:
+        return angles.cos(), angles.sin(), torch.ones(len(positions), device=positions.device)
+    factors = (positions.double() + 1).log() / math.log(logn_from)
+    return angles.cos(), angles.sin(), factors.clamp(min=1.0).float()
+
+
+# --- what it ends with -------------------------------------------------------------------------------------------
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row of logits [m, vocab], int64 [m], and its log probability, float32 [m]."""
+    raw = logits.float()
+    tokens = raw.argmax(-1)
+    return tokens, raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1)
+
+
+# --- KV cache ---------------------------------------------------------------------------------------------------
+
+SCALE_BYTES = 4  # an int8 cache holds a vector's float32 scale behind its levels
+
+
+def cache_width(head_dim: int, dtype: torch.dtype) -> int:
+    """Elements that a cached vector takes."""
+    return head_dim + SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
+def to_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Vectors [.., d] as a cache of `dtype` stores them. int8: x = scale * level, with scale = max |x| / 127."""
+    if dtype != torch.int8:
+        return x.to(dtype)
+    top = x.float().abs().amax(-1, keepdim=True)
+    levels = (x.float() * torch.where(top > 0, 127 / top, 0.0)).round().to(torch.int8)
+    return torch.cat([levels, (top / 127).contiguous().view(torch.int8)], -1)
+
+
+def from_cached(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stored vectors as `dtype`."""
+    if stored.dtype != torch.int8:
+        return stored.to(dtype)
+    levels, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (levels * scale).to(dtype)
+
+
+# --- decoder attention -------------------------------------------------------------------------------------------
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [n, H, d] in float32, rounded to x's dtype; cos, sin [n, r] with r <= d rotated channels.
+
+    Channels j and j + r/2 turn together (Su et al. 2021 in GPT-NeoX's order); those beyond r pass.
+    """
+    rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+    first, second = rotated.chunk(2, -1)
+    turned = rotated * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def rotary_to_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """Rotate q and k, scale q by log-n, store k and v: the step between the fused projection and attention (5.3).
+
+    qkv [n, 3 * H * d], or its partial sums, taken as `dtype`; cos, sin float32 [n, r]; logn float32 [n]; caches
+    [blocks, H, block_size, d]; slots int64 [n], all different. Gives q [n, H, d]; k and v are written into the caches.
+    """
+    heads, block_size = k_cache.shape[1:3]
+    qkv = summed(qkv, dtype or qkv.dtype)
+    q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
+    blocks, offsets = slots // block_size, slots % block_size
+    k_cache[blocks, :, offsets] = to_cached(rotate_half(k, cos, sin), k_cache.dtype)
+    v_cache[blocks, :, offsets] = to_cached(v, v_cache.dtype)
+    return rotate_half(q, cos, sin) * logn.to(q.dtype).view(-1, 1, 1)
+
+
+def on_host(numbers: Sequence[int] | Tensor) -> Sequence[int]:
+    """Numbers that may lie on a device; reading them from there waits for it."""
+    if isinstance(numbers, Tensor):
+        return [int(number) for number in numbers.tolist()]
+    return numbers
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
+) -> Tensor:  # fmt: skip
+    """Causal attention of each request's new rows over its cached keys, those of the new rows included (5.3).
+
+    q [n, H, d]; block_tables int64 [R, most blocks]; query_starts R + 1 row numbers, so that request r has the rows
+    query_starts[r] to query_starts[r + 1], which are the last of its context_lens[r] tokens. One row a request is
+    decoding, more are prefill, whole or in chunks. Where every request decodes, both may be integer tensors on q's
+    device, which a kernel can read there, so that its launch fits a graph. Scale 1/sqrt(d). Gives [n, H * d].
+    """
+    block_size, out = k_cache.shape[2], torch.empty_like(q)
+    query_starts, context_lens = on_host(query_starts), on_host(context_lens)
+    for r, length in enumerate(context_lens):
+        start, end = query_starts[r], query_starts[r + 1]
+        blocks = block_tables[r, : -(-length // block_size)]
+        k, v = (
+            from_cached(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], q.dtype)
+            for cache in (k_cache, v_cache)
+        )
+        rows = end - start
+        causal = None
+        if rows > 1:
+            causal = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+        y = F.scaled_dot_product_attention(q[start:end].transpose(0, 1)[None], k[None], v[None], attn_mask=causal)
+        out[start:end] = y[0].transpose(0, 1)
+    return out.flatten(1)
+
+
+# --- vision attention --------------------------------------------------------------------------------------------
+
+
+def vision_attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of a picture's patches to each other, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (4.4)."""
+    pictures, patches, _ = qkv.shape
+    q, k, v = qkv.view(pictures, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """The resampler's attention: q [Q, D], the same for all pictures, to k and v [P, L, D] (4.5). Gives [P, Q, D]."""
+    k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (k, v))
+    q = q.view(len(q), heads, -1).transpose(0, 1).expand(len(k), -1, -1, -1)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

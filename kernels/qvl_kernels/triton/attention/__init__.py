@@ -1,0 +1,1 @@
+"""Attention kernels: paged decode and prefill, and the vision encoder."""

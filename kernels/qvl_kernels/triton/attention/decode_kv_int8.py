@@ -1,0 +1,103 @@
+"""Decode attention over an int8 cache: levels are multiplied as they lie, scales are put on scores and weights."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qvl_kernels.triton.attention.decode_kv_fp16 import visible_keys
+from qvl_kernels.triton.attention.kv_tiles import bytes_as_floats, scales_at
+
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
+PLANES = tl.constexpr(4)  # of 7 bits: what a float32 has
+COLUMNS = tl.constexpr(8)  # the least that a dot takes
+
+
+@triton.jit
+def planes_of(q):
+    """Levels int8 [d, COLUMNS], factors float32 [COLUMNS] such that q [d] is the sum over j of levels[:, j] factors[j].
+
+    The first PLANES columns hold 7 bits each of q over its largest element, the rest zeros.
+    """
+    largest = tl.max(tl.abs(q), 0)
+    rest = q * tl.where(largest > 0, 127.0 / largest, 0.0)
+    plane = tl.arange(0, COLUMNS)
+    levels = tl.zeros([COLUMNS, q.shape[0]], tl.float32)
+    for j in tl.static_range(PLANES):
+        level = (rest + ROUND) - ROUND
+        levels = tl.where((plane == j)[:, None], level[None, :], levels)
+        rest = (rest - level) * 128.0
+    return levels.to(tl.int8), tl.exp2(plane * -7.0) * (largest / 127.0)
+
+
+@triton.jit
+def decode_levels_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, queries_ptr, lengths_ptr, partial_ptr, lse_ptr,
+    H, most_blocks, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """`decode_floats_kernel` for caches int8 [blocks, H, BLOCK_SIZE, D + 4] that lie as `kv_tiles` says.
+
+    Two blocks of the cache at a time. Keys stay int8: q is split into planes of 7 bits, and tensor cores multiply both
+    exactly. A level of a value is added with 128 to it, which is taken off again for all the keys of a thread at once.
+    """
+    head, split, query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, request, length = visible_keys(queries_ptr, lengths_ptr, query, LISTED)
+    KEYS: tl.constexpr = 2 * BLOCK_SIZE
+    tiles = tl.cdiv(length, KEYS)
+    share = tl.cdiv(tiles, SPLITS)
+    first, last = split * share, tl.minimum((split + 1) * share, tiles)
+
+    column, word, key = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 4), tl.arange(0, KEYS)
+    slot = key % BLOCK_SIZE
+    q = tl.load(q_ptr + (row.to(tl.int64) * H + head) * D + column, column < D, 0.0).to(tl.float32) * scale
+    planes, factors = planes_of(q)
+    v_words_ptr = v_cache_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    top = tl.full([], float("-inf"), tl.float32)
+    mass = tl.zeros([KEYS], tl.float32)
+    raised = tl.zeros([KEYS], tl.float32)
+    total_0 = tl.zeros([ROWS, BLOCK_D // 4], tl.float32)
+    total_1, total_2, total_3 = total_0, total_0, total_0
+    for tile in range(first, last):
+        table = tables_ptr + request.to(tl.int64) * most_blocks + 2 * tile
+        page, next_page = tl.load(table), tl.load(table + 1, tile * KEYS + BLOCK_SIZE < length, 0)
+        at = tl.where(key < BLOCK_SIZE, page, next_page).to(tl.int64) * H + head
+        start = at * (BLOCK_SIZE * (D + 4))
+        written = tile * KEYS + key < length
+        k = tl.load(k_cache_ptr + (start + slot * D)[:, None] + column[None, :], (column < D)[None, :], 0)
+        k_scale = tl.load(scales_at(k_cache_ptr, start, D, BLOCK_SIZE) + slot, written, 0.0)
+        v_scale = tl.load(scales_at(v_cache_ptr, start, D, BLOCK_SIZE) + slot, written, 0.0)
+
+        products = tl.dot(k, tl.trans(planes), out_dtype=tl.int32).to(tl.float32)
+        scores = tl.where(written, tl.sum(products * factors[None, :], 1) * k_scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        weights, fade = tl.exp2(scores - higher), tl.exp2(top - higher)
+        mass = mass * fade + weights
+        weights *= v_scale * 2.0**100
+        raised = raised * fade + weights
+        total_0, total_1, total_2, total_3 = total_0 * fade, total_1 * fade, total_2 * fade, total_3 * fade
+        for part in tl.static_range(KEYS // ROWS):
+            some = part * ROWS + tl.arange(0, ROWS)
+            page_of_some = page if part * ROWS < BLOCK_SIZE else next_page
+            at_words = (page_of_some * H + head) * (BLOCK_SIZE * (D + 4) // 4) + some % BLOCK_SIZE * (D // 4)
+            v = tl.load(v_words_ptr + at_words[:, None] + word[None, :], (word < D // 4)[None, :], 0) ^ 0x80808080
+            weight = tl.gather(weights, some, 0)[:, None]
+            total_0 += weight * bytes_as_floats(v, 0)
+            total_1 += weight * bytes_as_floats(v, 1)
+            total_2 += weight * bytes_as_floats(v, 2)
+            total_3 += weight * bytes_as_floats(v, 3)
+        top = higher
+    at = (query.to(tl.int64) * H + head) * SPLITS + split
+    if first < last:
+        whole = tl.sum(mass, 0)
+        factor = 2.0**49 / whole
+        off = tl.sum(raised, 0) * (2.0 ** (7 - 100) / whole)
+        out = partial_ptr + at * D + 4 * word
+        tl.store(out, tl.sum(total_0, 0) * factor - off, word < D // 4)
+        tl.store(out + 1, tl.sum(total_1, 0) * (factor * 2.0**-8) - off, word < D // 4)
+        tl.store(out + 2, tl.sum(total_2, 0) * (factor * 2.0**-16) - off, word < D // 4)
+        tl.store(out + 3, tl.sum(total_3, 0) * factor - off, word < D // 4)
+        tl.store(lse_ptr + at, top + tl.log2(whole))
+    else:
+        tl.store(lse_ptr + at, float("-inf"))

@@ -1,0 +1,1 @@
+"""Kernels of linears with packed int4 and int8 weights."""

@@ -1,0 +1,1 @@
+"""Sampling on the GPU: selection of candidates and the draw of a token."""

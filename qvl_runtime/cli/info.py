@@ -1,0 +1,159 @@
+"""`qvl info`: what is here, what the model is made of, and what each missing part costs."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qvl_runtime.cli.terminal import size
+
+if TYPE_CHECKING:
+    from qvl_runtime.cli.options import ModelOptions
+    from qvl_runtime.config.model import ModelConfig
+
+PACKAGES = ("qvl-runtime", "torch", "numpy", "safetensors", "tiktoken", "Pillow", "huggingface_hub", "triton")
+ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+PARTS = (  # the first prefix that fits decides
+    ("resampler", ("transformer.visual.attn_pool.", "transformer.visual.ln_post.", "transformer.visual.proj")),
+    ("vision tower", ("transformer.visual.",)),
+    ("embedding", ("transformer.wte.",)),
+    ("decoder", ("transformer.",)),
+    ("head", ("lm_head.",)),
+)
+
+
+class Check(NamedTuple):
+    """One optional part of the installation."""
+
+    part: str
+    found: bool
+    cost: str  # what goes without it, and the way to it
+
+
+def examine(models: ModelOptions) -> dict[str, Any]:
+    """Versions, device, kernels, model and optional parts, as plain data. Reads the headers of weights only."""
+    import torch
+
+    from qvl_kernels import report
+    from qvl_runtime.engine.device import choose_device, device_name
+
+    device = choose_device(models.device)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": {"name": device_name(device), "memory_bytes": memory},
+        "kernels": report(device),
+        "model": summarise(models.folder()),
+        "checks": [check._asdict() for check in _checks()],
+    }
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """The model in a folder: its sizes, and parameters and bytes by part, from the headers of its weight files.
+
+    A packed int4 or int8 matrix counts the parameters that it stands for; its scales, zero points and order only bytes.
+    """
+    from qvl_runtime.config.model import ModelConfig
+    from qvl_runtime.formats.layout import decoder_linears
+    from qvl_runtime.weights.checkpoint import Checkpoint
+
+    config = ModelConfig.from_folder(folder)
+    checkpoint = Checkpoint.open(folder, config)
+    packed = {f"{name}.qweight": shape for name, shape in decoder_linears(config).items()}
+    helpers = (".qzeros", ".scales", ".g_idx")
+    parts = {name: {"parameters": 0, "bytes": 0} for name, _ in PARTS}
+    for name in checkpoint.names:
+        info = checkpoint.info(name)
+        part = parts[next(part for part, prefixes in PARTS if name.startswith(prefixes))]
+        part["parameters"] += 0 if name.endswith(helpers) else math.prod(packed.get(name, info.shape))
+        part["bytes"] += math.prod(info.shape) * ITEM_SIZE[info.dtype]
+    return {
+        "folder": str(folder),
+        "dtype": config.dtype,
+        "weights": _weights(config),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "context": config.context_limit,
+        "picture": f"{config.visual.image_size} pixels a side, {config.visual.n_queries} tokens",
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * ITEM_SIZE[config.dtype],
+        "parts": parts,
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report for a person, on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    device, model = report["device"], report["model"]
+    facts = Table.grid("", "", padding=(0, 2))
+    versions = [f"{name} {found}" for name, found in report["versions"].items() if found]
+    facts.add_row("versions", ", ".join(versions))
+    facts.add_row("device", f"{device['name']}, {size(device['memory_bytes'])} of memory")
+    facts.add_row("kernels", "; ".join(report["kernels"].values()))
+    facts.add_row("model", model["folder"])
+    facts.add_row("", f"{model['weights']}, {model['layers']} layers of {model['hidden_size']}")
+    facts.add_row("", f"{model['context']:,} tokens of context, {size(model['kv_bytes_per_token'])} of cache a token")
+    facts.add_row("", f"a picture: {model['picture']}")
+    sizes = Table("part", box=None, pad_edge=False)
+    for heading in ("parameters", "on disk"):
+        sizes.add_column(heading, justify="right")
+    for name, part in {**model["parts"], "in all": model}.items():
+        sizes.add_row(name, f"{part['parameters']:,}", size(part["bytes"]))
+    checks = Table("optional", "", "without it", box=None, pad_edge=False)
+    for check in report["checks"]:
+        checks.add_row(check["part"], "yes" if check["found"] else "missing", "" if check["found"] else check["cost"])
+    console = Console(highlight=False, markup=False)
+    for table in (facts, sizes, checks):
+        console.print(table)
+        console.print()
+
+
+def _checks() -> list[Check]:
+    import torch
+
+    from qvl_kernels import report
+    from qvl_runtime.prompt.fonts import INSTALL_HINT, pick_font
+
+    def has(module: str) -> bool:
+        return find_spec(module) is not None
+
+    compiled = report(torch.device("cpu"))["ops"].startswith("C++")
+    return [
+        Check("C++ kernels", compiled, "plain torch on the CPU, int4 unpacked on each use: install g++, then anew"),
+        Check("CUDA GPU", torch.cuda.is_available(), "the CPU computes: fine for a small model, slow for 9.6 billion"),
+        Check("triton", has("triton"), "no kernels for a GPU: pip install 'qvl-runtime[cuda]'"),
+        Check("modelscope", has("modelscope"), "no --source modelscope: pip install 'qvl-runtime[modelscope]'"),
+        Check("font for Chinese", not pick_font("框狗", 16)[1], f"Chinese labels are drawn as boxes: {INSTALL_HINT}"),
+        Check("readline", has("readline"), "no arrow keys and no history in qvl chat"),
+    ]
+
+
+def _weights(config: ModelConfig) -> str:
+    quantization = config.quantization
+    if quantization is None:
+        return config.dtype
+    group = "one group a row" if quantization.group_size == -1 else f"groups of {quantization.group_size}"
+    return f"int{quantization.bits} (GPTQ, {group}) in the decoder, {config.dtype} elsewhere"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return 0

@@ -1,0 +1,154 @@
+"""`qvl profile speed` and `qvl profile memory`: the published tables, on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qvl_runtime.cli.command import add_command
+from qvl_runtime.cli.options import AsJson, Debug, ModelOptions
+from qvl_runtime.cli.terminal import print_table, say
+from qvl_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qvl_runtime.profile.memory import MemoryReport
+    from qvl_runtime.profile.speed import SpeedReport
+
+profile_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory as the model's authors did."
+)
+Batches = Annotated[str, typer.Option(metavar="N,N,…", help="Sequences that are decoded together.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Generate only so many; longer answers are then measured step by step along them."),
+]
+
+
+def speed(
+    *, tokens: Tokens = None, batch: Batches = "1,2,4,8", models: ModelOptions, as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:  # fmt: skip
+    """One picture as context, then 1792 and 7934 tokens generated: mean tokens a second, and where the time goes.
+
+    [cyan]qvl profile speed --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
+
+    [cyan]qvl profile speed --model Qwen/Qwen-VL-Chat-Int4 --tokens 1792[/cyan]
+    """
+    sizes = _numbers(batch)
+    from qvl_runtime.profile.run_info import Machine
+    from qvl_runtime.profile.speed import profile_speed
+
+    engine = models.open()
+    report = profile_speed(engine, tokens, batches=sizes, progress=_progress)
+    machine = Machine.here(engine.loop.runner.model.device)
+    if as_json:
+        print(json.dumps({"machine": plain(machine), "speed": plain(report)}, indent=2))
+    else:
+        say(f"{engine.summary()}; {machine.date}")
+        show_speed(report)
+    return 0
+
+
+def memory(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
+    """Peak memory of encoding 2048 tokens and of generating 8192, beside the published figures.
+
+    [cyan]qvl profile memory --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
+    """
+    from qvl_runtime.cli.plan import process_bytes
+    from qvl_runtime.profile.memory import profile_memory
+
+    base = process_bytes(models.folder(), models.dtype, models.synthetic)
+    report = profile_memory(models.open, base, _progress)
+    if as_json:
+        print(json.dumps({"memory": plain(report)}, indent=2))
+    else:
+        show_memory(report)
+    return 0
+
+
+def show_speed(report: SpeedReport) -> None:
+    """Tables for a person, on standard output."""
+    from qvl_runtime.profile.speed import as_table
+
+    ceilings, answer = report.ceilings, report.answer
+    show_table(f"mean speed, {report.weights}", as_table(report))
+    total = sum(answer.split.values())
+    print(f"one picture, {answer.tokens} tokens: first after {answer.ttft_s:.2f} s; then a token every "
+          + ", ".join(f"{1e3 * s:.1f} ms ({name})" for name, s in answer.tpot_s.items()))  # fmt: skip
+    print("  " + ", ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in answer.split.items()))
+    for batch in report.batches:
+        print(f"  batch of {batch.size}: {batch.tok_s.said('tok/s')} together, at context {batch.context}")
+    print(f"this machine at best: {ceilings.read_gb_s.said('GB/s')} ({ceilings.how}), "
+          f"{ceilings.gemm_gop_s.said('Gop/s')} in torch's 16-bit product")  # fmt: skip
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def show_memory(report: MemoryReport) -> None:
+    """The same for memory."""
+    from qvl_runtime.profile.memory import GIB
+
+    rows = [
+        {
+            "case": f"{case.name} {case.tokens or ''}".strip(),
+            "peak, GiB": f"{case.peak / GIB:.2f}",
+            "planned": "" if case.planned is None else f"{case.planned / GIB:.2f}",
+            "original, A100-80G": "" if case.published_gib is None else f"{case.published_gib:.2f}",
+            "how": case.how,
+        }
+        for case in report.cases
+    ]
+    show_table(f"{report.counted}, {report.weights}", rows)
+    parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in report.parts.items())
+    kv = f"KV: {report.kv_per_token:,} bytes a token"
+    print(f"before the model: {report.base / GIB:.2f} GiB; weights, GiB: {parts}; {kv}")
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row.values())
+    print_table(table)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and named tuples as what JSON knows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"batch is {text!r}; expected whole numbers of at least 1, such as 1,2,4")
+    return numbers
+
+
+def _progress(what: str) -> None:
+    if sys.stderr.isatty():
+        say(f"{what} …")
+
+
+add_command(profile_app, speed)
+add_command(profile_app, memory)

@@ -1,0 +1,56 @@
+"""What the caller of the engine decides, checked as it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qvl_runtime.config.checks import require_choice, require_positive
+from qvl_runtime.config.model import DTYPES
+from qvl_runtime.errors import ConfigError
+
+PRECISIONS = ("exact", "fast")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the caller asks of the engine, whatever the checkpoint."""
+
+    device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
+    dtype: str = "auto"  # "auto": what the checkpoint says
+    precision: Literal["exact", "fast"] = "exact"  # fast: kernels may round activations, head and vision to int8
+    embedding_on_host: bool = False  # a GPU's: its rows come from the mapped file, 1.2 GB less of the full model
+    synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
+    repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
+    max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
+    allow_urls: bool = True  # http(s) pictures
+    max_image_bytes: int = 20 * 2**20
+    max_image_pixels: int = 40_000_000
+    image_timeout_s: float = 10.0
+    max_images: int = 16  # a request
+    image_cache_bytes: int = 256 * 2**20  # features kept, by content; a picture of the full model is 2 MiB
+    kv_cache_bytes: int | None = None  # None: four contexts, but at most half of the memory that is free
+    kv_dtype: str = "auto"  # "auto": the model's; "int8": half of 16 bits, with a scale for each token and head
+    prefix_caching: bool = True
+    max_running: int = 64  # answers that take part in a step
+    max_step_tokens: int = 1024  # of a step, prefill and decode together: longer prompts go in chunks
+    graphs: bool = True  # decode steps are captured once for each batch size and replayed, without Python's part
+    speculative_tokens: int = 0  # drafted by prompt lookup and verified in one step; 0: off
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+            raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        require_choice("dtype", self.dtype, ("auto", *DTYPES))
+        require_choice("precision", self.precision, PRECISIONS)
+        require_positive(self, "", "max_image_bytes", "max_image_pixels", "image_timeout_s", "image_cache_bytes")
+        require_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
+        require_positive(self, "", "max_running", "max_step_tokens")
+        if self.kv_cache_bytes is not None:
+            require_positive(self, "", "kv_cache_bytes")
+        if self.speculative_tokens < 0:
+            raise ConfigError(f"speculative_tokens is {self.speculative_tokens}; expected 0 (off) or more")
+        if self.max_images < 0:
+            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no pictures) or more")
+        if self.max_model_len is not None:
+            require_positive(self, "", "max_model_len")

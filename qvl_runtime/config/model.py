@@ -1,0 +1,284 @@
+"""What the checkpoint says it is: the published JSON files as frozen dataclasses that refuse what is not supported.
+
+`ModelConfig` comes from `config.json`, and from `quantize_config.json` where the former has no `quantization_config`;
+`GenerationDefaults` from `generation_config.json`. Keys that change nothing in the forward pass (`initializer_range`,
+`use_flash_attn`, `onnx_safe`, …) are read over; a key that would change it and is not implemented raises `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.config.checks import mapping, read_fields, read_json, require_choice, require_divides, require_positive
+from qvl_runtime.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE_FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_RUNS = "qvl_runtime runs Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4 (model_type 'qwen', QWenLMHeadModel)"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The visual tower and its resampler; the last four fields are constants of the original code."""
+
+    image_size: int  # pixels a side
+    patch_size: int  # pixels a side
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float
+    output_dim: int  # must equal hidden_size: the outputs overwrite hidden states
+    image_start_id: int  # `<img>`; `</img>` and `<imgpad>` follow it
+    n_queries: int = 256  # rows that a picture becomes
+    pool_head_dim: int = 128
+    positional_rows: int = 256  # a square table, resized to the grid at run time
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_positive(self, "visual.", *(f.name for f in fields(self)))
+        require_divides("visual.image_size", self.image_size, "visual.patch_size", self.patch_size)
+        require_divides("visual.width", self.width, "visual.heads", self.heads)
+        require_divides("visual.output_dim", self.output_dim, "the resampler's head size", self.pool_head_dim)
+        for name in ("n_queries", "positional_rows"):
+            value = getattr(self, name)
+            if math.isqrt(value) ** 2 != value:
+                raise ConfigError(f"visual.{name} is {value}; expected a square number, such as 256 (a 16 x 16 grid)")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def mlp_width(self) -> int:
+        """int(width * mlp_ratio): truncated, not rounded (4.9231 * 1664 is 8192.04)."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def pool_heads(self) -> int:
+        return self.output_dim // self.pool_head_dim
+
+    @property
+    def image_end_id(self) -> int:
+        return self.image_start_id + 1
+
+    @property
+    def image_pad_id(self) -> int:
+        return self.image_start_id + 2
+
+    @property
+    def span(self) -> int:
+        """Tokens that a picture takes in a prompt, its start and end id included."""
+        return self.n_queries + 2
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """How the five linears of each decoder block are stored: GPTQ, packed in int32 words."""
+
+    bits: int
+    group_size: int  # input channels that share a scale; -1: all of them
+    desc_act: bool = False  # act-order: g_idx is a permutation, not i // group_size
+    sym: bool = True
+    checkpoint_format: str = "gptq"  # "gptq" (v1): zero points stored minus one; "gptq_v2": stored as they are
+
+    def __post_init__(self) -> None:
+        require_choice("the checkpoint's bits", self.bits, (4, 8))
+        require_choice("the checkpoint's group_size", self.group_size, (32, 64, 128, -1))
+        require_choice("the checkpoint_format", self.checkpoint_format, ("gptq", "gptq_v2"))
+
+    @property
+    def zero_offset(self) -> int:
+        """What to add to a stored zero point: 1 for v1, 0 for v2."""
+        return 1 if self.checkpoint_format == "gptq" else 0
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "quantize_config.json") -> QuantizationConfig:
+        """Read AutoGPTQ's `quantize_config.json`, or the `quantization_config` section of `config.json`."""
+        method = raw.get("quant_method") or "gptq"
+        if method != "gptq":
+            raise ConfigError(f"{where} has quant_method {method!r}; supported are 'gptq' and unquantised checkpoints")
+        for key in ("lm_head", "dynamic", "is_marlin_format"):
+            if raw.get(key):
+                raise ConfigError(f"{where} sets {key!r}, which is not supported: quantise the model anew without it")
+        return cls(**read_fields(cls, raw, where))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The whole model, in the names of the published `config.json`; defaults are those of the original config class."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int  # as in the file: twice the width of the MLP
+    vocab_size: int
+    seq_length: int  # training length: beyond it NTK and log-n act
+    visual: VisionConfig
+    kv_channels: int = 128
+    layer_norm_epsilon: float = 1e-6
+    rotary_emb_base: float = 10000.0
+    rotary_pct: float = 1.0
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    max_position_embeddings: int = 8192
+    no_bias: bool = True  # of c_proj, w1, w2 and mlp.c_proj; c_attn always has one
+    tie_word_embeddings: bool = False  # true: lm_head.weight is wte.weight
+    dtype: str = "float32"  # what the checkpoint says it should run in
+    quantization: QuantizationConfig | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        require_positive(self, "", "vocab_size", "seq_length", "kv_channels", "max_position_embeddings")
+        require_positive(self, "", "layer_norm_epsilon", "rotary_emb_base")
+        heads, channels = self.num_attention_heads, self.kv_channels
+        if self.hidden_size != heads * channels:
+            raise ConfigError(
+                f"hidden_size is {self.hidden_size}; expected num_attention_heads * kv_channels = "
+                f"{heads} * {channels} = {heads * channels}"
+            )
+        require_divides("intermediate_size", self.intermediate_size, "its two halves", 2)
+        if self.visual.output_dim != self.hidden_size:
+            raise ConfigError(
+                f"visual.output_dim is {self.visual.output_dim}; expected hidden_size = {self.hidden_size}, "
+                "since picture features replace hidden states"
+            )
+        if self.visual.image_pad_id >= self.vocab_size:
+            raise ConfigError(
+                f"visual.image_start_id is {self.visual.image_start_id} and needs two ids after it; "
+                f"vocab_size is {self.vocab_size}: the two come from different models"
+            )
+        if not 0.0 < self.rotary_pct <= 1.0 or self.rotary_dim < 4 or self.rotary_dim % 2:
+            raise ConfigError(
+                f"rotary_pct is {self.rotary_pct} and rotates {self.rotary_dim} of {channels} channels; "
+                "expected a share in (0, 1] that gives an even number of at least 4"
+            )
+        if self.seq_length < 2:
+            raise ConfigError(f"seq_length is {self.seq_length}; expected at least 2 (log-n divides by its logarithm)")
+        require_choice("dtype", self.dtype, DTYPES)
+        if self.quantization is not None:  # AutoGPTQ packs rows and columns by 32
+            require_divides("hidden_size", self.hidden_size, "GPTQ's packing", 32)
+            require_divides("intermediate_size / 2", self.ffn_width, "GPTQ's packing", 32)
+
+    @property
+    def ffn_width(self) -> int:
+        return self.intermediate_size // 2
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that rotate."""
+        return int(self.kv_channels * self.rotary_pct)
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens that a prompt and its answer may take together."""
+        return self.max_position_embeddings
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Read a `config.json`, with the content of `quantize_config.json` where the folder has one.
+
+        Raises `ConfigError` for another architecture, a missing or mistyped key and a setting that is not supported.
+        """
+        _refuse_other_models(raw)
+        where, section = "config.json", raw.get("quantization_config")
+        quantization = None
+        if section is not None:
+            quantization = QuantizationConfig.from_dict(mapping(section, "quantization_config"), where)
+        elif quantize is not None:
+            quantization = QuantizationConfig.from_dict(quantize)
+        own = read_fields(cls, raw, where, skip=("visual", "dtype", "quantization"))
+        visual = mapping(raw["visual"], "visual")
+        vision = VisionConfig(**read_fields(VisionConfig, visual, f"{where}, section visual,"))
+        return cls(**own, visual=vision, dtype=_read_dtype(raw), quantization=quantization)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Read `config.json` and, where there is one, `quantize_config.json` of a checkpoint folder."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first")
+        quantize = folder / "quantize_config.json"
+        return cls.from_dict(read_json(folder / "config.json"), read_json(quantize) if quantize.is_file() else None)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """`generation_config.json`; the defaults here are the released ones, for a checkpoint that has no such file."""
+
+    chat_format: str = "chatml"  # "raw" for the base model
+    eos_token_id: int | None = None  # None: the tokenizer's <|endoftext|>
+    pad_token_id: int | None = None
+    max_window_size: int = 6144  # tokens that system text and history may take in a chat
+    max_new_tokens: int = 512
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 0.5
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choice("chat_format", self.chat_format, ("chatml", "raw"))
+        require_positive(self, "", "max_window_size", "max_new_tokens", "repetition_penalty")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"generation_config.json has temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; "
+                "expected temperature and top_k of at least 0 and top_p in (0, 1]"
+            )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> GenerationDefaults:
+        """Read a folder's `generation_config.json`; without one, the released defaults."""
+        path = Path(folder) / "generation_config.json"
+        return cls.from_dict(read_json(path)) if path.is_file() else cls()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> GenerationDefaults:
+        """Read a `generation_config.json`; transformers leaves out of it what equals its own defaults."""
+        if raw.get("num_beams", 1) != 1:
+            raise ConfigError(f"generation_config.json has num_beams {raw['num_beams']}; supported is 1")
+        implied = {"do_sample": False, "top_k": 50, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}
+        present = {key: value for key, value in raw.items() if value is not None}
+        for key in ("eos_token_id", "pad_token_id"):
+            if isinstance(present.get(key), list) and len(present[key]) == 1:
+                present[key] = present[key][0]
+        return cls(**read_fields(cls, implied | present, "generation_config.json"))
+
+
+def _refuse_other_models(raw: Mapping[str, Any]) -> None:
+    kind, architectures = raw.get("model_type") or "qwen", raw.get("architectures") or ["QWenLMHeadModel"]
+    if kind != "qwen" or architectures != ["QWenLMHeadModel"]:
+        names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
+        raise ConfigError(f"config.json describes model_type {kind!r} ({names}), which is another model; {_RUNS}")
+    if raw.get("visual") is None:
+        other = "Qwen-Audio" if "audio" in raw else "a text-only Qwen such as Qwen-7B"
+        raise ConfigError(f"config.json has no 'visual' section, so it looks like {other}; {_RUNS}")
+    if raw.get("rope_scaling"):
+        raise ConfigError(f"config.json sets rope_scaling to {raw['rope_scaling']}; supported is use_dynamic_ntk alone")
+    groups = raw.get("num_key_value_heads")
+    if groups is not None and groups != raw.get("num_attention_heads"):
+        raise ConfigError(f"config.json has num_key_value_heads {groups}; supported is one for each query head")
+
+
+def _read_dtype(raw: Mapping[str, Any]) -> str:
+    """One of the three flags, else `torch_dtype`, else float32 (the original would ask the GPU)."""
+    flags = [name for name in _DTYPE_FLAGS if raw.get(name)]
+    if len(flags) > 1:
+        raise ConfigError(f"config.json sets {' and '.join(flags)}; expected at most one of fp32, bf16 and fp16")
+    if flags:
+        return _DTYPE_FLAGS[flags[0]]
+    named = str(raw.get("torch_dtype") or raw.get("dtype") or "float32").removeprefix("torch.")
+    require_choice("torch_dtype", named, DTYPES)
+    return named

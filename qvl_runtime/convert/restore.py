@@ -1,0 +1,134 @@
+"""A converted checkpoint back to the published layout: the same files, byte for byte, proven by their SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qvl_runtime.convert.convert import refuse_destination
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.formats.host_memory import pieces, release
+from qvl_runtime.weights.loader import open_shards, packed_linear
+from qvl_runtime.weights.manifest import Manifest, SourceFile
+from qvl_runtime.weights.save import sync
+from qvl_runtime.weights.shards import Shard
+from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Restored(NamedTuple):
+    exact: list[str]  # files with the SHA-256 of the source's
+    tensors_only: list[str]  # files whose tensors are the source's: it had them in another format
+
+
+def restore(source: Path, destination: Path, progress: Callable[[int], None] = lambda done: None) -> Restored:
+    """Write the checkpoint that `source` was converted from as the folder `destination`, which appears when it is done.
+
+    Raises `CheckpointError` where weights were rounded on the way, and for a file that does not come out as it was.
+    """
+    from qvl_kernels import packing_for
+
+    source, destination = Path(source), Path(destination)
+    refuse_destination(source, destination)
+    manifest = Manifest.read(source)
+    if manifest.rounded:
+        raise CheckpointError(
+            f"{source} holds {len(manifest.rounded)} weights that were rounded ({', '.join(manifest.rounded[:3])}), so "
+            "what was published cannot come back: keep the source"
+        )
+    partial = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        reader = _Reader(source, manifest, packing_for(manifest.target))
+        done = 0
+        for file in manifest.sources.values():
+            done += _write(partial / file.restored_as, file, reader)
+            progress(done)
+        _small_files(source, partial, manifest)
+        sync(partial)
+        partial.rename(destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    files = manifest.sources.values()
+    return Restored([f.restored_as for f in files if f.exact], [f.restored_as for f in files if not f.exact])
+
+
+class _Reader:
+    """The published tensors of a converted checkpoint."""
+
+    def __init__(self, folder: Path, manifest: Manifest, ops: ModuleType) -> None:
+        shards = open_shards(folder, manifest)
+        self._where: dict[str, Shard] = {name: shard for shard in shards.values() for name in shard.infos}
+        self._manifest, self._ops = manifest, ops
+        self._linears = {part: name for name, linear in manifest.linears.items() for part in linear.parts}
+        self._last: tuple[str, Tensor] | None = None
+
+    def tensor(self, name: str, dtype: str) -> Iterator[Tensor]:
+        """A tensor in parts, as `dtype`."""
+        import torch
+
+        if name in self._where:
+            return pieces(self._where[name].tensor(name), getattr(torch, dtype))
+        prefix, _, kind = name.rpartition(".")
+        if kind != "qweight" or prefix not in self._linears:
+            raise CheckpointError(f"{name} is nowhere in the converted checkpoint: convert the source anew")
+        return iter([self._qweight(prefix)])
+
+    def _qweight(self, part: str) -> Tensor:
+        name = self._linears[part]
+        linear = self._manifest.linears[name]
+        if self._last is None or self._last[0] != name:
+            packed = packed_linear(name, linear, self._manifest, self._where)
+            self._last = name, self._ops.gptq_words(packed)
+            for tensor in packed.tensors.values():
+                release(tensor)
+        side_by_side = self._last[1].chunk(len(linear.parts), dim=1)  # each as wide as the other
+        return side_by_side[linear.parts.index(part)].contiguous()
+
+
+def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
+    """One published file; returns its size."""
+    header, digest = file.header.encode(), hashlib.sha256()
+    entries: dict[str, Any] = json.loads(header)
+    entries.pop("__metadata__", None)
+    dtypes = {code: name for name, code in CODES.items()}
+    digest.update(len(header).to_bytes(LENGTH, "little") + header)
+
+    def hashed(parts: Iterator[Tensor]) -> Iterator[Tensor]:
+        for part in parts:
+            digest.update(memory(part))
+            yield part
+
+    with TensorFile(path, LENGTH + len(header)) as out:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+            dtype = dtypes[entry["dtype"]]
+            written = out.append(hashed(reader.tensor(name, dtype)), dtype, tuple(entry["shape"]))
+            if [written.begin, written.end] != entry["data_offsets"]:
+                raise CheckpointError(f"{name} comes out as {written}; the source had it at {entry['data_offsets']}")
+        out.finish(header)
+    if file.exact and digest.hexdigest() != file.sha256:
+        raise CheckpointError(f"{path.name} does not come out as it was: see which tensor changed with qvl verify")
+    return LENGTH + len(header) + out.size
+
+
+def _small_files(source: Path, folder: Path, manifest: Manifest) -> None:
+    """Configuration and tokenizer as they are, and the index, rewritten where the files have other names now."""
+    for name in manifest.companions:
+        shutil.copyfile(source / name, folder / name)
+    renamed = {name: file.restored_as for name, file in manifest.sources.items()}
+    for name, text in manifest.indexes.items():
+        own = json.loads(text)["weight_map"].values()
+        if set(own) <= renamed.keys() and any(renamed[file] != file for file in own):
+            index = json.loads(text)
+            index["weight_map"] = {tensor: renamed[file] for tensor, file in index["weight_map"].items()}
+            name, text = "model.safetensors.index.json", json.dumps(index, indent=2)
+        (folder / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Whether a converted checkpoint is still what was written, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.formats.host_memory import release
+from qvl_runtime.weights.manifest import Manifest, ShardRecord, file_digest
+from qvl_runtime.weights.shards import open_shard
+from qvl_runtime.weights.tensor_file import LENGTH, memory
+
+
+class Verified(NamedTuple):
+    tensors: int
+    bytes: int
+    faults: list[str]  # what is not as it was written, each with its file
+
+
+def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> Verified:
+    """Compare every file of a converted checkpoint with the SHA-256 in its manifest; `progress` hears of bytes read.
+
+    Raises `CheckpointError` where there is no manifest, or the manifest itself is not as it was written.
+    """
+    folder = Path(folder)
+    manifest, faults, tensors, size = Manifest.read(folder), [], 0, 0
+    for name, want in manifest.companions.items():
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+        elif file_digest(folder / name) != want:
+            faults.append(f"{name} was changed")
+    for name, record in manifest.shards.items():
+        if not (folder / name).is_file():
+            faults.append(f"{name} is missing")
+            continue
+        try:
+            read = _shard(folder / name, record, faults, progress, size)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        tensors, size = tensors + len(record.tensors), size + read
+    return Verified(tensors, size, faults)
+
+
+def _shard(path: Path, record: ShardRecord, faults: list[str], progress: Callable[[int], None], before: int) -> int:
+    with path.open("rb") as file:
+        length = file.read(LENGTH)
+        front = length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+    if hashlib.sha256(front).hexdigest() != record.front:
+        faults.append(f"the header of {path.name} was changed")
+    shard, done = open_shard(path), len(front)
+    for name, want in record.tensors.items():
+        if name not in shard.infos:
+            faults.append(f"{name} is missing in {path.name}")
+            continue
+        tensor = shard.tensor(name)
+        if hashlib.sha256(memory(tensor)).hexdigest() != want:
+            faults.append(f"{name} in {path.name} was changed")
+        release(tensor)
+        done += tensor.nbytes
+        progress(before + done)
+    return done

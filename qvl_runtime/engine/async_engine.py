@@ -1,0 +1,229 @@
+"""The engine for programs that wait for many things at once: the model in a thread of its own, `async for` outside.
+
+async with AsyncEngine(Engine("Qwen/Qwen-VL-Chat-Int4")) as engine:
+    async for piece in engine.stream("Hello"):
+        print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from qvl_runtime.engine.engine import Encoded, Engine
+from qvl_runtime.errors import CapacityError, PromptError, QVLError
+from qvl_runtime.prompt.chatml import Prompt
+from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
+from qvl_runtime.schedule.request import Request
+
+Item: TypeAlias = "StreamPiece | BaseException"
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """One `async for`: what the worker has sent it and what it has taken, counted on either side of the thread."""
+
+    home: asyncio.AbstractEventLoop
+    items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
+    request: Request | None = None  # the worker's
+    sent: int = 0  # the worker's
+    taken: int = 0  # the reader's
+
+
+class AsyncEngine:
+    """Answers any number of requests for one event loop. While it is open, the engine itself is the worker's alone.
+
+    Back-pressure comes in two ways. Beyond `max_pending` requests a new one waits for its turn, or is refused with
+    `wait=False`; and a request whose reader is `max_unread` pieces behind is held until the reader catches up.
+    """
+
+    def __init__(self, engine: Engine, max_pending: int = 256, max_unread: int = 64) -> None:
+        self.engine, self.max_pending, self.max_unread = engine, max_pending, max_unread
+        self._places = asyncio.Semaphore(max_pending)
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._readers: set[Reader] = set()  # the worker's
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, name="qvl-model", daemon=True)
+        self._worker.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a new request would have to wait for a place."""
+        return self._places.locked()
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True
+    ) -> AsyncGenerator[StreamPiece, None]:
+        """Answer one prompt piece by piece, as `Engine.stream` does. Closing the iterator frees all it holds.
+
+        Raises what `Engine.stream` raises, and `CapacityError` where there is no place and `wait` is off.
+        """
+        if params is not None and params.n != 1:
+            raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
+        async with aclosing(self._items(prompt, params, wait, streamed=True)) as items:
+            async for piece in items:
+                yield piece
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True) -> Completion:
+        """Answer one prompt; with n > 1 the further answers are in `alternatives`. Cancelling the task cancels it."""
+        completion = None
+        async with aclosing(self._items(prompt, params, wait, streamed=False)) as items:
+            async for piece in items:
+                completion = piece.completion
+        if completion is None:
+            raise RuntimeError("an answer ended without a completion")
+        return completion
+
+    async def generate_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[Completion | BaseException]:
+        """Answer several prompts together, in order; one that fails gives its error and stops no other."""
+        return await asyncio.gather(*(self.generate(p, params) for p in prompts), return_exceptions=True)
+
+    async def report(self) -> dict[str, Any]:
+        """`Engine.report`, asked between two steps."""
+        home = asyncio.get_running_loop()
+        answer: asyncio.Future[dict[str, Any]] = home.create_future()
+
+        def ask() -> None:
+            try:
+                said = self.engine.report()
+            except Exception as error:
+                home.call_soon_threadsafe(refuse, answer, error)
+            else:
+                home.call_soon_threadsafe(resolve, answer, said)
+
+        self._order(ask)
+        return await answer
+
+    async def close(self) -> None:
+        """End the worker; requests that are not done end with an error. The engine may be used directly again."""
+        if not self._closed:
+            self._closed = True
+            self._orders.put(lambda: None)
+            await asyncio.to_thread(self._worker.join)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # --- the reader's side -------------------------------------------------------------------------------------------
+
+    async def _items(
+        self, prompt: Prompt, params: SamplingParams | None, wait: bool, streamed: bool
+    ) -> AsyncGenerator[StreamPiece, None]:
+        if self.busy and not wait:
+            raise CapacityError(f"{self.max_pending} requests are under way, which is the limit: try again later")
+        async with self._places:
+            encoded = await asyncio.to_thread(self.engine.encode, prompt)  # pictures are decoded beside the model
+            reader = Reader(asyncio.get_running_loop())
+            self._order(lambda: self._begin(reader, encoded, params, streamed))
+            try:
+                while True:
+                    item = await reader.items.get()
+                    reader.taken += 1
+                    if isinstance(item, BaseException):
+                        raise item
+                    if reader.request is not None and reader.request.held and not self._closed:
+                        self._order(lambda: None)  # the worker looks again who may go on
+                    yield item
+                    if item.completion is not None:
+                        return
+            finally:
+                if not self._closed:
+                    self._order(lambda: self._end(reader))
+
+    def _order(self, order: Callable[[], None]) -> None:
+        """Have the worker do something before its next step. Only the event loop's thread orders, and closes."""
+        if self._closed:
+            raise QVLError("the engine is closed: make another AsyncEngine")
+        self._orders.put(order)
+
+    # --- the worker's side -------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        idle = True
+        while True:
+            self._carry_out(wait=idle)
+            if self._closed:
+                break
+            for reader in self._readers:
+                if reader.request is not None:
+                    reader.request.held = reader.sent - reader.taken > self.max_unread
+            try:
+                idle = not self.engine.loop.step()
+            except Exception as error:  # whatever it is, it goes to everyone who waits for this step
+                self._fail(error)
+            self._deliver()
+        self._carry_out(wait=False)  # what was ordered just before the end
+        self._fail(QVLError("the engine was closed before the answer was whole"))
+
+    def _carry_out(self, wait: bool) -> None:
+        """Do what was ordered; with `wait`, sleep until there is an order or a deadline may have passed."""
+        try:
+            if wait:
+                self._orders.get(timeout=0.05 if self._readers else None)()
+            while True:
+                self._orders.get_nowait()()
+        except queue.Empty:
+            pass
+
+    def _begin(self, reader: Reader, encoded: Encoded, params: SamplingParams | None, streamed: bool) -> None:
+        try:
+            reader.request = self.engine.submit(encoded, params, streamed)
+        except Exception as error:  # whatever it is, it is its reader's: the worker lives on
+            self._send(reader, [error])
+        else:
+            self._readers.add(reader)
+
+    def _end(self, reader: Reader) -> None:
+        self._readers.discard(reader)
+        if reader.request is not None:
+            self.engine.loop.cancel(reader.request)
+
+    def _deliver(self) -> None:
+        """Send every reader what its request has made; one whose request is done is done as well."""
+        for reader in list(self._readers):
+            if (request := reader.request) is None:
+                continue
+            pieces: list[Item] = list(request.pieces)
+            request.pieces.clear()
+            if request.done and not request.streamed:
+                pieces.append(StreamPiece("", (), request.completion()))
+            if pieces:
+                self._send(reader, pieces)
+            if request.done:
+                self._readers.discard(reader)
+
+    def _fail(self, error: BaseException) -> None:
+        for reader in list(self._readers):
+            self._end(reader)
+            self._send(reader, [error])
+
+    def _send(self, reader: Reader, items: list[Item]) -> None:
+        def put() -> None:
+            for item in items:
+                reader.items.put_nowait(item)
+
+        reader.sent += len(items)
+        if not reader.home.is_closed():
+            reader.home.call_soon_threadsafe(put)
+
+
+def resolve(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> None:
+    """Answer a future whose asker may have gone."""
+    if not future.done():
+        future.set_result(value)
+
+
+def refuse(future: asyncio.Future[dict[str, Any]], error: Exception) -> None:
+    """Fail a future whose asker may have gone."""
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,1 @@
+"""What the tensors of a checkpoint file mean: their names and shapes, GPTQ packing, quantization grids."""

@@ -1,0 +1,213 @@
+"""GPTQ linears as AutoGPTQ stores them: the record that kernels take, packing, and round-to-nearest quantisation.
+
+With `p = 32 / bits` values a word, value `i` of a column sits in word `i // p`, lowest bits first, and the weight is
+
+    w[o, i] = scales[g, o] * (q[i, o] - (zeros[g, o] + zero_offset)),   g = g_idx[i] or i // group_size
+
+where `zero_offset` is 1 for the v1 format (zero points are stored minus one) and 0 for v2. A stored 15 of v1 int4 is
+zero point 16: AutoGPTQ's modules disagree there (`qlinear_cuda_old` wraps it to 0, `qlinear_cuda` does not), symmetric
+checkpoints never hold it, and the reading without a wrap is the one that continues 14 -> 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.formats.grid import Grid, grid_between
+from qvl_runtime.formats.layout import decoder_linears
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that what is made on the way stays in a core's cache
+OUTPUTS_AT_ONCE = 256  # that are compared with their floats together: 11 MB of those for the widest linear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GPTQLinear:
+    """One packed linear, with `in` inputs, `out` outputs and `G` groups of inputs."""
+
+    qweight: Tensor  # int32 [in * bits / 32, out]
+    qzeros: Tensor  # int32 [G, out * bits / 32]
+    scales: Tensor  # float [G, out]
+    g_idx: Tensor | None  # int32 [in], the group of each input; None where equal groups follow one another
+    bias: Tensor | None  # [out]
+    bits: int
+    group_size: int  # inputs a group; `in` where the checkpoint says -1
+    zero_offset: int  # what to add to a stored zero point
+
+    @property
+    def in_features(self) -> int:
+        return int(self.qweight.shape[0]) * (32 // self.bits)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.qweight.shape[1])
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> GPTQLinear:
+        """Gather the tensors of linear `name` from a loaded state, which holds them in checked shapes.
+
+        Raises `CheckpointError` where `g_idx` points outside the groups, or is a permutation although `desc_act` is
+        false: AutoGPTQ would then ignore it, so that either the one or the other is wrong.
+        """
+        import torch
+
+        qweight, scales = state[f"{name}.qweight"], state[f"{name}.scales"]
+        in_features = qweight.shape[0] * (32 // quantization.bits)
+        group_size = in_features if quantization.group_size == -1 else quantization.group_size
+        in_order = _groups_in_order(in_features, group_size, qweight.device)
+        g_idx = state.get(f"{name}.g_idx", in_order)
+        ordered = torch.equal(g_idx, in_order)
+        if not ordered:
+            _check_g_idx(g_idx, name, group_size, scales.shape[0], quantization.desc_act)
+        return cls(
+            qweight=qweight,
+            qzeros=state[f"{name}.qzeros"],
+            scales=scales,
+            g_idx=None if ordered and in_features % group_size == 0 else g_idx,
+            bias=state.get(f"{name}.bias"),
+            bits=quantization.bits,
+            group_size=group_size,
+            zero_offset=quantization.zero_offset,
+        )
+
+    def beside(self, other: GPTQLinear) -> GPTQLinear | None:
+        """Both as one linear, the outputs of `other` after its own; None where they group their inputs differently."""
+        import torch
+
+        ours, theirs = self.g_idx, other.g_idx
+        same = ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
+        alike = (self.bits, self.group_size, self.zero_offset) == (other.bits, other.group_size, other.zero_offset)
+        if not (same and alike and (self.bias is None) == (other.bias is None)):
+            return None
+        pairs = ((self.qweight, other.qweight), (self.qzeros, other.qzeros), (self.scales, other.scales))
+        qweight, qzeros, scales = (torch.cat(pair, 1) for pair in pairs)
+        bias = torch.cat([self.bias, other.bias]) if self.bias is not None and other.bias is not None else None
+        return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
+
+    def outputs(self, first: int, end: int) -> GPTQLinear:
+        """Outputs first to end alone, both multiples of the values of a word (or the last)."""
+        per_word = 32 // self.bits
+        words, bias = slice(first // per_word, -(-end // per_word)), self.bias
+        return replace(
+            self, qweight=self.qweight[:, first:end], qzeros=self.qzeros[:, words], scales=self.scales[:, first:end],
+            bias=None if bias is None else bias[first:end],
+        )  # fmt: skip
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""
+        import torch
+
+        g_idx, bias = self.g_idx, self.bias
+        if g_idx is None:
+            g_idx = _groups_in_order(self.in_features, self.group_size, self.qweight.device)
+        if bias is None:
+            bias = torch.zeros(self.out_features, device=self.qweight.device)
+        published = {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales, "g_idx": g_idx}
+        return {f"{name}.{key}": value for key, value in (published | {"bias": bias.to(torch.float16)}).items()}
+
+
+def pack_linear(
+    levels: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int,
+    group_size: int, zero_offset: int,
+) -> GPTQLinear:  # fmt: skip
+    """A linear of unpacked whole numbers: levels [in, out]; scales and zero points [G, out], said as they are."""
+    import torch
+
+    from qvl_kernels.reference import pack_rows
+
+    return GPTQLinear(
+        qweight=pack_rows(levels, bits),
+        qzeros=pack_rows((zeros - zero_offset).t(), bits).t().contiguous(),
+        scales=scales.to(torch.float16).contiguous(),
+        g_idx=g_idx,
+        bias=bias,
+        bits=bits,
+        group_size=group_size,
+        zero_offset=zero_offset,
+    )
+
+
+def quantize_rtn(
+    weight: Tensor, bits: int, group_size: int, sym: bool, *, bias: Tensor | None = None, zero_offset: int = 1
+) -> GPTQLinear:
+    """Round a weight [out, in] to the nearest point of its group's grid, which is at most half a scale away.
+
+    `weights.grid` says which grid that is. Beside the result it takes a byte a weight.
+    """
+    import torch
+
+    out_features, in_features = weight.shape
+    group_size = in_features if group_size == -1 else group_size
+    rows = max(1, FLOATS_AT_ONCE // in_features)
+    ranges = []
+    for part in torch.split(weight, rows):
+        grouped = _grouped(part, group_size)
+        ranges.append((grouped.amin(dim=2), grouped.amax(dim=2)))  # torch.aminmax takes eight times as long
+    low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    if not (high - low).sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes the sum one
+        raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantised")
+    grid = grid_between(low, high, bits, sym, zero_offset)
+    levels = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    for start, part in enumerate(torch.split(weight, rows)):
+        own, grouped = slice(start * rows, (start + 1) * rows), _grouped(part, group_size)
+        Grid(grid.scales[own].unsqueeze(2), grid.zeros[own].unsqueeze(2), grid.top).levels(grouped, out=grouped)
+        levels[own] = grouped.view(len(part), -1)[:, :in_features].to(torch.int16)  # to bytes at once is slower
+    return pack_linear(
+        levels.t(), grid.scales.t(), grid.zeros.t(),
+        _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
+        bias, bits, group_size, zero_offset,
+    )  # fmt: skip
+
+
+def _grouped(weight: Tensor, group_size: int) -> Tensor:
+    """A float32 copy [out, groups, group size] of a weight [out, in], zeros in what the last group lacks."""
+    import torch
+
+    floats = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if missing := -weight.shape[1] % group_size:
+        floats = torch.nn.functional.pad(floats, (0, missing))
+    return floats.view(len(weight), -1, group_size)
+
+
+def quantize_state(
+    state: Mapping[str, Tensor], config: ModelConfig, quantization: QuantizationConfig
+) -> dict[str, Tensor]:
+    """Round the five linears of each block to nearest, in the published layout; all other weights become float16."""
+    import torch
+
+    linears = decoder_linears(config)
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, kind = name.rpartition(".")
+        if prefix not in linears:
+            packed[name] = tensor.to(torch.float16)
+        elif kind == "weight":
+            bits, group_size, offset = quantization.bits, quantization.group_size, quantization.zero_offset
+            bias = state.get(f"{prefix}.bias")
+            linear = quantize_rtn(tensor, bits, group_size, quantization.sym, bias=bias, zero_offset=offset)
+            packed |= linear.tensors(prefix)
+    return packed
+
+
+def _groups_in_order(in_features: int, group_size: int, device: torch.device) -> Tensor:
+    import torch
+
+    return torch.arange(in_features, dtype=torch.int32, device=device) // group_size
+
+
+def _check_g_idx(g_idx: Tensor, name: str, group_size: int, groups: int, desc_act: bool) -> None:
+    if not desc_act:
+        raise CheckpointError(
+            f"{name}.g_idx is not in order although desc_act is false; expected i // {group_size}: "
+            "set desc_act to true in the quantisation config if the checkpoint was made with act-order"
+        )
+    low, high = int(g_idx.min()), int(g_idx.max())
+    if low < 0 or high >= groups:
+        raise CheckpointError(f"{name}.g_idx runs from {low} to {high}; expected groups 0 to {groups - 1}")

@@ -1,0 +1,1 @@
+"""GPTQ quantization of a float checkpoint, one decoder block at a time."""

@@ -1,0 +1,123 @@
+"""Conversations to what a quantiser calibrates on: tokens, pictures, and the residual stream before block 0."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvl_kernels import ops_for
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.errors import ConfigError, ImageError, PromptError
+from qvl_runtime.model.linear import Maker
+from qvl_runtime.model.vision import VisualTower
+from qvl_runtime.prompt.conversations import Conversation, conversation_segment, read_conversations
+from qvl_runtime.prompt.images import ImageLimits, Picture, load_image, to_pixels
+from qvl_runtime.prompt.tokenizer import Tokenizer
+from qvl_runtime.quantize.sample_conversations import sample_conversations
+from qvl_runtime.weights.checkpoint import Checkpoint
+
+HELD_OUT = 8  # one conversation in so many is not calibrated on but measured
+PICTURES_AT_ONCE = 4
+
+
+class Sample(NamedTuple):
+    """One conversation as the model reads it."""
+
+    token_ids: list[int]
+    pictures: list[tuple[int, Picture]]  # with the index of the first pad id
+
+
+class Calibration(NamedTuple):
+    """What is calibrated on, those held out last."""
+
+    samples: list[Sample]
+    held_out: int  # samples
+    shortened: int  # samples that were cut to the length that was asked for
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sample.token_ids) for sample in self.samples]
+
+    def digest(self) -> str:
+        """SHA-256 of all tokens and pictures."""
+        total = hashlib.sha256()
+        for sample in self.samples:
+            total.update(repr((sample.token_ids, [(at, p.digest) for at, p in sample.pictures])).encode())
+        return total.hexdigest()
+
+
+def read_calibration(
+    config: ModelConfig, folder: Path, file: Path | None, count: int, max_tokens: int, limits: ImageLimits | None = None
+) -> Calibration:
+    """Draw `count` conversations of a fine-tuning file, or take those that come with the package, and tokenise them.
+
+    `folder` holds the checkpoint with its vocabulary. Conversations over `max_tokens` are cut, never inside a picture.
+    Raises `PromptError` or `ImageError` that names the record, and `ConfigError` for fewer than two conversations.
+    """
+    tokenizer = Tokenizer.from_folder(folder, config.visual.n_queries, config.visual.image_start_id)
+    found = sample_conversations(count) if file is None else read_conversations(file)
+    drawn = random.Random(0).sample(found, min(count, len(found)))
+    if len(drawn) < 2:
+        raise ConfigError(f"there are {len(drawn)} conversations to calibrate on; expected 2, better 64 or more")
+    samples, shortened = [], 0
+    for conversation in drawn:
+        sample, whole = _read(config, tokenizer, conversation, max_tokens, limits)
+        samples.append(sample)
+        shortened += not whole
+    return Calibration(samples, -(-len(samples) // HELD_OUT), shortened)
+
+
+@torch.inference_mode()
+def embed(config: ModelConfig, checkpoint: Checkpoint, calibration: Calibration, x: Tensor) -> None:
+    """Fill x [n, D], on its device and in its dtype, with what block 0 gets: embeddings and picture features."""
+    ids = torch.tensor([token for sample in calibration.samples for token in sample.token_ids])
+    x.copy_(F.embedding(ids, checkpoint.tensor("transformer.wte.weight")))
+    places, pictures, start = [], [], 0
+    for sample in calibration.samples:
+        places += [start + at for at, _ in sample.pictures]
+        pictures += [picture for _, picture in sample.pictures]
+        start += len(sample.token_ids)
+    if not pictures:
+        return
+    prefix = "transformer.visual."
+    state = {name: checkpoint.tensor(name).to(x) for name in checkpoint.names if name.startswith(prefix)}
+    tower = VisualTower(config.visual, Maker(ops_for(x.device), state, "exact", {}))
+    for first in range(0, len(pictures), PICTURES_AT_ONCE):
+        batch = pictures[first : first + PICTURES_AT_ONCE]
+        pixels = torch.cat([to_pixels(picture.rgb[None]) for picture in batch]).to(x.device)
+        for place, features in zip(places[first:], tower.forward(pixels), strict=False):
+            x[place : place + len(features)] = features
+
+
+def _read(
+    config: ModelConfig, tokenizer: Tokenizer, conversation: Conversation, max_tokens: int, limits: ImageLimits | None
+) -> tuple[Sample, bool]:
+    segment = conversation_segment(tokenizer, conversation)
+    end = _cut([slot.start for slot in segment.slots], config.visual.n_queries, len(segment), max_tokens)
+    pictures = []
+    for number, slot in enumerate(segment.slots, start=1):
+        if slot.start < end:
+            try:
+                picture = load_image(slot.source, config.visual.image_size, limits, name=f"picture {number}")
+            except ImageError as error:
+                raise PromptError(f"{conversation.where}: {error}") from error
+            pictures.append((slot.start, picture))
+    return Sample(segment.ids[:end], pictures), end == len(segment)
+
+
+def _cut(starts: Sequence[int], span: int, length: int, limit: int) -> int:
+    """How many of `length` tokens to keep: `limit`, or fewer, so that no span of pads beginning at `starts` is cut."""
+    if length <= limit:
+        return length
+    last = bisect_right(starts, limit) - 1
+    if last >= 0 and limit <= starts[last] + span:
+        return starts[last] - 1  # its <img> goes, too
+    return limit

@@ -1,0 +1,196 @@
+"""What is asked of a request and what comes back: sampling parameters, pieces of a stream, the completion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from qvl_runtime.errors import PromptError, SamplingError
+from qvl_runtime.prompt.boxes import Box
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qvl_runtime.config.model import GenerationDefaults
+    from qvl_runtime.prompt.images import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop. None means: as the checkpoint's generation_config.json says.
+
+    temperature 0 is greedy. top_k 0 is off. `n` answers share one prefill; answer i is sampled with seed + i. `stop`
+    strings are not part of the text. `logprobs` asks for that many alternatives beside each token. A seed gives the
+    same answer whatever else runs. Requests with different `cache_salt` share nothing that was cached of their prompts,
+    so that timing does not tell one tenant what another has asked.
+    """
+
+    max_tokens: int | None = None  # of the answer
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float = 0.0  # drop tokens less likely than this share of the likeliest
+    repetition_penalty: float | None = None
+    seed: int | None = None  # None: from the system's entropy
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    ignore_eos: bool = False  # go on to max_tokens, for profiling
+    timeout_s: float | None = None  # from submission; then the answer ends as it stands, with reason "deadline"
+    cache_salt: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        self._check_types()
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        _check("temperature", self.temperature, _none_or(self.temperature, 0, math.inf), "0 (greedy) or more")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1")
+        _check("top_k", self.top_k, _none_or(self.top_k, 0, math.inf), "0 (off) or more")
+        _check("min_p", self.min_p, _none_or(self.min_p, 0, 1), "0 (off) to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, penalty is None or 0 < penalty < math.inf, "more than 0; 1 is off")
+        _check("seed", self.seed, _none_or(self.seed, 0, 2**63 - 1), "0 or more")
+        _check("n", self.n, self.n >= 1, "at least 1")
+        _check("logprobs", self.logprobs, _none_or(self.logprobs, 0, 100), "0 to 100 alternatives")
+        timeout = self.timeout_s
+        _check("timeout_s", timeout, timeout is None or 0 < timeout < math.inf, "a number of seconds above 0")
+        _check("stop", self.stop, all(self.stop), "strings of at least one character")
+
+    def _check_types(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "n", "logprobs"):
+            value = getattr(self, name)
+            _check(name, value, (value is None and name != "n") or _is_whole(value), "a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "timeout_s"):
+            value = getattr(self, name)
+            _check(name, value, (value is None and name != "min_p") or _is_number(value), "a number")
+        texts = isinstance(self.stop, (tuple, list)) and all(isinstance(text, str) for text in self.stop)
+        _check("stop", self.stop, texts, "strings")
+        ids = isinstance(self.stop_token_ids, (tuple, list)) and all(map(_is_whole, self.stop_token_ids))
+        _check("stop_token_ids", self.stop_token_ids, ids, "whole numbers")
+        bias = self.logit_bias
+        known = isinstance(bias, Mapping) and all(map(_is_whole, bias)) and all(map(_is_number, bias.values()))
+        _check("logit_bias", bias, known and all(v < math.inf for v in bias.values()), "token ids to finite numbers")
+
+    def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
+        """The same with every None filled in from generation_config.json; seed stays as it is."""
+        greedy = not defaults.do_sample
+        return replace(
+            self,
+            max_tokens=defaults.max_new_tokens if self.max_tokens is None else self.max_tokens,
+            temperature=(0.0 if greedy else defaults.temperature) if self.temperature is None else self.temperature,
+            top_p=(1.0 if greedy else defaults.top_p) if self.top_p is None else self.top_p,
+            top_k=(0 if greedy else defaults.top_k) if self.top_k is None else self.top_k,
+            repetition_penalty=(
+                defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
+            ),
+        )
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithm of a token's probability under the model's own distribution, before penalties and cuts."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens with theirs, where asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int  # of the prompt: rows that pictures take
+    images: int
+    cached_tokens: int = 0  # of the prompt: found in the prefix cache
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds on the wall clock."""
+
+    picture_s: float  # reading, decoding and resizing pictures, and the tokens of the prompt
+    vision_s: float  # the visual tower; 0 where features were cached
+    prefill_s: float
+    decode_s: float  # from the first token to the last
+    prompt_tokens: int  # of the prompt that were computed, not found in the cache
+    decoded_tokens: int  # tokens after the first
+    queue_s: float = 0.0  # from submission to the first step
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token."""
+        return self.picture_s + self.queue_s + self.vision_s + self.prefill_s
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.decoded_tokens / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. `token_ids` holds the stop id that ended it, if one did; `text` does not show it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop": a stop id or string; "length": max_tokens or the end of the context; "deadline"
+    usage: Usage
+    timings: Timings
+    boxes: tuple[Box, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    alternatives: tuple[Completion, ...] = ()  # the other answers, where n > 1
+
+    def draw(self, image_index: int | None = None) -> Image.Image:
+        """The picture with this answer's boxes drawn on it; the last of several unless `image_index` says which."""
+        from qvl_runtime.prompt.drawing import draw_boxes
+
+        if not self.pictures:
+            raise PromptError("there is no picture to draw on: the prompt had none")
+        index = len(self.pictures) - 1 if image_index is None else image_index
+        if not 0 <= index < len(self.pictures):
+            raise PromptError(f"image_index is {index}; the prompt had {len(self.pictures)} pictures, counted from 0")
+        mine = [box for box in self.boxes if box.image_index in (None, index)]
+        return draw_boxes(self.pictures[index].original, mine)
+
+    @cached_property
+    def answers(self) -> tuple[Completion, ...]:
+        """This answer and its alternatives: n of them."""
+        return (self, *self.alternatives)
+
+
+class StreamPiece(NamedTuple):
+    """The next part of an answer; the last piece carries the completion."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    completion: Completion | None = None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _none_or(value: float | None, low: float, high: float) -> bool:
+    return value is None or (low <= value <= high and not math.isinf(value))
+
+
+def _check(name: str, value: object, valid: bool, wanted: str) -> None:
+    if not valid:
+        raise SamplingError(f"{name} is {value!r}; expected {wanted}")

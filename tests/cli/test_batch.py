@@ -1,0 +1,119 @@
+"""`qvl batch`: order, errors as lines, going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.cli.app import app
+from qvl_runtime.cli.batch import resume_at, run_batch
+from qvl_runtime.cli.options import ModelOptions
+from qvl_runtime.errors import PromptError
+from tests.fakes import make_picture
+
+pytestmark = pytest.mark.cpu
+PARAMS = SamplingParams(max_tokens=6, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(dtype="float32", max_running=4)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Eight records: long and short, with and without pictures, one that is no JSON and two that are refused."""
+    picture = str(make_picture(tmp_path / "dog.png"))
+    records: list[Any] = [
+        {"id": "long", "prompt": "Describe it", "images": [picture], "params": {"max_tokens": 40, "ignore_eos": True}},
+        {"id": "short", "prompt": "Hello", "params": {"max_tokens": 1}},
+        "not json",
+        {"id": "gone", "prompt": "What is this?", "images": ["no/such.png"]},
+        {"messages": [{"role": "user", "content": "Hello!"}]},
+        {"id": 7, "raw": f"<img>{picture}</img>Describe", "params": {"n": 2, "temperature": 1.0, "seed": 1}},
+        {"id": "odd", "prompt": "Hello", "params": {"max_tokns": 1}},
+        {"id": "last", "prompt": "Hello", "params": {"stop": ["e"]}},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_come_in_order_and_errors_are_lines(engine: Engine, source: Path) -> None:
+    target = source.with_name("out.jsonl")
+    *_, last = run_batch(engine, source, target, PARAMS)
+    said = answers(target)
+    assert [line["index"] for line in said] == list(range(8))
+    assert [line["id"] for line in said] == ["long", "short", None, "gone", None, 7, "odd", "last"]
+    assert [i for i, line in enumerate(said) if "error" in line] == [2, 3, 6]
+    assert "no/such.png" in said[3]["error"] and "max_tokns" in said[6]["error"]
+    assert (last.done, last.errors) == (8, 3)
+    assert (said[0]["usage"]["completion_tokens"], said[1]["usage"]["completion_tokens"]) == (40, 1)
+    assert len(said[5]["alternatives"]) == 1
+    greeting = engine.chat([{"role": "user", "content": "Hello!"}], PARAMS)
+    assert said[4]["text"] == greeting.text
+
+
+def test_a_stopped_run_goes_on_where_it_was(engine: Engine, source: Path) -> None:
+    whole, target = source.with_name("whole.jsonl"), source.with_name("out.jsonl")
+    list(run_batch(engine, source, whole, PARAMS))
+    for stop in (1, 3, 6):
+        target.unlink(missing_ok=True)
+        running = run_batch(engine, source, target, PARAMS)
+        while next(running).done < stop:
+            pass
+        running.close()  # type: ignore[attr-defined]
+        with target.open("a") as file:
+            file.write('{"index": 99, "tex')  # cut off in the middle of a line
+        first, *_ = run_batch(engine, source, target, PARAMS)
+        assert first.done == stop + 1
+        for mine, expected in zip(answers(target), answers(whole), strict=True):
+            mine.get("usage", {}).pop("cached_tokens", 0), expected.get("usage", {}).pop("cached_tokens", 0)
+            assert mine == expected
+    assert list(run_batch(engine, source, target, PARAMS)) == []
+    pool = engine.loop.runner.cache.pool
+    assert pool.available == pool.num_blocks
+
+
+def test_answers_to_something_else_are_not_touched(engine: Engine, source: Path) -> None:
+    target = source.with_name("other.jsonl")
+    target.write_text('{"index": 0, "id": "another", "text": ""}\n')
+    with pytest.raises(PromptError, match=r"line 1 of .*other\.jsonl does not answer .*in\.jsonl"):
+        list(run_batch(engine, source, target, PARAMS))
+    assert "another" in target.read_text()
+
+
+def qvl(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"NO_COLOR": "1", "COLUMNS": "100"})
+
+
+def test_the_command(engine: Engine, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelOptions, "open", lambda self: engine)
+    target = source.with_name("out.jsonl")
+    result = qvl("batch", source, target, "--temperature", 0, "--max-tokens", 4)
+    assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+    assert "8 answers in" in result.stderr and "3 of them errors" in result.stderr
+    assert "8 of 8 are answered already" in qvl("batch", source, target).stderr
+    missing = qvl("batch", source.with_name("none.jsonl"), target)
+    assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
+
+
+def test_what_is_no_file_of_answers_is_left_as_it_is(tmp_path: Path) -> None:
+    requests = tmp_path / "in.jsonl"
+    requests.write_text('{"prompt": "Hello!"}')  # no newline at its end
+    with pytest.raises(PromptError, match="holds the requests"):
+        resume_at(requests, requests)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("keep me")
+    with pytest.raises(PromptError, match="no answer of a batch"):
+        resume_at(requests, notes)
+    assert requests.read_text() == '{"prompt": "Hello!"}' and notes.read_text() == "keep me"

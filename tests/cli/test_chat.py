@@ -1,0 +1,132 @@
+"""`qvl chat` around a fake engine: through a pipe, and at a terminal of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from qvl_runtime.cli.options import ModelOptions
+from tests.fakes import BOXED, FakeEngine, make_picture, qvl, start
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    engine = FakeEngine()
+    monkeypatch.setattr(ModelOptions, "open", lambda self: engine)
+    return engine
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    return str(make_picture(tmp_path / "dog.png"))
+
+
+def test_chat_through_a_pipe(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jpg"
+    first = ["Hello", "", f"/image '{picture}'", "Box the dog", f"/draw {out}", "And now?"]
+    lines = [*first, "/reset", " /etc", "/quit", "never sent"]
+    result = qvl("chat", "--system", "Be brief.", stdin="\n".join(lines))
+    assert result.exit_code == 0
+    assert result.stdout == f"you said Hello\n{BOXED}\nyou said And now?\nyou said /etc\n"
+    assert out.stat().st_size > 0
+    histories = [[message["role"] for message in messages] for messages, _ in engine.asked]
+    assert histories == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user", "assistant", "user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    assert engine.asked[2][0][3] == {
+        "role": "user",
+        "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Box the dog"}],
+    }
+    assert engine.asked[2][0][4] == {"role": "assistant", "content": BOXED}
+
+
+def test_chat_ends_with_its_input_and_shows_pictures_given_up_front(engine: FakeEngine, picture: str) -> None:
+    assert qvl("chat", "--image", picture, stdin="Look").exit_code == 0
+    assert engine.asked[0][0][0]["content"][0] == {"type": "image", "image": picture}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/image", "error: /image needs a file or an address"),
+        ("/image no/such.png", "error: there is no file no/such.png"),
+        ("/draw out.png", "error: there is no answer to draw yet"),
+        ("/draw", "error: /draw needs the file to write"),
+        ("/imgae x", "error: no command /imgae; /help lists them"),
+    ],
+)
+def test_chat_through_a_pipe_stops_at_an_error(engine: FakeEngine, line: str, said: str) -> None:
+    result = qvl("chat", stdin=f"{line}\nHello\n")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(said)
+
+
+def test_chat_ctrl_c_through_a_pipe_ends_with_130() -> None:
+    process = start("pause_s=0.05, words=10_000", "chat")
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("count\n")
+    process.stdin.flush()
+    process.stdout.read(12)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def own_terminal() -> None:
+    """In the child: standard input becomes the controlling terminal, so that typing Ctrl-C sends SIGINT."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_chat_at_a_terminal_survives_ctrl_c_and_errors_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    terminal, inside = pty.openpty()
+    before = termios.tcgetattr(inside)
+    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    process = start("pause_s=0.01, words=1_000", "chat", **streams, preexec_fn=own_terminal)
+    seen = ""
+
+    def read_until(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 30
+        while text not in seen:
+            assert time.monotonic() < deadline, f"{text!r} did not come; seen: {seen!r}"
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096).decode()
+        seen = seen.split(text, 1)[1]
+
+    def type_in(text: str) -> None:
+        os.write(terminal, text.encode())
+
+    read_until("you> ")
+    type_in("/image no/such.png\n")
+    read_until("error: there is no file no/such.png")
+    read_until("you> ")
+    type_in("count\n")
+    read_until("word3 ")
+    type_in("\x03")
+    read_until("stopped")
+    read_until("you> ")
+    time.sleep(1)  # Python's readline does not notice a signal between showing its prompt and waiting for a key
+    type_in("\x03")
+    read_until("Ctrl-C again or Ctrl-D leaves")
+    read_until("you> ")
+    type_in("\x04")
+    assert process.wait(timeout=30) == 0
+    assert termios.tcgetattr(inside) == before
+    os.close(inside)
+    os.close(terminal)

@@ -1,0 +1,55 @@
+"""Work that is done ahead comes in order, a few items at most, and leaves torch's threads as they were."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+
+from qvl_runtime.convert.prefetch import MOST, ahead
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def cores() -> Iterator[int]:
+    """Torch believes in three of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_made_on_one_core_each(cores: int) -> None:
+    def make(item: int) -> tuple[int, int]:
+        time.sleep(0.01 * (item % 3))  # the third is ready before the second
+        return item * item, torch.get_num_threads()
+
+    with closing(ahead(range(10), make)) as made:
+        assert list(made) == [(item, (item * item, 1)) for item in range(10)]
+    assert torch.get_num_threads() == cores
+
+
+def test_no_more_is_made_than_may_wait(cores: int) -> None:
+    started: list[int] = []
+    with closing(ahead(range(100), started.append)) as made:
+        for item, _ in made:
+            assert len(started) <= item + 1 + min(cores, MOST)
+            if item == 5:
+                break
+    assert len(started) <= 6 + min(cores, MOST) and torch.get_num_threads() == cores
+
+
+def test_what_fails_is_raised_in_its_turn(cores: int) -> None:
+    seen = []
+    with pytest.raises(ZeroDivisionError), closing(ahead([2, 1, 0, 3], lambda item: 6 // item)) as made:
+        for _, result in made:
+            seen.append(result)
+    assert seen == [3, 6] and torch.get_num_threads() == cores
+
+
+def test_nothing_to_do() -> None:
+    assert list(ahead([], str)) == []

@@ -1,0 +1,40 @@
+"""Checkpoints to convert: GPTQ of every kind, made of a random state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.formats.gptq import quantize_state
+from qvl_runtime.weights.save import quantized_config
+
+GPTQ = {
+    "int4": QuantizationConfig(4, 64),
+    "int4 asymmetric": QuantizationConfig(4, 64, sym=False),
+    "int4 one group": QuantizationConfig(4, -1),
+    "int4 act-order": QuantizationConfig(4, 64, desc_act=True),
+    "int4 act-order asymmetric": QuantizationConfig(4, 32, desc_act=True, sym=False),
+    "int8 v2": QuantizationConfig(8, 32, sym=False, checkpoint_format="gptq_v2"),
+}
+
+
+def gptq(raw: dict[str, Any], state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The state rounded as `GPTQ[name]` says; act-order deals the inputs of each linear to groups at random."""
+    kind = GPTQ[name]
+    packed = quantize_state(state, ModelConfig.from_dict(raw), kind)
+    if kind.desc_act:
+        generator = torch.Generator().manual_seed(1)
+        for key in [key for key in packed if key.endswith(".g_idx")]:
+            packed[key] = packed[key][torch.randperm(len(packed[key]), generator=generator)]
+    raw.update(quantized_config(raw, kind))
+    return packed
+
+
+def same_files(one: Path, other: Path) -> None:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -1,0 +1,48 @@
+"""Tensors that ops give on a CPU: what they are, and that the place of one fits the next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qvl_kernels.cpu.memory import LARGE, LINE, empty, empty_like
+from qvl_kernels.cpu.replay import Arena, Recording
+from tests.kernels.conftest import AVAILABLE
+
+pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (7, 5), (333, 1001), (2, LARGE // 4), (3, 1, 12345)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_tensor_is_as_asked_aligned_and_its_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    first, second = empty(shape, dtype).fill_(1), empty(shape, dtype).fill_(2)
+    assert first.shape == shape and first.dtype == dtype and first.is_contiguous()
+    assert first.numel() == 0 or first.data_ptr() % LINE == 0
+    assert bool((first == 1).all()) and bool((second == 2).all())
+
+
+def test_the_shape_of_another_is_taken_without_its_strides() -> None:
+    x = torch.zeros(300, 400).t()
+    assert empty_like(x).shape == (400, 300) and empty_like(x).is_contiguous()
+
+
+def test_a_place_that_was_left_is_taken_again() -> None:
+    """Between two that stay, as in a step; 100 KB, which glibc has in its heap."""
+    kept = [empty((100_000 + LINE,), torch.uint8) for _ in range(64)]
+    places = {tensor.data_ptr() for tensor in kept[1::2]}
+    del kept[1::2]
+    again = [empty((100_000 + LINE,), torch.uint8) for _ in range(32)]
+    assert len(places & {tensor.data_ptr() for tensor in again}) >= 24  # others may be in holes of before the test
+
+
+def test_a_recorded_step_keeps_what_it_wrote_to() -> None:
+    """Its calls name addresses: memory that went back to the heap would be another's at the replay."""
+    from qvl_kernels import cpu
+
+    x, weight = torch.randn(64, 512), torch.ones(512)
+    recording, output = Recording.of(lambda: cpu.rms_norm(cpu.rms_norm(x, weight, 1e-6), weight, 1e-6), Arena())
+    assert output.nbytes >= LARGE and recording.refused is None
+    expected = output.clone()
+    others = [empty_like(x).fill_(float(i)) for i in range(8)]
+    assert torch.equal(recording.replay(), expected)
+    assert all(bool((other == i).all()) for i, other in enumerate(others))
