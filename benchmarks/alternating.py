@@ -26,9 +26,12 @@ class Timing(NamedTuple):
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], wanted: int = 5, limit_s: float = 60.0, sample_s: float = 0.25,
+    calls: Mapping[str, Callable[[], object]],
+    wanted: int = 5,
+    limit_s: float = 60.0,
+    sample_s: float = 0.25,
     processes: tuple[int, ...] = (),
-) -> dict[str, Timing]:  # fmt: skip
+) -> dict[str, Timing]:
     """Time the calls in turns until each has `wanted` undisturbed samples, or `limit_s` is over.
 
     processes: ids whose work counts as ours, such as a peer's server.
@@ -66,9 +69,12 @@ def setting() -> dict[str, Any]:
     cpu = torch.device("cpu")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M"), "commit": git.stdout.strip(), "hardware": device_name(cpu),
-        "torch": torch.__version__, "ops": report(cpu)["ops"],
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": git.stdout.strip(),
+        "hardware": device_name(cpu),
+        "torch": torch.__version__,
+        "ops": report(cpu)["ops"],
+    }
 
 
 def _sample(call: Callable[[], object], least_s: float, processes: tuple[int, ...]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
     python -m benchmarks.cpu_kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
     python -m benchmarks.cpu_kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
-    python -m benchmarks.cpu_kernels rows     # attention of many rows and of a picture's patches; torch's in turns
+    python -m benchmarks.cpu_kernels rows     # attention of many rows and of an image's patches; torch's in turns
     python -m benchmarks.cpu_kernels vision   # a block of the visual tower in bf16 and W8A8; torch in bf16
 
 Peers are no dependency: pip install onnx onnxruntime openvino into the environment to see them.
@@ -52,14 +52,26 @@ def gemv() -> None:
 
 def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> None:
     nbytes = sum(w.nbytes for w in weights)
-    found = alternate({
-        "W4A8": lambda: [w.int8(x) for w in weights], "exact": lambda: [w.exact(x) for w in weights],
-        "read": reader(nbytes), **peers,
-    })  # fmt: skip
+    found = alternate(
+        {
+            "W4A8": lambda: [w.int8(x) for w in weights],
+            "exact": lambda: [w.exact(x) for w in weights],
+            "read": reader(nbytes),
+            **peers,
+        }
+    )
     for name, timing in found.items():
-        say(gemv=name, inputs=weights[0].inputs, outputs=weights[0].outputs, us=timing.seconds / len(weights) * 1e6,
-            gb_s=nbytes / timing.seconds / 1e9, of_read=found["read"].seconds / timing.seconds,
-            over_ours=timing.seconds / found["W4A8"].seconds, load=timing.load, samples=timing.samples)  # fmt: skip
+        say(
+            gemv=name,
+            inputs=weights[0].inputs,
+            outputs=weights[0].outputs,
+            us=timing.seconds / len(weights) * 1e6,
+            gb_s=nbytes / timing.seconds / 1e9,
+            of_read=found["read"].seconds / timing.seconds,
+            over_ours=timing.seconds / found["W4A8"].seconds,
+            load=timing.load,
+            samples=timing.samples,
+        )
 
 
 def gemm(rows: int = 512) -> None:
@@ -70,8 +82,15 @@ def gemm(rows: int = 512) -> None:
     calls |= onnxruntime_linears(list(SHAPES), rows) | openvino_linears(list(SHAPES), rows)
     found = alternate(calls, wanted=3)
     for name, timing in found.items():
-        say(gemm=name, rows=rows, ms_a_layer=timing.seconds * 1e3, gop_s=work / timing.seconds / 1e9,
-            over_ours=timing.seconds / found["W4A8"].seconds, load=timing.load, samples=timing.samples)  # fmt: skip
+        say(
+            gemm=name,
+            rows=rows,
+            ms_a_layer=timing.seconds * 1e3,
+            gop_s=work / timing.seconds / 1e9,
+            over_ours=timing.seconds / found["W4A8"].seconds,
+            load=timing.load,
+            samples=timing.samples,
+        )
 
 
 def attention() -> None:
@@ -118,20 +137,41 @@ def rows() -> None:
             table = torch.randperm(-(-context // 16)).view(1, -1)
             caches = torch.randn(2, table.numel(), 32, 16, 128).to(dtype)
             asked = (torch.randn(new, 32, 128).to(dtype), *caches, table, [0, new], [context])
-            found = alternate({
-                "ours": lambda a=asked: cpu.paged_attention(*a), "torch": lambda a=asked: reference.paged_attention(*a),
-            }, wanted=3, limit_s=4)  # fmt: skip
+            found = alternate(
+                {
+                    "ours": lambda a=asked: cpu.paged_attention(*a),
+                    "torch": lambda a=asked: reference.paged_attention(*a),
+                },
+                wanted=3,
+                limit_s=4,
+            )
             for name, timing in found.items():
-                say(rows=name, new=new, context=context, dtype=str(dtype), ms=timing.seconds * 1e3,
-                    over_ours=timing.seconds / found["ours"].seconds, load=timing.load)  # fmt: skip
+                say(
+                    rows=name,
+                    new=new,
+                    context=context,
+                    dtype=str(dtype),
+                    ms=timing.seconds * 1e3,
+                    over_ours=timing.seconds / found["ours"].seconds,
+                    load=timing.load,
+                )
         qkv = torch.randn(1, PATCHES, 3 * VISION_WIDTH).to(dtype)
-        found = alternate({
-            "ours": lambda x=qkv: cpu.vision_attention(x, VISION_HEADS),
-            "torch": lambda x=qkv: reference.vision_attention(x, VISION_HEADS),
-        }, wanted=3, limit_s=4)  # fmt: skip
+        found = alternate(
+            {
+                "ours": lambda x=qkv: cpu.vision_attention(x, VISION_HEADS),
+                "torch": lambda x=qkv: reference.vision_attention(x, VISION_HEADS),
+            },
+            wanted=3,
+            limit_s=4,
+        )
         for name, timing in found.items():
-            say(patches=name, dtype=str(dtype), ms=timing.seconds * 1e3,
-                over_ours=timing.seconds / found["ours"].seconds, load=timing.load)  # fmt: skip
+            say(
+                patches=name,
+                dtype=str(dtype),
+                ms=timing.seconds * 1e3,
+                over_ours=timing.seconds / found["ours"].seconds,
+                load=timing.load,
+            )
 
 
 def vision() -> None:
@@ -156,7 +196,7 @@ def vision() -> None:
     with torch.inference_mode():
         found = alternate({name: lambda k=kind: block(*k) for name, kind in kinds.items()})
     for name, timing in found.items():
-        say(vision_block=name, ms=timing.seconds * 1e3, s_a_picture=timing.seconds * 48, load=timing.load)
+        say(vision_block=name, ms=timing.seconds * 1e3, s_a_image=timing.seconds * 48, load=timing.load)
 
 
 def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
@@ -173,10 +213,19 @@ def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
         packed = rng.integers(0, 256, (outputs, inputs // GROUP, GROUP // 2), dtype=np.uint8)
         scales = np.full(outputs * inputs // GROUP, 0.002, np.float32)
         held += [numpy_helper.from_array(packed, f"w{n}"), numpy_helper.from_array(scales, f"s{n}")]
-        nodes.append(helper.make_node(
-            "MatMulNBits", [f"x{inputs}", f"w{n}", f"s{n}"], [f"y{n}"], domain="com.microsoft", K=inputs, N=outputs,
-            bits=4, block_size=GROUP, accuracy_level=4,
-        ))  # fmt: skip
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits",
+                [f"x{inputs}", f"w{n}", f"s{n}"],
+                [f"y{n}"],
+                domain="com.microsoft",
+                K=inputs,
+                N=outputs,
+                bits=4,
+                block_size=GROUP,
+                accuracy_level=4,
+            )
+        )
         outs.append(helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, [rows, outputs]))
         feeds[f"x{inputs}"] = rng.standard_normal((rows, inputs)).astype(np.float32)
     ins = [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(value.shape)) for name, value in feeds.items()]
@@ -189,7 +238,7 @@ def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
 
 
 def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
-    """Compressed int4 weights with its own choice of dynamic quantisation; nothing where not installed."""
+    """Compressed int4 weights with its own choice of dynamic quantization; nothing where not installed."""
     try:
         import numpy as np
         import openvino as ov

@@ -108,9 +108,13 @@ def setting(place: Place) -> Row:
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M"), "commit": git.stdout.strip(), "device": device_name(place.device),
-        "torch": torch.__version__, "python": platform.python_version(), **report(place.device),
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": git.stdout.strip(),
+        "device": device_name(place.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **report(place.device),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

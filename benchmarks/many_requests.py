@@ -23,7 +23,7 @@ import torch
 from benchmarks.alternating import others, say, setting
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
-from tests.schedule.drive import all_together, greedy, one_at_a_time, picture, prompt_of, random_requests
+from tests.schedule.drive import all_together, greedy, image, one_at_a_time, prompt_of, random_requests
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {"prefix_caching": False},
@@ -51,32 +51,43 @@ def equal(args: argparse.Namespace) -> int:
         kind = str(options.get("kv_dtype", "auto"))
         if kind not in references:
             alone = Engine(
-                args.model, dtype=args.dtype, max_model_len=4096, kv_dtype=kind, prefix_caching=False,
+                args.model,
+                dtype=args.dtype,
+                max_model_len=4096,
+                kv_dtype=kind,
+                prefix_caching=False,
                 max_step_tokens=4096,
-            )  # fmt: skip
+            )
             references[kind] = one_at_a_time(alone, wanted)
         got = all_together(engine, wanted, preempt="all" in name or name == "preemption")
         differ = [i for i, (a, b) in enumerate(zip(got, references[kind], strict=True)) if a is not None and a != b]
         said = engine.report()
         hits = said["caches"]["prefixes"]
         done[model, name] = differ
-        note(args, equal=model, switches=name, dtype=args.dtype, requests=args.requests,
-             answered=sum(a is not None for a in got), differ=differ, steps=engine.loop.steps,
-             preemptions=said["requests"]["preemptions"], hit_tokens=0 if hits is None else hits["hit_tokens"],
-             drafts=said["drafts"])  # fmt: skip
+        note(
+            args,
+            equal=model,
+            switches=name,
+            dtype=args.dtype,
+            requests=args.requests,
+            answered=sum(a is not None for a in got),
+            differ=differ,
+            steps=engine.loop.steps,
+            preemptions=said["requests"]["preemptions"],
+            hit_tokens=0 if hits is None else hits["hit_tokens"],
+            drafts=said["drafts"],
+        )
     return int(any(done.values()))
 
 
 def soak(args: argparse.Namespace) -> int:
-    """Requests with pictures, many of them new: resident memory after the first tenth must stay where it is."""
+    """Requests with images, many of them new: resident memory after the first tenth must stay where it is."""
     engine = Engine(args.model, kv_cache_bytes=16 * 2**20, image_cache_bytes=4 * 2**20)
     dice, marks = random.Random(0), list[float]()
 
     def requests() -> Any:
         for i in range(args.requests):
-            prompt = prompt_of(
-                engine, range(10), picture(dice.randrange(args.requests // 2)), [dice.randrange(256)] * 9
-            )
+            prompt = prompt_of(engine, range(10), image(dice.randrange(args.requests // 2)), [dice.randrange(256)] * 9)
             yield i, prompt, SamplingParams(max_tokens=dice.randrange(1, 24), temperature=dice.choice((0.0, 1.0)))
 
     for done, _ in enumerate(engine.as_completed(requests()), start=1):
@@ -84,8 +95,14 @@ def soak(args: argparse.Namespace) -> int:
             gc.collect()
             marks.append(resident() / 2**20)
             images = engine.loop.runner.images
-            note(args, requests=done, resident_mib=marks[-1], objects=len(gc.get_objects()), pictures=len(images),
-                 picture_bytes=images.bytes)  # fmt: skip
+            note(
+                args,
+                requests=done,
+                resident_mib=marks[-1],
+                objects=len(gc.get_objects()),
+                images=len(images),
+                image_bytes=images.bytes,
+            )
     cache = engine.loop.runner.cache
     cache.check_integrity()
     leaked = cache.pool.num_blocks - cache.pool.available
@@ -104,7 +121,7 @@ def int8(args: argparse.Namespace) -> int:
     logits: dict[str, list[torch.Tensor]] = {}
     for kind in ("auto", "int8"):
         engine = Engine(args.model, max_model_len=2048, kv_dtype=kind)
-        prompts = [prompt_of(engine, range(9), picture(i), range(20 + 9 * i)) for i in range(8)]
+        prompts = [prompt_of(engine, range(9), image(i), range(20 + 9 * i)) for i in range(8)]
         scored = (engine.score(p, return_logits=True).logits for p in prompts)
         logits[kind] = [part for part in scored if part is not None]
         rows[kind] = {"bytes a token": engine.report()["memory"]["kv_per_token"]}
@@ -116,9 +133,15 @@ def int8(args: argparse.Namespace) -> int:
     error = torch.cat([(a - b).flatten() for a, b in pairs])
     spread = torch.cat([a.flatten() for a, _ in pairs]).std()
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean()
-    note(args, int8_kv_beside=engine.engine_config.dtype, logits_error_rms=float(error.square().mean().sqrt()),
-         logits_error_most=float(error.abs().max()), logits_spread=float(spread), same_likeliest=float(same),
-         rows=len(torch.cat(logits["auto"])))  # fmt: skip
+    note(
+        args,
+        int8_kv_beside=engine.engine_config.dtype,
+        logits_error_rms=float(error.square().mean().sqrt()),
+        logits_error_most=float(error.abs().max()),
+        logits_spread=float(spread),
+        same_likeliest=float(same),
+        rows=len(torch.cat(logits["auto"])),
+    )
     for kind, row in rows.items():
         note(args, kv_dtype=kind, scenes=args.scenes, **row)
     return 0
@@ -134,26 +157,36 @@ def of_size(args: argparse.Namespace, **options: Any) -> Engine:
 def photo(seed: int) -> bytes:
     """A JPEG of 1024 x 768 pixels, another one for each seed."""
     file = io.BytesIO()
-    picture(seed, 32).resize((1024, 768)).save(file, "JPEG")
+    image(seed, 32).resize((1024, 768)).save(file, "JPEG")
     return file.getvalue()
 
 
 def second(args: argparse.Namespace) -> int:
-    """Time to first token of two questions about a picture, each of the length that Qwen's vocabulary makes of
+    """Time to first token of two questions about an image, each of the length that Qwen's vocabulary makes of
 
-    "What is in the picture?" in a chat: 23 tokens before the picture and 12 after it, of which the first is the same.
+    "What is in the image?" in a chat: 23 tokens before the image and 12 after it, of which the first is the same.
     """
     engine, ratios = of_size(args), []
     for i in range(args.repeats + 1):
         file, times = photo(1000 + i), []
         for question in ("first", "second"):
             ids = [9, *(ord(question[0]) + k for k in range(11))]
-            answer = engine.generate([prompt_of(engine, range(23), picture(0), ids) | {"images": [file]}], greedy(2))[0]
+            answer = engine.generate([prompt_of(engine, range(23), image(0), ids) | {"images": [file]}], greedy(2))[0]
             spent = answer.timings
             times.append(spent.ttft_s)
-            note(args, question=question, model=engine.folder.name, precision=args.precision, ttft_s=spent.ttft_s,
-                 tokens=answer.usage.prompt_tokens, found=answer.usage.cached_tokens, picture_s=spent.picture_s,
-                 queue_s=spent.queue_s, vision_s=spent.vision_s, prefill_s=spent.prefill_s)  # fmt: skip
+            note(
+                args,
+                question=question,
+                model=engine.folder.name,
+                precision=args.precision,
+                ttft_s=spent.ttft_s,
+                tokens=answer.usage.prompt_tokens,
+                found=answer.usage.cached_tokens,
+                image_s=spent.image_s,
+                queue_s=spent.queue_s,
+                vision_s=spent.vision_s,
+                prefill_s=spent.prefill_s,
+            )
         ratios.append(times[0] / times[1])
     note(args, second_question_sooner=median(ratios[1:]), repeats=args.repeats)
     return 0
@@ -175,8 +208,16 @@ def throughput(args: argparse.Namespace) -> int:
     one = median(spent[1])
     for many, seconds in spent.items():
         step = median(seconds)
-        note(args, together=many, model=engine.folder.name, precision=args.precision, tok_s=many / step,
-             step_ms=1000 * step, over_one=many * one / step, repeats=args.repeats)  # fmt: skip
+        note(
+            args,
+            together=many,
+            model=engine.folder.name,
+            precision=args.precision,
+            tok_s=many / step,
+            step_ms=1000 * step,
+            over_one=many * one / step,
+            repeats=args.repeats,
+        )
     return 0
 
 
@@ -185,7 +226,7 @@ def drafts(args: argparse.Namespace) -> int:
     engine = of_size(args, speculative_tokens=args.drafts)
     drafter = engine.loop.drafter
     prompts: dict[str, Any] = {
-        "caption": [{"image": picture(5, 144)}, {"text": "Generate the caption in English with grounding:"}],
+        "caption": [{"image": image(5, 144)}, {"text": "Generate the caption in English with grounding:"}],
         "repeated text": {"token_ids": [*range(60)] * 3},
     }
     for name, prompt in prompts.items():
@@ -201,9 +242,20 @@ def drafts(args: argparse.Namespace) -> int:
         plain, drafted = (median(spent[on][1:]) for on in (False, True))
         if drafter:
             proposed, accepted = drafter.proposed - proposed, drafter.accepted - accepted
-        note(args, drafts=name, model=engine.folder.name, precision=args.precision, length=args.drafts, tok_s=1 / plain,
-             tok_s_with_drafts=1 / drafted, gain=plain / drafted, proposed=proposed, accepted=accepted,
-             same_tokens=said[False] == said[True], repeats=args.repeats)  # fmt: skip
+        note(
+            args,
+            drafts=name,
+            model=engine.folder.name,
+            precision=args.precision,
+            length=args.drafts,
+            tok_s=1 / plain,
+            tok_s_with_drafts=1 / drafted,
+            gain=plain / drafted,
+            proposed=proposed,
+            accepted=accepted,
+            same_tokens=said[False] == said[True],
+            repeats=args.repeats,
+        )
     return 0
 
 

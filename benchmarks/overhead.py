@@ -1,7 +1,7 @@
 """What a decoding step costs outside its kernels: `python -m benchmarks.overhead`. One JSON line a figure.
 
-    python -m benchmarks.overhead                                                        # nano
-    python -m benchmarks.overhead --synthetic qwen-vl-chat-int4 --precision fast --context 200
+python -m benchmarks.overhead                                                        # nano
+python -m benchmarks.overhead --synthetic qwen-vl-chat-int4 --precision fast --context 200
 """
 
 from __future__ import annotations
@@ -93,10 +93,19 @@ def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int,
     marshalling = calls * empty_call()
     outside = step - ms["kernels"] + marshalling
     scheduling = sum(ms[name] for name in SCHEDULING)
-    say(running=running, context=context, steps=steps, step_ms=step, outside_kernels_ms=outside,
-        outside_kernels=outside / step, scheduler_and_cache_ms=scheduling, scheduler_and_cache=scheduling / step,
-        kernel_calls=calls, of_calls_themselves_ms=marshalling,
-        **{f"{name}_ms": value for name, value in ms.items()})  # fmt: skip
+    say(
+        running=running,
+        context=context,
+        steps=steps,
+        step_ms=step,
+        outside_kernels_ms=outside,
+        outside_kernels=outside / step,
+        scheduler_and_cache_ms=scheduling,
+        scheduler_and_cache=scheduling / step,
+        kernel_calls=calls,
+        of_calls_themselves_ms=marshalling,
+        **{f"{name}_ms": value for name, value in ms.items()},
+    )
 
 
 def empty_call(repeats: int = 1000) -> float:
@@ -119,8 +128,14 @@ def main() -> None:
     parser.add_argument("--no-graphs", action="store_true", help="decode op by op")
     parser.add_argument("--temperature", type=float, default=0.0)
     asked = parser.parse_args()
-    engine = Engine(asked.model, synthetic=asked.synthetic, precision=asked.precision, device="cpu", max_model_len=4096,
-                    graphs=not asked.no_graphs)  # fmt: skip
+    engine = Engine(
+        asked.model,
+        synthetic=asked.synthetic,
+        precision=asked.precision,
+        device="cpu",
+        max_model_len=4096,
+        graphs=not asked.no_graphs,
+    )
     say(**setting(), model=engine.folder.name, precision=asked.precision, temperature=asked.temperature)
     parts = watched(engine)
     for running in map(int, asked.running.split(",")):

@@ -3,7 +3,7 @@
     python -m benchmarks.serving --rates 2,5,10 --requests 60           # the shipped nano
     python -m benchmarks.serving --synthetic qwen-vl-chat-int4 --precision fast --rates 0.05,0.1 --requests 12
 
-Arrivals are a Poisson process. Two thirds of the requests carry a picture, of a few that repeat; the others are text.
+Arrivals are a Poisson process. Two thirds of the requests carry an image, of a few that repeat; the others are text.
 One JSON line for each rate; without a rate limit (`inf`) all arrive at once.
 """
 
@@ -23,7 +23,7 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.async_engine import AsyncEngine
 from qvl_runtime.profile.spread import percentiles
 
-QUESTIONS = ("What is in the picture?", "Box the largest thing.", "What colours are there?", "Read the number.")
+QUESTIONS = ("What is in the image?", "Box the largest thing.", "What colours are there?", "Read the number.")
 TEXTS = ("Hello!", "Tell me about boxes.", "Count to ten.")
 
 
@@ -36,15 +36,15 @@ class Seen:
     tokens: int = 0
 
 
-def requests(engine: Engine, count: int, pictures: int, turn: int) -> list[tuple[Any, SamplingParams]]:
+def requests(engine: Engine, count: int, images: int, turn: int) -> list[tuple[Any, SamplingParams]]:
     """Conversations of one turn and how long their answers are. Turns differ in nothing but what caches look at."""
     dice, size = random.Random(0), engine.config.visual.image_size
-    noise = np.random.default_rng(turn).integers(0, 256, (pictures, size, size, 3), dtype=np.uint8)
+    noise = np.random.default_rng(turn).integers(0, 256, (images, size, size, 3), dtype=np.uint8)
     made = []
     for _ in range(count):
         parts: list[dict[str, Any]] = [{"type": "text", "text": dice.choice(TEXTS)}]
         if dice.random() < 2 / 3:
-            shown = {"type": "image", "image": noise[dice.randrange(pictures)]}
+            shown = {"type": "image", "image": noise[dice.randrange(images)]}
             parts = [shown, {"type": "text", "text": dice.choice(QUESTIONS)}]
         length = dice.choice((8, 16, 32))
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=length, cache_salt=f"{turn}")
@@ -86,10 +86,14 @@ def serve(engine: Engine, wanted: list[tuple[Any, SamplingParams]], rate: float)
     took, after = time.perf_counter() - began, engine.report()["caches"]
     asked, hit = (after["prefixes"][k] - before["prefixes"][k] for k in ("asked_tokens", "hit_tokens"))
     return {
-        "rate": rate, "requests": len(seen), "tok_s": sum(s.tokens for s in seen) / took, "seconds": took,
-        "ttft_s": percentiles(s.ttft for s in seen), "tpot_s": percentiles(g for s in seen for g in s.gaps),
+        "rate": rate,
+        "requests": len(seen),
+        "tok_s": sum(s.tokens for s in seen) / took,
+        "seconds": took,
+        "ttft_s": percentiles(s.ttft for s in seen),
+        "tpot_s": percentiles(g for s in seen for g in s.gaps),
         "prefix_hit_rate": hit / max(1, asked),
-    }  # fmt: skip
+    }
 
 
 def one_at_a_time(engine: Engine, wanted: list[tuple[Any, SamplingParams]]) -> dict[str, Any]:
@@ -101,11 +105,11 @@ def one_at_a_time(engine: Engine, wanted: list[tuple[Any, SamplingParams]]) -> d
     return {"rate": "one at a time", "requests": len(wanted), "tok_s": tokens / took, "seconds": took}
 
 
-def measure(options: dict[str, Any], rates: list[float], count: int, pictures: int) -> list[dict[str, Any]]:
+def measure(options: dict[str, Any], rates: list[float], count: int, images: int) -> list[dict[str, Any]]:
     """One record for each rate and one for one at a time, every time with empty caches."""
     records, engine = [], Engine(**options)
     for turn, rate in enumerate([*rates, None]):
-        wanted = requests(engine, count, pictures, turn)
+        wanted = requests(engine, count, images, turn)
         records.append(one_at_a_time(engine, wanted) if rate is None else serve(engine, wanted, rate))
     return records
 
@@ -117,11 +121,11 @@ def main() -> None:
     parser.add_argument("--precision", default="exact", choices=["exact", "fast"])
     parser.add_argument("--rates", default="2,5,10,inf", help="requests a second")
     parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--pictures", type=int, default=6, help="different pictures among the requests")
+    parser.add_argument("--images", type=int, default=6, help="different images among the requests")
     asked = parser.parse_args()
     say(**setting())
     options = {"model": asked.model, "synthetic": asked.synthetic, "precision": asked.precision}
-    for record in measure(options, [float(r) for r in asked.rates.split(",")], asked.requests, asked.pictures):
+    for record in measure(options, [float(r) for r in asked.rates.split(",")], asked.requests, asked.images):
         say(**record)
 
 

@@ -28,7 +28,7 @@ class PromptError(QVLError, ValueError):
 
 
 class ImageError(QVLError, ValueError):
-    """A picture cannot be read, or is over a limit on bytes, pixels or time."""
+    """An image cannot be read, or is over a limit on bytes, pixels or time."""
 
 
 class SamplingError(QVLError, ValueError):

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from qvl_runtime.cli.app import app
 from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.boxes import parse_boxes
-from qvl_runtime.prompt.images import Picture, load_image
+from qvl_runtime.prompt.images import LoadedImage, load_image
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, Timings, Usage
 
 SCRIPT = """
@@ -68,26 +68,35 @@ class FakeEngine:
         }
 
     def _answer(self, asked: str, images: list[str]) -> Iterator[StreamPiece]:
-        pictures = tuple(_read(image) for image in images)
+        images = tuple(_read(image) for image in images)
         text = BOXED if asked.startswith("Box") else f"you said {asked}"
         pieces = [text] if self.words is None else [f"word{i} " for i in range(self.words)]
         for piece in pieces:
             time.sleep(self.pause_s)
             yield StreamPiece(piece, (1,))
         text = "".join(pieces)
-        yield StreamPiece("", (), Completion(
-            text, tuple(range(len(pieces))), "stop", Usage(10, len(pieces), 4 * len(images), len(images)),
-            Timings(0.01, 0.02, 0.05, 0.5, 10, len(pieces)), tuple(parse_boxes(text)), pictures=pictures,
-        ))  # fmt: skip
+        yield StreamPiece(
+            "",
+            (),
+            Completion(
+                text,
+                tuple(range(len(pieces))),
+                "stop",
+                Usage(10, len(pieces), 4 * len(images), len(images)),
+                Timings(0.01, 0.02, 0.05, 0.5, 10, len(pieces)),
+                tuple(parse_boxes(text)),
+                images=images,
+            ),
+        )
 
 
-def _read(image: str) -> Picture:
+def _read(image: str) -> LoadedImage:
     if not Path(image).exists():
-        raise ImageError(f"picture {image}\ndoes not exist; give the path of a file")
+        raise ImageError(f"image {image}\ndoes not exist; give the path of a file")
     return load_image(image, 32)
 
 
-def make_picture(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
+def make_image(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
     Image.new("RGB", size, "white").save(path)
     return path
 

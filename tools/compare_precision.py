@@ -1,6 +1,6 @@
 """What a precision costs: `python -m tools.compare_precision [FOLDER ...]` (default: nano and nano_int4).
 
-Each checkpoint answers prompts of random tokens and a random picture greedily in float32, exactly; then it is asked how
+Each checkpoint answers prompts of random tokens and a random image greedily in float32, exactly; then it is asked how
 likely each token of those answers is at every other precision. Compared over the answers' tokens: the logits (root mean
 square of the difference over that of the logits about their mean), the Kullback-Leibler divergence of the next-token
 distributions in nats, and how often the likeliest token is the same. Writes a Markdown table.
@@ -52,7 +52,7 @@ class Answered(NamedTuple):
 
 
 def prompts(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
-    """Random text, every other one around a picture of random patches."""
+    """Random text, every other one around an image of random patches."""
     rng, visual = np.random.default_rng(SEED), engine.config.visual
     span = [visual.image_start_id, *[visual.image_pad_id] * visual.n_queries, visual.image_end_id]
     for number in range(count):

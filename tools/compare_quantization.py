@@ -1,6 +1,6 @@
 """GPTQ against round to nearest on nano: `python -m tools.compare_quantization [--scenes 600] [--groups 32 128]`.
 
-Nano's float checkpoint is quantised each way, and compared with itself on scenes that training never draws, all in
+Nano's float checkpoint is quantized each way, and compared with itself on scenes that training never draws, all in
 float32. Over the expected answers of `--kl-scenes` scenes: the Kullback-Leibler divergence of its next-token
 distributions, in nats a token, how often the likeliest token is the same, and the loss of the expected tokens. Where
 `--scenes` is not 0: the scores of `tools.eval_nano`, and how many answers are word for word those of the float
@@ -33,8 +33,15 @@ from tools.paired import Difference, Ratio, difference
 
 KL_SEED = 10_000_103
 NEAREST = "nearest"
-TASKS = ("questions, all", "caption: object recalled", "caption: box IoU >= 0.5", "box: box IoU >= 0.5",
-         "number: whole", "describe", "word")  # fmt: skip
+TASKS = (
+    "questions, all",
+    "caption: object recalled",
+    "caption: box IoU >= 0.5",
+    "box: box IoU >= 0.5",
+    "number: whole",
+    "describe",
+    "word",
+)
 TIGHT = ("caption: box IoU >= 0.9", "box: box IoU >= 0.9")
 
 
@@ -59,8 +66,8 @@ class Answers(NamedTuple):
     def of(cls, folder: Path, scenes: int, seed: int) -> Answers:
         engine, kept = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
 
-        def answer(pictures: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
-            kept.replies[:] = ask(engine, pictures, which, questions)
+        def answer(images: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
+            kept.replies[:] = ask(engine, images, which, questions)
             kept.scenes[:] = which
             return kept.replies
 
@@ -91,14 +98,14 @@ class Questions(NamedTuple):
 
     @classmethod
     def asked(cls, exact: Engine, scenes: int) -> Questions:
-        """All questions about `scenes` pictures, every third in Chinese."""
+        """All questions about `scenes` images, every third in Chinese."""
         rng, found, tokens = np.random.default_rng(KL_SEED), cls([], [], [], []), exact.tokenizer
         for number in track(range(scenes), description="asking the float checkpoint"):
-            picture, things = draw_scene(rng, SceneConfig(side=exact.config.visual.image_size))
+            image, things = draw_scene(rng, SceneConfig(side=exact.config.visual.image_size))
             for turn in turns(rng, things, chinese=number % 3 == 2):
-                question = exact.encode([{"role": "user", "content": [{"image": picture}, {"text": turn.question}]}])
+                question = exact.encode([{"role": "user", "content": [{"image": image}, {"text": turn.question}]}])
                 answer = [*tokens.encode(turn.answer), tokens.im_end]
-                prompt = {"token_ids": question.prompt.token_ids + answer, "images": [picture]}
+                prompt = {"token_ids": question.prompt.token_ids + answer, "images": [image]}
                 found.scenes.append(number)
                 found.prompts.append(prompt)
                 found.answers.append(torch.tensor(answer))
@@ -180,7 +187,7 @@ def table(found: dict[str, Found], loss: Ratio, own: Answers | None) -> str:
     heads = ("", "KL, nats", "same token", "loss, nats", "mean error of a linear", *asked)
     lines = [_row(*heads), "|---" * len(heads) + "|"]
     rates = [f"{100 * own.rate(task).value:.1f}" for task in tasks] + [""] if own is not None else []
-    lines.append(_row("not quantised", "", "", f"{loss.value:.5f}", "", *rates))
+    lines.append(_row("not quantized", "", "", f"{loss.value:.5f}", "", *rates))
     for said, one in found.items():
         change = one.loss.value - loss.value
         cells = [f"{one.kl.value:.5f}", f"{100 * one.same.value:.2f} %", f"{change:+.5f}", f"{one.error:.4f}"]

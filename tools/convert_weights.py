@@ -1,6 +1,6 @@
 """Lay a checkpoint out for the kernels of a target: `qvl convert`, as a script.
 
-    python -m tools.convert_weights SRC DST --target cpu
+python -m tools.convert_weights SRC DST --target cpu
 """
 
 from __future__ import annotations

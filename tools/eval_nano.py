@@ -21,7 +21,7 @@ from qvl_runtime import Engine, SamplingParams
 from tools.nano.scenes import SceneConfig, check_fonts
 from tools.nano.scoring import Tally, score
 
-AT_ONCE = 64  # questions in one call: they share steps, and those of one picture its prompt
+AT_ONCE = 64  # questions in one call: they share steps, and those of one image its prompt
 PACKAGE = Path(__file__).parent.parent / "qvl_runtime"
 # What the project asks of the shipped checkpoint, in percent.
 WANTED = {
@@ -35,11 +35,11 @@ WANTED = {
 }
 
 
-def ask(engine: Engine, pictures: np.ndarray, which: Sequence[int], questions: Sequence[str]) -> list[str]:
-    """Answers of the engine, each question about its picture as a chat of one turn; many at once."""
+def ask(engine: Engine, images: np.ndarray, which: Sequence[int], questions: Sequence[str]) -> list[str]:
+    """Answers of the engine, each question about its image as a chat of one turn; many at once."""
     params = SamplingParams(temperature=0, max_tokens=120)
     asked = [
-        [{"role": "user", "content": [{"image": pictures[i]}, {"text": question}]}]
+        [{"role": "user", "content": [{"image": images[i]}, {"text": question}]}]
         for i, question in zip(which, questions, strict=True)
     ]
     answers: list[str] = []

@@ -4,7 +4,7 @@
     python -m tools.make_synthetic out/bf16 --like qvl_runtime/nano --kind qwen-vl-chat      # 19.3 GB
     python -m tools.make_synthetic out/small --like qvl_runtime/nano --divide 8 --layers 2 --vision-layers 2
 
-The tokenizer and the ids of pictures are those of the checkpoint `--like`. Its answers are noise.
+The tokenizer and the ids of images are those of the checkpoint `--like`. Its answers are noise.
 """
 
 from __future__ import annotations

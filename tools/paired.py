@@ -1,6 +1,6 @@
 """Two checkpoints on the same scenes: how far apart their rates are, and how sure that is.
 
-Answers about one picture are not independent of each other, so that scenes are what is drawn again (bootstrap, Efron
+Answers about one image are not independent of each other, so that scenes are what is drawn again (bootstrap, Efron
 and Tibshirani 1993, section 13.3): the same ones for both checkpoints, since what is hard for one is hard for the
 other.
 """

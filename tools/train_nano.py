@@ -1,6 +1,6 @@
 """Train the nano checkpoint that ships with the package: `python -m tools.train_nano --minutes 104`.
 
-Draws its own pictures, learns its own vocabulary, trains on two cores, goes on after a stop from the state in
+Draws its own images, learns its own vocabulary, trains on two cores, goes on after a stop from the state in
 `--folder`, and writes there the log (log.jsonl) and the scores (scores.jsonl). With `--export` it writes the checkpoint
 in the published layout, in bfloat16 and as GPTQ Int4, and with `--plot` the training curve, and trains no more.
 """
@@ -23,17 +23,44 @@ from tools.nano.trainer import Recipe, Trainer, parameters
 from tools.nano.vocabulary import RANKS, corpus, learn_ranks, write_ranks
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "bf16": True, "fp16": False, "fp32": False,
-    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "kv_channels": 64, "intermediate_size": 1024,
-    "vocab_size": 1152, "seq_length": 2048, "max_position_embeddings": 8192, "layer_norm_epsilon": 1e-6,
-    "rotary_emb_base": 10000, "rotary_pct": 1.0, "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True,
-    "scale_attn_weights": True, "tie_word_embeddings": False, "tokenizer_type": "QWenTokenizer",
-    "torch_dtype": "bfloat16", "attn_dropout_prob": 0.0, "emb_dropout_prob": 0.0, "use_cache": True,
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "bf16": True,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "kv_channels": 64,
+    "intermediate_size": 1024,
+    "vocab_size": 1152,
+    "seq_length": 2048,
+    "max_position_embeddings": 8192,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "tokenizer_type": "QWenTokenizer",
+    "torch_dtype": "bfloat16",
+    "attn_dropout_prob": 0.0,
+    "emb_dropout_prob": 0.0,
+    "use_cache": True,
     "visual": {
-        "image_size": 144, "patch_size": 12, "width": 192, "layers": 4, "heads": 3, "mlp_ratio": 4.0,
-        "output_dim": 256, "image_start_id": RANKS + 214, "n_queries": 64,
+        "image_size": 144,
+        "patch_size": 12,
+        "width": 192,
+        "layers": 4,
+        "heads": 3,
+        "mlp_ratio": 4.0,
+        "output_dim": 256,
+        "image_start_id": RANKS + 214,
+        "n_queries": 64,
     },
-}  # fmt: skip
+}
 
 
 def prepare(folder: Path) -> Tokenizer:
@@ -60,13 +87,13 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="train no more: draw the curve of the logs")
     args = vars(parser.parse_args())
-    folder, target, picture = args.pop("folder"), args.pop("export"), args.pop("plot")
-    if picture is not None:
-        plot(folder, picture)
+    folder, target, image = args.pop("folder"), args.pop("export"), args.pop("plot")
+    if image is not None:
+        plot(folder, image)
     if target is not None:
         for written in export(folder, target):
             print(f"{written}: {sum(f.stat().st_size for f in written.iterdir()) / 1e6:.1f} MB")
-    if picture is not None or target is not None:
+    if image is not None or target is not None:
         return
     check_fonts()
     tokenizer = prepare(folder)

@@ -128,8 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="the JSON file to write")
     asked = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("error: tune_kernels times kernels on a GPU, and torch finds none here; without one `make kernel-report`"
-              " says what the built-in configurations cost", file=sys.stderr)  # fmt: skip
+        print(
+            "error: tune_kernels times kernels on a GPU, and torch finds none here; without one `make kernel-report`"
+            " says what the built-in configurations cost",
+            file=sys.stderr,
+        )
         return 2
     try:
         place = Place.find()

@@ -46,5 +46,10 @@ def bounds() -> Iterator[dict[str, Any]]:
         for machine, rate in MACHINES.items():
             for context in CONTEXTS:
                 mean = token_bytes(config, context // 2)
-                yield {"model": name, "machine": machine, "context": context, "gb_a_token": mean / 1e9,
-                       "at_most_tok_s": rate * 1e9 / mean}  # fmt: skip
+                yield {
+                    "model": name,
+                    "machine": machine,
+                    "context": context,
+                    "gb_a_token": mean / 1e9,
+                    "at_most_tok_s": rate * 1e9 / mean,
+                }

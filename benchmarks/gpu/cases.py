@@ -13,7 +13,7 @@ from qvl_kernels.reference import cache_width, to_cached
 
 Outputs = tuple[Tensor, ...]
 BLOCK = 16  # slots of a cache block
-GROUP = 128  # inputs of a quantisation group
+GROUP = 128  # inputs of a quantization group
 
 
 class Case(NamedTuple):
@@ -107,12 +107,12 @@ class Maker:
         note = f"{rows} rows, {heads} x {dim}{', int8' if int8 else ''}"
         return self.case("rotary_to_cache", inputs, moved, note, timed)
 
-    def pictures(self, pictures: int, patches: int, heads: int, dim: int, timed: bool = False) -> Iterator[Case]:
+    def images(self, images: int, patches: int, heads: int, dim: int, timed: bool = False) -> Iterator[Case]:
         width, queries = heads * dim, max(1, patches // 4)
-        qkv, note = self.normal(pictures, patches, 3 * width), f"{pictures} x {patches}, {heads} x {dim}"
+        qkv, note = self.normal(images, patches, 3 * width), f"{images} x {patches}, {heads} x {dim}"
         yield self.case("vision_attention", (qkv, heads), qkv.nbytes * 4 // 3, note, timed)
-        q, k, v = self.normal(queries, width), *(self.normal(pictures, patches, width) for _ in "kv")
-        yield self.case("cross_attention", (q, k, v, heads), 2 * k.nbytes + pictures * q.nbytes, note, timed)
+        q, k, v = self.normal(queries, width), *(self.normal(images, patches, width) for _ in "kv")
+        yield self.case("cross_attention", (q, k, v, heads), 2 * k.nbytes + images * q.nbytes, note, timed)
 
     def linears(self, rows: int, inputs: int, outputs: int, timed: bool = False, odd: bool = False) -> Iterator[Case]:
         """int4 as GPTQ packs it, in order and symmetric, or `odd`: act-order with zero points of its own; and dense."""
@@ -153,7 +153,7 @@ def cases(make: Maker, tiny: bool) -> Iterator[Case]:
         yield make.rotary(3, 2, 32, int8)
         yield make.attention(1, 37, 2, 2, 32, int8)
         yield make.attention(19, 37, 2, 2, 32, int8)
-    yield from make.pictures(1 if tiny else 2, 33, 2, 104)
+    yield from make.images(1 if tiny else 2, 33, 2, 104)
     for rows in (1, 5) if tiny else (1, 5, 16, 17, 255, 1025):
         yield from make.linears(rows, 256, 384)
         yield from make.linears(rows, 256, 384, odd=True)
@@ -168,4 +168,4 @@ def cases(make: Maker, tiny: bool) -> Iterator[Case]:
         for int8 in (False, True):
             yield make.attention(1, 2048, requests, 32, 128, int8, timed=True)
     yield make.attention(2048, 2048, 1, 32, 128, timed=True)
-    yield from make.pictures(8, 1024, 16, 104, timed=True)
+    yield from make.images(8, 1024, 16, 104, timed=True)

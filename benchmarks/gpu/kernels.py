@@ -48,8 +48,14 @@ def speed(place: Place, ceiling: float) -> Iterator[Row]:
 def _timed(case: Case, place: Place, dtype: torch.dtype, ceiling: float) -> Row:
     taken = place.seconds(case.bind(place.ops, _as_gpu_reads(case.inputs)))
     rate = case.nbytes / taken
-    return {"case": case.name, "dtype": _name(dtype), "us": taken * 1e6, "bytes": case.nbytes, "gb_s": rate / 1e9,
-            "of_copy": rate / ceiling}  # fmt: skip
+    return {
+        "case": case.name,
+        "dtype": _name(dtype),
+        "us": taken * 1e6,
+        "bytes": case.nbytes,
+        "gb_s": rate / 1e9,
+        "of_copy": rate / ceiling,
+    }
 
 
 def _share(got: Tensor, plain: Tensor, want: Tensor, dtype: torch.dtype) -> float:
@@ -75,10 +81,13 @@ def _as_float(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same numbers in float32; GPTQ scales and int8 caches stay what they are."""
     packed = any(isinstance(value, Tensor) and value.dtype == torch.int32 for value in inputs)
     return tuple(
-        value.float() if isinstance(value, Tensor) and value.is_floating_point() and not (packed and i == 3)
-        else value.clone() if isinstance(value, Tensor) else value
+        value.float()
+        if isinstance(value, Tensor) and value.is_floating_point() and not (packed and i == 3)
+        else value.clone()
+        if isinstance(value, Tensor)
+        else value
         for i, value in enumerate(inputs)
-    )  # fmt: skip
+    )
 
 
 def _apart(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

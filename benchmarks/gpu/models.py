@@ -28,7 +28,7 @@ GOLDENS = {  # of the original code, where the folder with them is at hand: file
 def goldens(place: Place, folder: Path | None) -> Iterator[Row]:
     """Root mean square errors of logits, ours and plain torch's on the CPU in the same dtype, against float32.
 
-    The oracle's checkpoints against what the original computes; nano and its Int4 sibling, a picture in the prompt,
+    The oracle's checkpoints against what the original computes; nano and its Int4 sibling, an image in the prompt,
     against plain torch in float32. Ours may be twice plain torch's.
     """
     dtype = _name(place.dtypes[-1])
@@ -39,7 +39,7 @@ def goldens(place: Place, folder: Path | None) -> Iterator[Row]:
                 prompt: dict[str, Any] = {"token_ids": want[ids][0].tolist()}
                 yield _judged(f"{name}, {file}", folder / name, prompt, want[logits][0], dtype, place)
     for path in (NANO, NANO.parent / "nano_int4"):
-        prompt = _nano_prompt(picture=not place.tiny)
+        prompt = _nano_prompt(image=not place.tiny)
         exact = _logits(path, prompt, "float32", torch.device("cpu"), "reference")
         yield _judged(path.name, path, prompt, exact, dtype, place)
 
@@ -48,8 +48,13 @@ def _judged(name: str, path: Path, prompt: dict[str, Any], want: Tensor, dtype: 
     ours = _logits(path, prompt, dtype, place.device, None)
     plain = _logits(path, prompt, dtype, torch.device("cpu"), "reference")
     error, yardstick = (float((x.float().cpu() - want).square().mean().sqrt()) for x in (ours, plain))
-    return {"model": name, "dtype": dtype, "rms_error": error, "plain_torch": yardstick,
-            "right": error <= 2 * yardstick}  # fmt: skip
+    return {
+        "model": name,
+        "dtype": dtype,
+        "rms_error": error,
+        "plain_torch": yardstick,
+        "right": error <= 2 * yardstick,
+    }
 
 
 def graphs(place: Place) -> Iterator[Row]:
@@ -59,28 +64,39 @@ def graphs(place: Place) -> Iterator[Row]:
     for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
         found, replays = [], 0
         for options in ({"graphs": True}, {"graphs": False}, {"embedding_on_host": True}):
-            engine = Engine(path, device=str(place.device), dtype=_name(place.dtypes[0]), max_model_len=256,
-                            kv_cache_bytes=64 << 20, **options)  # fmt: skip
+            engine = Engine(
+                path,
+                device=str(place.device),
+                dtype=_name(place.dtypes[0]),
+                max_model_len=256,
+                kv_cache_bytes=64 << 20,
+                **options,
+            )
             found.append([out.token_ids for out in engine.generate(prompts, greedy)])
             used = engine.loop.runner.graphs
             replays += used.replays if used is not None else 0
             place.settle()
         same = found[0] == found[1] == found[2]
-        yield {"model": path.name, "requests": len(prompts), "replays": replays, "same_tokens": same,
-               "right": same and (replays > 0) == (not place.tiny)}  # fmt: skip
+        yield {
+            "model": path.name,
+            "requests": len(prompts),
+            "replays": replays,
+            "same_tokens": same,
+            "right": same and (replays > 0) == (not place.tiny),
+        }
 
 
-def _nano_prompt(picture: bool) -> dict[str, Any]:
+def _nano_prompt(image: bool) -> dict[str, Any]:
     noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
     ids = [72, 101, 108, 108, 111]
-    if not picture:
+    if not image:
         return {"token_ids": ids}
     marks = _marks()
     return {"token_ids": [*marks, *ids], "images": [Image.fromarray(noise)]}
 
 
 def _marks() -> tuple[int, int]:
-    """The ids around a picture."""
+    """The ids around an image."""
     from qvl_runtime.config.model import ModelConfig
 
     visual = ModelConfig.from_folder(NANO).visual

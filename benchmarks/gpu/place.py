@@ -12,9 +12,18 @@ from types import ModuleType
 import torch
 
 PEAK_GB_S = {  # of the memory, by the vendor's data sheets
-    "A100-SXM4-80GB": 2039, "A100 80GB PCIe": 1935, "A100-SXM4-40GB": 1555, "H100 80GB HBM3": 3350, "H100 PCIe": 2000,
-    "H200": 4800, "A10": 600, "L4": 300, "L40S": 864, "RTX 3090": 936, "RTX 4090": 1008,
-}  # fmt: skip
+    "A100-SXM4-80GB": 2039,
+    "A100 80GB PCIe": 1935,
+    "A100-SXM4-40GB": 1555,
+    "H100 80GB HBM3": 3350,
+    "H100 PCIe": 2000,
+    "H200": 4800,
+    "A10": 600,
+    "L4": 300,
+    "L40S": 864,
+    "RTX 3090": 936,
+    "RTX 4090": 1008,
+}
 COPIED = 1 << 30  # bytes of the copy that is the ceiling
 
 

@@ -1,6 +1,6 @@
 """The documented table, on the full-size model with random weights: speed, memory, and requests together.
 
-Documented for an A100-SXM4-80G: tokens a second while generating up to 2048 and 8192 tokens after a picture, and peak
+Documented for an A100-SXM4-80G: tokens a second while generating up to 2048 and 8192 tokens after an image, and peak
 memory there, of the original code in BF16 and Int4. Here the speed is that of tokens at `POINTS` places along the way,
 32 after each; a step's time grows evenly with the context, so that the mean of theirs is the mean of all.
 """
@@ -51,8 +51,9 @@ def _engine(place: Place, kind: str, longest: int) -> Engine:
     config = full_config(NAMES[kind])
     needed = max(longest, 64 * 192) * bytes_per_token(config, torch.bfloat16)
     dtype = "bfloat16" if kind == "bf16" else "float16"
-    return Engine(synthetic=NAMES[kind], device=str(place.device), dtype=dtype, max_model_len=longest,
-                  kv_cache_bytes=needed)  # fmt: skip
+    return Engine(
+        synthetic=NAMES[kind], device=str(place.device), dtype=dtype, max_model_len=longest, kv_cache_bytes=needed
+    )
 
 
 def _nano_int4() -> str:
@@ -61,14 +62,15 @@ def _nano_int4() -> str:
     return str(NANO.parent / "nano_int4")
 
 
-def _answer(engine: Engine, requests: int, context: int, tokens: int, picture: bool = False) -> float:
+def _answer(engine: Engine, requests: int, context: int, tokens: int, image: bool = False) -> float:
     """Tokens a second of all requests together after the first token of each."""
     marks = (engine.tokenizer.img_start, engine.tokenizer.img_end)
-    ids = [*marks * picture, *[7] * (context - PICTURE * picture)]
-    images = [Image.new("RGB", (448, 448), "grey")] * picture
+    ids = [*marks * image, *[7] * (context - PICTURE * image)]
+    images = [Image.new("RGB", (448, 448), "gray")] * image
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    prompts: list[Any] = [{"token_ids": [r + 1, *ids[1:]] if not picture else ids, "images": images}
-                          for r in range(requests)]  # fmt: skip
+    prompts: list[Any] = [
+        {"token_ids": [r + 1, *ids[1:]] if not image else ids, "images": images} for r in range(requests)
+    ]
     submitted = [engine.submit(engine.encode(prompt), params) for prompt in prompts]
     while any(not request.tasks or not request.tasks[0].answer.token_ids for request in submitted):
         engine.loop.step()
@@ -85,15 +87,19 @@ def _speed(place: Place, engine: Engine, kind: str, context: int) -> Row:
     first = TINY if place.tiny else PICTURE + 2
     points = 1 if place.tiny else POINTS
     places = [first + (context - tokens - first) * i // max(1, points - 1) for i in range(points)]
-    steps = [1 / _answer(engine, 1, at, tokens, picture=not place.tiny) for at in places]
+    steps = [1 / _answer(engine, 1, at, tokens, image=not place.tiny) for at in places]
     speed = len(steps) / sum(steps)
     row: Row = {"what": "speed", "model": kind, "tokens": context, "tok_s": speed}
     if place.tiny:
         return row
     rate = speed * token_bytes(full_config(NAMES[kind]), sum(places) // len(places))
     documented = SPEED[kind, context]
-    return row | {"documented": documented, "times": speed / documented, "gb_s": rate / 1e9,
-                  "of_peak": rate / place.peak if place.peak else None}  # fmt: skip
+    return row | {
+        "documented": documented,
+        "times": speed / documented,
+        "gb_s": rate / 1e9,
+        "of_peak": rate / place.peak if place.peak else None,
+    }
 
 
 def _memory(place: Place, engine: Engine, kind: str, context: int, longest: int) -> Row:
@@ -103,8 +109,14 @@ def _memory(place: Place, engine: Engine, kind: str, context: int, longest: int)
     cache = engine.loop.runner.cache
     peak = torch.cuda.max_memory_allocated() - (cache.num_slots - context) * cache.bytes_per_token
     documented = MEMORY[kind, context]
-    return {"what": "memory", "model": kind, "tokens": context, "gb": peak / 1e9, "documented": documented,
-            "times": peak / 1e9 / documented}  # fmt: skip
+    return {
+        "what": "memory",
+        "model": kind,
+        "tokens": context,
+        "gb": peak / 1e9,
+        "documented": documented,
+        "times": peak / 1e9 / documented,
+    }
 
 
 def _throughput(engine: Engine, kind: str, batch: int, place: Place) -> Row:

@@ -27,9 +27,18 @@ def measure(out: Path, quick: bool) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     options = ["--benchmark-max-time=0.05", "--benchmark-min-rounds=1"] if quick else ["--benchmark-max-time=0.7"]
     command = [
-        sys.executable, "-m", "pytest", "benchmarks/kernels", "-q", "-o", "python_files=bench_*.py",
-        "--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={out}", *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/kernels",
+        "-q",
+        "-o",
+        "python_files=bench_*.py",
+        "--benchmark-disable-gc",
+        "--benchmark-quiet",
+        f"--benchmark-json={out}",
+        *options,
+    ]
     environment = os.environ | ({"QVL_BENCH_SCALE": "16"} if quick else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -53,11 +62,16 @@ def compared(new: dict[str, dict[str, Any]], old: dict[str, dict[str, Any]]) -> 
     rows = []
     for name, now in new.items():
         before = old.get(name, {}).get("ours")
-        rows.append([
-            name, f"{1e6 * now['ours']:,.0f} ({1e6 * now['q1']:,.0f}-{1e6 * now['q3']:,.0f})", f"{now['gb_s']:.1f}",
-            f"{now['gop_s']:,.0f}", f"{now['torch'] / now['ours']:.2f}" if "torch" in now else "",
-            f"{before / now['ours']:.2f}" if before else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{1e6 * now['ours']:,.0f} ({1e6 * now['q1']:,.0f}-{1e6 * now['q3']:,.0f})",
+                f"{now['gb_s']:.1f}",
+                f"{now['gop_s']:,.0f}",
+                f"{now['torch'] / now['ours']:.2f}" if "torch" in now else "",
+                f"{before / now['ours']:.2f}" if before else "",
+            ]
+        )
     return rows
 
 

@@ -65,9 +65,11 @@ def int4_linear(at: Setting, rows: int, inputs: int, outputs: int) -> Case:
     bound = [at.ops.prepare_gptq(*parts, None, 4, 1, None, "fast") for _ in range(copies)]
     x, dense = (torch.randn(n, inputs, device=at.device).to(at.dtype) for n in (rows, outputs))
     return Case(
-        in_turn([lambda b=b: b(x) for b in bound]), lambda: F.linear(x, dense),
-        nbytes + x.nbytes + rows * outputs * at.dtype.itemsize, 2 * rows * inputs * outputs,
-    )  # fmt: skip
+        in_turn([lambda b=b: b(x) for b in bound]),
+        lambda: F.linear(x, dense),
+        nbytes + x.nbytes + rows * outputs * at.dtype.itemsize,
+        2 * rows * inputs * outputs,
+    )
 
 
 def dense_linear(at: Setting, rows: int) -> Case:
@@ -77,9 +79,11 @@ def dense_linear(at: Setting, rows: int) -> Case:
     x = torch.randn(rows, width, device=at.device).to(at.dtype)
     bound = [at.ops.prepare_linear(w) for w in weights]
     return Case(
-        in_turn([lambda b=b: b(x) for b in bound]), in_turn([lambda w=w: F.linear(x, w) for w in weights]),
-        weights[0].nbytes + 2 * x.nbytes, 2 * rows * width**2,
-    )  # fmt: skip
+        in_turn([lambda b=b: b(x) for b in bound]),
+        in_turn([lambda w=w: F.linear(x, w) for w in weights]),
+        weights[0].nbytes + 2 * x.nbytes,
+        2 * rows * width**2,
+    )
 
 
 def rms_norm(at: Setting, rows: int) -> Case:
@@ -94,8 +98,10 @@ def add_rms_norm(at: Setting, rows: int) -> Case:
     x, update, weight = _stream(at, rows)
     return Case(
         lambda: at.ops.add_rms_norm(x, update, weight, EPS),
-        lambda: F.rms_norm(x + update, weight.shape, weight, EPS), 4 * x.nbytes, 5 * x.numel(),
-    )  # fmt: skip
+        lambda: F.rms_norm(x + update, weight.shape, weight, EPS),
+        4 * x.nbytes,
+        5 * x.numel(),
+    )
 
 
 def swiglu(at: Setting, rows: int) -> Case:
@@ -133,8 +139,10 @@ def prefill_attention(at: Setting, tokens: int) -> Case:
     whole = torch.randn(3, 1, heads, tokens, HEAD, device=at.device).to(at.dtype)
     return Case(
         lambda: at.ops.paged_attention(q, *cache, table, [0, tokens], [tokens]),
-        lambda: F.scaled_dot_product_attention(*whole, is_causal=True), 4 * q.nbytes, 2 * tokens**2 * heads * HEAD,
-    )  # fmt: skip
+        lambda: F.scaled_dot_product_attention(*whole, is_causal=True),
+        4 * q.nbytes,
+        2 * tokens**2 * heads * HEAD,
+    )
 
 
 def vision_attention(at: Setting) -> Case:
@@ -143,9 +151,11 @@ def vision_attention(at: Setting) -> Case:
     qkv = torch.randn(1, patches, 3 * width, device=at.device).to(at.dtype)
     split = [t.contiguous() for t in qkv.view(1, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)]
     return Case(
-        lambda: at.ops.vision_attention(qkv, heads), lambda: F.scaled_dot_product_attention(*split),
-        qkv.nbytes * 4 // 3, 4 * patches**2 * width,
-    )  # fmt: skip
+        lambda: at.ops.vision_attention(qkv, heads),
+        lambda: F.scaled_dot_product_attention(*split),
+        qkv.nbytes * 4 // 3,
+        4 * patches**2 * width,
+    )
 
 
 def layer_norm(at: Setting) -> Case:
@@ -153,9 +163,11 @@ def layer_norm(at: Setting) -> Case:
     x = torch.randn(PATCHES // at.scale, width, device=at.device).to(at.dtype)
     one, none = torch.ones_like(x[0]), torch.zeros_like(x[0])
     return Case(
-        lambda: at.ops.layer_norm(x, one, none, EPS), lambda: F.layer_norm(x, (width,), one, none, EPS),
-        2 * x.nbytes, 6 * x.numel(),
-    )  # fmt: skip
+        lambda: at.ops.layer_norm(x, one, none, EPS),
+        lambda: F.layer_norm(x, (width,), one, none, EPS),
+        2 * x.nbytes,
+        6 * x.numel(),
+    )
 
 
 def gelu(at: Setting) -> Case:

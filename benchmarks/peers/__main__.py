@@ -1,7 +1,7 @@
 """The same work on qvl, on llama.cpp and on plain torch in bfloat16, in turns in one run. One JSON line a figure.
 
-    python -m benchmarks.peers --contexts 0,300,2000 --prefill 512 --picture [--llama SERVE MODEL.gguf]
-    python -m benchmarks.peers --contexts "" --prefill 512 --picture --no-torch     # alone: its peak memory at the end
+    python -m benchmarks.peers --contexts 0,300,2000 --prefill 512 --image [--llama SERVE MODEL.gguf]
+    python -m benchmarks.peers --contexts "" --prefill 512 --image --no-torch     # alone: its peak memory at the end
 
 qvl runs the full-size Int4 model, llama.cpp its Q4_0 twin (`benchmarks.peers.llama_build`), torch the definition of
 every op in bfloat16: a faithful implementation of the original without tricks. All weights are random, which costs the
@@ -59,8 +59,16 @@ def decode(found: dict[str, Engine], context: int, llama: Llama | None) -> None:
         if name != "read":
             reads = steps.bytes_read(found[name], context) if name in found else None
             rate = None if reads is None else reads / timing.seconds
-            _say(timings, name, decode=name, context=context, tok_s=1 / timing.seconds,
-                 gb_s=rate and rate / 1e9, of_read=rate and rate / ceiling, read_gb_s=ceiling / 1e9)  # fmt: skip
+            _say(
+                timings,
+                name,
+                decode=name,
+                context=context,
+                tok_s=1 / timing.seconds,
+                gb_s=rate and rate / 1e9,
+                of_read=rate and rate / ceiling,
+                read_gb_s=ceiling / 1e9,
+            )
 
 
 def prefill(found: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
@@ -72,12 +80,12 @@ def prefill(found: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
         _say(timings, name, prefill=name, tokens=tokens, tok_s=tokens / timing.seconds, s=timing.seconds)
 
 
-def picture(found: dict[str, Engine]) -> None:
+def image(found: dict[str, Engine]) -> None:
     timings = alternate(
-        {name: lambda e=engine: steps.pictures(e, 1, rounds=1) for name, engine in found.items()}, wanted=3, limit_s=150
+        {name: lambda e=engine: steps.images(e, 1, rounds=1) for name, engine in found.items()}, wanted=3, limit_s=150
     )
     for name, timing in timings.items():
-        _say(timings, name, picture=name, s=timing.seconds)
+        _say(timings, name, image=name, s=timing.seconds)
 
 
 def _say(timings: dict[str, Timing], name: str, **figures: object) -> None:
@@ -95,7 +103,7 @@ def main() -> None:
     parser.add_argument("--kv-dtype", default="auto", help="of qvl's cache: auto or int8")
     parser.add_argument("--contexts", default="0,300,2000")
     parser.add_argument("--prefill", type=int, default=512)
-    parser.add_argument("--picture", action="store_true", help="also one picture through the full visual tower")
+    parser.add_argument("--image", action="store_true", help="also one image through the full visual tower")
     parser.add_argument("--no-torch", action="store_true", help="leave plain torch out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--llama", nargs=2, metavar=("SERVE", "MODEL"))
@@ -108,8 +116,8 @@ def main() -> None:
         decode(found, context, llama)
     if asked.prefill:
         prefill(found, asked.prefill, llama)
-    if asked.picture:
-        picture(found)
+    if asked.image:
+        image(found)
     if len(found) == 1:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         say(peak_resident_gb=peak / 1e9, of=next(iter(found)))

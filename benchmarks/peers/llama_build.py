@@ -50,16 +50,34 @@ def server(work: Path, python: Path) -> Path:
         with tarfile.open(next(work.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(work, filter="data")
     llama, build, cmake = source / "vendor" / "llama.cpp", work / "llama-build", python.parent / "cmake"
-    off = [f"-D{name}=OFF" for name in (
-        "BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES",
-        "LLAMA_BUILD_SERVER",
-    )]  # fmt: skip
+    off = [
+        f"-D{name}=OFF"
+        for name in (
+            "BUILD_SHARED_LIBS",
+            "LLAMA_CURL",
+            "LLAMA_OPENSSL",
+            "LLAMA_BUILD_TESTS",
+            "LLAMA_BUILD_EXAMPLES",
+            "LLAMA_BUILD_SERVER",
+        )
+    ]
     run(cmake, "-S", llama, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *off)
     run(cmake, "--build", build, "--target", "llama", f"-j{os.cpu_count()}")
     libraries = [next(build.rglob(name)) for name in LIBRARIES]
     includes = [f"-I{llama / 'include'}", f"-I{llama / 'ggml' / 'include'}"]
-    run("g++", "-O2", "-std=c++17", *includes, HERE / "llama_serve.cpp", "-o", built, *libraries, "-fopenmp",
-        "-lpthread", "-ldl")  # fmt: skip
+    run(
+        "g++",
+        "-O2",
+        "-std=c++17",
+        *includes,
+        HERE / "llama_serve.cpp",
+        "-o",
+        built,
+        *libraries,
+        "-fopenmp",
+        "-lpthread",
+        "-ldl",
+    )
     return built
 
 
@@ -100,9 +118,12 @@ def write_gguf(path: Path) -> None:
     writer.add_tensor("output_norm.weight", ones)
     writer.add_tensor("output.weight", q6_k(VOCABULARY, HIDDEN), raw_dtype=kinds.Q6_K)
     shapes = {
-        "attn_qkv": (3 * HIDDEN, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (MLP, HIDDEN),
-        "ffn_up": (MLP, HIDDEN), "ffn_down": (HIDDEN, MLP),
-    }  # fmt: skip
+        "attn_qkv": (3 * HIDDEN, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+        "ffn_gate": (MLP, HIDDEN),
+        "ffn_up": (MLP, HIDDEN),
+        "ffn_down": (HIDDEN, MLP),
+    }
     linears = {name: q4_0(*shape) for name, shape in shapes.items()}
     for layer in range(LAYERS):
         for name, blocks in linears.items():

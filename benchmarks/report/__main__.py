@@ -103,14 +103,18 @@ def main() -> None:
     print("serving", file=sys.stderr)
     rates, count = ([float("inf")], 6) if asked.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
     report = {
-        "machine": plain(machine), "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
-        "quick": asked.quick, "passes": passes, "models": models,
-        "serving": serving.measure({}, rates, count, 6), "bounds": computed(),
-    }  # fmt: skip
+        "machine": plain(machine),
+        "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
+        "quick": asked.quick,
+        "passes": passes,
+        "models": models,
+        "serving": serving.measure({}, rates, count, 6),
+        "bounds": computed(),
+    }
     report["minutes"] = (time.perf_counter() - began) / 60
     (out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    pictures = draw(report, out)
-    write_page(report, pictures, out / "README.md")
+    images = draw(report, out)
+    write_page(report, images, out / "README.md")
     print(f"{out / 'README.md'}: {report['minutes']:.1f} minutes", file=sys.stderr)
 
 

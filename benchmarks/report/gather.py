@@ -44,17 +44,21 @@ MODELS = {
         Model("nano", {}, curves=True),
         Model("nano Int4, fast", {"model": str(NANO_INT4), "precision": "fast"}),
         Model(
-            "full-size Int4, fast", {"synthetic": "qwen-vl-chat-int4", "precision": "fast", **FULL}, curves=True,
+            "full-size Int4, fast",
+            {"synthetic": "qwen-vl-chat-int4", "precision": "fast", **FULL},
+            curves=True,
             memory_gib=14,
         ),
         Model("full-size Int4, exact", {"synthetic": "qwen-vl-chat-int4", **FULL}, memory_gib=16),
         Model(
-            "full-size BF16", {"synthetic": "qwen-vl-chat", "repeat_blocks": True, **FULL}, memory_gib=10,
+            "full-size BF16",
+            {"synthetic": "qwen-vl-chat", "repeat_blocks": True, **FULL},
+            memory_gib=10,
             batches=(1, 8),
             note="all blocks share the memory of one, so its peak memory is not that of the model: see `qvl plan`",
         ),
     )
-}  # fmt: skip
+}
 QUICK = ("nano",)
 AGAIN_S = 3.0  # a later pass goes along a curve until a point takes longer
 
@@ -81,10 +85,16 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
     speed = profile_speed(engine, 8 if quick else None, lengths, batches, 3 if quick else 5, progress)
     curves = growth(engine, speed.ceilings, quick, progress, AGAIN_S if again else math.inf) if model.curves else []
     return {
-        "label": model.label, "options": said(model.options), "note": model.note, "summary": engine.summary(),
-        "kernels": engine.report()["kernels"], "machine": plain(Machine.here(engine.loop.runner.model.device)),
-        "speed": plain(speed), "growth": plain(curves), "memory": memory,
-    }  # fmt: skip
+        "label": model.label,
+        "options": said(model.options),
+        "note": model.note,
+        "summary": engine.summary(),
+        "kernels": engine.report()["kernels"],
+        "machine": plain(Machine.here(engine.loop.runner.model.device)),
+        "speed": plain(speed),
+        "growth": plain(curves),
+        "memory": memory,
+    }
 
 
 def said(options: dict[str, Any]) -> dict[str, Any]:

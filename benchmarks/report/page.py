@@ -8,66 +8,130 @@ from typing import Any
 GIB = 2**30
 
 
-def write_page(report: dict[str, Any], pictures: dict[str, str], path: Path) -> None:
-    """pictures: titles by file name, in the page's folder."""
+def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> None:
+    """images: titles by file name, in the page's folder."""
     machine, models = report["machine"], report["models"]
     measured = [model for model in models if "skipped" not in model]
     lines = [
-        f"# {machine['device']}, {machine['date'][:10]}", "",
+        f"# {machine['device']}, {machine['date'][:10]}",
+        "",
         f"`{report['command']}`: {report['minutes']:.0f} minutes; {machine['system']}, {machine['memory_gib']:.0f} "
         f"GiB, Python {machine['python']}, torch {machine['torch_version']}, qvl {machine['qvl']} at commit "
         f"{machine['commit'] or 'unknown'}.",
         f"{spreads_said(report['passes'])} Full-size weights are random, which costs the same. "
-        "Published figures are those of the original code on one A100-SXM4-80G: other hardware, for orientation.", "",
-        *table(("model", "read at best", "16-bit product at best", "kernels"), [
-            (m["label"], spread(m["speed"]["ceilings"]["read_gb_s"], "GB/s"),
-             spread(m["speed"]["ceilings"]["gemm_gop_s"], "Gop/s"), m["kernels"]["ops"]) for m in measured
-        ]),
-        *(f"- {m['label']}: left out, {m['skipped']}" for m in models if "skipped" in m), "",
-        "## Speed", "", *image(pictures, "speed.png"),
-        *table(("model", "generated", "tokens/s", "GB/s", "of the read ceiling", "original, A100", "measured as"), [
-            (m["label"], mean["length"], spread(mean["tok_s"]), f"{mean['gb_s']:.1f}", f"{mean['of_read']:.0%}",
-             mean["published"] or "", mean["how"]) for m in measured for mean in m["speed"]["means"]
-        ]),
-        "Several sequences decoded together, tokens/s of all:", "",
-        *table(("model", "together", "tokens/s", "context"), [
-            (m["label"], b["size"], spread(b["tok_s"]), b["context"]) for m in measured for b in m["speed"]["batches"]
-        ]),
-        "## Time", "", *image(pictures, "time.png"),
-        *table(("model", "tokens", "first token", "p50", "p95", "p99", "picture", "tower", "prefill", "decode"), [
-            timing(m) for m in measured
-        ]),
-        "## Memory", "", *image(pictures, "memory.png"),
-        *table(("model", "case", "peak, GiB", "planned", "original, A100", "how"), [
-            (m["label"], f"{case['name']} {case['tokens'] or ''}", f"{case['peak'] / GIB:.2f}", planned(case),
-             case["published_gib"] or "", case["how"])
-            for m in measured if m["memory"] for case in m["memory"]["cases"]
-        ]),
-        *(f"- {m['label']}: {m['note']}" for m in measured if m["note"]), "",
-        "## Growth", "",
-    ]  # fmt: skip
+        "Published figures are those of the original code on one A100-SXM4-80G: other hardware, for orientation.",
+        "",
+        *table(
+            ("model", "read at best", "16-bit product at best", "kernels"),
+            [
+                (
+                    m["label"],
+                    spread(m["speed"]["ceilings"]["read_gb_s"], "GB/s"),
+                    spread(m["speed"]["ceilings"]["gemm_gop_s"], "Gop/s"),
+                    m["kernels"]["ops"],
+                )
+                for m in measured
+            ],
+        ),
+        *(f"- {m['label']}: left out, {m['skipped']}" for m in models if "skipped" in m),
+        "",
+        "## Speed",
+        "",
+        *image(images, "speed.png"),
+        *table(
+            ("model", "generated", "tokens/s", "GB/s", "of the read ceiling", "original, A100", "measured as"),
+            [
+                (
+                    m["label"],
+                    mean["length"],
+                    spread(mean["tok_s"]),
+                    f"{mean['gb_s']:.1f}",
+                    f"{mean['of_read']:.0%}",
+                    mean["published"] or "",
+                    mean["how"],
+                )
+                for m in measured
+                for mean in m["speed"]["means"]
+            ],
+        ),
+        "Several sequences decoded together, tokens/s of all:",
+        "",
+        *table(
+            ("model", "together", "tokens/s", "context"),
+            [
+                (m["label"], b["size"], spread(b["tok_s"]), b["context"])
+                for m in measured
+                for b in m["speed"]["batches"]
+            ],
+        ),
+        "## Time",
+        "",
+        *image(images, "time.png"),
+        *table(
+            ("model", "tokens", "first token", "p50", "p95", "p99", "image", "tower", "prefill", "decode"),
+            [timing(m) for m in measured],
+        ),
+        "## Memory",
+        "",
+        *image(images, "memory.png"),
+        *table(
+            ("model", "case", "peak, GiB", "planned", "original, A100", "how"),
+            [
+                (
+                    m["label"],
+                    f"{case['name']} {case['tokens'] or ''}",
+                    f"{case['peak'] / GIB:.2f}",
+                    planned(case),
+                    case["published_gib"] or "",
+                    case["how"],
+                )
+                for m in measured
+                if m["memory"]
+                for case in m["memory"]["cases"]
+            ],
+        ),
+        *(f"- {m['label']}: {m['note']}" for m in measured if m["note"]),
+        "",
+        "## Growth",
+        "",
+    ]
     for model in measured:
         for curve in model["growth"]:
             points = ", ".join(f"{p['x']}: {spread(p['seconds'], 's')}" for p in curve["points"])
             said = f"**{model['label']}, {curve['name']}** against {curve['axis']}. {curve['bound']}"
             lines += [said, "", points, ""]
         if model["growth"]:
-            lines += image(pictures, f"growth-{model['label'].replace(',', '').replace(' ', '-').lower()}.png")
+            lines += image(images, f"growth-{model['label'].replace(',', '').replace(' ', '-').lower()}.png")
     lines += [
-        "## Serving", "", *image(pictures, "serving.png"),
-        "Poisson arrivals over `AsyncEngine` on nano; two thirds have one of six pictures (`benchmarks/serving.py`).",
+        "## Serving",
         "",
-        *table(("rate", "tokens/s", "TTFT p50 / p95 / p99, s", "TPOT p50 / p95 / p99, ms", "prefix hits"), [
-            serving(record) for record in report["serving"]
-        ]),
-        "## On a GPU: computed, not measured", "",
+        *image(images, "serving.png"),
+        "Poisson arrivals over `AsyncEngine` on nano; two thirds have one of six images (`benchmarks/serving.py`).",
+        "",
+        *table(
+            ("rate", "tokens/s", "TTFT p50 / p95 / p99, s", "TPOT p50 / p95 / p99, ms", "prefix hits"),
+            [serving(record) for record in report["serving"]],
+        ),
+        "## On a GPU: computed, not measured",
+        "",
         "What the memory's bandwidth allows at most for the mean step of the published lengths, with a 16-bit cache; "
-        "the original was measured on that A100. No GPU has run this software yet.", "",
-        *table(("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100"), [
-            (b["model"], b["machine"], b["context"], f"{b['gb_a_token']:.2f}", f"{b['at_most_tok_s']:.0f}",
-             b["published"] or "") for b in report["bounds"]
-        ]),
-    ]  # fmt: skip
+        "the original was measured on that A100. No GPU has run this software yet.",
+        "",
+        *table(
+            ("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100"),
+            [
+                (
+                    b["model"],
+                    b["machine"],
+                    b["context"],
+                    f"{b['gb_a_token']:.2f}",
+                    f"{b['at_most_tok_s']:.0f}",
+                    b["published"] or "",
+                )
+                for b in report["bounds"]
+            ],
+        ),
+    ]
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
@@ -90,8 +154,8 @@ def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
     return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines] + [""]
 
 
-def image(pictures: dict[str, str], name: str) -> list[str]:
-    return [f"![{pictures[name]}]({name})", ""] if name in pictures else []
+def image(images: dict[str, str], name: str) -> list[str]:
+    return [f"![{images[name]}]({name})", ""] if name in images else []
 
 
 def spread(value: dict[str, float], unit: str = "") -> str:
@@ -102,7 +166,7 @@ def spread(value: dict[str, float], unit: str = "") -> str:
 def timing(model: dict[str, Any]) -> tuple[Any, ...]:
     answer = model["speed"]["answer"]
     gaps = [f"{1e3 * answer['tpot_s'][p]:.1f} ms" for p in ("p50", "p95", "p99")]
-    parts = [f"{answer['timings'][part]:.2f} s" for part in ("picture_s", "vision_s", "prefill_s", "decode_s")]
+    parts = [f"{answer['timings'][part]:.2f} s" for part in ("image_s", "vision_s", "prefill_s", "decode_s")]
     return (model["label"], answer["tokens"], f"{answer['ttft_s']:.2f} s", *gaps, *parts)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a report: speed, time, memory, growth, serving."""
+"""The images of a report: speed, time, memory, growth, serving."""
 
 from __future__ import annotations
 
@@ -54,8 +54,13 @@ def speed(pyplot: Any, models: list[Model]) -> bool:
         axes.barh(y, rate["median"], 0.25, color=OURS, label="qvl here" if not y else None)
         axes.plot([rate["p10"], rate["p90"]], [y, y], color="black", linewidth=1)
         if mean["published"]:
-            axes.barh(y - 0.27, mean["published"], 0.25, color=PUBLISHED,
-                      label="original on an A100-80G (other hardware)" if not y else None)  # fmt: skip
+            axes.barh(
+                y - 0.27,
+                mean["published"],
+                0.25,
+                color=PUBLISHED,
+                label="original on an A100-80G (other hardware)" if not y else None,
+            )
         axes.text(rate["p90"], y, f"  {rate['median']:.3g}", va="center")
     axes.set_yticks(range(len(rows)), [f"{m['label']}\n{mean['length']} tokens" for m, mean in rows])
     axes.set_xlabel("tokens a second, one sequence")
@@ -65,20 +70,20 @@ def speed(pyplot: Any, models: list[Model]) -> bool:
 
 
 def split(pyplot: Any, models: list[Model]) -> bool:
-    """One stacked bar a model: picture decode, tower, prefill, decode, as shares."""
+    """One stacked bar a model: image decode, tower, prefill, decode, as shares."""
     if not models:
         return False
     _, axes = pyplot.subplots(figsize=(8, 0.8 + 0.5 * len(models)))
-    parts = ("picture_s", "vision_s", "prefill_s", "decode_s")
+    parts = ("image_s", "vision_s", "prefill_s", "decode_s")
     for y, model in enumerate(models):
         timings, left = model["speed"]["answer"]["timings"], 0.0
         total = sum(timings[part] for part in parts)
         for part, colour in zip(parts, SHADES, strict=False):
-            label = {"picture_s": "picture decode", "vision_s": "vision tower"}.get(part, part.removesuffix("_s"))
+            label = {"image_s": "image decode", "vision_s": "vision tower"}.get(part, part.removesuffix("_s"))
             axes.barh(y, timings[part] / total, left=left, color=colour, label=label if not y else None)
             left += timings[part] / total
         axes.text(1.01, y, f"{total:.2f} s", va="center")
-    names = [f"{m['label']}\n1 picture, {m['speed']['answer']['tokens']} tokens" for m in models]
+    names = [f"{m['label']}\n1 image, {m['speed']['answer']['tokens']} tokens" for m in models]
     axes.set_yticks(range(len(models)), names)
     axes.invert_yaxis()
     axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -103,8 +108,13 @@ def memory(pyplot: Any, models: list[Model]) -> bool:
             left += size / 2**30
         axes.text(left, y, f" {case['peak'] / 2**30:.2f}", va="center")
         if case["published_gib"]:
-            axes.plot([case["published_gib"]] * 2, [y - 0.35, y + 0.35], color="black", linewidth=2,
-                      label="original, A100-80G" if not y else None)  # fmt: skip
+            axes.plot(
+                [case["published_gib"]] * 2,
+                [y - 0.35, y + 0.35],
+                color="black",
+                linewidth=2,
+                label="original, A100-80G" if not y else None,
+            )
     axes.set_yticks(range(len(rows)), [f"{m['label']}\n{case['name']} {case['tokens']}" for m, case in rows])
     axes.invert_yaxis()
     axes.set_xlabel("GiB at the peak")

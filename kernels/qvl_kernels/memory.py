@@ -14,7 +14,7 @@ PIECE = 32 << 10  # bytes of what is written at once, from which on a huge page 
 
 
 def buffer(nbytes: int, huge: int | None = None) -> Tensor:
-    """Uninitialised bytes, uint8 [nbytes]: in huge pages where they fill one, aligned to a cache line else.
+    """Uninitialized bytes, uint8 [nbytes]: in huge pages where they fill one, aligned to a cache line else.
 
     Of the mapping only what is written becomes memory, a page at a time; huge: so many bytes in huge pages, those at
     the start, where not all are to be. From torch's allocator the same bytes came out of a heap that the checkpoint's

@@ -57,9 +57,9 @@ Raw = Annotated[
 ]
 Draw = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write the picture with the answer's boxes here.", rich_help_panel=OUTPUT),
+    typer.Option(metavar="FILE", help="Write the image with the answer's boxes here.", rich_help_panel=OUTPUT),
 ]
-Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the picture with the boxes drawn.")]
+Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the image with the boxes drawn.")]
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:
@@ -69,7 +69,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
 @app.callback()
 def root() -> None:
-    """Run Qwen-VL: pictures and a question in, words and boxes out.
+    """Run Qwen-VL: images and a question in, words and boxes out.
 
     [bold]To try it, without a download:[/bold]
 
@@ -77,7 +77,7 @@ def root() -> None:
 
     [cyan]qvl chat[/cyan]
 
-    [bold]With a picture and a model of yours:[/bold]
+    [bold]With an image and a model of yours:[/bold]
 
     [cyan]qvl generate "What is this?" -i dog.jpg --model Qwen/Qwen-VL-Chat-Int4 --download[/cyan]
 
@@ -215,7 +215,7 @@ def info(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False)
 
 @command
 def demo(*, out: Out = Path("out/demo.png"), models: ModelOptions, debug: Debug = False) -> int:
-    """Caption a picture that comes with qvl, answer a question about it, box an object, and say how fast."""
+    """Caption an image that comes with qvl, answer a question about it, box an object, and say how fast."""
     from qvl_runtime.cli.demo import run
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """`qvl batch`: a file of requests in, a file of answers out, in the same order; started again, it goes on.
 
-A record is a JSON object on one line: "messages" (OpenAI-style), or "prompt" (a question) with "images" (pictures that
+A record is a JSON object on one line: "messages" (OpenAI-style), or "prompt" (a question) with "images" (images that
 go before it), or "raw" (a string with Qwen's tags, or a list of parts). It may have an "id", which is handed through,
 and "params" with the fields of `SamplingParams`. Each answer is one line: "index", "id" and either "text",
 "finish_reason", "boxes", "usage" (and "alternatives" where n > 1) or "error".
@@ -131,7 +131,7 @@ def request_of(record: dict[str, Any], params: SamplingParams) -> tuple[Any, Sam
             raise PromptError('"prompt" is a text and "images" a list of files, addresses or data URLs')
         value = [{"role": "user", "content": content(value, images)}]
     elif images:
-        raise PromptError(f'"images" goes with "prompt"; with "{found[0]}" the pictures stand inside')
+        raise PromptError(f'"images" goes with "prompt"; with "{found[0]}" the images stand inside')
     return value, _own_params(record.get("params", {}), params)
 
 

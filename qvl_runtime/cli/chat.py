@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from qvl_runtime.schedule.api import Completion, SamplingParams
 
 HELP = """\
-/image PATH   show the model a picture (file or address) with the next message
-/draw FILE    write the picture with the last answer's boxes drawn
+/image PATH   show the model an image (file or address) with the next message
+/draw FILE    write the image with the last answer's boxes drawn
 /reset        forget the conversation
 /help         this list
 /quit         leave; so does Ctrl-D
@@ -57,7 +57,7 @@ class ChatSession:
     def send(self, text: str) -> None:
         """One turn: the answer is streamed to standard output.
 
-        A refused turn leaves the conversation as it was and drops the pictures that waited for it, one of which may be
+        A refused turn leaves the conversation as it was and drops the images that waited for it, one of which may be
         the cause. A stopped answer stays, as far as it came.
         """
         turn = {"role": "user", "content": content(text, self.pending_images)}
@@ -81,7 +81,7 @@ class ChatSession:
         if "://" not in source and not source.startswith("data:"):
             path = Path(source).expanduser()
             if not path.is_file():
-                raise ImageError(f"there is no file {path}; /image wants the path of a picture")
+                raise ImageError(f"there is no file {path}; /image wants the path of an image")
             source = str(path)
         self.pending_images.append(source)
         say(f"goes with your next message: {source}")
@@ -121,7 +121,7 @@ def converse(session: ChatSession) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
         _enable_line_editing()
-        say("/help lists the commands, /image PATH shows a picture, Ctrl-D leaves")
+        say("/help lists the commands, /image PATH shows an image, Ctrl-D leaves")
     interrupts = 0
     while True:
         try:

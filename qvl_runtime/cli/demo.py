@@ -1,4 +1,4 @@
-"""`qvl demo`: three questions about a picture that ships with the package, its boxes drawn, and what it took."""
+"""`qvl demo`: three questions about an image that ships with the package, its boxes drawn, and what it took."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 @dataclass(frozen=True, slots=True)
 class DemoPlan:
-    """What is asked about which picture."""
+    """What is asked about which image."""
 
     image: Path
     caption_prompt: str
@@ -31,7 +31,7 @@ class DemoPlan:
 
     @classmethod
     def from_folder(cls, folder: Path = ASSETS) -> DemoPlan:
-        """Read `demo.json`, whose picture lies beside it. Raises `ConfigError` where it is missing or incomplete."""
+        """Read `demo.json`, whose image lies beside it. Raises `ConfigError` where it is missing or incomplete."""
         path = folder / "demo.json"
         raw = read_json(path)
         texts: dict[str, str] = {}
@@ -44,20 +44,20 @@ class DemoPlan:
 
 
 def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
-    """Ask the plan's three questions, write the picture with the boxes of the answers to `out`, and say how fast."""
+    """Ask the plan's three questions, write the image with the boxes of the answers to `out`, and say how fast."""
     from rich.console import Console
 
     from qvl_runtime.prompt.drawing import draw_boxes
 
     plan = plan or DemoPlan.from_folder()
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(f"picture  {plan.image}")
+    console.print(f"image  {plan.image}")
     tasks = {"caption": plan.caption_prompt, "question": plan.question, "box": plan.box_prompt}
     answers = {task: ask(engine, plan.image, prompt, console) for task, prompt in tasks.items()}
     boxes = list(answers["caption"].boxes)
     known = {box.label for box in boxes}  # what the caption has boxed is not drawn again on request
     boxes += [box for box in answers["box"].boxes if box.label not in known]
-    draw_boxes(answers["box"].pictures[0].original, boxes).save(out)
+    draw_boxes(answers["box"].images[0].original, boxes).save(out)
     console.print(f"\nwrote    {out}, with {len(boxes)} box{'' if len(boxes) == 1 else 'es'} drawn\n")
     console.print(what_ran(engine))
     console.print()
@@ -65,7 +65,7 @@ def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
 
 
 def ask(engine: Engine, image: Path, prompt: str, console: Console) -> Completion:
-    """One question about the picture in a conversation of its own, the answer shown as it comes."""
+    """One question about the image in a conversation of its own, the answer shown as it comes."""
     from qvl_runtime.schedule.api import SamplingParams
 
     console.print(f"\n> {prompt}", style="bold")
@@ -97,12 +97,12 @@ def what_ran(engine: Engine) -> Table:
 
 
 def how_fast(answers: dict[str, Completion]) -> Table:
-    """Tokens and times of each answer; a picture that the engine still knew costs nothing the second time."""
+    """Tokens and times of each answer; an image that the engine still knew costs nothing the second time."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for heading in ("tokens in", "out", "picture", "prefill", "decode", "first token"):
+    for heading in ("tokens in", "out", "image", "prefill", "decode", "first token"):
         table.add_column(heading, justify="right")
     for task, answer in answers.items():
         usage, timings = answer.usage, answer.timings
@@ -110,7 +110,7 @@ def how_fast(answers: dict[str, Completion]) -> Table:
             task,
             str(usage.prompt_tokens),
             str(usage.completion_tokens),
-            f"{1000 * (timings.picture_s + timings.vision_s):.0f} ms",
+            f"{1000 * (timings.image_s + timings.vision_s):.0f} ms",
             rate(timings.prefill_tokens_per_s),
             rate(timings.decode_tokens_per_s),
             f"{1000 * timings.ttft_s:.0f} ms",

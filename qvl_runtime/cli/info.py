@@ -48,12 +48,12 @@ def examine(models: ModelOptions) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": {"name": device_name(device), "memory_bytes": memory},
         "kernels": report(device),
-        "model": summarise(models.folder()),
+        "model": summarize(models.folder()),
         "checks": [check._asdict() for check in _checks()],
     }
 
 
-def summarise(folder: Path) -> dict[str, Any]:
+def summarize(folder: Path) -> dict[str, Any]:
     """The model in a folder: its sizes, and parameters and bytes by part, from the headers of its weight files.
 
     A packed int4 or int8 matrix counts the parameters that it stands for; its scales, zero points and order only bytes.
@@ -80,7 +80,7 @@ def summarise(folder: Path) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "vocabulary": config.vocab_size,
         "context": config.context_limit,
-        "picture": f"{config.visual.image_size} pixels a side, {config.visual.n_queries} tokens",
+        "image": f"{config.visual.image_size} pixels a side, {config.visual.n_queries} tokens",
         "kv_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * ITEM_SIZE[config.dtype],
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
@@ -102,7 +102,7 @@ def show(report: dict[str, Any]) -> None:
     facts.add_row("model", model["folder"])
     facts.add_row("", f"{model['weights']}, {model['layers']} layers of {model['hidden_size']}")
     facts.add_row("", f"{model['context']:,} tokens of context, {size(model['kv_bytes_per_token'])} of cache a token")
-    facts.add_row("", f"a picture: {model['picture']}")
+    facts.add_row("", f"an image: {model['image']}")
     sizes = Table("part", box=None, pad_edge=False)
     for heading in ("parameters", "on disk"):
         sizes.add_column(heading, justify="right")

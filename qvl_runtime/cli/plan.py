@@ -31,16 +31,21 @@ def plan_of(folder: Path, gpu_name: str | None, choices: Choices, measure: bool 
         choices = replace(choices, vision=held.vision, head=held.head)
     plan = Plan(config, choices, "cpu" if gpu_name is None else "cuda")
     machine = this_machine(folder, choices.dtype, measure) if gpu_name is None else gpu(gpu_name)
-    loads = dict(DOCUMENTED) | {"all, 8 pictures": Load(config.context_limit, config.context_limit, 8)}
+    loads = dict(DOCUMENTED) | {"all, 8 images": Load(config.context_limit, config.context_limit, 8)}
     room = plan.room(machine)
     return {
-        "model": str(folder), "machine": machine._asdict(), "dtype": plan.dtype, "weights": plan.weights,
-        "weights_total": sum(plan.weights.values()), "kv_per_token": plan.kv_per_token,
-        "kv_per_picture": plan.kv_per_picture, "features_per_picture": plan.feature_bytes,
-        "fits": {"tokens": room.tokens, "pictures": room.pictures},
+        "model": str(folder),
+        "machine": machine._asdict(),
+        "dtype": plan.dtype,
+        "weights": plan.weights,
+        "weights_total": sum(plan.weights.values()),
+        "kv_per_token": plan.kv_per_token,
+        "kv_per_image": plan.kv_per_image,
+        "features_per_image": plan.feature_bytes,
+        "fits": {"tokens": room.tokens, "images": room.images},
         "peaks": {name: _peak(plan, load, machine) for name, load in loads.items()},
         "speed_bounds": {str(n): plan.bound_tokens_per_s(machine, n) for n in CONTEXTS},
-    }  # fmt: skip
+    }
 
 
 def show(plan: dict[str, Any]) -> None:
@@ -51,13 +56,13 @@ def show(plan: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {size(count)}" for name, count in plan["weights"].items() if count)
     console.print(f"weights   {size(plan['weights_total'])} in {plan['dtype']}: {parts}")
     console.print(
-        f"KV cache  {size(plan['kv_per_token'])} a token; a picture takes {size(plan['kv_per_picture'])} there and "
-        f"{size(plan['features_per_picture'])} of features"
+        f"KV cache  {size(plan['kv_per_token'])} a token; an image takes {size(plan['kv_per_image'])} there and "
+        f"{size(plan['features_per_image'])} of features"
     )
     fits = plan["fits"]
     console.print(
-        f"fits      {machine['name']} ({size(machine['memory'])}): {fits['tokens']:,} tokens, or {fits['pictures']:,} "
-        "pictures with their tokens"
+        f"fits      {machine['name']} ({size(machine['memory'])}): {fits['tokens']:,} tokens, or {fits['images']:,} "
+        "images with their tokens"
     )
     print_table(peak_table(plan["peaks"]))
     if any(plan["speed_bounds"].values()):
@@ -93,9 +98,11 @@ def this_machine(folder: Path, dtype: str, measure: bool = True) -> Machine:
 
     base = process_bytes(folder, dtype)
     return Machine(
-        device_name(torch.device("cpu")), free_memory(torch.device("cpu")) + base,
-        read_bandwidth() if measure else None, base,
-    )  # fmt: skip
+        device_name(torch.device("cpu")),
+        free_memory(torch.device("cpu")) + base,
+        read_bandwidth() if measure else None,
+        base,
+    )
 
 
 def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = None) -> int:
@@ -123,9 +130,7 @@ def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = Non
     dtype = config.dtype if dtype == "auto" else dtype
     packs = config.quantization is not None and not lies_ready
     small, precision = (NANO.with_name("nano_int4"), "fast") if packs else (NANO, "exact")
-    engine = Engine(
-        small, device="cpu", dtype=dtype, precision=precision, max_model_len=1024, kv_cache_bytes=8 << 20
-    )
+    engine = Engine(small, device="cpu", dtype=dtype, precision=precision, max_model_len=1024, kv_cache_bytes=8 << 20)
     asked = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
     request = engine.submit(asked, SamplingParams(max_tokens=4, temperature=0))
     while not request.done:

@@ -30,10 +30,14 @@ Tokens = Annotated[
 
 
 def speed(
-    *, tokens: Tokens = None, batch: Batches = "1,2,4,8", models: ModelOptions, as_json: AsJson = False,
+    *,
+    tokens: Tokens = None,
+    batch: Batches = "1,2,4,8",
+    models: ModelOptions,
+    as_json: AsJson = False,
     debug: Debug = False,
-) -> int:  # fmt: skip
-    """One picture as context, then 1792 and 7934 tokens generated: mean tokens a second, and where the time goes.
+) -> int:
+    """One image as context, then 1792 and 7934 tokens generated: mean tokens a second, and where the time goes.
 
     [cyan]qvl profile speed --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
 
@@ -78,13 +82,17 @@ def show_speed(report: SpeedReport) -> None:
     ceilings, answer = report.ceilings, report.answer
     show_table(f"mean speed, {report.weights}", as_table(report))
     total = sum(answer.split.values())
-    print(f"one picture, {answer.tokens} tokens: first after {answer.ttft_s:.2f} s; then a token every "
-          + ", ".join(f"{1e3 * s:.1f} ms ({name})" for name, s in answer.tpot_s.items()))  # fmt: skip
+    print(
+        f"one image, {answer.tokens} tokens: first after {answer.ttft_s:.2f} s; then a token every "
+        + ", ".join(f"{1e3 * s:.1f} ms ({name})" for name, s in answer.tpot_s.items())
+    )
     print("  " + ", ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in answer.split.items()))
     for batch in report.batches:
         print(f"  batch of {batch.size}: {batch.tok_s.said('tok/s')} together, at context {batch.context}")
-    print(f"this machine at best: {ceilings.read_gb_s.said('GB/s')} ({ceilings.how}), "
-          f"{ceilings.gemm_gop_s.said('Gop/s')} in torch's 16-bit product")  # fmt: skip
+    print(
+        f"this machine at best: {ceilings.read_gb_s.said('GB/s')} ({ceilings.how}), "
+        f"{ceilings.gemm_gop_s.said('Gop/s')} in torch's 16-bit product"
+    )
     for note in report.notes:
         print(f"note: {note}")
 

@@ -30,7 +30,7 @@ class QuantizeRequest(NamedTuple):
 
 
 def quantize_checkpoint(asked: QuantizeRequest) -> int:
-    """Check, quantise, report; an exit code. Raises the errors of `Quantizer`."""
+    """Check, quantize, report; an exit code. Raises the errors of `Quantizer`."""
     if asked.plot is not None:
         plottable(asked.plot)
     with working(f"reading {asked.source} and the conversations"):
@@ -40,9 +40,7 @@ def quantize_checkpoint(asked: QuantizeRequest) -> int:
 
         device = choose_device(asked.device)
         options = QuantizeOptions(**asked.options)
-        quantizer = Quantizer.open(
-            resolve_model(asked.source), asked.destination, options, asked.calibration, device
-        )
+        quantizer = Quantizer.open(resolve_model(asked.source), asked.destination, options, asked.calibration, device)
     quantizer.refuse_beyond(free_memory(device))
     if not asked.quiet or asked.dry_run:
         for line in _outline(quantizer, asked):

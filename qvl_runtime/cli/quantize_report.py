@@ -1,4 +1,4 @@
-"""What quantising did to each linear, for people: a table in the terminal and a plot."""
+"""What quantizing did to each linear, for people: a table in the terminal and a plot."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # the exit code that shells report for a program that SIGINT ended
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
-# Control characters but tab and newline, shown by their pictures: an answer must not be able to drive the terminal.
+# Control characters but tab and newline, shown by their images: an answer must not be able to drive the terminal.
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 _CONTROL_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
@@ -88,7 +88,7 @@ def progress_bar(
         Progress,
         TextColumn,
         TimeRemainingColumn,
-    )  # fmt: skip
+    )
 
     counted = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), counted, TimeRemainingColumn())
@@ -159,7 +159,7 @@ def speed_line(completion: Completion) -> str:
         f"first after {timings.ttft_s:.2f} s",
     ]
     if usage.images:
-        parts.append(f"pictures {timings.picture_s + timings.vision_s:.2f} s")
+        parts.append(f"images {timings.image_s + timings.vision_s:.2f} s")
     if completion.finish_reason == "length":
         parts.append("cut off at the token limit (--max-tokens)")
     return ", ".join(parts)
@@ -182,10 +182,10 @@ def size(count: int) -> str:
 
 
 def box_lines(completion: Completion) -> list[str]:
-    """One line a box: its label and its corners in per mille of the picture's sides."""
+    """One line a box: its label and its corners in per mille of the image's sides."""
     return [
         f"{box.label or 'box'}: ({box.x1}, {box.y1}) to ({box.x2}, {box.y2}) of 1000"
-        + (f", picture {box.image_index + 1}" if completion.usage.images > 1 and box.image_index is not None else "")
+        + (f", image {box.image_index + 1}" if completion.usage.images > 1 and box.image_index is not None else "")
         for box in completion.boxes
     ]
 
@@ -210,13 +210,13 @@ def answer_json(answer: Answer, drawn: Path | None) -> str:
 
 
 def _box_fields(box: Box, completion: Completion) -> dict[str, Any]:
-    """The box as it is, and its corners in pixels of the picture that it would be drawn on."""
-    picture = completion.pictures[-1 if box.image_index is None else box.image_index] if completion.pictures else None
-    return asdict(box) | {"pixels": None if picture is None else box.pixels(picture.width, picture.height)}
+    """The box as it is, and its corners in pixels of the image that it would be drawn on."""
+    image = completion.images[-1 if box.image_index is None else box.image_index] if completion.images else None
+    return asdict(box) | {"pixels": None if image is None else box.pixels(image.width, image.height)}
 
 
 def drawable(path: Path) -> Path:
-    """`path`, if a picture can be written there; asked before the model is loaded, not after the answer."""
+    """`path`, if an image can be written there; asked before the model is loaded, not after the answer."""
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise ImageError(f"cannot draw to {path}: its name must end in {', '.join(PICTURE_SUFFIXES)}")
     if not path.parent.is_dir():
@@ -225,7 +225,7 @@ def drawable(path: Path) -> Path:
 
 
 def save_drawing(completion: Completion, path: Path) -> Path | None:
-    """Write the picture with the answer's boxes drawn; None, with a note, where the answer has none."""
+    """Write the image with the answer's boxes drawn; None, with a note, where the answer has none."""
     if not completion.boxes:
         say(f"note: the answer has no box, so {path} is not written; ask for one: 'Box the dog', '框出图中的狗'")
         return None
@@ -234,5 +234,5 @@ def save_drawing(completion: Completion, path: Path) -> Path | None:
 
 
 def content(text: str, images: Sequence[str]) -> list[dict[str, str]]:
-    """The content of a chat message: pictures first, then the text."""
+    """The content of a chat message: images first, then the text."""
     return [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]

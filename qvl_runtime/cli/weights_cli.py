@@ -93,7 +93,7 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Quantise a float checkpoint with GPTQ, into the layout of Qwen-VL-Chat-Int4; vision stays as it is.
+    """Quantize a float checkpoint with GPTQ, into the layout of Qwen-VL-Chat-Int4; vision stays as it is.
 
     Memory holds one layer at a time. Stopped, even by kill -9, the same command goes on after the last whole layer.
 
@@ -104,10 +104,26 @@ def quantize(
     from qvl_runtime.cli.quantize import QuantizeRequest, quantize_checkpoint
 
     asked = QuantizeRequest(
-        source, destination, calibration, device, plot, dry_run, as_json, quiet,
-        {"method": method, "bits": bits, "group_size": group, "sym": not asym, "order": act_order, "damping": damping,
-         "drift": drift, "samples": samples, "max_tokens": max_tokens},
-    )  # fmt: skip
+        source,
+        destination,
+        calibration,
+        device,
+        plot,
+        dry_run,
+        as_json,
+        quiet,
+        {
+            "method": method,
+            "bits": bits,
+            "group_size": group,
+            "sym": not asym,
+            "order": act_order,
+            "damping": damping,
+            "drift": drift,
+            "samples": samples,
+            "max_tokens": max_tokens,
+        },
+    )
     return quantize_checkpoint(asked)
 
 

@@ -24,12 +24,12 @@ class EngineConfig:
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
-    allow_urls: bool = True  # http(s) pictures
+    allow_urls: bool = True  # http(s) images
     max_image_bytes: int = 20 * 2**20
     max_image_pixels: int = 40_000_000
     image_timeout_s: float = 10.0
     max_images: int = 16  # a request
-    image_cache_bytes: int = 256 * 2**20  # features kept, by content; a picture of the full model is 2 MiB
+    image_cache_bytes: int = 256 * 2**20  # features kept, by content; an image of the full model is 2 MiB
     kv_cache_bytes: int | None = None  # None: four contexts, but at most half of the memory that is free
     kv_dtype: str = "auto"  # "auto": the model's; "int8": half of 16 bits, with a scale for each token and head
     prefix_caching: bool = True
@@ -51,6 +51,6 @@ class EngineConfig:
         if self.speculative_tokens < 0:
             raise ConfigError(f"speculative_tokens is {self.speculative_tokens}; expected 0 (off) or more")
         if self.max_images < 0:
-            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no pictures) or more")
+            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
         if self.max_model_len is not None:
             require_positive(self, "", "max_model_len")

@@ -33,7 +33,7 @@ class VisionConfig:
     mlp_ratio: float
     output_dim: int  # must equal hidden_size: the outputs overwrite hidden states
     image_start_id: int  # `<img>`; `</img>` and `<imgpad>` follow it
-    n_queries: int = 256  # rows that a picture becomes
+    n_queries: int = 256  # rows that an image becomes
     pool_head_dim: int = 128
     positional_rows: int = 256  # a square table, resized to the grid at run time
     layer_norm_eps: float = 1e-6
@@ -80,7 +80,7 @@ class VisionConfig:
 
     @property
     def span(self) -> int:
-        """Tokens that a picture takes in a prompt, its start and end id included."""
+        """Tokens that an image takes in a prompt, its start and end id included."""
         return self.n_queries + 2
 
 
@@ -109,10 +109,10 @@ class QuantizationConfig:
         """Read AutoGPTQ's `quantize_config.json`, or the `quantization_config` section of `config.json`."""
         method = raw.get("quant_method") or "gptq"
         if method != "gptq":
-            raise ConfigError(f"{where} has quant_method {method!r}; supported are 'gptq' and unquantised checkpoints")
+            raise ConfigError(f"{where} has quant_method {method!r}; supported are 'gptq' and unquantized checkpoints")
         for key in ("lm_head", "dynamic", "is_marlin_format"):
             if raw.get(key):
-                raise ConfigError(f"{where} sets {key!r}, which is not supported: quantise the model anew without it")
+                raise ConfigError(f"{where} sets {key!r}, which is not supported: quantize the model anew without it")
         return cls(**read_fields(cls, raw, where))
 
 
@@ -153,7 +153,7 @@ class ModelConfig:
         if self.visual.output_dim != self.hidden_size:
             raise ConfigError(
                 f"visual.output_dim is {self.visual.output_dim}; expected hidden_size = {self.hidden_size}, "
-                "since picture features replace hidden states"
+                "since image features replace hidden states"
             )
         if self.visual.image_pad_id >= self.vocab_size:
             raise ConfigError(

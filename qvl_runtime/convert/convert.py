@@ -29,7 +29,7 @@ from qvl_runtime.weights.manifest import (
     SourceFile,
     file_digest,
     is_converted,
-)  # fmt: skip
+)
 from qvl_runtime.weights.recipes import ConvertOptions, Recipe, make, recipes
 from qvl_runtime.weights.tensor_file import CODES, Written, header_of, read_header
 
@@ -53,9 +53,11 @@ class Outline(NamedTuple):
 
 
 def convert(
-    source: Path, destination: Path, options: ConvertOptions | None = None,
+    source: Path,
+    destination: Path,
+    options: ConvertOptions | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Convert `source` to the folder `destination`; `progress` hears how many bytes of the source are done.
 
     Memory stays below 2 GB whatever the size. Raises `CheckpointError` for a source that is no checkpoint, a
@@ -201,12 +203,18 @@ class _Job(NamedTuple):
         infos = (self.checkpoint.info(name).dtype for name in state)
         options = self.options
         return Manifest(
-            target=options.target, dtype=self.dtype_name, vision=options.vision, head=options.head,
+            target=options.target,
+            dtype=self.dtype_name,
+            vision=options.vision,
+            head=options.head,
             sources={path.name: self._source_file(path, digest.result()) for path, digest in digests},
-            indexes=indexes, companions=companions, state=state,
+            indexes=indexes,
+            companions=companions,
+            state=state,
             cast=any(own != self.dtype_name and (own, self.dtype_name) not in LOSSLESS for own in infos),
-            linears=journal.linears, shards=journal.shards,
-        )  # fmt: skip
+            linears=journal.linears,
+            shards=journal.shards,
+        )
 
     def _source_file(self, path: Path, sha256: str) -> SourceFile:
         if path.suffix == ".safetensors":

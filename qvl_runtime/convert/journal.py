@@ -53,8 +53,15 @@ class Journal:
     def note(self, shard: Shard) -> None:
         """A file is whole and on the disk."""
         sync(self.folder)
-        self._append({"shard": shard.name, "record": asdict(shard.record), "items": shard.items, "bytes": shard.bytes,
-                      "linears": {name: asdict(linear) for name, linear in shard.linears.items()}})  # fmt: skip
+        self._append(
+            {
+                "shard": shard.name,
+                "record": asdict(shard.record),
+                "items": shard.items,
+                "bytes": shard.bytes,
+                "linears": {name: asdict(linear) for name, linear in shard.linears.items()},
+            }
+        )
         self._count(shard)
 
     def complete(self, manifest: Manifest) -> None:

@@ -66,7 +66,7 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
             "layers": c.num_hidden_layers,
             "hidden_size": c.hidden_size,
             "vision_layers": c.visual.layers,
-            "tokens_per_picture": c.visual.n_queries,
+            "tokens_per_image": c.visual.n_queries,
             "quantization": None if c.quantization is None else f"GPTQ {c.quantization.bits} bits",
             "context": c.context_limit,
             "load_s": load_s,
@@ -81,13 +81,18 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
             "weights": sum(model.bytes_by_part.values()),
             "kv_per_token": cache.bytes_per_token,
             "kv_reserved": cache.bytes_per_token * cache.num_slots,
-            "picture_features": images.bytes,
+            "image_features": images.bytes,
         },
         "caches": {
-            "kv": {"dtype": str(cache.layers[0].k.dtype).removeprefix("torch."), "slots": cache.num_slots,
-                   "free": cache.free_tokens, "kept": cache.pool.kept, "evictions": cache.pool.evictions},
+            "kv": {
+                "dtype": str(cache.layers[0].k.dtype).removeprefix("torch."),
+                "slots": cache.num_slots,
+                "free": cache.free_tokens,
+                "kept": cache.pool.kept,
+                "evictions": cache.pool.evictions,
+            },
             "prefixes": describe_prefixes(cache),
-            "pictures": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
+            "images": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
         },
         "requests": {
             "running": len(loop.scheduler.running),
@@ -97,7 +102,7 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
         },
         "graphs": loop.runner.graphs and loop.runner.graphs.report(),
         "drafts": loop.drafter and {"proposed": loop.drafter.proposed, "accepted": loop.drafter.accepted},
-    }  # fmt: skip
+    }
 
 
 def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
@@ -109,9 +114,7 @@ def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
     return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
 
 
-def kv_cache_tokens(
-    asked: EngineConfig, per_token: int, context: int, free: int, spare: int | None = None
-) -> int:
+def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, free: int, spare: int | None = None) -> int:
     """How many tokens the KV cache is to hold at `per_token` bytes each.
 
     That of the budget asked for; all of the `spare` bytes that a GPU has left; or on a CPU, which others use too,
@@ -133,8 +136,11 @@ def kv_cache_tokens(
     if tokens < context:
         _log.warning(
             "the KV cache holds %d tokens (%.0f MiB), fewer than the context's %d: raise kv_cache_bytes, or use "
-            "kv_dtype='int8'", tokens, tokens * per_token / 2**20, context,
-        )  # fmt: skip
+            "kv_dtype='int8'",
+            tokens,
+            tokens * per_token / 2**20,
+            context,
+        )
     return tokens
 
 
@@ -149,7 +155,7 @@ def spare_bytes(model: QwenVL, asked: EngineConfig, kept: torch.dtype) -> int | 
     if spare <= 0:
         raise ConfigError(
             f"{device_name(model.device)} has {free / 2**20:,.0f} MiB left beside the weights; a step needs "
-            f"{workspace / 2**20:,.0f}, pictures {asked.image_cache_bytes / 2**20:,.0f} and the rest {MARGIN >> 20}: "
+            f"{workspace / 2**20:,.0f}, images {asked.image_cache_bytes / 2**20:,.0f} and the rest {MARGIN >> 20}: "
             "lower max_step_tokens or image_cache_bytes, or use the Int4 checkpoint"
         )
     return spare

@@ -62,16 +62,24 @@ class Encoded(NamedTuple):
     """A prompt ready to be submitted, and what reading it took."""
 
     prompt: EncodedPrompt
-    picture_s: float
+    image_s: float
 
 
 class Engine:
     """A checkpoint on a device. Not for use from several threads at once: for that there is `AsyncEngine`."""
 
     def __init__(
-        self, model: str | Path | None = None, *, device: str = "auto", dtype: str = "auto", download: bool = False,
-        source: Source = "huggingface", revision: str | None = None, progress: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        download: bool = False,
+        source: Source = "huggingface",
+        revision: str | None = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
         """Load `model`: a folder, a hub id, or None for the small checkpoint that ships with the package.
 
         A hub id is looked for among what was downloaded before, and fetched with `download=True` only. `options` are
@@ -92,9 +100,12 @@ class Engine:
             self.folder = Path(f"synthetic {asked.synthetic}")  # what is said to run
         self.max_model_len = asked.max_model_len or config.context_limit
         limits = ImageLimits(
-            max_bytes=asked.max_image_bytes, max_pixels=asked.max_image_pixels, timeout_s=asked.image_timeout_s,
-            max_images=asked.max_images, allow_urls=asked.allow_urls,
-        )  # fmt: skip
+            max_bytes=asked.max_image_bytes,
+            max_pixels=asked.max_image_pixels,
+            timeout_s=asked.image_timeout_s,
+            max_images=asked.max_images,
+            allow_urls=asked.allow_urls,
+        )
         self._prompts = PromptEncoder(
             self.tokenizer, config.visual.image_size, defaults.chat_format, defaults.max_window_size, limits=limits
         )
@@ -128,7 +139,7 @@ class Engine:
     ) -> list[Completion]:
         """Answer a list of prompts together; `params` is for all, or a list with one for each. The order is kept.
 
-        A prompt is a string with Qwen's tags, a list of parts, messages, or token ids with pictures. With n > 1 a
+        A prompt is a string with Qwen's tags, a list of parts, messages, or token ids with images. With n > 1 a
         completion holds its further answers in `alternatives`.
         """
         asked = _as_list(prompts)
@@ -180,7 +191,7 @@ class Engine:
     ) -> Request:
         """Put a request in the queue of `loop`, whose steps answer it. For those who drive the loop themselves."""
         resolved = (params or SamplingParams()).resolve(self.defaults)
-        return self.loop.submit(encoded.prompt, resolved, encoded.picture_s, streamed, tag)
+        return self.loop.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece, whole characters only; the last piece carries the completion.
@@ -209,12 +220,12 @@ class Engine:
         return self.generate([messages], params)[0]
 
     def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
-        """The log probability of each token of a prompt after the first, pad ids of pictures included."""
+        """The log probability of each token of a prompt after the first, pad ids of images included."""
         encoded = self._prompts.encode(prompt)
         ids = encoded.token_ids
         self.loop.refuse(len(ids))
         runner = self.loop.runner
-        features = runner.features([span.picture for span in encoded.spans])
+        features = runner.features([span.image for span in encoded.spans])
         spans = [Span(span.start, rows) for span, rows in zip(encoded.spans, features, strict=True)]
         self.loop.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
         with runner.cache.sequence(ntk_alpha(self.config, len(ids))) as sequence:
@@ -254,7 +265,7 @@ class Engine:
         return f"from generation_config.json: {', '.join(said)}" if said else None
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """A prompt of any form to tokens and pictures: what needs no model of a request, so any thread may."""
+        """A prompt of any form to tokens and images: what needs no model of a request, so any thread may."""
         return self._encoded(self._prompts.encode, prompt)
 
     def _stream(self, encode: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:

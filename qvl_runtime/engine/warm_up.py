@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from qvl_runtime.model.qwen_vl import QwenVL
-from qvl_runtime.plan.sizes import pictures_at_once
+from qvl_runtime.plan.sizes import images_at_once
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
@@ -37,16 +37,16 @@ class Meter(Protocol):
 
 
 def workspace_bytes(model: QwenVL, kept: torch.dtype, steps: StepLimits, meter: Meter) -> int:
-    """The memory of a step at its peak: as many pictures as are encoded at once, then a prefill of the most tokens.
+    """The memory of a step at its peak: as many images as are encoded at once, then a prefill of the most tokens.
 
     kept: the KV cache's dtype. The cache that the step runs on is temporary and not counted. Running it also compiles
     the kernels of prefill, so that the first request does not wait for that.
     """
     meter.begin()
     visual = model.config.visual
-    many = pictures_at_once(visual, model.dtype.itemsize, model.device.type)
-    model.encode_pictures(torch.zeros(many, 3, visual.image_size, visual.image_size))
-    pictures = meter.grown()
+    many = images_at_once(visual, model.dtype.itemsize, model.device.type)
+    model.encode_images(torch.zeros(many, 3, visual.image_size, visual.image_size))
+    images = meter.grown()
     meter.begin()
     cache = KVCache(model.config, steps.tokens, kept, model.device, prefixes=False)
     with cache.sequence(1.0) as sequence:
@@ -55,4 +55,4 @@ def workspace_bytes(model: QwenVL, kept: torch.dtype, steps: StepLimits, meter: 
         row = Row(Draws(greedy, (), model.config.vocab_size, model.device), 0)
         sample(logits_of([*range(steps.running)]), [row] * steps.running)
     held = sum(tensor.nbytes for layer in cache.layers for tensor in layer)
-    return max(pictures, meter.grown() - held)
+    return max(images, meter.grown() - held)

@@ -1,4 +1,4 @@
-"""GPTQ linears as AutoGPTQ stores them: the record that kernels take, packing, and round-to-nearest quantisation.
+"""GPTQ linears as AutoGPTQ stores them: the record that kernels take, packing, and round-to-nearest quantization.
 
 With `p = 32 / bits` values a word, value `i` of a column sits in word `i // p`, lowest bits first, and the weight is
 
@@ -96,9 +96,12 @@ class GPTQLinear:
         per_word = 32 // self.bits
         words, bias = slice(first // per_word, -(-end // per_word)), self.bias
         return replace(
-            self, qweight=self.qweight[:, first:end], qzeros=self.qzeros[:, words], scales=self.scales[:, first:end],
+            self,
+            qweight=self.qweight[:, first:end],
+            qzeros=self.qzeros[:, words],
+            scales=self.scales[:, first:end],
             bias=None if bias is None else bias[first:end],
-        )  # fmt: skip
+        )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""
@@ -114,9 +117,15 @@ class GPTQLinear:
 
 
 def pack_linear(
-    levels: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, bias: Tensor | None, bits: int,
-    group_size: int, zero_offset: int,
-) -> GPTQLinear:  # fmt: skip
+    levels: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+) -> GPTQLinear:
     """A linear of unpacked whole numbers: levels [in, out]; scales and zero points [G, out], said as they are."""
     import torch
 
@@ -152,7 +161,7 @@ def quantize_rtn(
         ranges.append((grouped.amin(dim=2), grouped.amax(dim=2)))  # torch.aminmax takes eight times as long
     low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
     if not (high - low).sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes the sum one
-        raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantised")
+        raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantized")
     grid = grid_between(low, high, bits, sym, zero_offset)
     levels = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     for start, part in enumerate(torch.split(weight, rows)):
@@ -160,10 +169,15 @@ def quantize_rtn(
         Grid(grid.scales[own].unsqueeze(2), grid.zeros[own].unsqueeze(2), grid.top).levels(grouped, out=grouped)
         levels[own] = grouped.view(len(part), -1)[:, :in_features].to(torch.int16)  # to bytes at once is slower
     return pack_linear(
-        levels.t(), grid.scales.t(), grid.zeros.t(),
+        levels.t(),
+        grid.scales.t(),
+        grid.zeros.t(),
         _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
-        bias, bits, group_size, zero_offset,
-    )  # fmt: skip
+        bias,
+        bits,
+        group_size,
+        zero_offset,
+    )
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:
@@ -206,7 +220,7 @@ def _check_g_idx(g_idx: Tensor, name: str, group_size: int, groups: int, desc_ac
     if not desc_act:
         raise CheckpointError(
             f"{name}.g_idx is not in order although desc_act is false; expected i // {group_size}: "
-            "set desc_act to true in the quantisation config if the checkpoint was made with act-order"
+            "set desc_act to true in the quantization config if the checkpoint was made with act-order"
         )
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:

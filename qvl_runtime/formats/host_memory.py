@@ -63,7 +63,7 @@ def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[
 
 
 def trim_heap() -> None:
-    """Give back the free memory inside the C library's heap: after loading, and now and then while pictures come.
+    """Give back the free memory inside the C library's heap: after loading, and now and then while images come.
 
     Tensors below 32 MiB come from the heap, and what is kept of them lies between what is not: at full size 0.2 GB that
     no later tensor fits. Does nothing where the C library is not glibc.
@@ -77,7 +77,7 @@ def trim_heap() -> None:
 def keep_heap() -> None:
     """Have the C library keep what tensors of up to `KEPT` leave for the next, from now on; `trim_heap` gives it back.
 
-    Else many are mappings of their own, whose pages are brought in anew: quantising a layer of full width with a limit
+    Else many are mappings of their own, whose pages are brought in anew: quantizing a layer of full width with a limit
     of 32 MiB takes 2.8 million faults and 2.0 GiB, with 256 0.8 million, an eighth less time and 3.0 GiB. Larger ones
     are mappings in either case: in the heap they leave holes, another 0.3 GiB. Does nothing without glibc.
     """

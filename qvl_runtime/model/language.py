@@ -79,8 +79,13 @@ class Block:
         )
         attended: Tensor = self.c_proj.partial(context)
         if observe is not unobserved:
-            for name, value in (("ln_1", normed), ("c_attn", summed(qkv, x.dtype)), ("q", q),
-                                ("attn_context", context), ("attn_out", summed(attended, x.dtype))):  # fmt: skip
+            for name, value in (
+                ("ln_1", normed),
+                ("c_attn", summed(qkv, x.dtype)),
+                ("q", q),
+                ("attn_context", context),
+                ("attn_out", summed(attended, x.dtype)),
+            ):
                 observe(name, value)
         return attended
 
@@ -137,12 +142,17 @@ def _of_layer(observe: Observer, i: int) -> Observer:
 
 def make_block(config: ModelConfig, make: Maker, name: str) -> Block:
     """The block whose tensors are called `name`.*, its linears made by `make`."""
+
     def linear(part: str) -> Linear:
         return make.decoder(f"{name}.{part}", config.quantization)
 
     return Block(
-        make.ops, config.layer_norm_epsilon, make.state[f"{name}.ln_1.weight"], make.state[f"{name}.ln_2.weight"],
-        linear("attn.c_attn"), linear("attn.c_proj"),
+        make.ops,
+        config.layer_norm_epsilon,
+        make.state[f"{name}.ln_1.weight"],
+        make.state[f"{name}.ln_2.weight"],
+        linear("attn.c_attn"),
+        linear("attn.c_proj"),
         make.side_by_side(f"{name}.mlp.up_gate", [f"{name}.mlp.w1", f"{name}.mlp.w2"], config.quantization),
         linear("mlp.c_proj"),
-    )  # fmt: skip
+    )

@@ -87,7 +87,7 @@ class Maker:
         """Two linears of a decoder block that have the same input, as one called `name` where that is free.
 
         Dense weights on a CPU stay apart: they are pages of the mapped file, which a joint copy would make resident. So
-        do packed ones that order their inputs differently, which a quantiser gives that takes one after the other.
+        do packed ones that order their inputs differently, which a quantizer gives that takes one after the other.
         """
         first, second = parts
         if name in self.laid_out:

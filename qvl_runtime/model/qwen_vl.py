@@ -28,8 +28,8 @@ class Step:
     positions: Tensor  # int64 [n], from 0 in each request
     frequencies: Tensor  # float32 [n, rotary_dim / 2], by the NTK factor that the row's request was admitted with
     layout: Layout
-    picture_rows: Tensor | None = None  # int64 [m], rows inside image spans
-    picture_features: Tensor | None = None  # [m, D], what stands there in place of an embedding
+    image_rows: Tensor | None = None  # int64 [m], rows inside image spans
+    image_features: Tensor | None = None  # [m, D], what stands there in place of an embedding
     embedded: Tensor | None = None  # [n, D] on the model's device, where the rows have been looked up already
 
 
@@ -37,9 +37,13 @@ class QwenVL:
     """The model on one device. It holds weights and no state: the caches belong to the caller."""
 
     def __init__(
-        self, config: ModelConfig, state: MutableMapping[str, Tensor], precision: Precision = "exact",
-        laid_out: Mapping[str, Packed] | None = None, embedding_on_host: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        config: ModelConfig,
+        state: MutableMapping[str, Tensor],
+        precision: Precision = "exact",
+        laid_out: Mapping[str, Packed] | None = None,
+        embedding_on_host: bool = False,
+    ) -> None:
         """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
 
         It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears that lie so already,
@@ -68,8 +72,8 @@ class QwenVL:
         state.clear()
 
     @torch.inference_mode()
-    def encode_pictures(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
-        """Normalised pixels float32 [P, 3, S, S] to features [P, queries, D]."""
+    def encode_images(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
+        """Normalized pixels float32 [P, 3, S, S] to features [P, queries, D]."""
         return self.visual.forward(pixels.to(self.device), observe)
 
     @torch.inference_mode()
@@ -81,8 +85,8 @@ class QwenVL:
     def _embedded(self, step: Step, observe: Observer) -> Tensor:
         """The rows [n, D] that the decoder begins with, which alone holds them: they go with its first block."""
         x = self.look_up(step.token_ids) if step.embedded is None else step.embedded
-        if step.picture_rows is not None and step.picture_features is not None:
-            x[step.picture_rows] = step.picture_features.to(x.dtype)
+        if step.image_rows is not None and step.image_features is not None:
+            x[step.image_rows] = step.image_features.to(x.dtype)
         observe("embed", x)
         return x
 

@@ -66,9 +66,7 @@ class Frequencies:
         return row
 
 
-def positions_of(
-    config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: ModuleType = reference
-) -> Positions:
+def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: ModuleType = reference) -> Positions:
     """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2].
 
     Queries at a position t from seq_length on are scaled by log(t + 1) / log(seq_length) (5.3).

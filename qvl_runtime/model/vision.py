@@ -1,4 +1,4 @@
-"""The visual tower: pixels to patches, a ViT, and the resampler that turns a picture into a fixed number of rows."""
+"""The visual tower: pixels to patches, a ViT, and the resampler that turns an image into a fixed number of rows."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Resampler:
         self._to_v = make.bind(f"{name}.attn.to_v", weights[2], biases[2])
         self._out_proj = make.dense(f"{name}.attn.out_proj")
         positions = make.state[f"{name}.pos_embed"]
-        # the queries are the same for every picture: projected once
+        # the queries are the same for every image: projected once
         queries = _norm(config, make, f"{name}.ln_q")(make.state[f"{name}.query"]) + positions
         self._queries = make.ops.linear(queries, weights[0], biases[0])
         self._key_positions = resize_table(positions, config.grid)
@@ -86,7 +86,7 @@ class VisualTower:
         self._proj = make.bind(f"{root}.proj", make.state.pop(f"{root}.proj").t())  # published as [in, out]
 
     def forward(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
-        """Normalised pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
+        """Normalized pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
         x = self._patch_proj(self._patches(pixels.to(self._positions))) + self._positions
         observe("embed_plus_pos", x)
         x = self._ln_pre(x)
@@ -126,7 +126,12 @@ def _norm(config: VisionConfig, make: Maker, name: str) -> Norm:
 
 def _block(config: VisionConfig, make: Maker, name: str) -> VisionBlock:
     return VisionBlock(
-        make.ops, config.heads, _norm(config, make, f"{name}.ln_1"), _norm(config, make, f"{name}.ln_2"),
-        make.dense(f"{name}.attn.in_proj"), make.dense(f"{name}.attn.out_proj"),
-        make.dense(f"{name}.mlp.c_fc"), make.dense(f"{name}.mlp.c_proj"),
-    )  # fmt: skip
+        make.ops,
+        config.heads,
+        _norm(config, make, f"{name}.ln_1"),
+        _norm(config, make, f"{name}.ln_2"),
+        make.dense(f"{name}.attn.in_proj"),
+        make.dense(f"{name}.attn.out_proj"),
+        make.dense(f"{name}.mlp.c_fc"),
+        make.dense(f"{name}.mlp.c_proj"),
+    )

@@ -1,7 +1,7 @@
 """What a model needs of memory and what it can do at best, from its configuration alone: nothing is loaded.
 
-The sum is weights + KV cache + features of pictures + workspace, beside what the process or the driver takes anyway.
-Workspace is what one step of `max_step_tokens` rows holds at its widest point, or the visual tower with the pictures
+The sum is weights + KV cache + features of images + workspace, beside what the process or the driver takes anyway.
+Workspace is what one step of `max_step_tokens` rows holds at its widest point, or the visual tower with the images
 that it encodes together. Logits are one row's.
 """
 
@@ -16,7 +16,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.plan.gpus import Machine
-from qvl_runtime.plan.sizes import kv_per_token, pictures_at_once, weight_bytes
+from qvl_runtime.plan.sizes import images_at_once, kv_per_token, weight_bytes
 from qvl_runtime.weights.manifest import Manifest, is_converted
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -62,7 +62,7 @@ class Load(NamedTuple):
 
     tokens: int  # in the KV cache, of all requests together
     prompt: int  # tokens that are computed in steps of many; the rest are generated one by one
-    pictures: int = 0  # whose features are kept
+    images: int = 0  # whose features are kept
 
 
 class Peak(NamedTuple):
@@ -86,7 +86,7 @@ class Room(NamedTuple):
     """What fits beside the weights."""
 
     tokens: int
-    pictures: int
+    images: int
 
 
 class Plan:
@@ -101,39 +101,42 @@ class Plan:
     @property
     def together(self) -> int:
         """Pictures that go through the tower in one pass."""
-        return pictures_at_once(self.config.visual, self.width, self.device)
+        return images_at_once(self.config.visual, self.width, self.device)
 
     @property
     def kv_per_token(self) -> int:
         return kv_per_token(self.config, 1 if self.choices.kv == "int8" else self.width)
 
     @property
-    def kv_per_picture(self) -> int:
-        """Of the tokens that a picture takes in a prompt, start and end included."""
+    def kv_per_image(self) -> int:
+        """Of the tokens that an image takes in a prompt, start and end included."""
         return self.config.visual.span * self.kv_per_token
 
     @property
     def feature_bytes(self) -> int:
-        """Of one picture, kept so that it need not be encoded again."""
+        """Of one image, kept so that it need not be encoded again."""
         return self.config.visual.n_queries * self.config.hidden_size * self.width
 
     def peak(self, load: Load, machine: Machine | None = None) -> Peak:
         """Memory at the worst moment of a load.
 
-        On a CPU weights may be pages of a file, there when they were read: little tower without a picture, and of the
+        On a CPU weights may be pages of a file, there when they were read: little tower without an image, and of the
         embedding the rows of the tokens, in the pieces that the system reads.
         """
         parts = dict(self.weights)
         if self.device == "cpu":
-            parts["vision"] = self._tower(bool(load.pictures))
+            parts["vision"] = self._tower(bool(load.images))
             if "embedding" in self._mapped and parts["head"]:  # else they are tied, and the head reads it all
                 parts["embedding"] = min(parts["embedding"], load.prompt * FAULT)
         elif self.choices.embedding_on_host:
             parts["embedding"] = 0
         return Peak(
-            **parts, kv=self._kv(load.tokens), features=load.pictures * self.feature_bytes,
-            workspace=self._workspace(load), reserved=0 if machine is None else machine.reserved,
-        )  # fmt: skip
+            **parts,
+            kv=self._kv(load.tokens),
+            features=load.images * self.feature_bytes,
+            workspace=self._workspace(load),
+            reserved=0 if machine is None else machine.reserved,
+        )
 
     @property
     def _mapped(self) -> tuple[str, ...]:
@@ -155,12 +158,12 @@ class Plan:
         return (own if used else turned) + turned + made
 
     def room(self, machine: Machine) -> Room:
-        """How many tokens, and how many pictures with their tokens, fit beside the weights at a full step."""
+        """How many tokens, and how many images with their tokens, fit beside the weights at a full step."""
         empty = self.peak(Load(0, self.choices.step_tokens, 1), machine)
         if self.device == "cpu":
             empty = empty._replace(embedding=self.weights["embedding"])
         free = max(0, machine.memory - empty.total)
-        return Room(free // self.kv_per_token, free // (self.kv_per_picture + self.feature_bytes))
+        return Room(free // self.kv_per_token, free // (self.kv_per_image + self.feature_bytes))
 
     def bytes_read_per_token(self, context: int) -> int:
         """What generating one token reads: the decoder, the head, and the KV cache of its context."""
@@ -184,9 +187,9 @@ class Plan:
         numbers = 0
         if c.quantization is None:
             numbers += len({*decoder_linears(c).values()}) * _sizes(load.prompt, step)
-        if load.pictures and self.choices.vision == "keep":
-            passes = load.pictures * v.num_patches, self.together * v.num_patches
-            of_queries = load.pictures * v.n_queries, self.together * v.n_queries
+        if load.images and self.choices.vision == "keep":
+            passes = load.images * v.num_patches, self.together * v.num_patches
+            of_queries = load.images * v.n_queries, self.together * v.n_queries
             numbers += len(PATCH_LINEARS) * _sizes(*passes) + len(QUERY_LINEARS) * _sizes(*of_queries)
         return numbers * COMPILED
 
@@ -214,7 +217,7 @@ class Plan:
             mlp += max(hidden, ffn)  # the input of a product as its kernel lays it out, kept until the next
         tables = 4 * (2 * c.rotary_dim + c.rotary_dim // 2)  # cos, sin and frequencies, float32
         decoder = rows * (self.width * max(attention, mlp) + tables)
-        v, many = c.visual, min(load.pictures, self.together)
+        v, many = c.visual, min(load.images, self.together)
         patch = 3 * v.width + 2 * v.mlp_width  # residual, what attention adds, their sum; before and after GELU
         resampled = v.width + 4 * v.output_dim  # patches, projected, keys with positions, keys, values
         pixels = 4 * 3 * v.image_size**2
@@ -251,9 +254,11 @@ def ways_to_fit(plan: Plan, load: Load, machine: Machine) -> list[tuple[str, Pea
     if plan.peak(load, machine).total <= machine.memory:
         return []
     steps: list[tuple[str, dict[str, str | bool]]] = [
-        ("an int8 KV cache", {"kv": "int8"}), ("an int8 visual tower", {"vision": "int8"}),
-        ("an int8 head", {"head": "int8"}), ("the embedding on the host", {"embedding_on_host": True}),
-    ]  # fmt: skip
+        ("an int8 KV cache", {"kv": "int8"}),
+        ("an int8 visual tower", {"vision": "int8"}),
+        ("an int8 head", {"head": "int8"}),
+        ("the embedding on the host", {"embedding_on_host": True}),
+    ]
     if plan.device == "cpu":
         steps.pop()  # it is there anyway
     chosen, words, found = plan.choices, [], []

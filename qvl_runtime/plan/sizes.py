@@ -11,7 +11,7 @@ GROUP = 128  # inputs that share a scale where floats are rounded
 SCALE = 2  # bytes
 SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
 PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
-# Bytes of the tower's widest activations that several pictures may have in a CPU's pass. In turns, a full-size picture
+# Bytes of the tower's widest activations that several images may have in a CPU's pass. In turns, a full-size image
 # took 7.2 and 6.4 s alone, 7.4 and 6.7 in a pass of two, 7.4 in one of four: nothing gained for the memory of more.
 NEAR = 16 << 20
 
@@ -46,7 +46,7 @@ def kv_per_token(config: ModelConfig, width: int) -> int:
     return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
-def pictures_at_once(vision: VisionConfig, width: int, device: str) -> int:
+def images_at_once(vision: VisionConfig, width: int, device: str) -> int:
     """Pictures that go through the tower in one pass, in floats of `width` bytes on a kind of device."""
     if device != "cpu":
         return PICTURES_AT_ONCE

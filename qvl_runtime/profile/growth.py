@@ -1,4 +1,4 @@
-"""How cost grows with context, prompt, batch and pictures, and what bounds each: measured point by point."""
+"""How cost grows with context, prompt, batch and images, and what bounds each: measured point by point."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PICTURES = (0, 1, 2, 4, 8)
 MOMENT = 1.0  # seconds; what takes no longer is measured three times, after a call that is not counted
-QUESTION = 32  # tokens of text beside the pictures
+QUESTION = 32  # tokens of text beside the images
 BATCH_CONTEXT = 256
 
 
@@ -37,12 +37,15 @@ class Curve:
 
 
 def growth(
-    engine: Engine, ceilings: Ceilings, quick: bool = False, progress: Callable[[str], None] = lambda what: None,
+    engine: Engine,
+    ceilings: Ceilings,
+    quick: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
     most_s: float = math.inf,
-) -> list[Curve]:  # fmt: skip
+) -> list[Curve]:
     """The four curves, each as far as the context and the KV cache of this engine reach.
 
-    Prompts and pictures go no further than the first size that takes more than `most_s` seconds.
+    Prompts and images go no further than the first size that takes more than `most_s` seconds.
     """
     slots = min(engine.loop.runner.cache.num_slots, engine.max_model_len)
     reach = [n for n in CONTEXTS if n + 32 <= slots][: 2 if quick else None]
@@ -59,14 +62,14 @@ def growth(
     context = min(BATCH_CONTEXT, slots - 32)
     together = {n: steps.decode(engine, [context], n, rounds=3)[context] for n in sizes}
     curves.append(Curve("batch", f"sequences, each at context {context}", _points(together), _batch_bound(together)))
-    progress("pictures")
+    progress("images")
     span = engine.config.visual.n_queries + 2
     counts = [n for n in PICTURES if n * span + QUESTION <= slots][: 2 if quick else None]
     asked = _rising(counts, lambda n, rounds: steps.prefill(engine, n * span + QUESTION, rounds=rounds), most_s)
-    towers = _rising([n for n in asked if n], lambda n, rounds: steps.pictures(engine, n, rounds=rounds), most_s)
+    towers = _rising([n for n in asked if n], lambda n, rounds: steps.images(engine, n, rounds=rounds), most_s)
     seen = {n: asked[n].plus(towers[n]) if n else asked[n] for n in asked if not n or n in towers}
-    axis = f"pictures and {QUESTION} tokens, to the first token"
-    curves.append(Curve("pictures", axis, _points(seen), _picture_bound(towers, asked)))
+    axis = f"images and {QUESTION} tokens, to the first token"
+    curves.append(Curve("images", axis, _points(seen), _image_bound(towers, asked)))
     return curves
 
 
@@ -122,15 +125,15 @@ def _batch_bound(taken: dict[int, Spread]) -> str:
     )
 
 
-def _picture_bound(towers: dict[int, Spread], asked: dict[int, Spread]) -> str:
+def _image_bound(towers: dict[int, Spread], asked: dict[int, Spread]) -> str:
     if not towers:
-        return "Not measured: a picture does not fit the context."
+        return "Not measured: an image does not fit the context."
     each = ", ".join(f"{s.median / n:.3g} s ({n} in a pass)" for n, s in towers.items())
     most = max(towers)
     share = towers[most].median / (towers[most].median + asked[most].median)
     return (
-        f"Arithmetic: the visual tower takes {each} for each picture, {share:.0%} of the time at {most}; the rest is "
-        "the prefill of what the pictures become."
+        f"Arithmetic: the visual tower takes {each} for each image, {share:.0%} of the time at {most}; the rest is "
+        "the prefill of what the images become."
     )
 
 

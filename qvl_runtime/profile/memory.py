@@ -23,8 +23,11 @@ from qvl_runtime.schedule.api import SamplingParams
 
 ENCODED, GENERATED = 2048, 8192  # tokens
 PUBLISHED = {
-    ("bf16", "encode"): 22.60, ("bf16", "generate"): 28.01, ("int4", "encode"): 11.82, ("int4", "generate"): 17.23,
-}  # fmt: skip
+    ("bf16", "encode"): 22.60,
+    ("bf16", "generate"): 28.01,
+    ("int4", "encode"): 11.82,
+    ("int4", "generate"): 17.23,
+}
 GIB = 2**30
 
 
@@ -77,7 +80,7 @@ def profile_memory(
         reset_peak(device)
         how = run(engine, tokens)
         if name == "encode":
-            load = Load(0, tokens, int(with_picture(engine, tokens)))
+            load = Load(0, tokens, int(with_image(engine, tokens)))
         # A CPU brings in the cache's pages as they are written, and they stay. The last token of each is only chosen.
         written = cache.num_slots if device.type != "cpu" else min(cache.num_slots, load.tokens + tokens)
         load = load._replace(tokens=written)
@@ -85,9 +88,14 @@ def profile_memory(
         cases.append(Case(name, tokens, peak(device), planned, PUBLISHED.get((kind, name)) if full_size else None, how))
     counted = "memory that torch allocated on the device" if device.type == "cuda" else "resident memory of the process"
     return MemoryReport(
-        kind, counted, base, dict(engine.loop.runner.model.bytes_by_part), cache.bytes_per_token, tuple(cases),
+        kind,
+        counted,
+        base,
+        dict(engine.loop.runner.model.bytes_by_part),
+        cache.bytes_per_token,
+        tuple(cases),
         tuple(notes),
-    )  # fmt: skip
+    )
 
 
 def plan_of(engine: Engine) -> Plan:
@@ -100,21 +108,21 @@ def plan_of(engine: Engine) -> Plan:
     return Plan(engine.config, choices, model.device.type)
 
 
-def with_picture(engine: Engine, tokens: int) -> bool:
-    """Whether a picture is among so many tokens that are encoded: where it leaves room for text."""
+def with_image(engine: Engine, tokens: int) -> bool:
+    """Whether an image is among so many tokens that are encoded: where it leaves room for text."""
     return tokens > engine.config.visual.span
 
 
 def encode(engine: Engine, tokens: int) -> str:
-    """A picture and text, `tokens` in all, and one token of an answer; no word comes twice where there are enough."""
+    """An image and text, `tokens` in all, and one token of an answer; no word comes twice where there are enough."""
     visual = engine.config.visual
-    picture = torch.randint(0, 256, (visual.image_size, visual.image_size, 3), dtype=torch.uint8).numpy()
-    opening = [visual.image_start_id, visual.image_end_id] if with_picture(engine, tokens) else []
+    image = torch.randint(0, 256, (visual.image_size, visual.image_size, 3), dtype=torch.uint8).numpy()
+    opening = [visual.image_start_id, visual.image_end_id] if with_image(engine, tokens) else []
     words = tokens - (visual.span if opening else 0)
     text = [i * visual.image_start_id // words for i in range(words)]  # each brings in its own page of the embedding
-    images = [picture] if opening else []
+    images = [image] if opening else []
     engine.generate([{"token_ids": opening + text, "images": images}], SamplingParams(max_tokens=1, temperature=0.0))
-    return "one picture and text, computed" if opening else "text, computed"
+    return "one image and text, computed" if opening else "text, computed"
 
 
 def generate(engine: Engine, tokens: int) -> str:

@@ -1,4 +1,4 @@
-"""Tokens a second as the model's authors measured them: one picture of context, then 1792 and 7934 tokens generated.
+"""Tokens a second as the model's authors measured them: one image of context, then 1792 and 7934 tokens generated.
 
 Their table, on one A100-SXM4-80G with the original code: 28.87 and 24.32 tokens/s in BF16, 37.79 and 34.34 in Int4. The
 lengths are those at which the sequence reaches 2048 and 8192 tokens.
@@ -36,7 +36,7 @@ class Answered:
     def split(self) -> dict[str, float]:
         """Seconds by what they went into."""
         t = self.timings
-        return {"picture decode": t.picture_s, "vision tower": t.vision_s, "prefill": t.prefill_s, "decode": t.decode_s}
+        return {"image decode": t.image_s, "vision tower": t.vision_s, "prefill": t.prefill_s, "decode": t.decode_s}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,15 @@ class SpeedReport:
 
 
 def profile_speed(
-    engine: Engine, tokens: int | None = None, lengths: Sequence[int] = LENGTHS, batches: Sequence[int] = (1, 2, 4, 8),
-    rounds: int = 5, progress: Callable[[str], None] = lambda what: None, ceilings: Ceilings | None = None,
-) -> SpeedReport:  # fmt: skip
-    """Measure one answer of `tokens` tokens to one picture, the mean over each length, and batches of sequences.
+    engine: Engine,
+    tokens: int | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    batches: Sequence[int] = (1, 2, 4, 8),
+    rounds: int = 5,
+    progress: Callable[[str], None] = lambda what: None,
+    ceilings: Ceilings | None = None,
+) -> SpeedReport:
+    """Measure one answer of `tokens` tokens to one image, the mean over each length, and batches of sequences.
 
     tokens None: the whole of the longest length on a GPU, 32 on a CPU; ceilings None: measured first. Lengths that were
     not generated are measured at `SAMPLED` contexts along them, and said to be. Raises `ConfigError` where nothing fits
@@ -92,7 +97,7 @@ def profile_speed(
     if ceilings is None:
         progress("ceilings")
         ceilings = Ceilings.measured(model.device, model.dtype)
-    progress(f"one picture, {tokens} tokens")
+    progress(f"one image, {tokens} tokens")
     answer, gaps = _answer(engine, tokens)
     means = []
     for length in fitting:
@@ -118,7 +123,7 @@ def kind_of(engine: Engine) -> str:
 
 
 def _answer(engine: Engine, tokens: int) -> tuple[Answered, list[float]]:
-    """One picture and nothing else, as it is published; and the seconds of each token after the first."""
+    """One image and nothing else, as it is published; and the seconds of each token after the first."""
     import numpy as np
 
     size = engine.config.visual.image_size
@@ -141,9 +146,7 @@ def _answer(engine: Engine, tokens: int) -> tuple[Answered, list[float]]:
     return Answered(len(completion.token_ids), completion.timings, ttft, percentiles(gaps)), gaps
 
 
-def _mean(
-    engine: Engine, start: int, length: int, gaps: Sequence[float], ceilings: Ceilings, rounds: int
-) -> Mean:
+def _mean(engine: Engine, start: int, length: int, gaps: Sequence[float], ceilings: Ceilings, rounds: int) -> Mean:
     """Generated where the answer was long enough; else the mean of steps at contexts spaced evenly along it."""
     if len(gaps) + 1 >= length:
         seconds, how = Spread.of(gaps[:length]), f"{length} tokens generated"
@@ -158,8 +161,13 @@ def _mean(
     nbytes = steps.bytes_read(engine, start + length // 2)
     gb_s = nbytes / seconds.median / 1e9
     return Mean(
-        length, seconds.rate(1.0), gb_s, gb_s / ceilings.read_gb_s.median, _published(engine, length), how,
-    )  # fmt: skip
+        length,
+        seconds.rate(1.0),
+        gb_s,
+        gb_s / ceilings.read_gb_s.median,
+        _published(engine, length),
+        how,
+    )
 
 
 def _published(engine: Engine, length: int) -> float | None:

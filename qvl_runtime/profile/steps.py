@@ -95,14 +95,14 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
     return Spread.of(samples)
 
 
-def pictures(engine: Engine, count: int, rounds: int = 3) -> Spread:
-    """Seconds that the visual tower takes for so many pictures given together; `rounds` as in `prefill`."""
+def images(engine: Engine, count: int, rounds: int = 3) -> Spread:
+    """Seconds that the visual tower takes for so many images given together; `rounds` as in `prefill`."""
     model, size = engine.loop.runner.model, engine.config.visual.image_size
     pixels = torch.randn(count, 3, size, size)
     samples = []
     for round_ in range(rounds + (rounds > 1)):
         began = time.perf_counter()
-        model.encode_pictures(pixels)
+        model.encode_images(pixels)
         finish(model.device)
         if round_ or rounds == 1:
             samples.append(time.perf_counter() - began)

@@ -1,6 +1,6 @@
 """Boxes in the model's words: `<ref>label</ref><box>(x1,y1),(x2,y2)</box>` to data.
 
-Coordinates are per mille of the width and height of the *original* picture. What the model writes may be broken (an
+Coordinates are per mille of the width and height of the *original* image. What the model writes may be broken (an
 unclosed box, corners the wrong way round, a box repeated without end); the tolerant parser makes the best of it, the
 strict one raises.
 """
@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from qvl_runtime.errors import PromptError
 
 SCALE = 1000
-"""Coordinates run from 0 to this, whatever the picture's size."""
+"""Coordinates run from 0 to this, whatever the image's size."""
 
 Point = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle in a picture, in per mille of its sides; always 0 <= x1 <= x2 <= 1000, and so for y."""
+    """A rectangle in an image, in per mille of its sides; always 0 <= x1 <= x2 <= 1000, and so for y."""
 
     label: str | None
     x1: int
     y1: int
     x2: int
     y2: int
-    image_index: int | None = None  # which picture of the prompt, from 0; None: not known
+    image_index: int | None = None  # which image of the prompt, from 0; None: not known
     score: float | None = None  # 0 to 1; None: not computed
     quad: tuple[Point, ...] | None = None  # the four corners, where the model gave a <quad>
     span: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # characters of the text it came from
@@ -35,12 +35,12 @@ class Box:
     def __post_init__(self) -> None:
         if not (0 <= self.x1 <= self.x2 <= SCALE and 0 <= self.y1 <= self.y2 <= SCALE):
             raise PromptError(
-                f"box ({self.x1},{self.y1}),({self.x2},{self.y2}) is not a rectangle in a picture; "
+                f"box ({self.x1},{self.y1}),({self.x2},{self.y2}) is not a rectangle in an image; "
                 f"expected 0 <= x1 <= x2 <= {SCALE} and 0 <= y1 <= y2 <= {SCALE}"
             )
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Corners (left, top, right, bottom) in pixels of a picture of that size, rounded down as the original does."""
+        """Corners (left, top, right, bottom) in pixels of an image of that size, rounded down as the original does."""
         (left, top), (right, bottom) = (_to_pixels(p, width, height) for p in ((self.x1, self.y1), (self.x2, self.y2)))
         return left, top, right, bottom
 
@@ -88,7 +88,7 @@ def parse_boxes(text: str, strict: bool = False, image_index: int | None = None)
 
 
 def _read_tolerantly(tag: re.Match[str]) -> list[int] | None:
-    """Coordinates clipped to the picture, or None where they cannot be told."""
+    """Coordinates clipped to the image, or None where they cannot be told."""
     content = tag["text"]
     readable = _COORDINATES.match(content)
     if readable is None or (tag["end"] and readable.end() < len(content)):

@@ -1,4 +1,4 @@
-"""A prompt of any form to token ids and pictures, in ChatML for chat checkpoints and raw for base ones.
+"""A prompt of any form to token ids and images, in ChatML for chat checkpoints and raw for base ones.
 
 Source: golden/ARCHITECTURE.md sections 8 and 9.
 """
@@ -13,7 +13,7 @@ from operator import index
 from typing import Any, TypeAlias, cast
 
 from qvl_runtime.errors import ConfigError, PromptError
-from qvl_runtime.prompt.images import ImageLimits, Picture, load_image
+from qvl_runtime.prompt.images import ImageLimits, LoadedImage, load_image
 from qvl_runtime.prompt.messages import Conversation, Turn, is_messages
 from qvl_runtime.prompt.parts import Part, content_segment
 from qvl_runtime.prompt.segment import Segment
@@ -31,11 +31,11 @@ Prompt: TypeAlias = "str | Sequence[Part] | Mapping[str, Any]"
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where a picture's rows stand among the token ids."""
+    """Where an image's rows stand among the token ids."""
 
     start: int  # index of the first pad id
-    length: int  # pad ids, as many as the model makes rows of a picture
-    picture: Picture
+    length: int  # pad ids, as many as the model makes rows of an image
+    image: LoadedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class PromptEncoder:
     """Encodes prompts for one checkpoint; holds no state between them."""
 
     tokenizer: Tokenizer
-    image_size: int  # S: pictures become S x S
+    image_size: int  # S: images become S x S
     chat_format: str = "chatml"  # "raw" for a base model
     max_window_size: int = 6144  # tokens that system text and history may take
     system: str = DEFAULT_SYSTEM  # where the messages bring none
@@ -85,7 +85,7 @@ class PromptEncoder:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> EncodedPrompt:
         """Encode OpenAI-style messages up to where the assistant's answer begins.
 
-        The oldest turns that the window cannot hold are left out whole, with their pictures unread, and counted in
+        The oldest turns that the window cannot hold are left out whole, with their images unread, and counted in
         `dropped_turns`. A base model takes the last question alone, as in the original; what that drops is logged.
         """
         conversation = Conversation.from_messages(self.tokenizer, messages)
@@ -105,19 +105,18 @@ class PromptEncoder:
     def _finish(
         self, segment: Segment, dropped_turns: int = 0, stop_sequences: tuple[tuple[int, ...], ...] = ()
     ) -> EncodedPrompt:
-        """Check the whole, and read its pictures."""
+        """Check the whole, and read its images."""
         tokens, count, limit = self.tokenizer, len(segment.slots), self.limits.max_images
         if not segment.ids:
-            raise PromptError("the prompt is empty: write some text or give a picture")
+            raise PromptError("the prompt is empty: write some text or give an image")
         if count > limit:
-            raise PromptError(f"the prompt has {count} pictures, over the limit of {limit}: raise max_images")
-        pictures = [
-            load_image(slot.source, self.image_size, self.limits, name=f"picture {number}")
+            raise PromptError(f"the prompt has {count} images, over the limit of {limit}: raise max_images")
+        images = [
+            load_image(slot.source, self.image_size, self.limits, name=f"image {number}")
             for number, slot in enumerate(segment.slots, start=1)
         ]
         spans = tuple(
-            ImageSpan(slot.start, tokens.n_queries, picture)
-            for slot, picture in zip(segment.slots, pictures, strict=True)
+            ImageSpan(slot.start, tokens.n_queries, image) for slot, image in zip(segment.slots, images, strict=True)
         )
         stop_ids = {tokens.endoftext} | ({tokens.im_end, tokens.im_start} if self.chat_format == "chatml" else set())
         return EncodedPrompt(segment.ids, spans, frozenset(stop_ids), stop_sequences, dropped_turns)
@@ -154,7 +153,7 @@ def chatml_segment(
 
 
 def ids_segment(tokenizer: Tokenizer, prompt: Mapping[str, Any]) -> Segment:
-    """A prompt of `{"token_ids": [...], "images": [...]}`: what stands in an image span becomes that picture's pads."""
+    """A prompt of `{"token_ids": [...], "images": [...]}`: what stands in an image span becomes that image's pads."""
     if "token_ids" not in prompt or not set(prompt) <= {"token_ids", "images"}:
         keys = ", ".join(map(repr, prompt)) or "nothing"
         raise PromptError(f'the prompt is a dict with {keys}; expected {{"token_ids": [...], "images": [...]}}')
@@ -167,7 +166,7 @@ def ids_segment(tokenizer: Tokenizer, prompt: Mapping[str, Any]) -> Segment:
     sources = list(prompt.get("images") or ())
     spans = ids.count(tokenizer.img_start)
     if spans != len(sources):
-        raise PromptError(f"token_ids has {spans} image spans, but images has {len(sources)} pictures")
+        raise PromptError(f"token_ids has {spans} image spans, but images has {len(sources)} images")
     segment, position = Segment(), 0
     for source in sources:
         start = ids.index(tokenizer.img_start, position)

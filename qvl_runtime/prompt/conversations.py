@@ -1,4 +1,4 @@
-"""Conversations in Qwen-VL's own fine-tuning format: a JSON list, each with its turns, pictures as tags in the text.
+"""Conversations in Qwen-VL's own fine-tuning format: a JSON list, each with its turns, images as tags in the text.
 
     [{"id": "1", "conversations": [
         {"from": "user", "value": "Picture 1: <img>dog.jpg</img>\\nBox the dog."},
@@ -42,7 +42,7 @@ class Conversation(NamedTuple):
 def read_conversations(path: Path) -> list[Conversation]:
     """Read a fine-tuning file. Pictures with a relative path are looked for beside it, else in the current folder.
 
-    Raises `PromptError` that names the line and the record for what is not of that format, and for a missing picture.
+    Raises `PromptError` that names the line and the record for what is not of that format, and for a missing image.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -111,10 +111,10 @@ def _conversation(raw: Any, where: str, folder: Path) -> Conversation:
 
 
 def _located(source: str, where: str, folder: Path) -> str:
-    """Where a picture is; addresses and data URLs as they are."""
+    """Where an image is; addresses and data URLs as they are."""
     if re.match(r"(https?:|data:)", source):
         return source
     for path in (folder / source, Path(source)):
         if path.is_file():
             return str(path)
-    raise PromptError(f"{where} names the picture {source!r}, which is neither in {folder} nor here: put it there")
+    raise PromptError(f"{where} names the image {source!r}, which is neither in {folder} nor here: put it there")

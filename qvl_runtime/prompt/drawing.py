@@ -1,4 +1,4 @@
-"""Boxes drawn on a picture: one colour a label, and name tags that can be read on any ground."""
+"""Boxes drawn on an image: one colour a label, and name tags that can be read on any ground."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class _Tag(NamedTuple):
 def draw_boxes(
     image: Image.Image, boxes: Iterable[Box], font: str | os.PathLike[str] | ImageFont.FreeTypeFont | None = None
 ) -> Image.Image:
-    """A copy of a picture, in RGB, with boxes and their labels drawn on it; the picture itself stays as it is.
+    """A copy of an image, in RGB, with boxes and their labels drawn on it; the image itself stays as it is.
 
-    Coordinates are per mille of this picture's size, so it must be the whole picture that the model was shown, at any
+    Coordinates are per mille of this image's size, so it must be the whole image that the model was shown, at any
     resolution. Each label has a colour of its own; a box without one gets a colour and no tag. `font` is a font file or
     an open font; without it an installed font that has the glyphs is used. Where none has, a `UserWarning` says so and
     the tag shows what is left of the label, or the number of the box. `ConfigError` for a font that cannot be opened.
@@ -98,7 +98,7 @@ def _tag(
 
 
 def _place(tag: _Tag, box: Rectangle, line: int, size: tuple[int, int], taken: Sequence[Rectangle]) -> Rectangle:
-    """Where the tag goes: on the box, else in it, below it or beside it; inside the picture, and off other tags."""
+    """Where the tag goes: on the box, else in it, below it or beside it; inside the image, and off other tags."""
     pad = line + 1
     width, height = tag.ink[2] - tag.ink[0] + 2 * pad, tag.ink[3] - tag.ink[1] + 2 * pad
     left, top, right, bottom = box

@@ -1,4 +1,4 @@
-"""The bytes of a picture from where its name points: a file, a data URL or an http(s) address, within limits."""
+"""The bytes of an image from where its name points: a file, a data URL or an http(s) address, within limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_http_url(source: object) -> bool:
 def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
     """At most `limits.max_bytes` bytes of an image file, not yet decoded.
 
-    `described` names the picture in messages. Raises `ImageError` for a file or data URL that cannot be read or is too
+    `described` names the image in messages. Raises `ImageError` for a file or data URL that cannot be read or is too
     large, `DownloadError` for an address that cannot or may not be fetched.
     """
     if isinstance(source, str):
@@ -49,11 +49,11 @@ def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: s
 
 def _read_file(path: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
     if not limits.allow_files:
-        raise ImageError(f"{described} names a file, and files may not be read here: send the picture as a data URL")
+        raise ImageError(f"{described} names a file, and files may not be read here: send the image as a data URL")
     try:
         status = os.stat(path)  # first: opening a pipe would wait for its writer
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{described} is not a file; expected the path of a picture")
+            raise ImageError(f"{described} is not a file; expected the path of an image")
         check_size(status.st_size, limits, described)
         with open(path, "rb") as file:
             return file.read(limits.max_bytes)
@@ -78,7 +78,7 @@ def _read_data_url(url: str, limits: ImageLimits, described: str) -> bytes:
 
 
 def check_size(size: int, limits: ImageLimits, described: str) -> None:
-    """Raise `ImageError` for an encoded picture of more bytes than allowed."""
+    """Raise `ImageError` for an encoded image of more bytes than allowed."""
     if size > limits.max_bytes:
         raise ImageError(
             f"{described} has {size:,} bytes, over the limit of {limits.max_bytes:,}: "
@@ -98,7 +98,7 @@ def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
         except Exception as error:  # raised again below, in the thread that waits
             result.put(error)
 
-    threading.Thread(target=work, name="fetch-picture", daemon=True).start()
+    threading.Thread(target=work, name="fetch-image", daemon=True).start()
     try:
         outcome = result.get(timeout=limits.timeout_s)
     except queue.Empty:

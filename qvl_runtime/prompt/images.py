@@ -40,7 +40,7 @@ _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error,
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What a prompt may ask of the machine for its pictures."""
+    """What a prompt may ask of the machine for its images."""
 
     max_bytes: int = 20 * 2**20  # of the encoded file
     max_pixels: int = 40_000_000  # width x height of the original, checked in its header before anything is decoded
@@ -54,36 +54,38 @@ class ImageLimits:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.max_images < 0:
-            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no pictures) or more")
+            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Picture:
-    """A picture as the model sees it, with the original to draw on."""
+class LoadedImage:
+    """An image as the model sees it, with the original to draw on."""
 
     source: str  # short name for people: a path, an address, "12,345 bytes"
     rgb: np.ndarray[Any, Any]  # uint8 [S, S, 3], read-only
-    digest: bytes  # SHA-256 of S and the bytes of `rgb`: the picture's identity
+    digest: bytes  # SHA-256 of S and the bytes of `rgb`: the image's identity
     original: Image.Image  # RGB, width x height
     width: int  # pixels
     height: int  # pixels
 
 
-def load_image(source: ImageSource, size: int, limits: ImageLimits | None = None, name: str | None = None) -> Picture:
-    """Read a picture and resize it to size x size.
+def load_image(
+    source: ImageSource, size: int, limits: ImageLimits | None = None, name: str | None = None
+) -> LoadedImage:
+    """Read an image and resize it to size x size.
 
-    `name` ("Picture 2") goes before the source in messages. Raises `ImageError` for a picture that cannot be read or is
+    `name` ("Picture 2") goes before the source in messages. Raises `ImageError` for an image that cannot be read or is
     over a limit, `DownloadError` for an address that cannot or may not be fetched.
     """
     described = describe(source)
     original = _open(source, limits or ImageLimits(), f"{name} ({described})" if name else described)
     rgb = _resize(original, size)
     digest = hashlib.sha256(size.to_bytes(4, "little") + rgb.tobytes()).digest()
-    return Picture(described, rgb, digest, original, original.width, original.height)
+    return LoadedImage(described, rgb, digest, original, original.width, original.height)
 
 
 def to_pixels(rgb: np.ndarray[Any, Any]) -> torch.Tensor:
-    """What the visual tower takes: uint8 [N, S, S, 3] to float32 [N, 3, S, S], scaled to 0..1 and normalised."""
+    """What the visual tower takes: uint8 [N, S, S, 3] to float32 [N, 3, S, S], scaled to 0..1 and normalized."""
     import torch
 
     scaled = torch.tensor(rgb).permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
@@ -92,7 +94,7 @@ def to_pixels(rgb: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def describe(source: ImageSource) -> str:
-    """A short name for a picture, on one line."""
+    """A short name for an image, on one line."""
     if isinstance(source, (str, os.PathLike)):
         return short_name(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -102,7 +104,7 @@ def describe(source: ImageSource) -> str:
 
 
 def _open(source: ImageSource, limits: ImageLimits, described: str) -> Image.Image:
-    """The picture in RGB at its own size."""
+    """The image in RGB at its own size."""
     import numpy as np
     from PIL import Image
 
@@ -116,7 +118,7 @@ def _open(source: ImageSource, limits: ImageLimits, described: str) -> Image.Ima
     if isinstance(source, (bytes, bytearray, memoryview)):
         check_size(len(source), limits, described)
         return _decode(bytes(source), limits, described)
-    raise ImageError(f"{described} is not a picture; expected a path, URL, bytes, PIL image or numpy array")
+    raise ImageError(f"{described} is not an image; expected a path, URL, bytes, PIL image or numpy array")
 
 
 def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
@@ -126,14 +128,14 @@ def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
     except UnidentifiedImageError:
         kinds = ", ".join(FORMATS)
-        raise ImageError(f"{described} starts with {data[:8]!r}, which is no picture; readable are {kinds}") from None
+        raise ImageError(f"{described} starts with {data[:8]!r}, which is no image; readable are {kinds}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # PIL's own guard, at 179 million pixels, speaks before the size can be asked; its message has the count.
         count = re.search(r"\d+", str(error))
         found = f" with {int(count[0]):,}" if count else ""
         raise ImageError(f"{described} is over the limit of {limits.max_pixels:,} pixels{found}: shrink it") from error
     except _DAMAGE as error:
-        raise ImageError(f"{described} is damaged: {error}; send the picture again") from error
+        raise ImageError(f"{described} is damaged: {error}; send the image again") from error
     with image:
         _check_pixels(image, limits, described)
         return _to_rgb(image, described)
@@ -146,7 +148,7 @@ def _to_rgb(image: Image.Image, described: str) -> Image.Image:
     try:
         return image.convert("RGB")
     except (Image.DecompressionBombError, *_DAMAGE) as error:
-        raise ImageError(f"{described} is damaged: {error}; send the picture again") from error
+        raise ImageError(f"{described} is damaged: {error}; send the image again") from error
 
 
 def _from_array(array: np.ndarray[Any, Any], described: str) -> Image.Image:
@@ -179,7 +181,7 @@ def _resize(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
     from PIL import Image
 
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    # A request keeps its pictures until it is answered. In the heap they would lie between the activations of steps,
+    # A request keeps its images until it is answered. In the heap they would lie between the activations of steps,
     # and leave holes there that no other step fits.
     pixels = np.frombuffer(mmap.mmap(-1, 3 * size * size), dtype=np.uint8)
     pixels[:] = np.frombuffer(resized.tobytes(), dtype=np.uint8)

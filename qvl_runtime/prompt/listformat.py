@@ -25,11 +25,11 @@ def from_list_format(parts: Iterable[Mapping[str, Any]]) -> str:
 
     Pictures are numbered from 1 in this call. Of several keys in one part, image comes before text before box.
     """
-    text, pictures = "", 0
+    text, images = "", 0
     for part in parts:
         if "image" in part:
-            pictures += 1
-            text += f"{picture_heading(pictures)}<img>{part['image']}</img>\n"
+            images += 1
+            text += f"{image_heading(images)}<img>{part['image']}</img>\n"
         elif "text" in part:
             text += part["text"]
         elif "box" in part:
@@ -40,8 +40,8 @@ def from_list_format(parts: Iterable[Mapping[str, Any]]) -> str:
     return text
 
 
-def picture_heading(number: int) -> str:
-    """What the model was taught to see before a picture; no space after the colon, as `from_list_format` writes it."""
+def image_heading(number: int) -> str:
+    """What the model was taught to see before an image; no space after the colon, as `from_list_format` writes it."""
     return f"Picture {number}:"
 
 
@@ -96,7 +96,7 @@ def fetch_all_box_with_ref(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def fetch_latest_picture(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
+def fetch_latest_image(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
     """The path of the last image in the response, else in the newest question that has one; None without any."""
     for text in (response, *(question for question, _ in reversed(history or ()))):
         images = [part["image"] for part in to_list_format(text) if "image" in part]

@@ -38,7 +38,7 @@ class Conversation:
         system: Segment | None = None
         turns: list[Turn] = []
         query: Segment | None = None
-        pictures = 0
+        images = 0
         for index, message in enumerate(messages):
             role, content, where = _read(message, index)
             if role == "system":
@@ -48,8 +48,8 @@ class Conversation:
             elif role == "user":
                 if query is not None:
                     turns.append(Turn(query, None))
-                query = content_segment(tokenizer, content, where, first_picture=pictures + 1)
-                pictures += len(query.slots)
+                query = content_segment(tokenizer, content, where, first_image=images + 1)
+                images += len(query.slots)
             elif query is None:
                 raise PromptError(f"{where} does not answer anything; expected a user message before it")
             else:
@@ -58,7 +58,7 @@ class Conversation:
         if query is None:
             raise PromptError("the messages end without a question; expected a user message last")
         if not query.ids:
-            raise PromptError("the last user message is empty: write a question or give a picture")
+            raise PromptError("the last user message is empty: write a question or give an image")
         return cls(system, turns, query)
 
 
@@ -83,5 +83,5 @@ def _read(message: object, index: int) -> tuple[str, Content, str]:
 def _encode(tokenizer: Tokenizer, content: Content, where: str, allowed: Allowed) -> Segment:
     segment = content_segment(tokenizer, content, where, allowed=allowed)
     if segment.slots:
-        raise PromptError(f"{where} has a picture; pictures go into user messages")
+        raise PromptError(f"{where} has an image; images go into user messages")
     return segment

@@ -1,4 +1,4 @@
-"""Parts of a prompt as dicts to a segment: pictures under their heading, boxes in their tags, text as plain text.
+"""Parts of a prompt as dicts to a segment: images under their heading, boxes in their tags, text as plain text.
 
 A part's text is never searched for tags: what a user types stays text. Only the structure of the parts becomes special
 tokens.
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from qvl_runtime.errors import PromptError
 from qvl_runtime.prompt.boxes import Box
-from qvl_runtime.prompt.listformat import box_text, picture_heading, whole_numbers
+from qvl_runtime.prompt.listformat import box_text, image_heading, whole_numbers
 from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Allowed, Tokenizer
 
@@ -24,11 +24,11 @@ _WANTED = 'expected {"text": ...}, {"image": ...}, {"image_url": {"url": ...}} o
 
 
 def content_segment(
-    tokenizer: Tokenizer, content: Content, where: str, *, allowed: Allowed = "none", first_picture: int = 1
+    tokenizer: Tokenizer, content: Content, where: str, *, allowed: Allowed = "none", first_image: int = 1
 ) -> Segment:
     """Token ids and image slots of a content.
 
-    Pictures are headed `Picture N:`, counting from `first_picture`; `allowed` says which tags in plain text are
+    Pictures are headed `Picture N:`, counting from `first_image`; `allowed` says which tags in plain text are
     honoured, and `where` ("message 2") names the content in errors. Raises `PromptError` for a part it cannot read.
     """
     writer = _Writer(tokenizer, allowed)
@@ -42,7 +42,7 @@ def content_segment(
             _write_box(writer, part, where)
         else:
             source = part["image"] if kind == "image" else _address(part, where)
-            writer.text(picture_heading(first_picture + len(writer.segment.slots)))
+            writer.text(image_heading(first_image + len(writer.segment.slots)))
             writer.place(tokenizer.image_span(source))
             writer.text("\n")
     return writer.close()

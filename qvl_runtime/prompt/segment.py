@@ -1,4 +1,4 @@
-"""A stretch of a prompt: token ids, and the places among them where pictures go."""
+"""A stretch of a prompt: token ids, and the places among them where images go."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ImageSlot(NamedTuple):
-    """A picture that is named but not yet read, so that a turn which the window drops costs no download."""
+    """An image that is named but not yet read, so that a turn which the window drops costs no download."""
 
     start: int  # index of the first pad id, counted from the start of the segment
     source: ImageSource

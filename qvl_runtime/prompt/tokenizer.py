@@ -1,7 +1,7 @@
 """Qwen's tokenizer: byte-level BPE over `qwen.tiktoken`, with the chat and image tags after the ranks.
 
 The vocabulary file may hold any number of ranks R; the special tokens take the ids from R on, in a fixed order. What
-stands between `<img>` and `</img>` becomes `n_queries` pad ids, whatever the picture is called.
+stands between `<img>` and `</img>` becomes `n_queries` pad ids, whatever the image is called.
 Source: golden/ARCHITECTURE.md section 7.
 """
 
@@ -55,7 +55,7 @@ WORD_PATTERN = "|".join(
 class Tokenizer:
     """Text to token ids and back.
 
-    `ranks` maps the bytes of each token to its id, 0 to R-1; `n_queries` is how many pad ids a picture takes. The
+    `ranks` maps the bytes of each token to its id, 0 to R-1; `n_queries` is how many pad ids an image takes. The
     ids of the special tokens are attributes: `endoftext`, `im_start`, `im_end`, `ref_start`, ... `img_pad`.
     """
 
@@ -94,9 +94,9 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str, allowed: Allowed = "all") -> list[int]:
-        """Token ids of a text, NFC-normalised; no begin or end token is added.
+        """Token ids of a text, NFC-normalized; no begin or end token is added.
 
-        A picture in the text (where `allowed` honours `<img>`) becomes its span of pad ids; raises `PromptError` for
+        An image in the text (where `allowed` honours `<img>`) becomes its span of pad ids; raises `PromptError` for
         an unclosed `<img>` or a tag inside one.
         """
         return self.encode_tagged(text, allowed).ids
@@ -115,7 +115,7 @@ class Tokenizer:
         return segment.extend(self._encode_text(rest, allowed))
 
     def image_span(self, source: ImageSource) -> Segment:
-        """`<img>`, `n_queries` pad ids, `</img>`: the place of one picture, n_queries + 2 ids."""
+        """`<img>`, `n_queries` pad ids, `</img>`: the place of one image, n_queries + 2 ids."""
         ids = [self.img_start, *[self.img_pad] * self.n_queries, self.img_end]
         return Segment(ids, [ImageSlot(1, source)])
 

@@ -1,8 +1,8 @@
-"""One decoder block, quantised in one forward pass over all calibration rows.
+"""One decoder block, quantized in one forward pass over all calibration rows.
 
-The block is the model's own. Its linears come from a maker whose linears quantise themselves when they are called: each
+The block is the model's own. Its linears come from a maker whose linears quantize themselves when they are called: each
 gathers the statistics of the inputs it is given, rounds its weight, and answers with the rounded one. So what comes
-later in the block is calibrated on what is quantised before it ("true sequential"), w1 and w2 share their statistics,
+later in the block is calibrated on what is quantized before it ("true sequential"), w1 and w2 share their statistics,
 and the block's output is what the next block will really get. Where rounding is to make up for what earlier rounding
 did, a pass of the float block over the float model's rows comes first, and keeps what its linears are given.
 """
@@ -29,13 +29,18 @@ from qvl_runtime.quantize.solver import Factor, Solver
 
 Method = Literal["gptq", "rtn"]
 BLOCK_SIZE = 16  # slots of a cache block
-INPUTS = {"attn.c_attn": "ln_1", "attn.c_proj": "attn_context", "mlp.w1": "ln_2", "mlp.w2": "ln_2",
-          "mlp.c_proj": "gated"}  # of each linear, by the name that the block has for them  # fmt: skip
+INPUTS = {
+    "attn.c_attn": "ln_1",
+    "attn.c_proj": "attn_context",
+    "mlp.w1": "ln_2",
+    "mlp.w2": "ln_2",
+    "mlp.c_proj": "gated",
+}  # of each linear, by the name that the block has for them
 MEASURED_ROWS = 512  # held-out rows that errors are measured on: more change the third digit
 
 
 class LinearError(NamedTuple):
-    """What quantising a linear does to its outputs, on conversations that it was not calibrated on.
+    """What quantizing a linear does to its outputs, on conversations that it was not calibrated on.
 
     Errors are |x (W - Ŵ)ᵀ| / |x Wᵀ| over up to `MEASURED_ROWS` rows.
     """
@@ -74,7 +79,7 @@ class Rows(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Bench:
-    """Where the linears of one block are quantised: its float weights, how it is done, and what has been."""
+    """Where the linears of one block are quantized: its float weights, how it is done, and what has been."""
 
     layer: int
     state: MutableMapping[str, Tensor]
@@ -88,7 +93,7 @@ class Bench:
     _factor: tuple[Tensor, Factor] | None = None  # of the inputs that were seen last
 
     def quantize(self, name: str, x: Tensor) -> Tensor:
-        """Quantise linear `name` on its inputs x [n, in]; its outputs [n, out] with the rounded weight."""
+        """Quantize linear `name` on its inputs x [n, in]; its outputs [n, out] with the rounded weight."""
         began, part = time.perf_counter(), name.split(".", 3)[3]
         weight = self.state.pop(f"{name}.weight").to(x.device)
         bias = self.state.pop(f"{name}.bias", None)
@@ -143,7 +148,7 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unquantized:
-    """A linear that the first call quantises."""
+    """A linear that the first call quantizes."""
 
     bench: Bench
     name: str
@@ -157,7 +162,7 @@ class Unquantized:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizingMaker(Maker):
-    """Makes blocks whose linears quantise themselves."""
+    """Makes blocks whose linears quantize themselves."""
 
     bench: Bench = field(kw_only=True)
 
@@ -171,9 +176,9 @@ class QuantizingMaker(Maker):
 
 @torch.inference_mode()
 def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, streams: Tensor, rows: Rows) -> Tensor:
-    """Quantise the block of `bench`: the residual streams [1 or 2, n, D] before it to those after it.
+    """Quantize the block of `bench`: the residual streams [1 or 2, n, D] before it to those after it.
 
-    The first is that of the model as it is quantised so far. The second is that of the float model: there to make up
+    The first is that of the model as it is quantized so far. The second is that of the float model: there to make up
     for the drift of the first. What was made is in `bench.packed` and `bench.errors`; `bench.state` must hold the
     block's tensors.
     """
@@ -205,6 +210,4 @@ def _frequencies(config: ModelConfig, length: int) -> Tensor:
 
 
 def _dequantized(linear: GPTQLinear) -> Tensor:
-    return gptq_dequantize(
-        linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset
-    )
+    return gptq_dequantize(linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset)

@@ -1,4 +1,4 @@
-"""Conversations to what a quantiser calibrates on: tokens, pictures, and the residual stream before block 0."""
+"""Conversations to what a quantizer calibrates on: tokens, images, and the residual stream before block 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qvl_runtime.errors import ConfigError, ImageError, PromptError
 from qvl_runtime.model.linear import Maker
 from qvl_runtime.model.vision import VisualTower
 from qvl_runtime.prompt.conversations import Conversation, conversation_segment, read_conversations
-from qvl_runtime.prompt.images import ImageLimits, Picture, load_image, to_pixels
+from qvl_runtime.prompt.images import ImageLimits, LoadedImage, load_image, to_pixels
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.quantize.sample_conversations import sample_conversations
 from qvl_runtime.weights.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     """One conversation as the model reads it."""
 
     token_ids: list[int]
-    pictures: list[tuple[int, Picture]]  # with the index of the first pad id
+    images: list[tuple[int, LoadedImage]]  # with the index of the first pad id
 
 
 class Calibration(NamedTuple):
@@ -47,10 +47,10 @@ class Calibration(NamedTuple):
         return [len(sample.token_ids) for sample in self.samples]
 
     def digest(self) -> str:
-        """SHA-256 of all tokens and pictures."""
+        """SHA-256 of all tokens and images."""
         total = hashlib.sha256()
         for sample in self.samples:
-            total.update(repr((sample.token_ids, [(at, p.digest) for at, p in sample.pictures])).encode())
+            total.update(repr((sample.token_ids, [(at, p.digest) for at, p in sample.images])).encode())
         return total.hexdigest()
 
 
@@ -59,7 +59,7 @@ def read_calibration(
 ) -> Calibration:
     """Draw `count` conversations of a fine-tuning file, or take those that come with the package, and tokenise them.
 
-    `folder` holds the checkpoint with its vocabulary. Conversations over `max_tokens` are cut, never inside a picture.
+    `folder` holds the checkpoint with its vocabulary. Conversations over `max_tokens` are cut, never inside an image.
     Raises `PromptError` or `ImageError` that names the record, and `ConfigError` for fewer than two conversations.
     """
     tokenizer = Tokenizer.from_folder(folder, config.visual.n_queries, config.visual.image_start_id)
@@ -77,22 +77,22 @@ def read_calibration(
 
 @torch.inference_mode()
 def embed(config: ModelConfig, checkpoint: Checkpoint, calibration: Calibration, x: Tensor) -> None:
-    """Fill x [n, D], on its device and in its dtype, with what block 0 gets: embeddings and picture features."""
+    """Fill x [n, D], on its device and in its dtype, with what block 0 gets: embeddings and image features."""
     ids = torch.tensor([token for sample in calibration.samples for token in sample.token_ids])
     x.copy_(F.embedding(ids, checkpoint.tensor("transformer.wte.weight")))
-    places, pictures, start = [], [], 0
+    places, images, start = [], [], 0
     for sample in calibration.samples:
-        places += [start + at for at, _ in sample.pictures]
-        pictures += [picture for _, picture in sample.pictures]
+        places += [start + at for at, _ in sample.images]
+        images += [image for _, image in sample.images]
         start += len(sample.token_ids)
-    if not pictures:
+    if not images:
         return
     prefix = "transformer.visual."
     state = {name: checkpoint.tensor(name).to(x) for name in checkpoint.names if name.startswith(prefix)}
     tower = VisualTower(config.visual, Maker(ops_for(x.device), state, "exact", {}))
-    for first in range(0, len(pictures), PICTURES_AT_ONCE):
-        batch = pictures[first : first + PICTURES_AT_ONCE]
-        pixels = torch.cat([to_pixels(picture.rgb[None]) for picture in batch]).to(x.device)
+    for first in range(0, len(images), PICTURES_AT_ONCE):
+        batch = images[first : first + PICTURES_AT_ONCE]
+        pixels = torch.cat([to_pixels(image.rgb[None]) for image in batch]).to(x.device)
         for place, features in zip(places[first:], tower.forward(pixels), strict=False):
             x[place : place + len(features)] = features
 
@@ -102,15 +102,15 @@ def _read(
 ) -> tuple[Sample, bool]:
     segment = conversation_segment(tokenizer, conversation)
     end = _cut([slot.start for slot in segment.slots], config.visual.n_queries, len(segment), max_tokens)
-    pictures = []
+    images = []
     for number, slot in enumerate(segment.slots, start=1):
         if slot.start < end:
             try:
-                picture = load_image(slot.source, config.visual.image_size, limits, name=f"picture {number}")
+                image = load_image(slot.source, config.visual.image_size, limits, name=f"image {number}")
             except ImageError as error:
                 raise PromptError(f"{conversation.where}: {error}") from error
-            pictures.append((slot.start, picture))
-    return Sample(segment.ids[:end], pictures), end == len(segment)
+            images.append((slot.start, image))
+    return Sample(segment.ids[:end], images), end == len(segment)
 
 
 def _cut(starts: Sequence[int], span: int, length: int, limit: int) -> int:

@@ -1,4 +1,4 @@
-"""What of a quantisation is on the disk already, so that it can be stopped at any moment and gone on with.
+"""What of a quantization is on the disk already, so that it can be stopped at any moment and gone on with.
 
 Beside the destination NAME stands the folder `.NAME.partial`:
 
@@ -27,11 +27,11 @@ from qvl_runtime.errors import CheckpointError
 from qvl_runtime.quantize.block import LinearError
 from qvl_runtime.weights.save import replace, sync
 
-Key = Mapping[str, object]  # what must be the same for a quantisation to be gone on with; JSON values
+Key = Mapping[str, object]  # what must be the same for a quantization to be gone on with; JSON values
 
 
 class State(NamedTuple):
-    """Where a quantisation stands."""
+    """Where a quantization stands."""
 
     done: int  # layers
     x: Tensor  # [1 or 2, n, D], the residual streams before layer `done`

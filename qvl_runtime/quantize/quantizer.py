@@ -1,6 +1,6 @@
 """A float checkpoint to a GPTQ one in the published layout, block by block, so that memory holds one block at a time.
 
-The weights of a block are mapped, quantised in one forward pass over all calibration rows (`quantize_block`), written,
+The weights of a block are mapped, quantized in one forward pass over all calibration rows (`quantize_block`), written,
 and let go; between blocks there is nothing but the residual stream of the calibration rows. Work that was stopped is
 gone on with after the last block that is on the disk, and gives the same bytes with the same number of threads.
 """
@@ -38,7 +38,7 @@ HOLES = 1.2  # between tensors, in a heap that keeps those below 256 MiB (`keep_
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """How a checkpoint is to be quantised, and on what that is calibrated."""
+    """How a checkpoint is to be quantized, and on what that is calibrated."""
 
     method: Method = "gptq"
     bits: int = 4
@@ -61,7 +61,7 @@ class QuantizeOptions:
 
     @property
     def streams(self) -> int:
-        """Residual streams that are followed: the quantised model's, and the float one's to make up for drift."""
+        """Residual streams that are followed: the quantized model's, and the float one's to make up for drift."""
         return 2 if self.method == "gptq" and self.drift else 1
 
     @property
@@ -71,9 +71,9 @@ class QuantizeOptions:
 
 
 class Outline(NamedTuple):
-    """What a quantisation takes, known before it starts."""
+    """What a quantization takes, known before it starts."""
 
-    rows: int  # tokens and picture rows that are calibrated on
+    rows: int  # tokens and image rows that are calibrated on
     conversations: int
     shortened: int  # conversations that were cut to `max_tokens`
     memory: int  # bytes, about, beyond the program itself
@@ -83,7 +83,7 @@ class Outline(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantizer:
-    """One quantisation, checked and ready to run."""
+    """One quantization, checked and ready to run."""
 
     source: Path
     destination: Path
@@ -94,12 +94,16 @@ class Quantizer:
 
     @classmethod
     def open(
-        cls, source: Path, destination: Path, options: QuantizeOptions | None = None, calibration: Path | None = None,
+        cls,
+        source: Path,
+        destination: Path,
+        options: QuantizeOptions | None = None,
+        calibration: Path | None = None,
         device: torch.device | str = "cpu",
-    ) -> Quantizer:  # fmt: skip
+    ) -> Quantizer:
         """Check everything that can be checked before the work: source, destination, calibration file, disk.
 
-        calibration: a file in Qwen-VL's fine-tuning format; None: drawn pictures and texts that come with the package.
+        calibration: a file in Qwen-VL's fine-tuning format; None: drawn images and texts that come with the package.
         Raises `CheckpointError`, `ConfigError`, `PromptError` or `ImageError`, each naming the fault.
         """
         source, destination, options = Path(source), Path(destination), options or QuantizeOptions()
@@ -109,7 +113,7 @@ class Quantizer:
         config = ModelConfig.from_folder(source)
         if config.quantization is not None:
             raise CheckpointError(
-                f"{source} is quantised already, to {config.quantization.bits} bits: start from the float checkpoint"
+                f"{source} is quantized already, to {config.quantization.bits} bits: start from the float checkpoint"
             )
         replace(config, quantization=options.quantization)  # refuses widths that cannot be packed
         checkpoint = Checkpoint.open(source, config)
@@ -131,7 +135,7 @@ class Quantizer:
 
     @property
     def linears(self) -> int:
-        """How many are to be quantised: what progress is counted in."""
+        """How many are to be quantized: what progress is counted in."""
         return len(decoder_linears(self.config))
 
     def outline(self) -> Outline:
@@ -160,12 +164,12 @@ class Quantizer:
         needed, rows = self.outline().memory, self.outline().rows
         if needed > free:
             raise CapacityError(
-                f"quantising with {rows:,} calibration rows needs about {needed / 2**30:.1f} GiB, and "
+                f"quantizing with {rows:,} calibration rows needs about {needed / 2**30:.1f} GiB, and "
                 f"{free / 2**30:.1f} GiB are free: use fewer samples, or shorter ones"
             )
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[LinearError]:
-        """Quantise and write; `progress` hears how many linears are done. Returns the error of each linear."""
+        """Quantize and write; `progress` hears how many linears are done. Returns the error of each linear."""
         keep_heap()
         job = Job(self.destination, self._key())
         state = job.resume()
@@ -222,9 +226,11 @@ class Quantizer:
         """How it was done and what it cost, without times: the same for the same work."""
         kept = ("layer", "linear", "error", "rtn_error", "damping")
         calibration = {
-            "conversations": len(self.calibration.samples), "held_out": self.calibration.held_out,
-            "rows": sum(self.calibration.lengths), "sha256": self.calibration.digest(),
-        }  # fmt: skip
+            "conversations": len(self.calibration.samples),
+            "held_out": self.calibration.held_out,
+            "rows": sum(self.calibration.lengths),
+            "sha256": self.calibration.digest(),
+        }
         linears = [{name: getattr(error, name) for name in kept} for error in errors]
         return {"options": asdict(self.options), "calibration": calibration, "linears": linears}
 

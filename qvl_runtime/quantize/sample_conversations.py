@@ -23,10 +23,15 @@ TEXTS = Path(__file__).parent.parent / "assets" / "calibration.json"
 EVERY_TEXT = 4  # one conversation in four is text alone
 SIDE = 448  # pixels
 COLOURS = {
-    "red": ("红色", (210, 40, 45)), "green": ("绿色", (40, 150, 65)), "blue": ("蓝色", (40, 85, 205)),
-    "yellow": ("黄色", (240, 215, 50)), "black": ("黑色", (25, 25, 28)), "white": ("白色", (245, 245, 245)),
-    "orange": ("橙色", (240, 140, 30)), "purple": ("紫色", (135, 55, 165)),
-}  # fmt: skip
+    "red": ("红色", (210, 40, 45)),
+    "green": ("绿色", (40, 150, 65)),
+    "blue": ("蓝色", (40, 85, 205)),
+    "yellow": ("黄色", (240, 215, 50)),
+    "black": ("黑色", (25, 25, 28)),
+    "white": ("白色", (245, 245, 245)),
+    "orange": ("橙色", (240, 140, 30)),
+    "purple": ("紫色", (135, 55, 165)),
+}
 SHAPES = {"circle": "圆形", "square": "方形", "triangle": "三角形", "diamond": "菱形"}
 WORDS = ("OPEN", "Exit 12", "SALE 50%", "Room 204", "3.1416", "Hello", "No. 77", "TAXI", "2026-11-22", "42")
 
@@ -51,15 +56,15 @@ def sample_conversations(count: int) -> list[Conversation]:
             text = texts[number // EVERY_TEXT % len(texts)]
             said = [Said("user", text["question"]), Said("assistant", text["answer"])]
         else:
-            said = _about_a_picture(random.Random(number), chinese=number % 2 == 1)
+            said = _about_a_image(random.Random(number), chinese=number % 2 == 1)
         found.append(Conversation(where, tuple(said)))
     return found
 
 
-def _about_a_picture(rng: random.Random, chinese: bool) -> list[Said]:
-    picture, things, word, bars = _draw(rng)
+def _about_a_image(rng: random.Random, chinese: bool) -> list[Said]:
+    image, things, word, bars = _draw(rng)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)  # five times as fast, and nobody keeps it
+    image.save(buffer, "PNG", compress_level=1)  # five times as fast, and nobody keeps it
     url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     captions = "".join(thing.grounded(chinese) for thing in things)
     asked = rng.choice(things)
@@ -68,11 +73,17 @@ def _about_a_picture(rng: random.Random, chinese: bool) -> list[Said]:
         "box": (f"Box the {asked.name[0]}.", f"框出图中的{asked.name[1]}", asked.grounded(chinese)),
         "count": ("How many shapes are there?", "图中有几个图形?", str(len(things))),
         "read": ("What is written in the picture?", "图中写的是什么?", word),
-        "bars": ("Which bar is the highest, and how high is it?", "哪一根柱子最高?有多高?",
-                 f"{1 + bars.index(max(bars))}: {max(bars)}" if bars else ""),
-        "describe": ("Describe the picture.", "描述这张图片",
-                     ("、" if chinese else ", ").join(thing.name[chinese] for thing in things) + f", {word}"),
-    }  # fmt: skip
+        "bars": (
+            "Which bar is the highest, and how high is it?",
+            "哪一根柱子最高?有多高?",
+            f"{1 + bars.index(max(bars))}: {max(bars)}" if bars else "",
+        ),
+        "describe": (
+            "Describe the picture.",
+            "描述这张图片",
+            ("、" if chinese else ", ").join(thing.name[chinese] for thing in things) + f", {word}",
+        ),
+    }
     chosen = rng.sample([task for task in turns if turns[task][2]], 3)
     said = []
     for number, task in enumerate(chosen):
@@ -85,8 +96,8 @@ def _draw(rng: random.Random) -> tuple[Image.Image, list[_Thing], str, list[int]
     """A picture with its shapes, the word in it, and the heights of its bars, of which there may be none."""
     from PIL import ImageDraw, ImageFont
 
-    picture = _ground(rng)
-    pen = ImageDraw.Draw(picture)
+    image = _ground(rng)
+    pen = ImageDraw.Draw(image)
     cells = rng.sample([(column, row) for column in range(3) for row in range(2)], rng.randint(1, 4))
     things = [_shape(rng, pen, *cell) for cell in cells]
     word = rng.choice(WORDS)
@@ -99,7 +110,7 @@ def _draw(rng: random.Random) -> tuple[Image.Image, list[_Thing], str, list[int]
     bars = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))] if rng.random() < 0.4 else []
     for number, height in enumerate(bars):
         pen.rectangle((300 + 28 * number, 440 - 10 * height, 320 + 28 * number, 440), fill=(90, 90, 200))
-    return picture, things, word, bars
+    return image, things, word, bars
 
 
 def _ground(rng: random.Random) -> Image.Image:

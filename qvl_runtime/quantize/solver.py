@@ -93,7 +93,7 @@ class Solver:
         )
 
     def solve(self, weight: Tensor, factor: Factor, bias: Tensor | None = None) -> GPTQLinear:
-        """Quantise a weight [out, in], given the factor of its inputs' statistics."""
+        """Quantize a weight [out, in], given the factor of its inputs' statistics."""
         if not torch.isfinite(weight).all():
             raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity: fetch it again")
         q = self.quantization
@@ -117,9 +117,7 @@ class Solver:
 class _Pass:
     """One weight on its way: rows before the current one are rounded and hold errors, those after it hold sums."""
 
-    def __init__(
-        self, weight: Tensor, factor: Factor, solver: Solver, group_size: int, group_of: Tensor
-    ) -> None:
+    def __init__(self, weight: Tensor, factor: Factor, solver: Solver, group_size: int, group_of: Tensor) -> None:
         self.weight, self.upper = weight, factor.upper
         # [in, out], E of rounded inputs, sums of E R for those to come
         if factor.drift is None:

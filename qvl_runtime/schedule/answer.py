@@ -58,9 +58,9 @@ class Answer:
     def text(self) -> str:
         return "".join(self._shown)
 
-    def boxes(self, pictures: int) -> tuple[Box, ...]:
-        """Boxes of the text, each scored by the mean probability of its tokens, with their picture if there is one."""
-        found = parse_boxes(self.text, image_index=0 if pictures == 1 else None)
+    def boxes(self, images: int) -> tuple[Box, ...]:
+        """Boxes of the text, each scored by the mean probability of its tokens, with their image if there is one."""
+        found = parse_boxes(self.text, image_index=0 if images == 1 else None)
         return tuple(replace(box, score=self._score(box.span)) for box in found)
 
     def _score(self, span: tuple[int, int] | None) -> float | None:

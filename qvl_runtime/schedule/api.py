@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from qvl_runtime.config.model import GenerationDefaults
-    from qvl_runtime.prompt.images import Picture
+    from qvl_runtime.prompt.images import LoadedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class TokenLogprob(NamedTuple):
 class Usage:
     prompt_tokens: int
     completion_tokens: int
-    image_tokens: int  # of the prompt: rows that pictures take
+    image_tokens: int  # of the prompt: rows that images take
     images: int
     cached_tokens: int = 0  # of the prompt: found in the prefix cache
 
@@ -117,7 +117,7 @@ class Usage:
 class Timings:
     """Seconds on the wall clock."""
 
-    picture_s: float  # reading, decoding and resizing pictures, and the tokens of the prompt
+    image_s: float  # reading, decoding and resizing images, and the tokens of the prompt
     vision_s: float  # the visual tower; 0 where features were cached
     prefill_s: float
     decode_s: float  # from the first token to the last
@@ -128,7 +128,7 @@ class Timings:
     @property
     def ttft_s(self) -> float:
         """Time to first token."""
-        return self.picture_s + self.queue_s + self.vision_s + self.prefill_s
+        return self.image_s + self.queue_s + self.vision_s + self.prefill_s
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -150,20 +150,20 @@ class Completion:
     timings: Timings
     boxes: tuple[Box, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
-    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    images: tuple[LoadedImage, ...] = field(default=(), repr=False)
     alternatives: tuple[Completion, ...] = ()  # the other answers, where n > 1
 
     def draw(self, image_index: int | None = None) -> Image.Image:
-        """The picture with this answer's boxes drawn on it; the last of several unless `image_index` says which."""
+        """The image with this answer's boxes drawn on it; the last of several unless `image_index` says which."""
         from qvl_runtime.prompt.drawing import draw_boxes
 
-        if not self.pictures:
-            raise PromptError("there is no picture to draw on: the prompt had none")
-        index = len(self.pictures) - 1 if image_index is None else image_index
-        if not 0 <= index < len(self.pictures):
-            raise PromptError(f"image_index is {index}; the prompt had {len(self.pictures)} pictures, counted from 0")
+        if not self.images:
+            raise PromptError("there is no image to draw on: the prompt had none")
+        index = len(self.images) - 1 if image_index is None else image_index
+        if not 0 <= index < len(self.images):
+            raise PromptError(f"image_index is {index}; the prompt had {len(self.images)} images, counted from 0")
         mine = [box for box in self.boxes if box.image_index in (None, index)]
-        return draw_boxes(self.pictures[index].original, mine)
+        return draw_boxes(self.images[index].original, mine)
 
     @cached_property
     def answers(self) -> tuple[Completion, ...]:

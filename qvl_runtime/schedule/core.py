@@ -1,4 +1,4 @@
-"""The loop that answers requests: plan a step, see its pictures, run the model once, take what comes out."""
+"""The loop that answers requests: plan a step, see its images, run the model once, take what comes out."""
 
 from __future__ import annotations
 
@@ -33,9 +33,13 @@ class Loop:
     """Requests go in by `submit`; each `step` moves all of them on. Not for several threads at once."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, max_model_len: int, limits: StepLimits,
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        limits: StepLimits,
         drafter: Drafter | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.runner, self.drafter, self.max_model_len = runner, drafter, max_model_len
         self.scheduler = Scheduler(runner.cache, limits, drafter)
         self.steps = 0
@@ -45,15 +49,19 @@ class Loop:
         self._timed: set[Request] = set()  # those with a deadline
 
     def submit(
-        self, prompt: EncodedPrompt, params: SamplingParams, picture_s: float = 0.0, streamed: bool = False,
+        self,
+        prompt: EncodedPrompt,
+        params: SamplingParams,
+        image_s: float = 0.0,
+        streamed: bool = False,
         tag: Any = None,
-    ) -> Request:  # fmt: skip
+    ) -> Request:
         """Put a request in the queue; params: resolved. Its NTK factor is fixed here, from the whole prompt.
 
         Raises `CapacityError` for one that could never run, and `SamplingError` for token ids that do not exist.
         """
         self.refuse(len(prompt.token_ids), answer=1)
-        request = Request(next(self._numbers), prompt, params, Clock(picture_s), tag, streamed)
+        request = Request(next(self._numbers), prompt, params, Clock(image_s), tag, streamed)
         alpha = ntk_alpha(self.runner.model.config, len(prompt.token_ids))
         self.scheduler.add(self._task(request, self.runner.cache.sequence(alpha, params.cache_salt)))
         if request.deadline is not None:
@@ -119,9 +127,9 @@ class Loop:
         return task
 
     def _see(self, plan: list[Planned]) -> None:
-        """Have the features of all pictures with rows in this step: one pass of the tower for those that are new."""
+        """Have the features of all images with rows in this step: one pass of the tower for those that are new."""
         wanted = [
-            (p.task, i, span.picture) for p in plan for i, span in p.task.uncovered(p.known) if i not in p.task.features
+            (p.task, i, span.image) for p in plan for i, span in p.task.uncovered(p.known) if i not in p.task.features
         ]
         if not wanted:
             return

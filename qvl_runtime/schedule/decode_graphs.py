@@ -139,9 +139,15 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: QwenVL, cache: KVCache, frequencies: Frequencies, capture: Capture, most: int, longest: int,
+        self,
+        model: QwenVL,
+        cache: KVCache,
+        frequencies: Frequencies,
+        capture: Capture,
+        most: int,
+        longest: int,
         buckets: Items[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use.
 
         buckets: numbers of rows, None for `BUCKETS`.

@@ -67,10 +67,18 @@ def _state(ops: ModuleType, device: torch.device, rows: Sequence[Row]) -> Any:
         return None
     slots = dict(zip(special, range(len(special)), strict=True))
     numbers = [
-        (p.temperature or 0.0, p.top_k or 0, 1.0 if p.top_p is None else p.top_p, p.min_p,
-         row.draws.uniform(row.position), row.draws.penalty, slots.get(i, -1))
-        for i, row in enumerate(rows) for p in (row.draws.params,)
-    ]  # fmt: skip
+        (
+            p.temperature or 0.0,
+            p.top_k or 0,
+            1.0 if p.top_p is None else p.top_p,
+            p.min_p,
+            row.draws.uniform(row.position),
+            row.draws.penalty,
+            slots.get(i, -1),
+        )
+        for i, row in enumerate(rows)
+        for p in (row.draws.params,)
+    ]
     temperature, top_k, top_p, min_p, dice, penalty, slot = (
         torch.tensor(numbers, dtype=torch.float64).t().contiguous().to(device, non_blocking=True)
     )
@@ -79,9 +87,7 @@ def _state(ops: ModuleType, device: torch.device, rows: Sequence[Row]) -> Any:
         return state
     draws = [rows[i].draws for i in special]
     seen, bias = _stacked([d.seen for d in draws]), _stacked([d.bias for d in draws])
-    return state._replace(
-        penalty=None if seen is None else penalty.float(), slots=slot.long(), seen=seen, bias=bias
-    )  # fmt: skip
+    return state._replace(penalty=None if seen is None else penalty.float(), slots=slot.long(), seen=seen, bias=bias)
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Features of pictures by content, so that a picture goes through the visual tower once."""
+"""Features of images by content, so that an image goes through the visual tower once."""
 
 from __future__ import annotations
 

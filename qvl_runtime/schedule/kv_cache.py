@@ -92,7 +92,7 @@ class KVCache:
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor of blocks. On a CPU in huge pages, with which decoding reads a long context 1.13 times as
+    """An uninitialized tensor of blocks. On a CPU in huge pages, with which decoding reads a long context 1.13 times as
     fast; not the spare block at the end, nor small blocks: a page of 2 MiB would hold thousands of tokens of nano."""
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)

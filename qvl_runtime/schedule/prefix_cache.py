@@ -49,7 +49,7 @@ class Hit(NamedTuple):
 class PrefixCache:
     """Blocks by what they hold. A block belongs to it from `publish` until the pool takes it for another use.
 
-    A question about a picture rarely ends where a block does, so a hit may end inside one: its reader copies the block
+    A question about an image rarely ends where a block does, so a hit may end inside one: its reader copies the block
     before it writes.
     """
 
@@ -136,7 +136,7 @@ class PrefixCache:
     def _key(self, parent: Parent, index: int, tokens: Sequence[int], spans: Sequence[ImageSpan]) -> Key:
         start, end = index * self._block_size, (index + 1) * self._block_size
         images = tuple(
-            (span.start - start, span.picture.digest)
+            (span.start - start, span.image.digest)
             for span in spans
             if span.start < end and start < span.start + span.length
         )
@@ -161,7 +161,7 @@ class PrefixCache:
 
 
 def common_tokens(one: Key, other: Key) -> int:
-    """How many tokens two blocks of one parent have in common from the start, in their pictures too."""
+    """How many tokens two blocks of one parent have in common from the start, in their images too."""
     common = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None)
     common = min(len(one.tokens), len(other.tokens)) if common is None else common
     for mine, theirs in zip_longest(one.images, other.images):

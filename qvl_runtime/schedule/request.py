@@ -22,7 +22,7 @@ from qvl_runtime.schedule.sequence import Sequence
 class Clock:
     """When what happened to a request, in seconds of `time.perf_counter`."""
 
-    picture_s: float  # what encoding the prompt took
+    image_s: float  # what encoding the prompt took
     submitted: float = field(default_factory=time.perf_counter)
     scheduled: float | None = None
     vision_s: float = 0.0
@@ -34,7 +34,7 @@ class Clock:
         scheduled = now if self.scheduled is None else self.scheduled
         first = now if self.first_token is None else self.first_token
         return Timings(
-            picture_s=self.picture_s,
+            image_s=self.image_s,
             vision_s=self.vision_s,
             prefill_s=max(0.0, first - scheduled - self.vision_s),
             decode_s=now - first,
@@ -84,7 +84,7 @@ class Task:
         self.sequence, self.answer, self.draws = sequence, answer, draws
         self.running = False  # the scheduler's: it has blocks and takes part in steps
         self.token_ids: list[int] = list(request.prompt.token_ids)
-        self.features: dict[int, Tensor] = {}  # of the pictures that are being prefilled, by the span's number
+        self.features: dict[int, Tensor] = {}  # of the images that are being prefilled, by the span's number
 
     @property
     def order(self) -> tuple[int, int]:
@@ -101,13 +101,13 @@ class Task:
         return self.request.prompt.spans
 
     def uncovered(self, count: int) -> list[tuple[int, ImageSpan]]:
-        """The pictures, by number, with rows among the next `count` tokens."""
+        """The images, by number, with rows among the next `count` tokens."""
         start = self.sequence.length
         end = start + count
         return [(i, s) for i, s in enumerate(self.spans) if s.start < end and start < s.start + s.length]
 
     def chunk_spans(self, count: int) -> list[Span]:
-        """What replaces the embeddings of pictures among the next `count` tokens; `features` must hold them."""
+        """What replaces the embeddings of images among the next `count` tokens; `features` must hold them."""
         start, spans = self.sequence.length, []
         for i, span in self.uncovered(count):
             first, last = max(span.start, start), min(span.start + span.length, start + count)
@@ -136,16 +136,16 @@ class Task:
         self.sequence.publish(self.token_ids, self.spans, tail=True)
         request, made = self.request, len(self.answer.token_ids)
         spans, prompt = request.prompt.spans, len(request.prompt.token_ids)
-        pictures = tuple(span.picture for span in spans)
+        images = tuple(span.image for span in spans)
         completion = Completion(
             text=self.answer.text,
             token_ids=tuple(self.answer.token_ids),
             finish_reason=finish_reason,
             usage=Usage(prompt, made, sum(span.length for span in spans), len(spans), request.cached_tokens),
             timings=request.clock.timings(prompt - request.cached_tokens, made),
-            boxes=self.answer.boxes(len(pictures)),
+            boxes=self.answer.boxes(len(images)),
             logprobs=None if request.params.logprobs is None else tuple(self.answer.logprobs),
-            pictures=pictures,
+            images=images,
         )
         request.completions[self.index] = completion
         if request.streamed:

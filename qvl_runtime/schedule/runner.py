@@ -17,20 +17,20 @@ from qvl_runtime.formats.host_memory import trim_heap
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
-from qvl_runtime.plan.sizes import pictures_at_once
-from qvl_runtime.prompt.images import Picture, to_pixels
+from qvl_runtime.plan.sizes import images_at_once
+from qvl_runtime.prompt.images import LoadedImage, to_pixels
 from qvl_runtime.schedule.decode_graphs import Capture, DecodeGraphs
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
 
 # Passes of the tower after which the heap's free memory is given back. What requests keep lies between the activations
-# of steps of all sizes: with pictures on nano in float32 20 MiB of holes after 100 requests, 34 after 500; 111 in use.
+# of steps of all sizes: with images on nano in float32 20 MiB of holes after 100 requests, 34 after 500; 111 in use.
 TRIM_AFTER = 32
 
 
 class Span(NamedTuple):
-    """Rows of a chunk that a picture's features replace: the first row, counted in the chunk, and features [m, D]."""
+    """Rows of a chunk that an image's features replace: the first row, counted in the chunk, and features [m, D]."""
 
     start: int
     features: Tensor
@@ -52,27 +52,27 @@ class Runner:
         self.model, self.cache, self.images = model, cache, images
         self.graphs: DecodeGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
-        self.pictures_at_once = pictures_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
+        self.images_at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
         self._passes = 0
 
     def capture(self, capture: Capture, most: int, longest: int, buckets: Items[int] | None = None) -> None:
         """From now on, decode up to `most` sequences of up to `longest` tokens by graphs, captured here."""
         self.graphs = DecodeGraphs(self.model, self.cache, self._frequencies, capture, most, longest, buckets)
 
-    def features(self, pictures: Items[Picture]) -> list[Tensor]:
-        """Features [queries, D] of each picture; those not cached go through the tower together, each once."""
-        known = {p.digest: self.images.get(p.digest) for p in pictures}
-        missing = list({p.digest: p for p in pictures if known[p.digest] is None}.values())
-        for start in range(0, len(missing), self.pictures_at_once):
-            batch = missing[start : start + self.pictures_at_once]
-            encoded = self.model.encode_pictures(torch.cat([to_pixels(p.rgb[None]) for p in batch]))
-            for picture, features in zip(batch, encoded, strict=True):
-                known[picture.digest] = own = _apart(features)  # a view would keep the whole batch alive
-                self.images.put(picture.digest, own)
+    def features(self, images: Items[LoadedImage]) -> list[Tensor]:
+        """Features [queries, D] of each image; those not cached go through the tower together, each once."""
+        known = {p.digest: self.images.get(p.digest) for p in images}
+        missing = list({p.digest: p for p in images if known[p.digest] is None}.values())
+        for start in range(0, len(missing), self.images_at_once):
+            batch = missing[start : start + self.images_at_once]
+            encoded = self.model.encode_images(torch.cat([to_pixels(p.rgb[None]) for p in batch]))
+            for image, features in zip(batch, encoded, strict=True):
+                known[image.digest] = own = _apart(features)  # a view would keep the whole batch alive
+                self.images.put(image.digest, own)
             self._passes += 1
             if self._passes % TRIM_AFTER == 0:
                 trim_heap()
-        return [features for p in pictures if (features := known[p.digest]) is not None]
+        return [features for p in images if (features := known[p.digest]) is not None]
 
     def run(self, chunks: Items[Chunk], observe: Observer = unobserved) -> Tensor:
         """Compute the chunks in one model call: hidden states [n, D] of all rows, in order.
@@ -111,8 +111,8 @@ class Runner:
             positions=positions.to(device),
             frequencies=self._frequencies.table[torch.from_numpy(factors).to(device)],
             layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),
-            picture_rows=torch.cat(rows) if rows else None,
-            picture_features=torch.cat(features) if features else None,
+            image_rows=torch.cat(rows) if rows else None,
+            image_features=torch.cat(features) if features else None,
         )
 
 

@@ -25,7 +25,7 @@ class Draws:
     """What choosing the tokens of one answer needs to know.
 
     The dice are a function of seed and position in the answer: nothing else in the process moves them, so an answer
-    does not depend on its neighbours, on being interrupted, or on drafts.
+    does not depend on its neighbors, on being interrupted, or on drafts.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
     if drawn:
         at = torch.tensor(drawn, device=raw.device)
         tokens[at] = _draw(scores[at], [rows[i] for i in drawn])
-    normaliser = raw.logsumexp(-1)
-    chosen = (raw.gather(1, tokens[:, None])[:, 0] - normaliser).tolist()
+    normalizer = raw.logsumexp(-1)
+    chosen = (raw.gather(1, tokens[:, None])[:, 0] - normalizer).tolist()
     token_ids = tokens.tolist()
     for row, token in zip(rows, token_ids, strict=True):
         if row.draws.seen is not None:
             row.draws.seen[token] = True
-    tops = likeliest(raw, normaliser, rows)
+    tops = likeliest(raw, normalizer, rows)
     return [
         Sample(token, TokenLogprob(token, logprob, top))
         for token, logprob, top in zip(token_ids, chosen, tops, strict=True)
@@ -148,11 +148,11 @@ def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, dice: Tens
     return torch.minimum(ranked, (kept > 0).sum(-1) - 1)
 
 
-def likeliest(raw: Tensor, normaliser: Tensor, rows: Sequence[Row]) -> list[tuple[tuple[int, float], ...]]:
+def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[Row]) -> list[tuple[tuple[int, float], ...]]:
     """The alternatives that each row asks for, with their log probabilities."""
     wanted = [min(row.draws.params.logprobs or 0, raw.shape[1]) for row in rows]
     if not any(wanted):
         return [()] * len(rows)
     values, ids = raw.topk(max(wanted))
-    logprobs = (values - normaliser[:, None]).tolist()
+    logprobs = (values - normalizer[:, None]).tolist()
     return [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), logprobs, wanted, strict=True)]

@@ -124,9 +124,9 @@ class Scheduler:
             budget -= count
 
     def _better_later(self, task: Task) -> bool:
-        """Whether a prompt that is being prefilled begins as this one does, its first picture included.
+        """Whether a prompt that is being prefilled begins as this one does, its first image included.
 
-        Waiting for it, a step or a few, saves computing the picture's keys and values again.
+        Waiting for it, a step or a few, saves computing the image's keys and values again.
         """
         if self._cache.prefixes is None or not task.spans:
             return False
@@ -135,7 +135,7 @@ class Scheduler:
             other.pending > 1
             and not other.request.held
             and other.spans
-            and (other.spans[0].start, other.spans[0].picture.digest) == (span.start, span.picture.digest)
+            and (other.spans[0].start, other.spans[0].image.digest) == (span.start, span.image.digest)
             and other.sequence.root == task.sequence.root
             and other.token_ids[: span.start] == task.token_ids[: span.start]
             for other in self.running

@@ -116,8 +116,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
 
 def load_state(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu",
-    skip: Collection[str] = (), on_host: Collection[str] = (),
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    skip: Collection[str] = (),
+    on_host: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Load a checkpoint that fits `config` as {published name: tensor}, ready to compute with in `dtype` on `device`.
 
@@ -192,7 +196,7 @@ def _hint(unexpected: Iterable[str], config: ModelConfig) -> str:
     if config.quantization is None and any(name.endswith(".qweight") for name in names):
         return ": the weights are GPTQ, so its config needs a quantization_config or quantize_config.json"
     if config.quantization is not None and any(name.endswith(".attn.c_attn.weight") for name in names):
-        return ": the weights are not quantised, so config.json must not have a quantization_config"
+        return ": the weights are not quantized, so config.json must not have a quantization_config"
     return ""
 
 

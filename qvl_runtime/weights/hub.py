@@ -12,7 +12,7 @@ from qvl_runtime.errors import CheckpointError, ConfigError, DownloadError
 
 Source = Literal["huggingface", "modelscope"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL_FILES = ("*.json", "*.tiktoken")  # no Python files, pictures or fonts: nothing of them is used
+_SMALL_FILES = ("*.json", "*.tiktoken")  # no Python files, images or fonts: nothing of them is used
 _WEIGHTS = ("*.safetensors", "*.bin")  # in order of preference; never both
 
 

@@ -104,12 +104,14 @@ def make(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops
         yield Made(recipe.name, packed, recipe.parts, True, {})
         return
     if config.quantization is None:
-        raise ConfigError(f"{recipe.name} is to be packed as published, and the checkpoint is not quantised")
+        raise ConfigError(f"{recipe.name} is to be packed as published, and the checkpoint is not quantized")
     linears = [GPTQLinear.from_state(tensors, part, config.quantization) for part in recipe.parts]
     joint = linears[0] if len(linears) == 1 else linears[0].beside(linears[1])
-    groups = [(recipe.name, recipe.parts, joint)] if joint is not None else [
-        (part, (part,), linear) for part, linear in zip(recipe.parts, linears, strict=True)
-    ]  # fmt: skip
+    groups = (
+        [(recipe.name, recipe.parts, joint)]
+        if joint is not None
+        else [(part, (part,), linear) for part, linear in zip(recipe.parts, linears, strict=True)]
+    )
     for name, parts, linear in groups:
         stored = (f"{part}.{kind}" for part in parts for kind in GPTQ_TENSORS)
         kept = {full: tensors[full] for full in stored if full in tensors and not full.endswith(".qweight")}

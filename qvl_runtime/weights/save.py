@@ -24,7 +24,7 @@ SHARD = 2 * 10**9  # bytes of a file, about those of the published checkpoints
 def save_checkpoint(
     folder: Path, state: Mapping[str, Tensor], raw_config: Mapping[str, Any], companions: Path | None = None
 ) -> None:
-    """Write the weights and `config.json` (with `quantize_config.json` where it is quantised) as a new folder.
+    """Write the weights and `config.json` (with `quantize_config.json` where it is quantized) as a new folder.
 
     `companions` is a folder whose tokenizer and generation files come along. The folder appears by a rename when it is
     complete; raises `CheckpointError` if there is one of that name already.

@@ -21,18 +21,30 @@ NOISE = 1 << 22  # random numbers that all tensors are tiled from: 9.6 billion w
 
 
 def synthetic_config(name: str, vocabulary: ModelConfig) -> ModelConfig:
-    """The published sizes; the ids of pictures are those of `vocabulary`, whose tokenizer the model is used with."""
+    """The published sizes; the ids of images are those of `vocabulary`, whose tokenizer the model is used with."""
     if name not in SYNTHETIC:
         raise ConfigError(f"synthetic is {name!r}; supported are {' and '.join(SYNTHETIC)}")
     visual = VisionConfig(
-        image_size=448, patch_size=14, width=1664, layers=48, heads=16, mlp_ratio=4.9231, output_dim=4096,
+        image_size=448,
+        patch_size=14,
+        width=1664,
+        layers=48,
+        heads=16,
+        mlp_ratio=4.9231,
+        output_dim=4096,
         image_start_id=vocabulary.visual.image_start_id,
-    )  # fmt: skip
+    )
     return ModelConfig(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=22016, vocab_size=151936,
-        seq_length=2048, visual=visual, dtype="bfloat16",
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        intermediate_size=22016,
+        vocab_size=151936,
+        seq_length=2048,
+        visual=visual,
+        dtype="bfloat16",
         quantization=QuantizationConfig(bits=4, group_size=GROUP) if name.endswith("int4") else None,
-    )  # fmt: skip
+    )
 
 
 class SyntheticState(MutableMapping[str, "Tensor"]):
@@ -43,9 +55,13 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, repeat_blocks: bool = False, device: torch.device | str = "cpu",
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        repeat_blocks: bool = False,
+        device: torch.device | str = "cpu",
         optional: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """optional: also what a checkpoint need not hold, and published ones do, such as `g_idx`."""
         import torch
 

@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 
 def write_synthetic(
-    folder: Path, like: Path, kind: str, layers: int | None = None, vision_layers: int | None = None,
-    file_bytes: int = SHARD, divide: int = 1,
-) -> dict[str, int]:  # fmt: skip
+    folder: Path,
+    like: Path,
+    kind: str,
+    layers: int | None = None,
+    vision_layers: int | None = None,
+    file_bytes: int = SHARD,
+    divide: int = 1,
+) -> dict[str, int]:
     """Write a checkpoint of random weights of a published size as the folder `folder`: {file: bytes}.
 
     Widths, heads and the vocabulary are divided by `divide`. Files are filled in the order of the layout up to
@@ -63,11 +68,13 @@ def _divided(config: ModelConfig, by: int, least_vocabulary: int) -> ModelConfig
     v = config.visual
     visual = replace(v, width=v.width // by, heads=v.heads // by, output_dim=v.output_dim // by)
     return replace(
-        config, visual=visual, hidden_size=config.hidden_size // by,
+        config,
+        visual=visual,
+        hidden_size=config.hidden_size // by,
         intermediate_size=config.intermediate_size // by // 256 * 256,
         num_attention_heads=config.num_attention_heads // by,
         vocab_size=max(config.vocab_size // by, -(-least_vocabulary // 64) * 64),
-    )  # fmt: skip
+    )
 
 
 def _made(state: SyntheticState, name: str) -> Iterator[Tensor]:
@@ -83,4 +90,3 @@ def _raw_config(config: ModelConfig) -> dict[str, Any]:
     raw.pop("dtype"), raw.pop("quantization")
     raw["bf16"] = True
     return raw if config.quantization is None else quantized_config(raw, config.quantization)
-

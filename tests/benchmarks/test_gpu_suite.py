@@ -37,12 +37,34 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     suite: dict[str, Any] = json.loads((tmp_path / "suite.json").read_text())
     parts = suite["parts"]
-    assert [*parts] == ["bounds", "launches", "correct", "goldens", "graphs", "ceiling", "speed", "int4", "bf16",
-                        "sanitizer"]  # fmt: skip
+    assert [*parts] == [
+        "bounds",
+        "launches",
+        "correct",
+        "goldens",
+        "graphs",
+        "ceiling",
+        "speed",
+        "int4",
+        "bf16",
+        "sanitizer",
+    ]
     assert "no time below is a figure" in suite["notes"][0] and len(suite["notes"]) == 1
     ops = {row["case"].partition(",")[0] for row in parts["correct"]}
-    assert {"rms_norm", "add_rms_norm", "layer_norm", "swiglu", "gelu", "rotary_to_cache", "paged_attention",
-            "vision_attention", "cross_attention", "int4 linear", "int8 linear", "dense linear"} == ops  # fmt: skip
+    assert {
+        "rms_norm",
+        "add_rms_norm",
+        "layer_norm",
+        "swiglu",
+        "gelu",
+        "rotary_to_cache",
+        "paged_attention",
+        "vision_attention",
+        "cross_attention",
+        "int4 linear",
+        "int8 linear",
+        "dense linear",
+    } == ops
     assert all(row["right"] for part in ("correct", "goldens", "graphs") for row in parts[part])
     assert {row["model"] for row in parts["goldens"]} == {"nano", "nano_int4"}
     assert {row["what"] for row in parts["int4"]} == {"speed", "memory", "throughput"}
@@ -82,7 +104,7 @@ def test_bounds_are_the_bytes_of_the_published_model() -> None:
 
 
 def test_the_documented_figures() -> None:
-    """Of the Qwen-VL README, "Profiling": generating after a picture on an A100-SXM4-80G."""
+    """Of the Qwen-VL README, "Profiling": generating after an image on an A100-SXM4-80G."""
     assert [*SPEED.values()] == [28.87, 24.32, 37.79, 34.34]
     assert [*MEMORY.values()] == [22.60, 28.01, 11.82, 17.23]
 

@@ -24,17 +24,22 @@ def spread(median: float) -> dict[str, float]:
 
 
 def report() -> dict[str, Any]:
-    timings = {"picture_s": 0.1, "vision_s": 8.0, "prefill_s": 4.0, "decode_s": 7.0}
+    timings = {"image_s": 0.1, "vision_s": 8.0, "prefill_s": 4.0, "decode_s": 7.0}
 
     def points() -> list[dict[str, Any]]:
         return [{"x": x, "seconds": spread(0.1 * x)} for x in (1, 2, 4)]
 
     full = {
-        "label": "full-size Int4, fast", "note": "a note", "kernels": {"ops": "C++ kernels (amx)"},
+        "label": "full-size Int4, fast",
+        "note": "a note",
+        "kernels": {"ops": "C++ kernels (amx)"},
         "speed": {
             "ceilings": {"read_gb_s": spread(20.0), "gemm_gop_s": spread(900.0), "how": "read"},
             "answer": {
-                "tokens": 32, "timings": timings, "ttft_s": 12.1, "tpot_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4},
+                "tokens": 32,
+                "timings": timings,
+                "ttft_s": 12.1,
+                "tpot_s": {"p50": 0.2, "p95": 0.3, "p99": 0.4},
             },
             "means": [
                 {"length": 1792, "tok_s": spread(4.5), "gb_s": 18.0, "of_read": 0.9, "published": 37.79, "how": "steps"}
@@ -43,43 +48,76 @@ def report() -> dict[str, Any]:
         },
         "growth": [{"name": n, "axis": "x", "points": points(), "bound": "Memory: x."} for n in ("decode", "prefill")],
         "memory": {
-            "parts": {"vision": 2 << 30, "language": 3 << 30}, "kv_per_token": 1 << 19,
+            "parts": {"vision": 2 << 30, "language": 3 << 30},
+            "kv_per_token": 1 << 19,
             "cases": [
-                {"name": "encode", "tokens": 2048, "peak": 8 << 30, "planned": 81 << 27, "published_gib": 11.82,
-                 "how": "computed"}
+                {
+                    "name": "encode",
+                    "tokens": 2048,
+                    "peak": 8 << 30,
+                    "planned": 81 << 27,
+                    "published_gib": 11.82,
+                    "how": "computed",
+                }
             ],
         },
-    }  # fmt: skip
+    }
     return {
         "machine": {
-            "device": "cpu (A CPU, 2 threads)", "memory_gib": 24.0, "system": "Linux 6", "python": "3.11.7",
-            "torch_version": "2.13.0", "qvl": "0.1.0", "commit": "abc1234", "date": "2026-11-22 10:00",
+            "device": "cpu (A CPU, 2 threads)",
+            "memory_gib": 24.0,
+            "system": "Linux 6",
+            "python": "3.11.7",
+            "torch_version": "2.13.0",
+            "qvl": "0.1.0",
+            "commit": "abc1234",
+            "date": "2026-11-22 10:00",
         },
-        "command": "python -m benchmarks.report", "minutes": 20.0, "passes": 3,
+        "command": "python -m benchmarks.report",
+        "minutes": 20.0,
+        "passes": 3,
         "models": [full, {"label": "full-size BF16", "skipped": "needs 40 GiB of memory, and 2.0 are free"}],
         "serving": [
-            {"rate": 2.0, "tok_s": 30.0, "ttft_s": {"p50": 0.1, "p95": 0.2, "p99": 0.3},
-             "tpot_s": {"p50": 0.01, "p95": 0.02, "p99": 0.03}, "prefix_hit_rate": 0.5},
+            {
+                "rate": 2.0,
+                "tok_s": 30.0,
+                "ttft_s": {"p50": 0.1, "p95": 0.2, "p99": 0.3},
+                "tpot_s": {"p50": 0.01, "p95": 0.02, "p99": 0.03},
+                "prefix_hit_rate": 0.5,
+            },
             {"rate": "one at a time", "tok_s": 20.0},
         ],
         "bounds": computed(),
-    }  # fmt: skip
+    }
 
 
 def test_a_page_shows_every_figure_with_where_it_comes_from(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'qvl-runtime[profile]'")
     made = report()
-    pictures = draw(made, tmp_path)
-    write_page(made, pictures, tmp_path / "README.md")
+    images = draw(made, tmp_path)
+    write_page(made, images, tmp_path / "README.md")
     page = (tmp_path / "README.md").read_text()
     for wanted in (
-        "python -m benchmarks.report", "abc1234", "A CPU, 2 threads", "4.5 (4.05-4.95)", "37.79", "18.0", "90%",
-        "11.82", "8.00", "a note", "left out, needs 40 GiB of memory", "one at a time", "0.1 / 0.2 / 0.3",
-        "10.12 (+26.6%)", "H100", "not measured",
-    ):  # fmt: skip
+        "python -m benchmarks.report",
+        "abc1234",
+        "A CPU, 2 threads",
+        "4.5 (4.05-4.95)",
+        "37.79",
+        "18.0",
+        "90%",
+        "11.82",
+        "8.00",
+        "a note",
+        "left out, needs 40 GiB of memory",
+        "one at a time",
+        "0.1 / 0.2 / 0.3",
+        "10.12 (+26.6%)",
+        "H100",
+        "not measured",
+    ):
         assert wanted in page, wanted
-    assert set(pictures) == {"speed.png", "time.png", "memory.png", "serving.png", "growth-full-size-int4-fast.png"}
-    for name in pictures:
+    assert set(images) == {"speed.png", "time.png", "memory.png", "serving.png", "growth-full-size-int4-fast.png"}
+    for name in images:
         assert f"({name})" in page and (tmp_path / name).stat().st_size > 5000
 
 
@@ -107,8 +145,11 @@ def test_passes_become_one_whose_spread_holds_them_all() -> None:
         del later["growth"][0]["points"][2]
     made = pooled([first, second, third])
     assert made["speed"]["means"][0]["tok_s"] == {
-        "median": 4.5, "p10": pytest.approx(3.6), "p90": pytest.approx(6.6), "samples": 15,
-    }  # fmt: skip
+        "median": 4.5,
+        "p10": pytest.approx(3.6),
+        "p90": pytest.approx(6.6),
+        "samples": 15,
+    }
     assert made["speed"]["means"][0]["gb_s"] == 19.0 and made["speed"]["means"][0]["length"] == 1792
     assert [point["seconds"]["samples"] for point in made["growth"][0]["points"]] == [15, 15, 5]
     assert made["memory"] == first["memory"] and made["note"] == "a note" and made["growth"][0]["name"] == "decode"
@@ -138,6 +179,14 @@ def test_kernel_runs_are_compared_by_name(tmp_path: Path) -> None:
 def test_every_op_of_the_model_has_its_case() -> None:
     ops = {name.partition(",")[0] for name in makers()}
     assert ops == {
-        "int4 linear", "dense linear", "rms_norm", "add_rms_norm", "swiglu", "decode attention", "prefill attention",
-        "vision attention", "layer_norm", "gelu",
-    }  # fmt: skip
+        "int4 linear",
+        "dense linear",
+        "rms_norm",
+        "add_rms_norm",
+        "swiglu",
+        "decode attention",
+        "prefill attention",
+        "vision attention",
+        "layer_norm",
+        "gelu",
+    }

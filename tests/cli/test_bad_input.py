@@ -77,7 +77,7 @@ def test_broken_jpeg(tmp_path: Path) -> None:
     assert "broken.jpg" in error_of("What is this?", "--image", path)
 
 
-def test_enormous_picture(tmp_path: Path) -> None:
+def test_enormous_image(tmp_path: Path) -> None:
     """A PNG header of 20,000 x 20,000 pixels, which would take 1.2 GB to decode."""
     path = tmp_path / "enormous.png"
     header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)

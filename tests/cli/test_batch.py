@@ -14,7 +14,7 @@ from qvl_runtime.cli.app import app
 from qvl_runtime.cli.batch import resume_at, run_batch
 from qvl_runtime.cli.options import ModelOptions
 from qvl_runtime.errors import PromptError
-from tests.fakes import make_picture
+from tests.fakes import make_image
 
 pytestmark = pytest.mark.cpu
 PARAMS = SamplingParams(max_tokens=6, temperature=0)
@@ -27,15 +27,15 @@ def engine() -> Engine:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Eight records: long and short, with and without pictures, one that is no JSON and two that are refused."""
-    picture = str(make_picture(tmp_path / "dog.png"))
+    """Eight records: long and short, with and without images, one that is no JSON and two that are refused."""
+    image = str(make_image(tmp_path / "dog.png"))
     records: list[Any] = [
-        {"id": "long", "prompt": "Describe it", "images": [picture], "params": {"max_tokens": 40, "ignore_eos": True}},
+        {"id": "long", "prompt": "Describe it", "images": [image], "params": {"max_tokens": 40, "ignore_eos": True}},
         {"id": "short", "prompt": "Hello", "params": {"max_tokens": 1}},
         "not json",
         {"id": "gone", "prompt": "What is this?", "images": ["no/such.png"]},
         {"messages": [{"role": "user", "content": "Hello!"}]},
-        {"id": 7, "raw": f"<img>{picture}</img>Describe", "params": {"n": 2, "temperature": 1.0, "seed": 1}},
+        {"id": 7, "raw": f"<img>{image}</img>Describe", "params": {"n": 2, "temperature": 1.0, "seed": 1}},
         {"id": "odd", "prompt": "Hello", "params": {"max_tokns": 1}},
         {"id": "last", "prompt": "Hello", "params": {"stop": ["e"]}},
     ]

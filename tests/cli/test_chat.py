@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qvl_runtime.cli.options import ModelOptions
-from tests.fakes import BOXED, FakeEngine, make_picture, qvl, start
+from tests.fakes import BOXED, FakeEngine, make_image, qvl, start
 
 pytestmark = pytest.mark.unit
 
@@ -27,13 +27,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
-    return str(make_picture(tmp_path / "dog.png"))
+def image(tmp_path: Path) -> str:
+    return str(make_image(tmp_path / "dog.png"))
 
 
-def test_chat_through_a_pipe(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+def test_chat_through_a_pipe(engine: FakeEngine, image: str, tmp_path: Path) -> None:
     out = tmp_path / "out.jpg"
-    first = ["Hello", "", f"/image '{picture}'", "Box the dog", f"/draw {out}", "And now?"]
+    first = ["Hello", "", f"/image '{image}'", "Box the dog", f"/draw {out}", "And now?"]
     lines = [*first, "/reset", " /etc", "/quit", "never sent"]
     result = qvl("chat", "--system", "Be brief.", stdin="\n".join(lines))
     assert result.exit_code == 0
@@ -48,14 +48,14 @@ def test_chat_through_a_pipe(engine: FakeEngine, picture: str, tmp_path: Path) -
     ]
     assert engine.asked[2][0][3] == {
         "role": "user",
-        "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Box the dog"}],
+        "content": [{"type": "image", "image": image}, {"type": "text", "text": "Box the dog"}],
     }
     assert engine.asked[2][0][4] == {"role": "assistant", "content": BOXED}
 
 
-def test_chat_ends_with_its_input_and_shows_pictures_given_up_front(engine: FakeEngine, picture: str) -> None:
-    assert qvl("chat", "--image", picture, stdin="Look").exit_code == 0
-    assert engine.asked[0][0][0]["content"][0] == {"type": "image", "image": picture}
+def test_chat_ends_with_its_input_and_shows_images_given_up_front(engine: FakeEngine, image: str) -> None:
+    assert qvl("chat", "--image", image, stdin="Look").exit_code == 0
+    assert engine.asked[0][0][0]["content"][0] == {"type": "image", "image": image}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from qvl_runtime.cli.options import ModelOptions
-from tests.fakes import BOXED, FakeEngine, make_picture, qvl, start
+from tests.fakes import BOXED, FakeEngine, make_image, qvl, start
 
 pytestmark = pytest.mark.unit
 
@@ -29,8 +29,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
-    return str(make_picture(tmp_path / "dog.png"))
+def image(tmp_path: Path) -> str:
+    return str(make_image(tmp_path / "dog.png"))
 
 
 @pytest.mark.parametrize("command", ["", "generate", "chat", "batch", "info", "demo"])
@@ -54,16 +54,16 @@ def test_quiet_keeps_notes_to_itself(engine: FakeEngine) -> None:
     assert (result.stdout, result.stderr) == ("you said Hello\n", "")
 
 
-def test_pictures_come_before_the_text_in_order(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
-    other = str(make_picture(tmp_path / "cat.png"))
-    assert qvl("generate", "Compare", "--image", picture, "-i", other, "--system", "Be brief.").exit_code == 0
+def test_images_come_before_the_text_in_order(engine: FakeEngine, image: str, tmp_path: Path) -> None:
+    other = str(make_image(tmp_path / "cat.png"))
+    assert qvl("generate", "Compare", "--image", image, "-i", other, "--system", "Be brief.").exit_code == 0
     ((messages, _),) = engine.asked
     assert messages == [
         {"role": "system", "content": "Be brief."},
         {
             "role": "user",
             "content": [
-                {"type": "image", "image": picture},
+                {"type": "image", "image": image},
                 {"type": "image", "image": other},
                 {"type": "text", "text": "Compare"},
             ],
@@ -81,20 +81,20 @@ def test_sampling_options_reach_the_engine_and_absent_ones_stay_unset(engine: Fa
     assert (absent.max_tokens, absent.temperature, absent.top_p, absent.top_k, absent.seed) == (None,) * 5
 
 
-def test_raw_hands_the_string_over_with_its_tags(engine: FakeEngine, picture: str) -> None:
-    tagged = f"<img>{picture}</img>Describe:"
+def test_raw_hands_the_string_over_with_its_tags(engine: FakeEngine, image: str) -> None:
+    tagged = f"<img>{image}</img>Describe:"
     assert qvl("generate", tagged, "--raw").exit_code == 0
-    assert qvl("generate", "Describe:", "--raw", "--image", picture).exit_code == 0
-    assert [prompt for prompt, _ in engine.asked] == [tagged, [{"image": picture}, {"text": "Describe:"}]]
+    assert qvl("generate", "Describe:", "--raw", "--image", image).exit_code == 0
+    assert [prompt for prompt, _ in engine.asked] == [tagged, [{"image": image}, {"text": "Describe:"}]]
 
 
 def test_prompt_from_standard_input(engine: FakeEngine) -> None:
     assert qvl("generate", "-", stdin="from a pipe\n").stdout == "you said from a pipe\n"
 
 
-def test_json_is_one_object_with_everything(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
+def test_json_is_one_object_with_everything(engine: FakeEngine, image: str, tmp_path: Path) -> None:
     out = tmp_path / "boxed.png"
-    result = qvl("generate", "Box the dog", "--image", picture, "--json", "--draw", str(out))
+    result = qvl("generate", "Box the dog", "--image", image, "--json", "--draw", str(out))
     assert result.exit_code == 0
     answer = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1
@@ -103,20 +103,24 @@ def test_json_is_one_object_with_everything(engine: FakeEngine, picture: str, tm
     assert (box["label"], box["x1"], box["y1"], box["x2"], box["y2"]) == ("dog", 100, 200, 300, 400)
     assert box["pixels"] == [6, 8, 18, 16]  # of 60 x 40
     assert answer["usage"] == {
-        "prompt_tokens": 10, "completion_tokens": 1, "image_tokens": 4, "images": 1, "cached_tokens": 0,
+        "prompt_tokens": 10,
+        "completion_tokens": 1,
+        "image_tokens": 4,
+        "images": 1,
+        "cached_tokens": 0,
         "total_tokens": 11,
-    }  # fmt: skip
+    }
     assert answer["finish_reason"] == "stop"
     assert answer["timings"]["ttft_s"] == pytest.approx(0.08)
     assert answer["timings"]["decode_tokens_per_s"] == pytest.approx(2.0)
     assert answer["drawn"] == str(out)
     with Image.open(out) as drawn:
         assert drawn.size == (60, 40)
-        assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white picture"
+        assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white image"
 
 
-def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, picture: str, tmp_path: Path) -> None:
-    result = qvl("generate", "Describe", "--image", picture, "--draw", str(tmp_path / "out.png"))
+def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image: str, tmp_path: Path) -> None:
+    result = qvl("generate", "Describe", "--image", image, "--draw", str(tmp_path / "out.png"))
     assert result.exit_code == 0
     assert "the answer has no box" in result.stderr
     assert not (tmp_path / "out.png").exists()
@@ -125,7 +129,7 @@ def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, pictu
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "x", "--image", "no/such.png"], "error: picture no/such.png does not exist; give the path"),
+        (["generate", "x", "--image", "no/such.png"], "error: image no/such.png does not exist; give the path"),
         (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0; expected 0 (greedy) or more"),
         (["generate", "x", "--max-tokens", "0"], "error: max_tokens is 0; expected at least 1"),
         (["generate", "x", "--raw", "--system", "y"], "error: --system belongs to the chat format"),
@@ -145,9 +149,9 @@ def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str
     assert error[0].startswith(said)
 
 
-def test_a_broken_picture_is_one_line(engine: FakeEngine, tmp_path: Path) -> None:
+def test_a_broken_image_is_one_line(engine: FakeEngine, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    broken.write_bytes(b"\xff\xd8\xff\xe0 no image")
     result = qvl("generate", "x", "--image", str(broken), "--quiet")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "broken.jpg" in result.stderr

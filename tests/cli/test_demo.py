@@ -12,7 +12,7 @@ from PIL import Image
 
 from qvl_runtime.cli.demo import DemoPlan, run
 from qvl_runtime.errors import ConfigError
-from tests.fakes import FakeEngine, make_picture
+from tests.fakes import FakeEngine, make_image
 
 pytestmark = pytest.mark.unit
 
@@ -20,7 +20,7 @@ PLAN = {"image": "demo.png", "caption_prompt": "Describe", "question": "How many
 
 
 def plan_folder(folder: Path, plan: dict[str, Any]) -> Path:
-    make_picture(folder / "demo.png")
+    make_image(folder / "demo.png")
     (folder / "demo.json").write_text(json.dumps(plan), encoding="utf-8")
     return folder
 
@@ -38,7 +38,7 @@ def test_demo_asks_three_questions_draws_and_reports(tmp_path: Path, capsys: pyt
     assert re.search(r"memory +3.0 MiB of weights, 512 B of cache", said)
     assert re.search(r"box +10 +1 +30 ms +200 tok/s +2.0 tok/s +80 ms", said)
     with Image.open(out) as drawn:
-        assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white picture"
+        assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white image"
 
 
 @pytest.mark.parametrize("missing", sorted(PLAN))

@@ -87,7 +87,7 @@ def test_piped_the_table_is_as_wide_as_it_wants(capsys: pytest.CaptureFixture[st
     assert sum("150.0 (250.0)  150.0 (250.0)" in line for line in lines) == 4
 
 
-def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+def test_the_plot_is_a_image(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     plot_errors(ERRORS, plottable(tmp_path / "errors.png"), "gptq")
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")

@@ -27,8 +27,8 @@ def qvl(*arguments: str) -> Result:
 def test_the_shipped_plan_is_whole() -> None:
     plan = DemoPlan.from_folder()
     assert plan.image.parent == ASSETS
-    with Image.open(plan.image) as picture:
-        picture.load()
+    with Image.open(plan.image) as image:
+        image.load()
 
 
 def test_the_demo_runs_on_the_shipped_checkpoint(tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_the_demo_runs_on_the_shipped_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_shipped_checkpoint_answers_in_json() -> None:
-    picture = str(DemoPlan.from_folder().image)
-    result = qvl("generate", "Describe it.", "--image", picture, "--json", "--temperature", "0", "--max-tokens", "8")
+    image = str(DemoPlan.from_folder().image)
+    result = qvl("generate", "Describe it.", "--image", image, "--json", "--temperature", "0", "--max-tokens", "8")
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert 1 <= answer["usage"]["completion_tokens"] == len(answer["token_ids"]) <= 8
@@ -63,7 +63,7 @@ def test_info_describes_the_shipped_checkpoint() -> None:
     assert all(check["cost"].split()[0] in shown for check in report["checks"] if not check["found"])
 
 
-def test_the_shipped_int4_was_quantised_by_this_project_and_says_how() -> None:
+def test_the_shipped_int4_was_quantized_by_this_project_and_says_how() -> None:
     folder = NANO.with_name("nano_int4")
     report, quantization = json.loads((folder / "quantize_report.json").read_text()), ModelConfig.from_folder(folder)
     options, errors = report["options"], report["linears"]

@@ -34,7 +34,7 @@ def test_the_plan_is_whole_at_any_width(width: int) -> None:
     wanted = words_of(table)
     lines = printed(table, width)
     assert max(map(len, lines)) <= width and wanted <= set(" ".join(lines).split())
-    assert {"generate", "pictures", "features", "KiB", "fits"} < wanted
+    assert {"generate", "images", "features", "KiB", "fits"} < wanted
 
 
 def test_a_terminal_narrower_than_the_words_cuts_none() -> None:
@@ -46,17 +46,24 @@ def test_a_terminal_narrower_than_the_words_cuts_none() -> None:
 
 def test_the_widest_column_breaks_first() -> None:
     table = Table("case", "how", box=None)
-    table.add_row("encode 2048", "one picture and text, computed")
+    table.add_row("encode 2048", "one image and text, computed")
     assert [line[:13].strip() for line in printed(table, 30)[1:]] == ["encode 2048", ""]
 
 
 def test_piped_no_line_of_a_plan_is_broken(capsys: pytest.CaptureFixture[str]) -> None:
     show(plan_of(NANO, "a10", CHOICES))
     out = capsys.readouterr().out
-    assert "…" not in out and "all, 8 pictures" in out
+    assert "…" not in out and "all, 8 images" in out
     assert [line.split()[0] for line in out.splitlines() if line[:1].isalpha()] == [
-        "weights", "KV", "fits", "peak", "encode", "generate", "all,", "speed",
-    ]  # fmt: skip
+        "weights",
+        "KV",
+        "fits",
+        "peak",
+        "encode",
+        "generate",
+        "all,",
+        "speed",
+    ]
 
 
 def test_piped_the_rows_of_a_profile_are_whole(capsys: pytest.CaptureFixture[str]) -> None:

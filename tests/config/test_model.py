@@ -193,21 +193,21 @@ def test_unsupported_is_refused_by_name(changes: dict[str, Any], words: list[str
         ({"desc_act": "yes"}, ["desc_act", "'yes'"]),
     ],
 )
-def test_unsupported_quantisation_is_refused_by_name(changes: dict[str, Any], words: list[str]) -> None:
+def test_unsupported_quantization_is_refused_by_name(changes: dict[str, Any], words: list[str]) -> None:
     section = {key: value for key, value in {**GPTQ, **changes}.items() if value is not ...}
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(changed(quantization_config=section))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_quantised_sizes_must_fill_whole_words() -> None:
+def test_quantized_sizes_must_fill_whole_words() -> None:
     with pytest.raises(ConfigError, match=r"intermediate_size / 2 is 11000.*32"):
         ModelConfig.from_dict(changed(intermediate_size=22000, quantization_config=GPTQ))
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_supported_quantisation(bits: int, group_size: int) -> None:
+def test_supported_quantization(bits: int, group_size: int) -> None:
     section = {**GPTQ, "bits": bits, "group_size": group_size, "desc_act": True, "sym": False}
     config = ModelConfig.from_dict(changed(quantization_config=section))
     assert config.quantization == QuantizationConfig(bits, group_size, desc_act=True, sym=False)

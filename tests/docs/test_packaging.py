@@ -19,13 +19,32 @@ ROOT = Path(__file__).resolve().parents[2]
 # Of the design: a file imports from its own floor and those below.
 FLOORS = {
     "qvl_kernels": 0,
-    "errors": 1, "settings": 1, "config": 1, "engine_config": 1, "prompt": 1,
-    "model": 2, "weights": 2,
+    "errors": 1,
+    "settings": 1,
+    "config": 1,
+    "engine_config": 1,
+    "prompt": 1,
+    "model": 2,
+    "weights": 2,
     "schedule": 3,
-    "device": 4, "engine": 4, "async_engine": 4,
-    "profile": 5, "weights_cli": 5, "weights_commands": 5, "plan_report": 5, "quantize_report": 5, "quantizing": 5,
-    "terminal": 5, "options": 5, "commands": 5, "repl": 5, "doctor": 5, "demo": 5, "batch": 5, "cli": 5,
-}  # fmt: skip
+    "device": 4,
+    "engine": 4,
+    "async_engine": 4,
+    "profile": 5,
+    "weights_cli": 5,
+    "weights_commands": 5,
+    "plan_report": 5,
+    "quantize_report": 5,
+    "quantizing": 5,
+    "terminal": 5,
+    "options": 5,
+    "commands": 5,
+    "repl": 5,
+    "doctor": 5,
+    "demo": 5,
+    "batch": 5,
+    "cli": 5,
+}
 
 
 def run_python(code: str) -> str:

@@ -1,6 +1,6 @@
 """The README does what it says: its Python runs, its `qvl` lines run, its other commands and options exist.
 
-Blocks marked ```python are executed in order in one namespace, in a folder of their own where every picture that they
+Blocks marked ```python are executed in order in one namespace, in a folder of their own where every image that they
 name is the demo's. A block that names a hub id is only compiled; of a `qvl` line that names a model the options are
 looked up.
 """
@@ -66,7 +66,7 @@ def split(words: list[str], separators: set[str]) -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the README's pictures are: each name that it uses stands for the demo's picture."""
+    """Where the README's images are: each name that it uses stands for the demo's image."""
     demo = ROOT / "qvl_runtime" / "assets" / "demo.jpg"
     for name in set(PICTURE.findall(README.read_text(encoding="utf-8"))):
         path = tmp_path / name
@@ -128,8 +128,13 @@ def test_qvl_lines_run(folder: Path) -> None:
             continue
         ran = subprocess.run(
             [sys.executable, "-c", QVL, *words[1:]],
-            capture_output=True, text=True, cwd=folder, env=plain_terminal(), timeout=120, input="Describe it.\n",
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=plain_terminal(),
+            timeout=120,
+            input="Describe it.\n",
+        )
         assert ran.returncode == 0, f"README.md line {line}: {shlex.join(words)}\n{ran.stderr}"
         assert ran.stdout.strip(), f"README.md line {line}: {shlex.join(words)} printed nothing"
 

@@ -10,7 +10,7 @@ import pytest
 
 from qvl_runtime import AsyncEngine, Engine, SamplingParams
 from qvl_runtime.errors import CapacityError, ImageError, PromptError, QVLError
-from tests.schedule.drive import greedy, picture, prompt_of
+from tests.schedule.drive import greedy, image, prompt_of
 
 pytestmark = pytest.mark.cpu
 PROMPT = {"token_ids": [1, 2, 3]}
@@ -44,7 +44,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def test_streams_side_by_side_are_what_generate_gives(engine: Engine) -> None:
-    prompts = [prompt_of(engine, [i, 2], picture(i % 2), [9, i]) for i in range(6)]
+    prompts = [prompt_of(engine, [i, 2], image(i % 2), [9, i]) for i in range(6)]
     want = engine.generate(prompts, greedy(12))
 
     async def body(served: AsyncEngine) -> None:

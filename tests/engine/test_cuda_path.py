@@ -52,8 +52,9 @@ def test_auto_is_the_gpu_and_its_kernels_are_named(machine: Machine) -> None:
     machine((9, 0))
     assert device.choose_device("auto").type == "cuda"
     assert report(GPU) == {
-        "ops": "Triton kernels (sm_90)", "why": "NVIDIA A100-SXM4-80GB has compute capability 9.0; triton 3.9.0"
-    }  # fmt: skip
+        "ops": "Triton kernels (sm_90)",
+        "why": "NVIDIA A100-SXM4-80GB has compute capability 9.0; triton 3.9.0",
+    }
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -68,9 +69,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"\(in a checkout: make triton\), or use device='cpu', or set QVL_KERNELS=reference",
     ),
     "interpreter": (
-        {"TRITON_INTERPRET": "1"}, r"TRITON_INTERPRET is set, with which the kernels for cuda:0 .*: unset it"
+        {"TRITON_INTERPRET": "1"},
+        r"TRITON_INTERPRET is set, with which the kernels for cuda:0 .*: unset it",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -140,18 +142,18 @@ class FakeMeter:
 
 
 def test_the_warm_up_runs_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most pictures, most tokens, most rows of logits; the cache that it ran on is not counted."""
+    """Most images, most tokens, most rows of logits; the cache that it ran on is not counted."""
     engine = Engine(device="cpu", dtype="float32", max_model_len=64)
     model, steps, ran = engine.loop.runner.model, StepLimits(tokens=40, running=7), {}
-    encode, forward, logits = model.encode_pictures, model.forward, model.logits
-    monkeypatch.setattr(model, "encode_pictures", lambda x: ran.update(pictures=len(x)) or encode(x))
+    encode, forward, logits = model.encode_images, model.forward, model.logits
+    monkeypatch.setattr(model, "encode_images", lambda x: ran.update(images=len(x)) or encode(x))
     monkeypatch.setattr(model, "forward", lambda step, *a: ran.update(rows=len(step.token_ids)) or forward(step, *a))
     monkeypatch.setattr(model, "logits", lambda x: ran.update(logits=len(x)) or logits(x))
     cache = KVCache(model.config, 40, torch.float32, CPU)
     held = sum(t.nbytes for layer in cache.layers for t in layer)
     assert warm_up.workspace_bytes(model, torch.float32, steps, FakeMeter(0, 5000, held + 7000)) == 7000
     assert warm_up.workspace_bytes(model, torch.float32, steps, FakeMeter(0, 9000, held + 7000)) == 9000
-    assert ran == {"pictures": PICTURES_AT_ONCE, "rows": 40, "logits": 7}
+    assert ran == {"images": PICTURES_AT_ONCE, "rows": 40, "logits": 7}
 
 
 @pytest.fixture
@@ -195,14 +197,16 @@ def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest
 
     def runner(at: torch.device, ops: Any) -> Any:
         return SimpleNamespace(
-            model=SimpleNamespace(device=at, ops=ops), cache=SimpleNamespace(num_slots=4096),
+            model=SimpleNamespace(device=at, ops=ops),
+            cache=SimpleNamespace(num_slots=4096),
             capture=lambda capture, most, longest: captured.append((most, longest)),
-        )  # fmt: skip
+        )
 
     for at, ops, asked in (
-        (CPU, "kernels", EngineConfig()), (GPU, reference, EngineConfig()),
+        (CPU, "kernels", EngineConfig()),
+        (GPU, reference, EngineConfig()),
         (GPU, "kernels", EngineConfig(graphs=False)),
-    ):  # fmt: skip
+    ):
         device.capture_graphs(runner(at, ops), asked, 8192)
     assert captured == []
     device.capture_graphs(runner(GPU, "kernels"), EngineConfig(max_running=48), 8192)

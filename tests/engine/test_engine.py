@@ -23,19 +23,19 @@ def engine() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    """A red square, left of the middle, on grey."""
+def image() -> Image.Image:
+    """A red square, left of the middle, on gray."""
     pixels = np.full((200, 300, 3), 180, np.uint8)
     pixels[60:140, 60:140] = (215, 35, 40)
     return Image.fromarray(pixels)
 
 
-def about(picture: object, text: str) -> list[dict[str, object]]:
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+def about(image: object, text: str) -> list[dict[str, object]]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
 
-def test_generate_is_stream_collected(engine: Engine, picture: Image.Image) -> None:
-    prompt = [{"image": picture}, {"text": "Generate the caption in English with grounding:"}]
+def test_generate_is_stream_collected(engine: Engine, image: Image.Image) -> None:
+    prompt = [{"image": image}, {"text": "Generate the caption in English with grounding:"}]
     params = SamplingParams(max_tokens=40)
     *pieces, last = engine.stream(prompt, params)
     out = engine.generate([prompt], params)[0]
@@ -45,28 +45,26 @@ def test_generate_is_stream_collected(engine: Engine, picture: Image.Image) -> N
     assert out.usage.completion_tokens == len(out.token_ids)
 
 
-def test_usage_counts_the_picture(engine: Engine, picture: Image.Image) -> None:
+def test_usage_counts_the_image(engine: Engine, image: Image.Image) -> None:
     queries = engine.config.visual.n_queries
-    out = engine.chat(about(picture, "Describe the picture."), SamplingParams(max_tokens=3))
+    out = engine.chat(about(image, "Describe the image."), SamplingParams(max_tokens=3))
     assert (out.usage.images, out.usage.image_tokens) == (1, queries)
-    text_only = engine.chat([{"role": "user", "content": "Describe the picture."}], SamplingParams(max_tokens=3))
+    text_only = engine.chat([{"role": "user", "content": "Describe the image."}], SamplingParams(max_tokens=3))
     heading = len(engine.tokenizer.encode("Picture 1:")) + len(engine.tokenizer.encode("\n")) + 2
     assert out.usage.prompt_tokens - text_only.usage.prompt_tokens == queries + heading
 
 
-def test_the_same_picture_under_two_names_is_seen_once(engine: Engine, picture: Image.Image, tmp_path: Path) -> None:
+def test_the_same_image_under_two_names_is_seen_once(engine: Engine, image: Image.Image, tmp_path: Path) -> None:
     for name in ("one.png", "two.png"):
-        picture.save(tmp_path / name)
+        image.save(tmp_path / name)
     fresh = Engine(dtype="float32", max_model_len=512, prefix_caching=False)
-    answers = [
-        fresh.chat(about(tmp_path / name, "What is in the picture?")).token_ids for name in ("one.png", "two.png")
-    ]
-    caches = fresh.report()["caches"]["pictures"]
+    answers = [fresh.chat(about(tmp_path / name, "What is in the image?")).token_ids for name in ("one.png", "two.png")]
+    caches = fresh.report()["caches"]["images"]
     assert answers[0] == answers[1]
     assert (caches["held"], caches["lookups"], caches["hit_rate"]) == (1, 2, 0.5)
-    Image.new("RGB", (50, 50), "blue").save(tmp_path / "two.png")  # the same path, another picture
-    fresh.chat(about(tmp_path / "two.png", "What is in the picture?"), SamplingParams(max_tokens=1))
-    assert fresh.report()["caches"]["pictures"]["held"] == 2
+    Image.new("RGB", (50, 50), "blue").save(tmp_path / "two.png")  # the same path, another image
+    fresh.chat(about(tmp_path / "two.png", "What is in the image?"), SamplingParams(max_tokens=1))
+    assert fresh.report()["caches"]["images"]["held"] == 2
 
 
 def test_typed_tags_stay_text(engine: Engine) -> None:
@@ -79,8 +77,8 @@ def test_typed_tags_stay_text(engine: Engine) -> None:
     assert out.usage.prompt_tokens == plain.usage.prompt_tokens + extra
 
 
-def test_a_batch_gives_what_each_gives_alone(engine: Engine, picture: Image.Image) -> None:
-    prompts = [GREETING, about(picture, "How many things are there?"), about(picture, "Box the red square.")]
+def test_a_batch_gives_what_each_gives_alone(engine: Engine, image: Image.Image) -> None:
+    prompts = [GREETING, about(image, "How many things are there?"), about(image, "Box the red square.")]
     params = [SamplingParams(max_tokens=n) for n in (5, 3, 30)]
     together = engine.generate(prompts, params)
     alone = [engine.generate([p], s)[0] for p, s in zip(prompts, params, strict=True)]
@@ -127,19 +125,19 @@ def test_logprobs_are_those_of_score(engine: Engine) -> None:
     assert scored.tolist() == pytest.approx([t.logprob for t in out.logprobs], abs=2e-4)
 
 
-def test_boxes_are_data_and_can_be_drawn(engine: Engine, picture: Image.Image) -> None:
-    out = engine.chat(about(picture, "Box the red square."))
+def test_boxes_are_data_and_can_be_drawn(engine: Engine, image: Image.Image) -> None:
+    out = engine.chat(about(image, "Box the red square."))
     assert out.boxes, out.text
     box = out.boxes[0]
     assert box.image_index == 0 and box.score is not None and 0 < box.score <= 1
     drawn = out.draw()
-    assert drawn.size == picture.size and drawn.tobytes() != picture.tobytes()
-    left, top, right, bottom = box.pixels(*picture.size)
+    assert drawn.size == image.size and drawn.tobytes() != image.tobytes()
+    left, top, right, bottom = box.pixels(*image.size)
     assert 0 <= left <= right <= 300 and 0 <= top <= bottom <= 200
 
 
-def test_box_scores_are_of_their_own_tokens(engine: Engine, picture: Image.Image) -> None:
-    out = engine.chat(about(picture, "Box the red square."), SamplingParams(logprobs=0))
+def test_box_scores_are_of_their_own_tokens(engine: Engine, image: Image.Image) -> None:
+    out = engine.chat(about(image, "Box the red square."), SamplingParams(logprobs=0))
     assert out.logprobs is not None and len(out.boxes) == 1
     start, end = engine.tokenizer.box_start, engine.tokenizer.box_end
     ids = list(out.token_ids)
@@ -224,9 +222,9 @@ def test_defaults_are_told_where_they_decide(engine: Engine, golden: Path) -> No
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["nano", "nano_int4"])
-def test_other_dtypes_answer(name: str, dtype: str, picture: Image.Image) -> None:
+def test_other_dtypes_answer(name: str, dtype: str, image: Image.Image) -> None:
     folder = Path(__file__).parents[2] / "qvl_runtime" / name
-    out = Engine(folder, dtype=dtype, max_model_len=512).chat(about(picture, "Box the red square."))
+    out = Engine(folder, dtype=dtype, max_model_len=512).chat(about(image, "Box the red square."))
     assert isinstance(out, Completion) and out.finish_reason == "stop" and out.boxes
 
 
@@ -238,7 +236,7 @@ def test_refused_requests_do_not_end_the_others(engine: Engine) -> None:
     assert isinstance(answered[9], Completion) and all(isinstance(answered[i], QVLError) for i in range(9))
 
 
-def test_a_tiny_temperature_is_no_accident_for_the_neighbours(engine: Engine) -> None:
+def test_a_tiny_temperature_is_no_accident_for_the_neighbors(engine: Engine) -> None:
     params = [SamplingParams(max_tokens=4, temperature=t, seed=1) for t in (1e-40, 0, 1.0)]
     cold, greedy, _ = engine.generate([GREETING] * 3, params)
     assert cold.token_ids == greedy.token_ids

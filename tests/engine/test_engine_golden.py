@@ -29,7 +29,7 @@ def said(golden: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def beside_images(golden: Path) -> Any:
-    """Run where the original ran: its prompts name pictures by relative paths."""
+    """Run where the original ran: its prompts name images by relative paths."""
     before = Path.cwd()
     os.chdir(golden)
     yield
@@ -61,7 +61,7 @@ def test_greedy(engine: Engine, said: dict[str, Any], beside_images: None, name:
 
 @pytest.mark.parametrize("name", ["i_repetition_penalty_1.1", "ii_repetition_penalty_1.1"])
 def test_repetition_penalty(engine: Engine, said: dict[str, Any], beside_images: None, name: str) -> None:
-    """The original also counts the bytes of a picture's path, which our prompt lacks: here that changes no choice."""
+    """The original also counts the bytes of an image's path, which our prompt lacks: here that changes no choice."""
     want = said[name]
     params = greedy(48, ignore_eos=True, repetition_penalty=want["repetition_penalty"])
     out = engine.generate([prompt_of(engine, flat(want["input_ids"]))], params)[0]
@@ -97,7 +97,7 @@ def test_stop_sequence(engine: Engine, said: dict[str, Any]) -> None:
 
 
 def test_chat_turns(engine: Engine, said: dict[str, Any], beside_images: None) -> None:
-    """Three turns of the original's `chat`, as the tagged text it builds (its picture numbers restart in each turn)."""
+    """Three turns of the original's `chat`, as the tagged text it builds (its image numbers restart in each turn)."""
     for turn in said["chat"]:
         text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>"
         for question, answer in [*turn["history_before"], (turn["query"], None)]:

@@ -106,7 +106,7 @@ def test_symmetric_zero_points_are_the_middle() -> None:
         assert (quantize_rtn(random_weight(32, 64), bits, 32, sym=True).qzeros == word).all()
 
 
-def test_nan_cannot_be_quantised() -> None:
+def test_nan_cannot_be_quantized() -> None:
     weight = random_weight(32, 32)
     weight[3, 4] = float("nan")
     with pytest.raises(CheckpointError, match=r"\(32, 32\).*NaN"):
@@ -188,7 +188,7 @@ def test_published_tensors_come_back_as_they_were() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-def test_state_is_quantised_written_and_loaded(
+def test_state_is_quantized_written_and_loaded(
     raw: dict[str, Any], make_state: Any, write: Any, bits: int, checkpoint_format: str
 ) -> None:
     config = ModelConfig.from_dict(raw)

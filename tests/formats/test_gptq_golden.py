@@ -1,4 +1,4 @@
-"""GPTQ layers as AutoGPTQ packed and dequantised them: the oracle's ten layers and its two corner cases."""
+"""GPTQ layers as AutoGPTQ packed and dequantized them: the oracle's ten layers and its two corner cases."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def packed(linear: GPTQLinear) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_dequantised_weights(tensors: dict[str, torch.Tensor], settings: dict[str, Any], case: str) -> None:
+def test_dequantized_weights(tensors: dict[str, torch.Tensor], settings: dict[str, Any], case: str) -> None:
     linear = layer(tensors, settings, case)
     assert (linear.g_idx is not None) == case.endswith("actorder")
     weight = gptq_dequantize(*packed(linear))
@@ -68,7 +68,7 @@ def test_zero_points_pack_as_autogptq_packs_them(
 
 
 def test_rounding_to_nearest_gives_autogptqs_words(tensors: dict[str, torch.Tensor]) -> None:
-    """Its own quantiser made the symmetric layer from this weight: scales, zero points and words are equal."""
+    """Its own quantizer made the symmetric layer from this weight: scales, zero points and words are equal."""
     linear = quantize_rtn(tensors["g128_sym.weight"], bits=4, group_size=128, sym=True)
     for key in ("qweight", "qzeros", "scales"):
         assert torch.equal(getattr(linear, key), tensors[f"g128_sym.{key}"]), key

@@ -7,9 +7,15 @@ from torch import Tensor
 
 
 def checkpoint(
-    inputs: int, outputs: int, group: int, *, bits: int = 4, symmetric: bool = False, act_order: bool = False,
+    inputs: int,
+    outputs: int,
+    group: int,
+    *,
+    bits: int = 4,
+    symmetric: bool = False,
+    act_order: bool = False,
     seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """qweight, qzeros, scales and g_idx of a GPTQ linear with random levels and zero points.
 
     Of 4 bits every zero point is among these; of 8 the even ones as stored: 255 stored is 256, which few kernels take.

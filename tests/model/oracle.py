@@ -1,4 +1,4 @@
-"""Running a checkpoint on the oracle's inputs: token ids in the original's spelling, pictures by their path."""
+"""Running a checkpoint on the oracle's inputs: token ids in the original's spelling, images by their path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOWER = 2e-5  # implementation differs by 4e-5 and 4e-6
 
 
 class Spelled(NamedTuple):
-    """Where the original spells a picture's path, and the path: ids start to start + 256."""
+    """Where the original spells an image's path, and the path: ids start to start + 256."""
 
     start: int
     path: str
@@ -63,8 +63,8 @@ class Oracle:
         """A new sequence with a whole prompt; close it when done."""
         images = spelled_images(ids, self.config)
         size = self.config.visual.image_size
-        pictures = [load_image(self.root / image.path, size) for image in images]
-        features = self.runner.features(pictures)
+        images = [load_image(self.root / image.path, size) for image in images]
+        features = self.runner.features(images)
         spans = [Span(image.start, rows) for image, rows in zip(images, features, strict=True)]
         return Chunk(self.cache.sequence(ntk_alpha(self.config, len(ids))), ids, spans)
 

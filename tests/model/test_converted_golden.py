@@ -40,10 +40,10 @@ def test_tiny(tiny: Oracle, golden: Path, converted: dict[str, Path]) -> None:
     ours = Oracle(golden, "tiny", folder=converted["tiny"])
     text = load_file(golden / "lm_i_text20.safetensors")
     close(ours.prefill(text["ids"][0].tolist())[0], text["logits"][0], LOGITS, "logits")
-    picture = load_file(golden / "lm_ii_one_image.safetensors")
-    ids = picture["ids"][0].tolist()
+    image = load_file(golden / "lm_ii_one_image.safetensors")
+    ids = image["ids"][0].tolist()
     logits = ours.prefill(ids)[0]
-    close(logits[picture["logits_positions"]], picture["logits"][0], LOGITS, "logits")
+    close(logits[image["logits_positions"]], image["logits"][0], LOGITS, "logits")
     assert torch.equal(logits, tiny.prefill(ids)[0])
 
 

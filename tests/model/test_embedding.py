@@ -42,10 +42,10 @@ def test_rows_arrive_where_a_graph_reads_them() -> None:
 
 @pytest.mark.parametrize("kernels", ["", "reference"])
 def test_the_same_tokens(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefill, decoding together by recorded steps of several sizes, and a picture among the rows."""
+    """Prefill, decoding together by recorded steps of several sizes, and an image among the rows."""
     monkeypatch.setenv("QVL_KERNELS", kernels)
-    picture = torch.arange(3 * 32 * 32, dtype=torch.uint8).view(32, 32, 3).numpy()
-    prompts = [[{"text": "What is it?"}], [{"image": picture}, {"text": "Name the colour."}], [{"text": "Hello"}]]
+    image = torch.arange(3 * 32 * 32, dtype=torch.uint8).view(32, 32, 3).numpy()
+    prompts = [[{"text": "What is it?"}], [{"image": image}, {"text": "Name the colour."}], [{"text": "Hello"}]]
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (4, 9, 14)]
     found = []
     for on_host in (False, True):

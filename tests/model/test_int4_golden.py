@@ -1,4 +1,4 @@
-"""The Int4 checkpoint against what the original computes with its weights dequantised in float32."""
+"""The Int4 checkpoint against what the original computes with its weights dequantized in float32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_text(tiny_int4: Oracle, golden: Path) -> None:
     close(tiny_int4.prefill(want["i_ids"][0].tolist())[0], want["i_logits"][0], LOGITS, "logits")
 
 
-def test_one_picture(tiny_int4: Oracle, golden: Path) -> None:
+def test_one_image(tiny_int4: Oracle, golden: Path) -> None:
     want = load_file(golden / "lm_int4.safetensors")
     got, at = tiny_int4.observed(want["ii_ids"][0].tolist()), want["ii_logits_positions"]
     close(got["final_hidden"][at], want["ii_final_hidden_at_positions"][0], LOGITS, "final_hidden")

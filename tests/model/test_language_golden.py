@@ -28,7 +28,7 @@ def test_text(tiny: Oracle, golden: Path) -> None:
     close(got["layer0.q"], want["layer0.q_rot"][0], LOGITS, "q after rotary, where log-n is 1")
 
 
-def test_one_picture(tiny: Oracle, golden: Path) -> None:
+def test_one_image(tiny: Oracle, golden: Path) -> None:
     want = load_file(golden / "lm_ii_one_image.safetensors")
     got = tiny.observed(want["ids"][0].tolist())
     for name in ("embed", "block0", "block1", "block2", "final_hidden"):
@@ -36,7 +36,7 @@ def test_one_picture(tiny: Oracle, golden: Path) -> None:
     close(got["logits"][want["logits_positions"]], want["logits"][0], LOGITS, "logits")
 
 
-def test_two_pictures(tiny: Oracle, golden: Path) -> None:
+def test_two_images(tiny: Oracle, golden: Path) -> None:
     want = load_file(golden / "lm_iii_two_images.safetensors")
     got, at = tiny.observed(want["ids"][0].tolist()), want["logits_positions"]
     close(got["final_hidden"][at], want["final_hidden_at_positions"][0], LOGITS, "final_hidden")
@@ -99,7 +99,7 @@ def test_a_batch_is_each_alone(tiny: Oracle, golden: Path, name: str) -> None:
     close(torch.stack(alone), want["unpadded_last_logits"], LOGITS, "alone")
 
 
-def test_a_batch_with_pictures(tiny: Oracle, golden: Path) -> None:
+def test_a_batch_with_images(tiny: Oracle, golden: Path) -> None:
     want = load_file(golden / "lm_vii_batch_images.safetensors")
     got = tiny.prefill(*without_padding(want["ids"], want["attention_mask"]))
     # Row 0 is padded by 7 in the original, which shifts its log-n; row 1 is not, and is the oracle's word.

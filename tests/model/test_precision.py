@@ -37,10 +37,10 @@ def _inputs(config: ModelConfig) -> tuple[list[int], np.ndarray]:
 
 def _ours(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     config = ModelConfig.from_folder(NANO)
-    ids, picture = _inputs(config)
+    ids, image = _inputs(config)
     model = QwenVL(config, load_state(NANO, config, dtype))
     cache = KVCache(config, 256, dtype, torch.device("cpu"))
-    features = model.encode_pictures(to_pixels(picture))
+    features = model.encode_images(to_pixels(image))
     with cache.sequence(ntk_alpha(config, len(ids))) as sequence:
         x = Runner(model, cache, ImageCache(1)).run([Chunk(sequence, ids, [Span(8, features[0])])])
     return features.float(), model.logits(x).float()
@@ -49,11 +49,11 @@ def _ours(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def _plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     config = ModelConfig.from_folder(NANO)
-    ids, picture = _inputs(config)
+    ids, image = _inputs(config)
     network = Nano(config)
     network.load_state_dict(load_state(NANO, config, torch.float32))
     network.to(dtype)
-    _, features = network.transformer["visual"](torch.from_numpy(picture))
+    _, features = network.transformer["visual"](torch.from_numpy(image))
     h = network.embed(torch.tensor([ids]), features, torch.tensor([[0, 8, 0]]))
     mask = torch.zeros(len(ids), len(ids), dtype=dtype).masked_fill_(
         ~torch.ones(len(ids), len(ids)).tril().bool(), -1e4

@@ -2,7 +2,7 @@
 
 The bound is that of `test_precision`: our distance from the original may be twice that of plain torch at the same
 precision, as root mean squares. A row takes the interpreter 0.13 s, and 0.25 s in Int4, so that few calls serve many
-cases: a text in chunks is prefill and few rows of packed weights, and a prompt with a picture goes past seq_length.
+cases: a text in chunks is prefill and few rows of packed weights, and a prompt with an image goes past seq_length.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.schedule.fake_graphs import FakeCapture
 pytestmark = [pytest.mark.cpu, pytest.mark.interpreter]
 
 CHUNK = 17  # rows of a first chunk: more than the 16 that int4 weights take at the speed of memory
-PREFIX = 288  # tokens of whole blocks that are found, the picture's among them
+PREFIX = 288  # tokens of whole blocks that are found, the image's among them
 TAIL = 8  # tokens computed after them that are compared
 
 
@@ -113,7 +113,7 @@ def test_decoding_together(pair: Pair, golden: Path) -> None:
     no_worse(found[:2], found[2] if pair.packed else want["next_step_logits"], "decoding")
 
 
-def test_a_picture_and_a_prefix(pair: Pair, golden: Path) -> None:
+def test_a_image_and_a_prefix(pair: Pair, golden: Path) -> None:
     """The tower, part for part so that a fault is found where it is; a prompt with it; that prompt's end once more.
 
     The prompt is longer than seq_length: the rotary base is raised, and log-n scales the later queries.
@@ -126,35 +126,35 @@ def test_a_picture_and_a_prefix(pair: Pair, golden: Path) -> None:
         packed = load_file(golden / "lm_int4.safetensors")
         assert torch.equal(packed["ii_ids"], text["ids"]) and torch.equal(packed["ii_logits_positions"], positions)
         want = packed["ii_logits"][0]
-        features = [picture(pair.plain, ids)] * 2  # the tower is that of the other checkpoint
+        features = [image(pair.plain, ids)] * 2  # the tower is that of the other checkpoint
     else:
         features = tower(pair, golden)
     results = [with_prefix(oracle, ids, own) for oracle, own in zip(pair.in_float16, features, strict=True)]
-    no_worse([whole[positions] for whole, _ in results], want, "picture")
+    no_worse([whole[positions] for whole, _ in results], want, "image")
     no_worse([after for _, after in results], want[-TAIL:], "after the prefix")
 
 
 def tower(pair: Pair, golden: Path) -> list[Tensor]:
-    """A picture's features from both, part for part no worse than plain torch's."""
+    """An image's features from both, part for part no worse than plain torch's."""
     vision = load_file(golden / "vision.safetensors")
     seen: list[dict[str, Tensor]] = [{}, {}]
     for oracle, own in zip(pair.in_float16, seen, strict=True):
         watch: Observer = own.__setitem__
-        own["final"] = oracle.model.encode_pictures(vision["a.pixels"][None], watch)
+        own["final"] = oracle.model.encode_images(vision["a.pixels"][None], watch)
     for part in ("ln_pre", "block0.attn", "block0", "block1", "attn_pool", "final"):
         no_worse([own[part][0] for own in seen], vision[f"a.{part}"][0], part)
     return [own["final"][0] for own in seen]
 
 
-def picture(oracle: Oracle, ids: Sequence[int]) -> Tensor:
-    """The features of a prompt's one picture."""
+def image(oracle: Oracle, ids: Sequence[int]) -> Tensor:
+    """The features of a prompt's one image."""
     (image,) = spelled_images(ids, oracle.config)
     (features,) = oracle.runner.features([load_image(oracle.root / image.path, oracle.config.visual.image_size)])
     return features
 
 
 def with_prefix(oracle: Oracle, ids: Sequence[int], features: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of a prompt with a picture, and of its last rows when all before them are found in the cache."""
+    """Logits of a prompt with an image, and of its last rows when all before them are found in the cache."""
     (image,) = spelled_images(ids, oracle.config)
     shown = load_image(oracle.root / image.path, oracle.config.visual.image_size)
     spans = [ImageSpan(image.start, oracle.config.visual.n_queries, shown)]
@@ -206,7 +206,7 @@ def test_a_folder_made_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         kernels = oracle.model.kernels
         assert kernels["head linears"].startswith("int8") and "x int8" in kernels["vision linears"]
         pixels = torch.randn(1, 3, whole.image_size, whole.image_size, generator=torch.Generator().manual_seed(0))
-        found[target, dtype] = oracle.model.encode_pictures(pixels), in_chunks(oracle, [5, 6, 7], 3)
+        found[target, dtype] = oracle.model.encode_images(pixels), in_chunks(oracle, [5, 6, 7], 3)
     with pytest.raises(CheckpointError, match="is laid out for cpu and is to run on cuda"):
         Oracle(tmp_path, "cpu", torch.float16)
     (_, plain), (_, exact), (_, ours) = found.items()

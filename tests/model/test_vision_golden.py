@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 def test_every_stage(tiny: Oracle, golden: Path) -> None:
     want = load_file(golden / "vision.safetensors")
     seen: dict[str, Tensor] = {}
-    features = tiny.model.encode_pictures(want["a.pixels"][None], seen.__setitem__)
+    features = tiny.model.encode_images(want["a.pixels"][None], seen.__setitem__)
     close(features, want["a.final"], TOWER, "final")
     for name in ("embed_plus_pos", "ln_pre", "block0", "block0.attn", "block1", "attn_pool", "ln_post"):
         close(seen[name], want[f"a.{name}"], TOWER, name)
@@ -28,12 +28,12 @@ def test_every_stage(tiny: Oracle, golden: Path) -> None:
 def test_two_files_in_one_pass(tiny: Oracle, golden: Path) -> None:
     want = load_file(golden / "vision.safetensors")
     size = tiny.config.visual.image_size
-    pictures = [load_image(golden / "images" / name, size) for name in ("beach.jpg", "city.png")]
-    for picture, name in zip(pictures, "ab", strict=True):
-        assert (torch.tensor(picture.rgb) == want[f"{name}.resized_u8"]).all()
-    pixels = torch.cat([to_pixels(picture.rgb[None]) for picture in pictures])
+    images = [load_image(golden / "images" / name, size) for name in ("beach.jpg", "city.png")]
+    for image, name in zip(images, "ab", strict=True):
+        assert (torch.tensor(image.rgb) == want[f"{name}.resized_u8"]).all()
+    pixels = torch.cat([to_pixels(image.rgb[None]) for image in images])
     close(pixels[0], want["a.pixels"], 1e-6, "pixels")
-    close(tiny.model.encode_pictures(pixels), want["encode_ab"], TOWER, "both")
+    close(tiny.model.encode_images(pixels), want["encode_ab"], TOWER, "both")
 
 
 @pytest.mark.parametrize("grid", [4, 8, 15, 16, 17, 24, 32, 40])

@@ -105,7 +105,7 @@ print(peak(torch.device("cpu")))""")
 @tells_its_peak
 @pytest.mark.parametrize("options", ["", "--dtype float32", f"--model {NANO.with_name('nano_int4')}"])
 def test_profiled_memory_is_what_is_planned(options: str) -> None:
-    """Within 3 %, a picture among 2048 tokens, then a full cache: as people are told.
+    """Within 3 %, an image among 2048 tokens, then a full cache: as people are told.
 
     It was 4 % in bfloat16, and 6.6 in float32, before tensors of a step fitted the holes that others left.
     """
@@ -134,11 +134,11 @@ def test_only_16_bit_floats_on_a_cpu_leave_code_behind() -> None:
     assert Plan(nano, Choices("float32")).compiled(load) == Plan(nano, device="cuda").compiled(load) == 0
 
 
-def test_pictures_of_a_pass_stay_near_a_cpu() -> None:
+def test_images_of_a_pass_stay_near_a_cpu() -> None:
     full, nano = published("qwen-vl-chat-int4"), ModelConfig.from_folder(NANO)
     assert Plan(full).together == Plan(full, Choices("float32")).together == 1
     assert Plan(full, device="cuda").together == Plan(nano).together == 8
-    loads = [Plan(full).peak(Load(4096, 4096, pictures)).workspace for pictures in (1, 2, 8)]
+    loads = [Plan(full).peak(Load(4096, 4096, images)).workspace for images in (1, 2, 8)]
     assert loads[0] == loads[1] == loads[2]
 
 

@@ -93,7 +93,7 @@ def test_speed_of_an_answer_and_along_a_length(engine: Engine) -> None:
     assert any("7934 tokens do not fit" in note for note in report.notes)
     assert [batch.size for batch in report.batches] == [1, 2]
     timings = report.answer.timings
-    parts = (timings.picture_s, timings.vision_s, timings.prefill_s, timings.decode_s)
+    parts = (timings.image_s, timings.vision_s, timings.prefill_s, timings.decode_s)
     assert [*report.answer.split.values()] == [*parts] and report.answer.ttft_s > 0
 
 
@@ -104,7 +104,7 @@ def test_a_length_that_was_generated_is_not_sampled(engine: Engine) -> None:
 
 def test_growth_has_its_four_curves_with_a_bound_each(engine: Engine) -> None:
     curves = growth(engine, CEILINGS, quick=True)
-    assert [curve.name for curve in curves] == ["decode", "prefill", "batch", "pictures"]
+    assert [curve.name for curve in curves] == ["decode", "prefill", "batch", "images"]
     for curve in curves:
         assert len(curve.points) == 2 and curve.bound.startswith(("Memory:", "Arithmetic:", "Tokens"))
         assert all(math.isfinite(point.seconds.median) for point in curve.points)
@@ -123,7 +123,7 @@ def test_peak_memory_is_seen_and_can_be_reset() -> None:
 
 def test_encoding_takes_as_many_tokens_as_it_says(engine: Engine) -> None:
     span = engine.config.visual.n_queries + 2
-    assert encode(engine, span + 40) == "one picture and text, computed"
+    assert encode(engine, span + 40) == "one image and text, computed"
     assert encode(engine, span - 1) == "text, computed"
 
 

@@ -1,4 +1,4 @@
-"""What tests of prompts write: messages, two pictures, and ids spelled as the original does it."""
+"""What tests of prompts write: messages, two images, and ids spelled as the original does it."""
 
 from __future__ import annotations
 

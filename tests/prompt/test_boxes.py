@@ -17,7 +17,7 @@ class TestBox:
         assert Box(None, 0, 100, 500, 1000).corners(100, 10) == [(0, 1), (50, 1), (50, 10), (0, 10)]
 
     @pytest.mark.parametrize("corners", [(5, 0, 4, 9), (0, 9, 9, 8), (-1, 0, 1, 1), (0, 0, 1001, 1)])
-    def test_only_rectangles_in_the_picture(self, corners: tuple[int, int, int, int]) -> None:
+    def test_only_rectangles_in_the_image(self, corners: tuple[int, int, int, int]) -> None:
         with pytest.raises(PromptError, match="not a rectangle"):
             Box("x", *corners)
 

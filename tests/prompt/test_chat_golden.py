@@ -67,11 +67,11 @@ class TestGoldens:
             done += 1
         assert done >= 20
 
-    def test_pictures_in_messages(self, oracle: Oracle) -> None:
-        """`image_history_and_query`, whose pictures are numbered through the conversation as ours are."""
+    def test_images_in_messages(self, oracle: Oracle) -> None:
+        """`image_history_and_query`, whose images are numbered through the conversation as ours are."""
         (case,) = (case for case in oracle.chat["make_context"] if case["name"] == "image_history_and_query")
         questions = [(RED, "这是什么?"), (BLUE, "and this?"), (RED, "and?")]
-        messages = [user({"image": picture}, {"text": text}) for picture, text in questions]
+        messages = [user({"image": image}, {"text": text}) for image, text in questions]
         for position, (_, reply) in zip((1, 3), case["history"], strict=True):
             messages.insert(position, assistant(reply))
         encoded = PromptEncoder(oracle.tokenizer, SIZE).encode_chat(messages)

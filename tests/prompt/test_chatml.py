@@ -1,4 +1,4 @@
-"""Conversations as token ids: the layout, what a user may not say, pictures, the window and its faults."""
+"""Conversations as token ids: the layout, what a user may not say, images, the window and its faults."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ class TestChat:
         ]
         assert encoded.spans == ()
 
-    def test_pictures_are_numbered_through_the_conversation(self, toy: Tokenizer, encoder: PromptEncoder) -> None:
+    def test_images_are_numbered_through_the_conversation(self, toy: Tokenizer, encoder: PromptEncoder) -> None:
         image_url = {"type": "image_url", "image_url": {"url": data_url(BLUE)}}
         first = user({"type": "image", "image": RED}, {"type": "text", "text": "q1"})
         encoded = encoder.encode_chat([first, assistant("a1"), user(image_url, "q2")])
         text = toy.decode(encoded.token_ids)
         assert "user\nPicture 1:<img></img>\nq1<|im_end|>" in text
         assert "user\nPicture 2:<img></img>\nq2<|im_end|>" in text
-        assert [span.picture.width for span in encoded.spans] == [30, 20]
+        assert [span.image.width for span in encoded.spans] == [30, 20]
         for span in encoded.spans:
             assert encoded.token_ids[span.start - 1] == toy.img_start
             assert encoded.token_ids[span.start : span.start + span.length] == [toy.img_pad] * 4
             assert encoded.token_ids[span.start + span.length] == toy.img_end
 
-    def test_the_window_drops_whole_turns_and_their_pictures_unread(self, toy: Tokenizer) -> None:
+    def test_the_window_drops_whole_turns_and_their_images_unread(self, toy: Tokenizer) -> None:
         messages = [user({"image": "missing.png"}, "q1"), assistant("a1"), user("q2"), assistant("a2"), user("q3")]
         everything = PromptEncoder(toy, SIZE)
         with pytest.raises(ImageError, match=r"missing\.png"):
@@ -94,7 +94,7 @@ class TestChat:
             ([user({"box": [1, 2, 3]}, "q")], "expected four numbers"),
             ([user({"box": [10, 20, 3000, 40]}, "q")], "not a rectangle"),
             ([user({"box": "1,2,3,4"}, "q")], "box of type str"),
-            ([{"role": "system", "content": [{"image": RED}]}, user("q")], "pictures go into user messages"),
+            ([{"role": "system", "content": [{"image": RED}]}, user("q")], "images go into user messages"),
         ],
     )
     def test_faults(self, encoder: PromptEncoder, messages: Sequence[Any], message: str) -> None:

@@ -13,7 +13,7 @@ from qvl_runtime.prompt import fonts
 from qvl_runtime.prompt.boxes import Box, parse_boxes
 from qvl_runtime.prompt.drawing import PALETTE, draw_boxes
 
-GROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "grey": (128, 128, 128)}
+GROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 LEFT, RIGHT = (100, 300, 400, 700), (550, 300, 900, 700)
 
 
@@ -51,7 +51,7 @@ def test_the_outline_is_where_the_box_is(ground: str) -> None:
     for found, exact in ((left, 40), (top, 90), (right, 160), (bottom, 210)):
         assert abs(found - exact) <= 3, "half a line and its rim"
     assert (drawn[150, 100] == GROUNDS[ground]).all(), "the inside stays as it is"
-    assert np.asarray(image).min() == np.asarray(image).max(), "the picture itself is not drawn on"
+    assert np.asarray(image).min() == np.asarray(image).max(), "the image itself is not drawn on"
 
 
 @pytest.mark.parametrize("ground", GROUNDS)
@@ -135,7 +135,7 @@ def test_any_mode_becomes_rgb(mode: str) -> None:
     assert (drawn.mode, drawn.size) == ("RGB", (50, 40))
 
 
-def test_odd_pictures_and_quads() -> None:
+def test_odd_images_and_quads() -> None:
     quad = parse_boxes("<ref>sign</ref><quad>(100,100),(900,300),(800,900),(50,700)</quad>")
     for size in ((1, 1), (1000, 3), (3, 1000)):
         assert draw_boxes(Image.new("RGB", size), quad).size == size

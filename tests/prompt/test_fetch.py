@@ -23,7 +23,7 @@ class Site(BaseHTTPRequestHandler):
     """Good and bad answers, by path."""
 
     def do_GET(self) -> None:
-        route = self.path.split("?")[0].strip("/").replace("/", "_").replace("%E5%9B%BE", "picture")
+        route = self.path.split("?")[0].strip("/").replace("/", "_").replace("%E5%9B%BE", "image")
         getattr(self, f"get_{route.removesuffix('.png')}", self.get_missing)()
 
     def log_message(self, *_: Any) -> None: ...
@@ -36,7 +36,7 @@ class Site(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def get_picture(self) -> None:
+    def get_image(self) -> None:
         assert self.headers["User-Agent"]
         self.give(PNG)
 
@@ -44,7 +44,7 @@ class Site(BaseHTTPRequestHandler):
         self.give(b"no", 404)
 
     def get_moved(self) -> None:
-        self.give(b"", 302, Location="/picture.png")
+        self.give(b"", 302, Location="/image.png")
 
     def get_circle(self) -> None:
         self.give(b"", 302, Location="/circle")
@@ -105,11 +105,11 @@ def without_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
-@pytest.mark.parametrize("path", ["/picture.png", "/moved", "/图.png", "/picture.png?size=a b&key=1"])
+@pytest.mark.parametrize("path", ["/image.png", "/moved", "/图.png", "/image.png?size=a b&key=1"])
 def test_fetches(site: str, path: str) -> None:
-    picture = load_image(site + path, 28)
-    assert (picture.width, picture.height) == (40, 30)
-    assert picture.source == (site + path).split("?")[0]
+    image = load_image(site + path, 28)
+    assert (image.width, image.height) == (40, 30)
+    assert image.source == (site + path).split("?")[0]
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_fetches(site: str, path: str) -> None:
         ("/declared_huge", ImageError, "1,000,000,000,000 bytes, over the limit"),
         ("/endless", ImageError, "over the limit of 20,971,520"),
         ("/cut", DownloadError, "broke off after 50"),
-        ("/page", ImageError, "no picture"),
+        ("/page", ImageError, "no image"),
     ],
 )
 def test_faults(site: str, path: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
-        load_image(site + path, 28, name="picture 1")
+        load_image(site + path, 28, name="image 1")
     assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"picture 1 ({site}{path})")
+    assert str(caught.value).startswith(f"image 1 ({site}{path})")
 
 
 @pytest.mark.parametrize("path", ["/slow_body", "/slow_headers"])

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qvl_runtime.errors import ConfigError, DownloadError, ImageError
-from qvl_runtime.prompt.images import MEAN, STD, ImageLimits, Picture, load_image, to_pixels
+from qvl_runtime.prompt.images import MEAN, STD, ImageLimits, LoadedImage, load_image, to_pixels
 
 
 @pytest.fixture(scope="session")
 def pattern() -> np.ndarray:
-    """Every channel differs from its neighbours; 37 x 53, so that no side divides another."""
+    """Every channel differs from its neighbors; 37 x 53, so that no side divides another."""
     rows, columns = np.mgrid[0:37, 0:53]
     return np.stack([rows * 7 + columns, rows * columns, rows * 3 ^ columns * 5], axis=-1).astype(np.uint8)
 
@@ -68,21 +68,21 @@ class TestGoldens:
 
 
 class TestSources:
-    def test_one_picture_from_everywhere(self, pattern: np.ndarray, tmp_path: Path) -> None:
+    def test_one_image_from_everywhere(self, pattern: np.ndarray, tmp_path: Path) -> None:
         data = encoded(pattern)
         path = tmp_path / "图 1.png"
         path.write_bytes(data)
         url = "data:image/png;base64," + base64.b64encode(data).decode()
         broken_lines = url.replace("A", "A\n", 3).rstrip("=")
         sources = [path, str(path), data, bytearray(data), url, broken_lines, pattern, Image.fromarray(pattern)]
-        pictures = [load_image(source, 28) for source in sources]
-        assert len({picture.digest for picture in pictures}) == 1
-        assert {(picture.width, picture.height) for picture in pictures} == {(53, 37)}
-        for picture in pictures:
-            assert picture.rgb.shape == (28, 28, 3) and picture.rgb.dtype == np.uint8
-            assert not picture.rgb.flags.writeable
-            assert np.array_equal(np.asarray(picture.original), pattern)
-            assert "\n" not in picture.source
+        images = [load_image(source, 28) for source in sources]
+        assert len({image.digest for image in images}) == 1
+        assert {(image.width, image.height) for image in images} == {(53, 37)}
+        for image in images:
+            assert image.rgb.shape == (28, 28, 3) and image.rgb.dtype == np.uint8
+            assert not image.rgb.flags.writeable
+            assert np.array_equal(np.asarray(image.original), pattern)
+            assert "\n" not in image.source
 
     def test_digest_is_of_what_the_model_sees(self, pattern: np.ndarray) -> None:
         same = load_image(pattern, 28)
@@ -105,18 +105,18 @@ class TestSources:
         assert np.array_equal(load_image(square, 37).rgb, square)
 
     def test_array_shapes(self, pattern: np.ndarray) -> None:
-        grey = pattern[:, :, 0]
-        as_rgb = np.repeat(grey[:, :, None], 3, axis=2)
-        alpha = np.dstack([pattern, np.zeros_like(grey)])
-        assert load_image(grey, 28).digest == load_image(grey[:, :, None], 28).digest == load_image(as_rgb, 28).digest
+        gray = pattern[:, :, 0]
+        as_rgb = np.repeat(gray[:, :, None], 3, axis=2)
+        alpha = np.dstack([pattern, np.zeros_like(gray)])
+        assert load_image(gray, 28).digest == load_image(gray[:, :, None], 28).digest == load_image(as_rgb, 28).digest
         assert load_image(alpha, 28).digest == load_image(pattern, 28).digest, "alpha is dropped, not composited"
         assert load_image(pattern[::-1, ::2], 28).digest == load_image(pattern[::-1, ::2].copy(), 28).digest
 
-    def test_the_callers_picture_stays_its_own(self, pattern: np.ndarray) -> None:
+    def test_the_callers_image_stays_its_own(self, pattern: np.ndarray) -> None:
         image = Image.fromarray(pattern)
-        picture = load_image(image, 28)
+        image = load_image(image, 28)
         image.putpixel((0, 0), (1, 2, 3))
-        assert np.array_equal(np.asarray(picture.original), pattern)
+        assert np.array_equal(np.asarray(image.original), pattern)
 
     @pytest.mark.parametrize(
         ("source", "message"),
@@ -126,10 +126,10 @@ class TestSources:
             (np.zeros((0, 4, 3), np.uint8), "wrong shape"),
             (np.zeros(4, np.uint8), "wrong shape"),
             (Image.new("RGB", (0, 5)), "nothing to see"),
-            (7, "int is not a picture"),
-            (None, "NoneType is not a picture"),
-            (b"", "no picture"),
-            (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no picture"),
+            (7, "int is not an image"),
+            (None, "NoneType is not an image"),
+            (b"", "no image"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no image"),
             ("ftp://host/a.png", "scheme 'ftp'"),
             ("file:///etc/passwd", "scheme 'file'"),
             ("data:image/png,raw", "expected data:image"),
@@ -145,8 +145,8 @@ class TestSources:
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
     def test_a_missing_file_is_named(self) -> None:
-        with pytest.raises(ImageError, match=r"^picture 3 \(cats/tom\.png\) does not exist"):
-            load_image("cats/tom.png", 28, name="picture 3")
+        with pytest.raises(ImageError, match=r"^image 3 \(cats/tom\.png\) does not exist"):
+            load_image("cats/tom.png", 28, name="image 3")
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ class TestDamage:
         data = encoded(pattern, kind)
         assert load_image(data, 28).width == 53
         with pytest.raises(ImageError) as caught:
-            load_image(data[: len(data) // 2], 28, name="picture 1")
-        assert str(caught.value).startswith("picture 1 (") and "\n" not in str(caught.value)
+            load_image(data[: len(data) // 2], 28, name="image 1")
+        assert str(caught.value).startswith("image 1 (") and "\n" not in str(caught.value)
 
     def test_a_broken_jpeg_is_named(self, pattern: np.ndarray, tmp_path: Path) -> None:
         path = tmp_path / "holiday.jpg"
@@ -218,7 +218,7 @@ class TestDamage:
                 for position in random.integers(0, len(data), 6):
                     damaged[position] = random.integers(256)
                 try:
-                    assert isinstance(load_image(bytes(damaged), 28), Picture)
+                    assert isinstance(load_image(bytes(damaged), 28), LoadedImage)
                 except ImageError:
                     refused += 1
         assert refused > 60

@@ -1,4 +1,4 @@
-"""The other ways to say a prompt: strings with tags, token ids with pictures, and lists of parts."""
+"""The other ways to say a prompt: strings with tags, token ids with images, and lists of parts."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TestStrings:
             *[toy.ref_start, 120, toy.ref_end, toy.im_end],
         ]
         (span,) = encoded.spans
-        assert (span.start, span.length, span.picture.width, span.picture.height) == (2, 4, 30, 20)
-        assert span.picture.rgb.shape == (SIZE, SIZE, 3)
+        assert (span.start, span.length, span.image.width, span.image.height) == (2, 4, 30, 20)
+        assert span.image.rgb.shape == (SIZE, SIZE, 3)
 
     def test_data_url(self, encoder: PromptEncoder) -> None:
-        assert encoder.encode(f"<img>{data_url(RED)}</img>").spans[0].picture.width == 30
+        assert encoder.encode(f"<img>{data_url(RED)}</img>").spans[0].image.width == 30
 
     @pytest.mark.parametrize(
         ("prompt", "message"),
@@ -62,13 +62,13 @@ class TestTokenIds:
         encoded = encoder.encode({"token_ids": short, "images": [RED, BLUE]})
         pads = [toy.img_pad] * 4
         assert encoded.token_ids == [97, toy.img_start, *pads, toy.img_end, 98, toy.img_start, *pads, toy.img_end]
-        assert [(span.start, span.picture.width) for span in encoded.spans] == [(2, 30), (9, 20)]
+        assert [(span.start, span.image.width) for span in encoded.spans] == [(2, 30), (9, 20)]
 
     def test_an_open_span(self, toy: Tokenizer, encoder: PromptEncoder) -> None:
         with pytest.raises(PromptError, match="at index 1 of token_ids has no end"):
             encoder.encode({"token_ids": [97, toy.img_start, 98], "images": [RED]})
 
-    def test_without_pictures(self, encoder: PromptEncoder) -> None:
+    def test_without_images(self, encoder: PromptEncoder) -> None:
         assert encoder.encode({"token_ids": (1, 2)}).token_ids == [1, 2]
 
     def test_ids_of_the_original_with_spelled_paths(self, oracle: Oracle) -> None:
@@ -93,11 +93,11 @@ class TestParts:
         assert toy.decode(encoded.token_ids) == "<ref><img>x</img></ref><box>(1,2),(3,4)</box>"
         assert encoded.spans == ()
 
-    def test_too_many_pictures(self, toy: Tokenizer) -> None:
+    def test_too_many_images(self, toy: Tokenizer) -> None:
         strict = PromptEncoder(toy, SIZE, limits=ImageLimits(max_images=1))
-        with pytest.raises(PromptError, match="2 pictures, over the limit of 1"):
+        with pytest.raises(PromptError, match="2 images, over the limit of 1"):
             strict.encode([{"image": RED}, {"image": "never opened"}])
 
-    def test_a_broken_picture_is_named(self, encoder: PromptEncoder) -> None:
-        with pytest.raises(ImageError, match=r"^picture 2 \(5 bytes\)"):
+    def test_a_broken_image_is_named(self, encoder: PromptEncoder) -> None:
+        with pytest.raises(ImageError, match=r"^image 2 \(5 bytes\)"):
             encoder.encode([{"image": RED}, {"image": b"hello"}])

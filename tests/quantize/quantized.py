@@ -1,4 +1,4 @@
-"""Quantising the small float checkpoint of `conftest.source`."""
+"""Quantizing the small float checkpoint of `conftest.source`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What we quantise, run by AutoGPTQ's own torch modules: another's reading of the layout gives the same outputs.
+"""What we quantize, run by AutoGPTQ's own torch modules: another's reading of the layout gives the same outputs.
 
 They are looked for, never imported as a package (that wants transformers): `pip install --no-deps auto-gptq==0.7.1`, or
 into a folder that PYTHONPATH names.

@@ -1,4 +1,4 @@
-"""A whole quantisation: the published layout, what it is calibrated on, and what the model then computes."""
+"""A whole quantization: the published layout, what it is calibrated on, and what the model then computes."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ def test_the_result_is_a_published_checkpoint(source: Path, whole: Path) -> None
     state = load_state(whole, config, torch.float16)
     assert {f"transformer.h.1.mlp.w1.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx", "bias")} <= set(state)
     assert {tensor.dtype for name, tensor in state.items() if name.endswith(("weight", "scales", "bias"))} <= {
-        torch.float16, torch.int32,
-    }  # fmt: skip
+        torch.float16,
+        torch.int32,
+    }
     before = load_file(source / "model.safetensors")
     for name in ("transformer.wte.weight", "transformer.visual.proj", "transformer.h.0.ln_1.weight", "lm_head.weight"):
         assert torch.equal(state[name], before[name].half())
     assert sorted(digest(whole)) == [
-        "config.json", "model.safetensors", "quantize_config.json", "quantize_report.json", "qwen.tiktoken",
-    ]  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "quantize_config.json",
+        "quantize_report.json",
+        "qwen.tiktoken",
+    ]
     assert not [path for path in whole.parent.iterdir() if path.name.endswith(".partial")]
     engine = Engine(whole, dtype="float32")
     assert len(engine.generate(["Hello"], SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
@@ -55,8 +60,8 @@ def test_each_linear_beats_rounding_to_nearest_on_conversations_it_has_not_seen(
     assert report["calibration"]["held_out"] == 1
 
 
-def test_blocks_are_calibrated_on_what_the_quantised_model_computes(source: Path, tmp_path: Path) -> None:
-    """The residual streams that the quantiser ends with are those of both models on the same conversations."""
+def test_blocks_are_calibrated_on_what_the_quantized_model_computes(source: Path, tmp_path: Path) -> None:
+    """The residual streams that the quantizer ends with are those of both models on the same conversations."""
     quantizer = Quantizer.open(source, tmp_path / "out", FEW)
     seen: list[torch.Tensor] = []
     original = quantize.quantize_block
@@ -73,8 +78,8 @@ def test_blocks_are_calibrated_on_what_the_quantised_model_computes(source: Path
         for sample in quantizer.calibration.samples:
             rows = stream[start : start + len(sample.token_ids)]
             start += len(rows)
-            pictures = [picture.original for _, picture in sample.pictures]
-            found = engine.score({"token_ids": sample.token_ids, "images": pictures}, return_logits=True).logits
+            images = [image.original for _, image in sample.images]
+            found = engine.score({"token_ids": sample.token_ids, "images": images}, return_logits=True).logits
             decoder = engine.loop.runner.model.decoder
             expected = decoder.logits(decoder._ops.rms_norm(rows, decoder._ln_f, decoder._eps))
             assert found is not None
@@ -142,10 +147,15 @@ def quantizer_rows(quantizer: Quantizer) -> Any:
 def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
     records = [
-        {"id": str(number), "conversations": [{"from": "user", "value": f"Picture 1: <img>a.png</img>\n{number}?"},
-                                              {"from": "assistant", "value": "word " * 40}]}
+        {
+            "id": str(number),
+            "conversations": [
+                {"from": "user", "value": f"Picture 1: <img>a.png</img>\n{number}?"},
+                {"from": "assistant", "value": "word " * 40},
+            ],
+        }
         for number in range(4)
-    ]  # fmt: skip
+    ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     options = replace(FEW, samples=3, max_tokens=100)
     quantizer = run(source, tmp_path / "out", options, calibration=tmp_path / "data.json")
@@ -153,14 +163,14 @@ def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) 
     assert (outline.conversations, outline.shortened, outline.rows) == (3, 3, 300)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert "transformer.h.0.attn.c_attn.qweight" in file.keys()  # noqa: SIM118 - not a dict
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(PromptError, match=r"data.json line 1 \(record \d\): picture 1 .*a.png"):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(PromptError, match=r"data.json line 1 \(record \d\): image 1 .*a.png"):
         Quantizer.open(source, tmp_path / "again", options, calibration=tmp_path / "data.json")
 
 
 @pytest.mark.parametrize(
     ("limit", "kept"), [(3, 3), (9, 9), (10, 9), (14, 9), (15, 15), (20, 19), (24, 19), (25, 25), (30, 30), (50, 30)]
 )
-def test_a_conversation_is_never_cut_inside_a_picture(limit: int, kept: int) -> None:
+def test_a_conversation_is_never_cut_inside_a_image(limit: int, kept: int) -> None:
     # <img> at 9, four pads from 10, </img> at 14; and again from 19
     assert _cut([10, 20], 4, 30, limit) == kept

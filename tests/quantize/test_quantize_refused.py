@@ -1,4 +1,4 @@
-"""What cannot be quantised is said before the work, and nothing is written."""
+"""What cannot be quantized is said before the work, and nothing is written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu
 
 
 def test_sources_and_destinations_that_cannot_be(source: Path, whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="quantised already, to 4 bits"):
+    with pytest.raises(CheckpointError, match="quantized already, to 4 bits"):
         Quantizer.open(whole, tmp_path / "out", FEW)
     with pytest.raises(CheckpointError, match="exists already"):
         Quantizer.open(source, whole, FEW)

@@ -1,4 +1,4 @@
-"""A quantisation that is stopped or killed at any moment goes on and gives the same bytes."""
+"""A quantization that is stopped or killed at any moment goes on and gives the same bytes."""
 
 from __future__ import annotations
 

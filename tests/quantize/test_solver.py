@@ -34,9 +34,7 @@ def weights(width: int) -> Tensor:
 
 
 def dense(linear: GPTQLinear) -> Tensor:
-    return gptq_dequantize(
-        linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset
-    )
+    return gptq_dequantize(linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset)
 
 
 def paper(weight: Tensor, x: Tensor, q: QuantizationConfig, damping: float) -> Tensor:

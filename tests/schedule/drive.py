@@ -14,13 +14,13 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.schedule.request import Request
 
 
-def picture(seed: int, size: int = 32) -> Image.Image:
+def image(seed: int, size: int = 32) -> Image.Image:
     """Coloured noise, the same for the same seed."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
 
 
 class Wanted(NamedTuple):
-    """A request that a test makes: token ids with pictures, how many tokens to answer, and when it is given up."""
+    """A request that a test makes: token ids with images, how many tokens to answer, and when it is given up."""
 
     prompt: dict[str, Any]
     max_tokens: int
@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
 
 
 def prompt_of(engine: Engine, *parts: Sequence[int] | Image.Image) -> dict[str, Any]:
-    """Token ids and pictures in this order, as the engine takes them."""
+    """Token ids and images in this order, as the engine takes them."""
     ids: list[int] = []
     images = [part for part in parts if isinstance(part, Image.Image)]
     for part in parts:
@@ -37,9 +37,9 @@ def prompt_of(engine: Engine, *parts: Sequence[int] | Image.Image) -> dict[str, 
 
 
 def random_requests(engine: Engine, count: int, longest: int, seed: int = 0) -> list[Wanted]:
-    """0 to 3 pictures of a few, 5 to `longest` tokens, some beginnings shared; one in ten is cancelled."""
+    """0 to 3 images of a few, 5 to `longest` tokens, some beginnings shared; one in ten is cancelled."""
     dice = random.Random(seed)
-    pictures = [picture(i) for i in range(4)]
+    images = [image(i) for i in range(4)]
 
     def text(length: int) -> list[int]:
         return [dice.randrange(256) for _ in range(length)]
@@ -48,14 +48,14 @@ def random_requests(engine: Engine, count: int, longest: int, seed: int = 0) -> 
         [],
         [text(5)],
         [text(40)],
-        [text(9), pictures[0]],
-        [pictures[1], text(20), pictures[2]],
+        [text(9), images[0]],
+        [images[1], text(20), images[2]],
     ]
     wanted = []
     for _ in range(count):
         parts = list(dice.choice(openings))
         for _ in range(dice.choice((0, 0, 0, 1)) if len(parts) > 1 else dice.choice((0, 0, 1, 2, 3))):
-            parts += [dice.choice(pictures), text(dice.randrange(1, 8))]
+            parts += [dice.choice(images), text(dice.randrange(1, 8))]
         length = dice.choice((dice.randrange(5, 40), dice.randrange(5, 40), dice.randrange(40, 300), 0))
         parts.append(text(length or (longest if dice.random() < 0.2 else 17)))
         cancelled = dice.randrange(0, 5) if dice.random() < 0.1 else None

@@ -71,10 +71,15 @@ class FakeCapture:
         def run(launch: Launch) -> None:
             if self._calls is not None:
                 given = {**launch.arguments, **launch.constants, "grid": launch.grid}
-                self._calls.append(Call(launch.kernel.__name__, tuple(
-                    (key, value.shape, value.dtype) if isinstance(value, Tensor) else (key, value)
-                    for key, value in given.items()
-                )))  # fmt: skip
+                self._calls.append(
+                    Call(
+                        launch.kernel.__name__,
+                        tuple(
+                            (key, value.shape, value.dtype) if isinstance(value, Tensor) else (key, value)
+                            for key, value in given.items()
+                        ),
+                    )
+                )
             with values_may_be_read():
                 original(launch)
 
@@ -91,10 +96,16 @@ class FakeCapture:
             given = dict(zip(names, args, strict=False)) | kwargs
             for key in ("query_starts", "context_lens"):
                 assert key not in given or isinstance(given[key], Tensor), f"{name}: {key} would be frozen in a graph"
-            self._calls.append(Call(name, tuple(
-                (key, value.shape, value.dtype, value.data_ptr() if key in STATIC else None)
-                for key, value in given.items() if isinstance(value, Tensor)
-            )))  # fmt: skip
+            self._calls.append(
+                Call(
+                    name,
+                    tuple(
+                        (key, value.shape, value.dtype, value.data_ptr() if key in STATIC else None)
+                        for key, value in given.items()
+                        if isinstance(value, Tensor)
+                    ),
+                )
+            )
             with values_may_be_read():
                 return op(*args, **kwargs)
 

@@ -29,7 +29,7 @@ def test_answers_of_one_prompt_share_its_blocks() -> None:
         assert engine.generate([{"token_ids": list(range(100))}], single)[0].token_ids == answer.token_ids
 
 
-def test_sampled_answers_do_not_depend_on_neighbours_drafts_or_preemption() -> None:
+def test_sampled_answers_do_not_depend_on_neighbors_drafts_or_preemption() -> None:
     params = [SamplingParams(max_tokens=30, temperature=1.0, top_p=0.8, seed=i, ignore_eos=True) for i in range(8)]
     prompts = [{"token_ids": [i, *range(30), *range(20)]} for i in range(8)]
     quiet = Engine(dtype="float32", prefix_caching=False)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.prompt.chatml import ImageSpan
-from qvl_runtime.prompt.images import Picture, load_image
+from qvl_runtime.prompt.images import LoadedImage, load_image
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
 from qvl_runtime.schedule.sequence import Sequence
 from tests.schedule.small import small_config
@@ -42,9 +42,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.live: list[Cached] = []
 
     def mark(self, cached: Cached, position: int) -> float:
-        pictures = tuple(s.picture.digest for s in cached.spans if s.start <= position)
+        images = tuple(s.image.digest for s in cached.spans if s.start <= position)
         root = cached.sequence.root
-        return float(hash((tuple(cached.tokens[: position + 1]), pictures, root)) % 1_000_003)
+        return float(hash((tuple(cached.tokens[: position + 1]), images, root)) % 1_000_003)
 
     def write(self, cached: Cached, count: int) -> None:
         sequence = cached.sequence
@@ -65,7 +65,7 @@ class CacheMachine(RuleBasedStateMachine):
         alpha=st.sampled_from([1.0, 3.0]),
         salt=st.sampled_from(["", "tenant"]),
     )
-    def allocate(self, tokens: list[int], span: tuple[int, Picture] | None, alpha: float, salt: str) -> Cached:
+    def allocate(self, tokens: list[int], span: tuple[int, LoadedImage] | None, alpha: float, salt: str) -> Cached:
         spans: tuple[ImageSpan, ...] = ()
         if span is not None:
             start = span[0]
@@ -140,8 +140,8 @@ CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=4
 TestCache = CacheMachine.TestCase
 
 
-def spans_of(*starts: int, pictures: Items[Picture]) -> tuple[ImageSpan, ...]:
-    return tuple(ImageSpan(start, 20, picture) for start, picture in zip(starts, pictures, strict=True))
+def spans_of(*starts: int, images: Items[LoadedImage]) -> tuple[ImageSpan, ...]:
+    return tuple(ImageSpan(start, 20, image) for start, image in zip(starts, images, strict=True))
 
 
 def known(tokens: Items[int], spans: tuple[ImageSpan, ...] = (), size: int = 40) -> KVCache:
@@ -165,22 +165,22 @@ def test_a_hit_leaves_a_token_to_compute(length: int, hit: int) -> None:
     assert found(known(range(48)), range(length)) == hit
 
 
-def test_a_hit_needs_equal_tokens_alpha_salt_and_pictures() -> None:
+def test_a_hit_needs_equal_tokens_alpha_salt_and_images() -> None:
     red, green = PICTURES
-    tokens, spans = list(range(64)), spans_of(4, pictures=[red])
+    tokens, spans = list(range(64)), spans_of(4, images=[red])
     cache = known(tokens, spans)
     assert found(cache, tokens, spans) == 63
     assert found(cache, tokens, spans, alpha=3.0) == 0
     assert found(cache, tokens, spans, salt="other") == 0
-    assert found(cache, tokens, spans_of(4, pictures=[green])) == 4, "the same text with another picture"
+    assert found(cache, tokens, spans_of(4, images=[green])) == 4, "the same text with another image"
     assert found(cache, [99, *tokens[1:]], spans) == 0, "later blocks equal, the first not"
     assert found(cache, tokens[:40] + [99] * 24, spans) == 40
 
 
 @pytest.mark.parametrize("start", range(0, 40))
-def test_a_hit_never_ends_inside_a_picture(start: int) -> None:
-    """Wherever it starts: the text after it differs at once, or the picture itself was cut off from the cache."""
-    spans = spans_of(start, pictures=PICTURES[:1])
+def test_a_hit_never_ends_inside_a_image(start: int) -> None:
+    """Wherever it starts: the text after it differs at once, or the image itself was cut off from the cache."""
+    spans = spans_of(start, images=PICTURES[:1])
     tokens = list(range(100))
     cache = known(tokens, spans)
     for length in range(1, 90):

@@ -1,4 +1,4 @@
-"""The KV pool and the picture cache: what is given out comes back, and caps hold."""
+"""The KV pool and the image cache: what is given out comes back, and caps hold."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_truncated_tokens_are_written_over(cache: KVCache) -> None:
         assert list(a.blocks) == blocks
 
 
-def test_picture_features_are_kept_under_the_cap() -> None:
+def test_image_features_are_kept_under_the_cap() -> None:
     cache = ImageCache(max_bytes=3 * 40)
     for name in (b"a", b"b", b"c"):
         cache.put(name, torch.ones(10))

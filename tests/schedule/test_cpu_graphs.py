@@ -17,7 +17,7 @@ from qvl_runtime.schedule.cpu_graphs import CpuCapture
 from qvl_runtime.schedule.decode_graphs import DecodeGraphs
 from qvl_runtime.schedule.runner import Chunk
 from tests.kernels.conftest import AVAILABLE
-from tests.schedule.drive import all_together, checkpoint, greedy, picture, prompt_of, random_requests
+from tests.schedule.drive import all_together, checkpoint, greedy, image, prompt_of, random_requests
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")]
 MOST, LONGEST = 6, 2048
@@ -35,9 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def make(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     name, options = KINDS[request.param]
     golden = request.getfixturevalue("golden") if name.startswith("tiny") else Path()
-    return partial(
-        Engine, checkpoint(name, golden), device="cpu", max_model_len=LONGEST, max_running=MOST, **options
-    )  # fmt: skip
+    return partial(Engine, checkpoint(name, golden), device="cpu", max_model_len=LONGEST, max_running=MOST, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def graphs(engine: Engine) -> Iterator[DecodeGraphs]:
 
 
 def test_the_same_tokens_with_graphs_and_without(make: Callable[..., Engine]) -> None:
-    """Requests that come and go, with pictures, prefixes found and preemptions: graphs change no token."""
+    """Requests that come and go, with images, prefixes found and preemptions: graphs change no token."""
     by_graphs, op_by_op = make(), make(graphs=False)
     wanted = [w._replace(max_tokens=2 * w.max_tokens) for w in random_requests(by_graphs, 16, 80)]
     assert all_together(by_graphs, wanted, preempt=True) == all_together(op_by_op, wanted, preempt=True)
@@ -118,7 +116,7 @@ def test_memory_is_shared_by_all_numbers_of_rows(nano: Engine) -> None:
 
 @pytest.mark.parametrize("name", AVAILABLE[1:])
 def test_other_kernels_are_recorded_anew(nano: Engine, name: str) -> None:
-    prompt = prompt_of(nano, [5, 6], picture(1), [7])
+    prompt = prompt_of(nano, [5, 6], image(1), [7])
     found = [nano.generate([prompt], greedy(12))[0].token_ids]
     graphs = nano.loop.runner.graphs
     assert graphs is not None

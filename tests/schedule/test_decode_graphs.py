@@ -13,7 +13,7 @@ from qvl_runtime import Engine
 from qvl_runtime.schedule.decode_graphs import BUCKETS, DecodeGraphs
 from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.runner import Chunk
-from tests.schedule.drive import all_together, checkpoint, greedy, one_at_a_time, picture, prompt_of, random_requests
+from tests.schedule.drive import all_together, checkpoint, greedy, image, one_at_a_time, prompt_of, random_requests
 from tests.schedule.fake_graphs import FakeCapture
 
 pytestmark = pytest.mark.cpu
@@ -39,7 +39,7 @@ def graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
 
 
 def test_the_same_tokens_with_graphs_and_without(engine: Engine, graphs: DecodeGraphs) -> None:
-    """Requests that come and go, with pictures, prefixes found and preemptions: graphs change no token."""
+    """Requests that come and go, with images, prefixes found and preemptions: graphs change no token."""
     wanted = [w._replace(max_tokens=2 * w.max_tokens) for w in random_requests(engine, 16, 80)]
     by_graphs = all_together(engine, wanted, preempt=True)
     assert graphs.replays > 10
@@ -87,7 +87,7 @@ def test_buckets(engine: Engine, graphs: DecodeGraphs) -> None:
     assert max(b - a for a, b in pairwise(BUCKETS)) <= BLOCK_SIZE, "padding has a slot each"
     assert graphs.take(MOST) and not graphs.take(MOST + 1)
     before = graphs.replays
-    out = engine.generate([prompt_of(engine, [1, 2], picture(7), [3])], greedy(4))[0]
+    out = engine.generate([prompt_of(engine, [1, 2], image(7), [3])], greedy(4))[0]
     assert graphs.replays == before + len(out.token_ids) - 1, "the first token comes from the prefill, the rest do not"
 
 

@@ -31,10 +31,14 @@ def params(**given: Any) -> SamplingParams:
 
 GREEDY = (params(), params(logprobs=2))
 MIXED = (
-    params(), params(temperature=0.7), params(temperature=1.0, top_p=0.5), params(temperature=1.3, top_k=5),
-    params(repetition_penalty=1.4), params(temperature=0.9, logit_bias={7: 4.0}, logprobs=3),
+    params(),
+    params(temperature=0.7),
+    params(temperature=1.0, top_p=0.5),
+    params(temperature=1.3, top_k=5),
+    params(repetition_penalty=1.4),
+    params(temperature=0.9, logit_bias={7: 4.0}, logprobs=3),
     params(temperature=1.0, repetition_penalty=1.2, min_p=0.1),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("asked", [GREEDY, MIXED, MIXED[:4]], ids=["greedy", "mixed", "no penalty, no bias"])

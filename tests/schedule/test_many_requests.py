@@ -14,8 +14,8 @@ from tests.schedule.drive import (
     checkpoint,
     engine_of,
     greedy,
+    image,
     one_at_a_time,
-    picture,
     prompt_of,
     random_requests,
 )
@@ -64,17 +64,17 @@ def test_one_batch_of_short_and_long_prompts(nano: Engine) -> None:
     assert [c.token_ids for c in together] == [fresh.generate([p], greedy(8))[0].token_ids for p in prompts]
 
 
-def test_pictures_of_a_step_are_seen_together_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_step_are_seen_together_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(dtype="float32")
     passes: list[int] = []
-    encode = engine.loop.runner.model.encode_pictures
+    encode = engine.loop.runner.model.encode_images
 
     def counted(pixels: object) -> object:
         passes.append(len(pixels))  # type: ignore[arg-type]
         return encode(pixels)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine.loop.runner.model, "encode_pictures", counted)
-    prompts = [prompt_of(engine, [i], picture(i % 2), [1]) for i in range(4)]
+    monkeypatch.setattr(engine.loop.runner.model, "encode_images", counted)
+    prompts = [prompt_of(engine, [i], image(i % 2), [1]) for i in range(4)]
     engine.generate(prompts, greedy(1))
     assert passes == [2]
 

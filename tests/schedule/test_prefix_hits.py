@@ -1,4 +1,4 @@
-"""What is found in the KV cache, and the traps on the way there: pictures, paths, alpha, salts."""
+"""What is found in the KV cache, and the traps on the way there: images, paths, alpha, salts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from qvl_runtime import Engine
-from tests.schedule.drive import checkpoint, engine_of, greedy, picture, prompt_of
+from tests.schedule.drive import checkpoint, engine_of, greedy, image, prompt_of
 
 pytestmark = pytest.mark.cpu
 
@@ -21,39 +21,39 @@ def cached(engine: Engine, prompt: object, **params: object) -> int:
 SPAN = 66  # of nano: <img>, 64 pads, </img>
 
 
-def test_two_pictures_with_the_same_text(nano: Engine) -> None:
-    first, second = (prompt_of(nano, range(20), picture(seed), range(9)) for seed in (101, 102))
+def test_two_images_with_the_same_text(nano: Engine) -> None:
+    first, second = (prompt_of(nano, range(20), image(seed), range(9)) for seed in (101, 102))
     assert cached(nano, first) == 0
-    assert cached(nano, second) == 21, "the text and <img> before it, and nothing of the other picture"
+    assert cached(nano, second) == 21, "the text and <img> before it, and nothing of the other image"
     together = nano.generate([first, second], greedy(6))
     fresh = Engine(dtype="float32", prefix_caching=False)
     assert [c.token_ids for c in together] == [fresh.generate([p], greedy(6))[0].token_ids for p in (first, second)]
 
 
-def test_pictures_equal_in_their_first_half(nano: Engine) -> None:
-    whole, changed = picture(111, 144), picture(111, 144)
+def test_images_equal_in_their_first_half(nano: Engine) -> None:
+    whole, changed = image(111, 144), image(111, 144)
     changed.paste((0, 0, 0), (0, 72, 144, 144))
     assert cached(nano, prompt_of(nano, range(30, 50), whole, range(9))) == 0
     assert cached(nano, prompt_of(nano, range(30, 50), changed, range(9))) == 21
 
 
-def test_the_same_path_with_another_picture_and_another_path_with_the_same(nano: Engine, tmp_path: Path) -> None:
+def test_the_same_path_with_another_image_and_another_path_with_the_same(nano: Engine, tmp_path: Path) -> None:
     one, two = tmp_path / "one.png", tmp_path / "two.png"
-    picture(121).save(one)
-    picture(121).save(two)
+    image(121).save(one)
+    image(121).save(two)
     nano.generate([[{"image": one}, {"text": "What is this?"}]], greedy(3))
     assert nano.generate([[{"image": two}, {"text": "What is that?"}]], greedy(3))[0].usage.cached_tokens >= SPAN
-    picture(122).save(one)
+    image(122).save(one)
     assert nano.generate([[{"image": one}, {"text": "What is this?"}]], greedy(3))[0].usage.cached_tokens < SPAN
 
 
-def test_a_second_turn_with_a_second_picture_still_hits_the_first(nano: Engine) -> None:
+def test_a_second_turn_with_a_second_image_still_hits_the_first(nano: Engine) -> None:
     def message(image: Image.Image, text: str) -> dict[str, object]:
         return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
 
-    opening = [message(picture(131), "What is this?")]
+    opening = [message(image(131), "What is this?")]
     first = nano.chat(opening, greedy(8))
-    again = [*opening, {"role": "assistant", "content": "A dog."}, message(picture(132), "And this?")]
+    again = [*opening, {"role": "assistant", "content": "A dog."}, message(image(132), "And this?")]
     assert nano.chat(again, greedy(8)).usage.cached_tokens >= first.usage.prompt_tokens
 
 
@@ -85,24 +85,24 @@ def test_prompts_of_different_alpha_share_no_block(nano: Engine) -> None:
 
 
 def test_another_salt_never_hits(nano: Engine) -> None:
-    prompt = prompt_of(nano, range(60, 80), picture(141), range(30))
+    prompt = prompt_of(nano, range(60, 80), image(141), range(30))
     assert cached(nano, prompt, cache_salt="one") == 0
     assert cached(nano, prompt, cache_salt="two") == 0
     assert cached(nano, prompt, cache_salt="one") > SPAN
 
 
-def test_the_second_question_about_a_picture_costs_its_own_tokens(nano: Engine) -> None:
-    look = picture(151)
+def test_the_second_question_about_a_image_costs_its_own_tokens(nano: Engine) -> None:
+    look = image(151)
     nano.generate([prompt_of(nano, range(80, 90), look, range(5))], greedy(2))
     second = nano.generate([prompt_of(nano, range(80, 90), look, range(50, 58))], greedy(2))[0]
     assert second.timings.vision_s == 0
     assert second.timings.prompt_tokens == 8 and second.usage.cached_tokens == 10 + SPAN
 
 
-def test_questions_about_one_picture_that_come_together_compute_it_once() -> None:
+def test_questions_about_one_image_that_come_together_compute_it_once() -> None:
     engine = Engine(dtype="float32", max_step_tokens=64)
-    prompts = [prompt_of(engine, range(10), picture(161), [i] * 20) for i in range(4)]
-    prompts.append(prompt_of(engine, range(9), picture(161), [5] * 20))  # not the same beginning
+    prompts = [prompt_of(engine, range(10), image(161), [i] * 20) for i in range(4)]
+    prompts.append(prompt_of(engine, range(9), image(161), [5] * 20))  # not the same beginning
     first, *others, last = engine.generate(prompts, greedy(4))
     assert [c.usage.cached_tokens for c in (first, *others)] == [0] + 3 * [10 + SPAN]
     assert last.usage.cached_tokens < 10

@@ -49,10 +49,12 @@ def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPa
     choose, logits = sampler_for(ops), torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     logits[0, 10:12] = 9.0
     for params, expected in (
-        (SamplingParams(temperature=0), [3]), (SamplingParams(temperature=1.0, seed=0), []),
-        (SamplingParams(temperature=0, logprobs=2), []), (SamplingParams(temperature=0, repetition_penalty=1.3), []),
+        (SamplingParams(temperature=0), [3]),
+        (SamplingParams(temperature=1.0, seed=0), []),
+        (SamplingParams(temperature=0, logprobs=2), []),
+        (SamplingParams(temperature=0, repetition_penalty=1.3), []),
         (SamplingParams(temperature=0, logit_bias={3: 20.0}), []),
-    ):  # fmt: skip
+    ):
         passes.clear()
         plain, other = SamplingParams(temperature=0), params
         found, want = (
@@ -65,16 +67,18 @@ def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPa
             assert got.logprob.top == wanted.logprob.top
 
 
-def test_a_row_does_not_feel_its_neighbours() -> None:
+def test_a_row_does_not_feel_its_neighbors() -> None:
     """Whatever stands beside it, and in whichever place: penalties, biases, cuts that need the whole vocabulary."""
     vocab = 3 * CANDIDATES
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(0))
     kinds = [
-        SamplingParams(), SamplingParams(temperature=1.0, seed=1), SamplingParams(temperature=3.0, top_p=0.999, seed=2),
+        SamplingParams(),
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=3.0, top_p=0.999, seed=2),
         SamplingParams(temperature=0.2, top_p=0.5, seed=3, repetition_penalty=1.5),
         SamplingParams(temperature=2.0, top_k=2 * CANDIDATES, top_p=0.5, seed=4, logprobs=3),
         SamplingParams(temperature=1.0, min_p=0.5, seed=5, logit_bias={7: 3.0}),
-    ]  # fmt: skip
+    ]
 
     def rows(order: list[int]) -> list[Row]:
         return [Row(draws(kinds[i], (1, 2, 3), vocab), 11) for i in order]
@@ -158,13 +162,29 @@ def test_logit_bias_moves_the_choice_but_not_the_logprob() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0), ("temperature", -1.0), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0),
-        ("top_p", 1.1), ("top_k", -1), ("min_p", 2.0), ("repetition_penalty", 0.0), ("seed", -1), ("n", 0),
-        ("logprobs", -1), ("stop", ("",)),
-        ("stop", (1,)), ("stop_token_ids", ("a",)), ("logit_bias", {1: "x"}), ("logit_bias", {1: math.inf}),
-        ("max_tokens", 2.5), ("n", 1.5), ("logprobs", True), ("temperature", "hot"),
+        ("max_tokens", 0),
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("n", 0),
+        ("logprobs", -1),
+        ("stop", ("",)),
+        ("stop", (1,)),
+        ("stop_token_ids", ("a",)),
+        ("logit_bias", {1: "x"}),
+        ("logit_bias", {1: math.inf}),
+        ("max_tokens", 2.5),
+        ("n", 1.5),
+        ("logprobs", True),
+        ("temperature", "hot"),
     ],
-)  # fmt: skip
+)
 def test_out_of_range(field: str, value: object) -> None:
     with pytest.raises(SamplingError, match=rf"^{field} is .*; expected ") as error:
         SamplingParams(**{field: value})

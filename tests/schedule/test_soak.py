@@ -13,7 +13,7 @@ import pytest
 
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.schedule.request import Task
-from tests.schedule.drive import picture, prompt_of
+from tests.schedule.drive import image, prompt_of
 
 pytestmark = pytest.mark.cpu
 
@@ -25,7 +25,7 @@ def test_what_is_held_does_not_grow() -> None:
 
     def requests() -> Iterator[tuple[int, Any, SamplingParams]]:
         for i in range(80):
-            prompt = prompt_of(engine, range(10), picture(dice.randrange(40)), [dice.randrange(256)] * 9)
+            prompt = prompt_of(engine, range(10), image(dice.randrange(40)), [dice.randrange(256)] * 9)
             yield i, prompt, SamplingParams(max_tokens=dice.randrange(1, 9), temperature=dice.choice((0.0, 1.0)))
 
     done = [tag for tag, completion in engine.as_completed(requests()) if completion.token_ids]
@@ -62,6 +62,7 @@ def test_the_heap_stays_as_it_is_after_the_first_prompts() -> None:
 class Heap(ctypes.Structure):
     """`struct mallinfo2`, mallinfo(3): bytes and counts of the main heap."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "in_use", "free", "top"
-    )]  # fmt: skip
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "in_use", "free", "top")
+    ]

@@ -37,8 +37,15 @@ def test_machine_code_is_read() -> None:
     code = sass.parsed(LISTING)
     assert len(code.instructions) == 8 and code.loops == [range(1, 6)]
     assert [sass.classified(line).name for line in code.instructions] == [
-        "int", "ldg", "ldg", "bits", "mma", "ctl", "stg", "ctl",
-    ]  # fmt: skip
+        "int",
+        "ldg",
+        "ldg",
+        "bits",
+        "mma",
+        "ctl",
+        "stg",
+        "ctl",
+    ]
     loop = sass.main_loop(code)
     assert sass.loads(loop) == [16, 2]
     cycles = sass.pipe_cycles(MACHINES["sm_80"], loop)
@@ -53,9 +60,21 @@ def test_what_limits_the_programs_on_a_multiprocessor() -> None:
 
 
 GOOD = Row(
-    "int4 qkv, 1 row", "sm_80", ratio=0.5, max_ratio=0.6, wide=1.0, min_wide=0.9, memory_us=10, issue_us=5, pipe_us=4,
-    pipe="alu", bytes_moved=20_000_000, least_bytes=19_000_000, per_layer=4, mix={"mma": 3},
-)  # fmt: skip
+    "int4 qkv, 1 row",
+    "sm_80",
+    ratio=0.5,
+    max_ratio=0.6,
+    wide=1.0,
+    min_wide=0.9,
+    memory_us=10,
+    issue_us=5,
+    pipe_us=4,
+    pipe="alu",
+    bytes_moved=20_000_000,
+    least_bytes=19_000_000,
+    per_layer=4,
+    mix={"mma": 3},
+)
 
 
 def test_the_worst_fault_gives_the_status(capsys: pytest.CaptureFixture[str]) -> None:

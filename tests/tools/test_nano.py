@@ -15,7 +15,7 @@ from qvl_runtime.prompt.conversations import read_conversations
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from tools.nano.conversations import write_conversations
 from tools.nano.dialogue import about_two, grounded, turns
-from tools.nano.optimiser import orthogonal
+from tools.nano.optimizer import orthogonal
 from tools.nano.packing import Packer, Row
 from tools.nano.probe import dense_labels
 from tools.nano.scenes import SceneConfig, Thing, check_fonts, draw_scene
@@ -70,10 +70,10 @@ def test_ambiguous_questions_are_not_asked() -> None:
     assert "colour" not in answers(two_circles), "two things are circles"
 
 
-def test_which_picture_is_asked_only_of_what_one_shows() -> None:
+def test_which_image_is_asked_only_of_what_one_shows() -> None:
     asked = about_two(np.random.default_rng(0), ([CIRCLE, NUMBER], [CAT, NUMBER]), chinese=False)
     which = {t.question: t.answer for t in asked if t.sort == "which"}
-    expected = {"Which picture shows the red circle?": "Picture 1", "Which picture shows the cat?": "Picture 2"}
+    expected = {"Which image shows the red circle?": "Picture 1", "Which image shows the cat?": "Picture 2"}
     assert which == expected
 
 
@@ -164,8 +164,8 @@ def test_a_seed_names_a_scene() -> None:
     first, second = (draw_scene(np.random.default_rng(4), config) for _ in range(2))
     assert (first[0] == second[0]).all() and first[1] == second[1]
     for seed in range(30):
-        picture, things = draw_scene(np.random.default_rng(seed), config)
-        assert picture.shape == (144, 144, 3) and picture.dtype == np.uint8
+        image, things = draw_scene(np.random.default_rng(seed), config)
+        assert image.shape == (144, 144, 3) and image.dtype == np.uint8
         assert 1 <= len(things) <= config.most and len({t.name() for t in things}) == len(things)
         assert all(0 <= t.box[0] < t.box[2] <= 1 and 0 <= t.box[1] < t.box[3] <= 1 for t in things)
 

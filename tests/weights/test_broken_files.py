@@ -38,7 +38,7 @@ def test_truncated_file_is_named(
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_git_lfs_pointer_is_recognised(raw: dict[str, Any], write: Fixture, suffix: str) -> None:
+def test_git_lfs_pointer_is_recognized(raw: dict[str, Any], write: Fixture, suffix: str) -> None:
     folder = write(raw, {}, suffix)
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9876543210\n"
     next(folder.glob(f"*{suffix}")).write_bytes(pointer)

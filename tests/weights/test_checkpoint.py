@@ -60,7 +60,7 @@ def test_packed_weights_stay_packed(
         assert torch.equal(loaded[f"{QKV}.{kind}"], state[f"{QKV}.{kind}"])
         assert loaded[f"{QKV}.{kind}"].dtype is torch.int32
     assert loaded[f"{QKV}.bias"].dtype is dtype
-    # Scales are rounded to float16 by the quantiser: only float32 holds them exactly too.
+    # Scales are rounded to float16 by the quantizer: only float32 holds them exactly too.
     assert loaded[f"{QKV}.scales"].dtype is (torch.float32 if dtype is torch.float32 else torch.float16)
     assert torch.equal(loaded[f"{QKV}.scales"].float(), state[f"{QKV}.scales"].float())
 
@@ -181,7 +181,7 @@ def test_gptq_weights_without_their_config_say_so(raw: dict[str, Any], make_stat
 def test_float_weights_with_a_gptq_config_say_so(raw: dict[str, Any], make_state: Fixture, write: Fixture) -> None:
     folder = write(raw, make_state(ModelConfig.from_dict(raw)))
     quantized = ModelConfig.from_dict({**raw, "quantization_config": {"bits": 4, "group_size": 64}})
-    fails(folder, quantized, "the weights are not quantised")
+    fails(folder, quantized, "the weights are not quantized")
 
 
 def test_wrong_group_size_is_a_shape_that_does_not_fit(

@@ -63,4 +63,4 @@ def test_a_small_one_runs(small: ModelConfig, precision: str, cache_dtype: torch
         logits = model.logits(runner.run([Chunk(sequence, [7])]))
     assert torch.isfinite(logits).all() and 0.1 < logits.float().std() < 10
     pixels = torch.zeros(1, 3, small.visual.image_size, small.visual.image_size)
-    assert torch.isfinite(model.encode_pictures(pixels)).all()
+    assert torch.isfinite(model.encode_images(pixels)).all()

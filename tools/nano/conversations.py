@@ -25,8 +25,8 @@ def write_conversations(folder: Path, scenes: int, side: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rng, records = np.random.default_rng(CALIBRATION_SEED), []
     for number in range(scenes):
-        picture, things = draw_scene(rng, SceneConfig(side=side))
-        Image.fromarray(picture).save(folder / f"{number}.png")
+        image, things = draw_scene(rng, SceneConfig(side=side))
+        Image.fromarray(image).save(folder / f"{number}.png")
         said: list[dict[str, str]] = []
         for turn in turns(rng, things, chinese=number % 3 == 2):
             heading = "" if said else f"Picture 1: <img>{number}.png</img>\n"

@@ -56,7 +56,7 @@ def export(run: Path, target: Path) -> list[Path]:
 
 
 def export_int4(source: Path) -> Path:
-    """Quantise `source` on scenes of nano's own world to `source`_int4, in place of what is there."""
+    """Quantize `source` on scenes of nano's own world to `source`_int4, in place of what is there."""
     target = source.with_name(f"{source.name}_int4")
     with tempfile.TemporaryDirectory(dir=source.parent) as name:
         own = write_conversations(Path(name), INT4.samples, ModelConfig.from_folder(source).visual.image_size)

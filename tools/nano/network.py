@@ -26,7 +26,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return (scores if mask is None else scores + mask).softmax(-1) @ v
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """x / rms(x), and its gradient in a few operations: autograd's own chain of them is a tenth of a step."""
 
     @staticmethod
@@ -70,7 +70,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Normalise.apply(x, self.eps) * self.weight
+        out: Tensor = _Normalize.apply(x, self.eps) * self.weight
         return out
 
 
@@ -170,10 +170,10 @@ class Visual(nn.Module):
         self.ln_post = nn.LayerNorm(c.output_dim, eps=1e-6)
         self.proj = nn.Parameter(torch.randn(c.output_dim, c.output_dim) * c.output_dim**-0.5)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, S, S, 3] to patches [B, L, width] (for the probe) and image tokens [B, queries, hidden]."""
         p, grid = self.c.patch_size, self.c.grid
-        x = (pictures.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+        x = (images.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
         x = x.to(self.conv1.weight.dtype).view(-1, grid, p, grid, p, 3).permute(0, 1, 3, 5, 2, 4)
         x = F.linear(x.reshape(-1, grid * grid, 3 * p * p), self.conv1.weight.flatten(1))  # patches are disjoint
         x = self.ln_pre(x + resized(self.positional_embedding, grid).to(x.dtype))
@@ -226,18 +226,21 @@ class Nano(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.c = c
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(c.vocab_size, c.hidden_size), "visual": Visual(c.visual),
-            "h": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-            "ln_f": RMSNorm(c.hidden_size, c.layer_norm_epsilon),
-        })  # fmt: skip
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(c.vocab_size, c.hidden_size),
+                "visual": Visual(c.visual),
+                "h": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
+                "ln_f": RMSNorm(c.hidden_size, c.layer_norm_epsilon),
+            }
+        )
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.angles = torch.arange(c.seq_length)[:, None] / c.rotary_emb_base ** (
             torch.arange(0, c.kv_channels, 2) / c.kv_channels
         )
-        self._initialise()
+        self._initialize()
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for name, p in self.named_parameters():
             if p.dim() == 2 and name.endswith("weight") and "in_proj_weight" not in name:
                 residual = "c_proj" in name or "out_proj" in name
@@ -268,10 +271,10 @@ class Nano(nn.Module):
         return self.transformer["ln_f"](h)
 
     def forward(
-        self, pictures: Tensor, ids: Tensor, slots: Tensor, positions: Tensor, segments: Tensor
+        self, images: Tensor, ids: Tensor, slots: Tensor, positions: Tensor, segments: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Packed training pass: segment 0 is the shared prefix, k the k-th dialogue on its own, -1 padding."""
-        patches, images = self.transformer["visual"](pictures)
+        patches, images = self.transformer["visual"](images)
         h, n = self.embed(ids, images, slots), ids.shape[1]
         seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         seen &= torch.ones(n, n, dtype=torch.bool).tril()

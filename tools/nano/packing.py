@@ -28,12 +28,12 @@ CHAINED, RAW, CHINESE, PAIRS = 0.25, 0.12, 0.2, 0.5  # shares of rows (PAIRS: of
 
 
 class Batch(NamedTuple):
-    pictures: np.ndarray  # uint8 [P, S, S, 3]
+    images: np.ndarray  # uint8 [P, S, S, 3]
     ids: np.ndarray  # int64 [R, T]
     weights: np.ndarray  # float32 [R, T]: of predicting the NEXT id
     positions: np.ndarray  # int64 [R, T]
     segments: np.ndarray  # int64 [R, T]: 0 shared prefix, k the k-th dialogue, -1 padding
-    slots: np.ndarray  # int64 [K, 3]: row, first position, picture
+    slots: np.ndarray  # int64 [K, 3]: row, first position, image
     at_patch: Labels
     at_token: Labels
 
@@ -75,7 +75,7 @@ class Packer:
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, scenes: SceneConfig, length: int = 330) -> None:
         self.tokenizer, self.scenes, self.length = tokenizer, scenes, length
         self.visual = config.visual
-        self.picture = "<img></img>\n"  # which the tokenizer fills with pads
+        self.image = "<img></img>\n"  # which the tokenizer fills with pads
         self.grids = (config.visual.grid, math.isqrt(config.visual.n_queries))
         self.digits = set(tokenizer.encode("0123456789"))
         self.box_start, self.box_end = tokenizer.box_start, tokenizer.box_end
@@ -83,12 +83,12 @@ class Packer:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
 
-    def batch(self, rng: Generator, pictures: int) -> Batch:
-        drawn = [draw_scene(rng, self.scenes) for _ in range(pictures)]
+    def batch(self, rng: Generator, images: int) -> Batch:
+        drawn = [draw_scene(rng, self.scenes) for _ in range(images)]
         scenes = [things for _, things in drawn]
-        rows, which = [self._one(rng, things) for things in scenes], [[i] for i in range(pictures)]
+        rows, which = [self._one(rng, things) for things in scenes], [[i] for i in range(images)]
         if rng.random() < PAIRS:
-            first, second = (int(i) for i in rng.permutation(pictures)[:2])
+            first, second = (int(i) for i in rng.permutation(images)[:2])
             rows.append(self._two(rng, scenes[first], scenes[second]))
             which.append([first, second])
         if rng.random() < 0.15:
@@ -103,16 +103,20 @@ class Packer:
         at_patch, at_token = (Labels(*(np.stack(f) for f in zip(*each, strict=True))) for each in labels)
         return Batch(
             np.stack([image for image, _ in drawn]),
-            table([r.ids for r in rows], 0, np.int64), table([r.weights for r in rows], 0, np.float32),
-            table([r.positions for r in rows], 0, np.int64), table([r.segments for r in rows], -1, np.int64),
-            self._slots(rows, which), at_patch, at_token,
-        )  # fmt: skip
+            table([r.ids for r in rows], 0, np.int64),
+            table([r.weights for r in rows], 0, np.float32),
+            table([r.positions for r in rows], 0, np.int64),
+            table([r.segments for r in rows], -1, np.int64),
+            self._slots(rows, which),
+            at_patch,
+            at_token,
+        )
 
     def _slots(self, rows: list[Row], which: list[list[int]]) -> np.ndarray:
         out = []
-        for r, (row, pictures) in enumerate(zip(rows, which, strict=True)):
+        for r, (row, images) in enumerate(zip(rows, which, strict=True)):
             starts = [i + 1 for i, t in enumerate(row.ids) if t == self.visual.image_start_id]
-            out += [(r, start, p) for start, p in zip(starts, pictures, strict=True)]
+            out += [(r, start, p) for start, p in zip(starts, images, strict=True)]
         return np.array(out, dtype=np.int64).reshape(-1, 3)
 
     def _one(self, rng: Generator, things: list[Thing]) -> Row:
@@ -120,7 +124,7 @@ class Packer:
         said = turns(rng, things, chinese)
         said = [said[0], *(said[i] for i in 1 + rng.permutation(len(said) - 1))]  # the caption always fits
         row = Row(self.length, chained=not raw and rng.random() < CHAINED)
-        row.start(self.encode(("" if raw else SYSTEM) + "Picture 1:" + self.picture))
+        row.start(self.encode(("" if raw else SYSTEM) + "Picture 1:" + self.image))
         if row.chained:
             said = [said[i] for i in rng.permutation(len(said))]
         for i, turn in enumerate(said):

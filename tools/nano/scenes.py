@@ -31,8 +31,8 @@ class SceneConfig:
     small: float = 0.22
     large: float = 0.45
     emoji: float = 0.4  # share of objects that are emoji
-    plate: float = 0.55  # share of pictures with a plate
-    fine: float = 0.3  # share of pictures drawn at twice the size and resized, as a user's picture would be
+    plate: float = 0.55  # share of images with a plate
+    fine: float = 0.3  # share of images drawn at twice the size and resized, as a user's image would be
 
 
 @dataclass(frozen=True, slots=True)

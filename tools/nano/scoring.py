@@ -15,7 +15,7 @@ EVALUATION_SEED = 10_000_019  # training draws from seeds [seed, rank, step]; th
 QUESTIONS = ("count", "colour", "shape", "relation", "exists")
 GROUNDED = re.compile(r"<ref>([^<]*)</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
 LEAST_OVERLAPS = (0.5, 0.9)  # of boxes: the usual one, which nearly all reach, and one that two in five do
-Answer = Callable[[np.ndarray, Sequence[int], Sequence[str]], list[str]]  # pictures, which, questions -> answers
+Answer = Callable[[np.ndarray, Sequence[int], Sequence[str]], list[str]]  # images, which, questions -> answers
 
 
 @dataclass(slots=True)
@@ -51,14 +51,14 @@ def score_each(
 ) -> list[Tally]:
     """The same, scene by scene: what two checkpoints are compared by."""
     rng = np.random.default_rng(seed)
-    pictures, which, asked = [], [], []
+    images, which, asked = [], [], []
     for i in range(scenes):
-        picture, things = draw_scene(rng, config)
+        image, things = draw_scene(rng, config)
         said = turns(rng, things, chinese)
-        pictures.append(picture)
+        images.append(image)
         asked += said
         which += [i] * len(said)
-    replies = answer(np.stack(pictures), which, [turn.question for turn in asked])
+    replies = answer(np.stack(images), which, [turn.question for turn in asked])
     tallies = [Tally() for _ in range(scenes)]
     for i, turn, reply in zip(which, asked, replies, strict=True):
         count(tallies[i], turn, reply)

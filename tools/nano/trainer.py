@@ -19,7 +19,7 @@ from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .decoding import answers
 from .network import Nano
-from .optimiser import Average, Optimiser
+from .optimizer import Average, Optimizer
 from .packing import Batch, Packer
 from .probe import Probe
 from .scenes import SceneConfig
@@ -30,7 +30,7 @@ from .team import Team
 @dataclass(frozen=True, slots=True)
 class Recipe:
     minutes: float = 104.0  # of training, on the clock of this machine; pauses do not count
-    pictures: int = 8  # a process and step
+    images: int = 8  # a process and step
     processes: int = 2
     rate: float = 3e-3
     warmup: int = 50  # steps
@@ -65,8 +65,8 @@ class Trainer:
         self.model = Nano(config).bfloat16()
         self.probe = Probe(config.visual.width, config.hidden_size)
         self.params = [p for m in (self.model, self.probe) for p in m.parameters() if p.requires_grad]
-        self.optimiser = Optimiser(self.model, self.probe, config, recipe.rate)
-        self.average = Average(((s.name, s.master) for s in self.optimiser.slots), recipe.average)
+        self.optimizer = Optimizer(self.model, self.probe, config, recipe.rate)
+        self.average = Average(((s.name, s.master) for s in self.optimizer.slots), recipe.average)
         self.step, self.seen, self.spent, self.scored = 0, 0, 0.0, 0.0
         self._resume()
 
@@ -81,10 +81,10 @@ class Trainer:
             self.spent += time.perf_counter() - mark
             mark = time.perf_counter()
             clock = self.team.average(self.params, self.spent)
-            norm = self.optimiser.step(self.recipe.rate_at(share, self.step + 1), self.team)
+            norm = self.optimizer.step(self.recipe.rate_at(share, self.step + 1), self.team)
             self.step += 1
-            self.seen += self.recipe.pictures * self.team.size
-            self.average.update(self.optimiser.slots, self.step)
+            self.seen += self.recipe.images * self.team.size
+            self.average.update(self.optimizer.slots, self.step)
             if self.team.rank:
                 continue
             if self.step % 50 == 0:
@@ -105,9 +105,12 @@ class Trainer:
     def _learn(self, batch: Batch, share: float) -> list[float]:
         ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
         h, patches, images = self.model(
-            torch.from_numpy(batch.pictures), ids, torch.from_numpy(batch.slots),
-            torch.from_numpy(batch.positions), torch.from_numpy(batch.segments),
-        )  # fmt: skip
+            torch.from_numpy(batch.images),
+            ids,
+            torch.from_numpy(batch.slots),
+            torch.from_numpy(batch.positions),
+            torch.from_numpy(batch.segments),
+        )
         predicted = weights[:, :-1] > 0
         weight = weights[:, :-1][predicted]
         logits = self.model.lm_head(h[:, :-1][predicted]).float()
@@ -124,7 +127,7 @@ class Trainer:
         def render() -> None:
             torch.set_num_threads(1)
             for step in range(first, 10**9):
-                ready.put(self.packer.batch(np.random.default_rng([seed, rank, step]), self.recipe.pictures))
+                ready.put(self.packer.batch(np.random.default_rng([seed, rank, step]), self.recipe.images))
 
         self.team.context.Process(target=render, daemon=True).start()
         while True:
@@ -154,7 +157,7 @@ class Trainer:
 
     def save(self) -> None:
         state = {
-            "optimiser": self.optimiser.state(),
+            "optimizer": self.optimizer.state(),
             "average": self.average.tensors,
             "step": self.step,
             "seen": self.seen,
@@ -170,7 +173,7 @@ class Trainer:
         if not path.exists():
             return
         state = torch.load(path, weights_only=True)
-        self.optimiser.load(state["optimiser"])
+        self.optimizer.load(state["optimizer"])
         self.average.tensors = state["average"]
         self.step, self.seen, self.spent, self.scored = (state[k] for k in ("step", "seen", "spent", "scored"))
         torch.set_rng_state(state["torch"])

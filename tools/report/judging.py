@@ -96,23 +96,34 @@ def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
     memory = spec.bytes_moved / machine.bandwidth
     classes = [sass.classified(line).name for line in text.instructions]
     return Row(
-        kernel=spec.name, target=target, registers=code.registers,
-        spilled=code.stack if "spill" in classes else 0, shared=code.shared,
-        programs_per_sm=resident, occupancy=resident * code.warps / machine.warps_per_sm, limit=limit,
-        instructions=len(text.instructions), loop=len(loop),
+        kernel=spec.name,
+        target=target,
+        registers=code.registers,
+        spilled=code.stack if "spill" in classes else 0,
+        shared=code.shared,
+        programs_per_sm=resident,
+        occupancy=resident * code.warps / machine.warps_per_sm,
+        limit=limit,
+        instructions=len(text.instructions),
+        loop=len(loop),
         mix=dict(Counter(sass.classified(line).name for line in loop or text.instructions).most_common()),
-        widest=8 * max(loaded, default=0), wide=sum(n for n in loaded if n == 16) / max(sum(loaded), 1),
+        widest=8 * max(loaded, default=0),
+        wide=sum(n for n in loaded if n == 16) / max(sum(loaded), 1),
         bytes_moved=spec.bytes_moved,
-        memory_us=memory * 1e6, issue_us=issue * 1e6, pipe_us=pipes[pipe] * 1e6, pipe=pipe,
-        tflops=spec.flops / max(memory, issue, pipes[pipe]) / 1e12, ratio=max(issue, pipes[pipe]) / memory,
-        max_ratio=spec.max_ratio, min_wide=spec.min_wide, per_layer=spec.per_layer,
+        memory_us=memory * 1e6,
+        issue_us=issue * 1e6,
+        pipe_us=pipes[pipe] * 1e6,
+        pipe=pipe,
+        tflops=spec.flops / max(memory, issue, pipes[pipe]) / 1e12,
+        ratio=max(issue, pipes[pipe]) / memory,
+        max_ratio=spec.max_ratio,
+        min_wide=spec.min_wide,
+        per_layer=spec.per_layer,
         least_bytes=spec.least_bytes,
-    )  # fmt: skip
+    )
 
 
-def _pipe_times(
-    spec: Spec, machine: Machine, instructions: list[str], loop: list[str], warps: int
-) -> dict[str, float]:
+def _pipe_times(spec: Spec, machine: Machine, instructions: list[str], loop: list[str], warps: int) -> dict[str, float]:
     """Seconds that each pipe needs for one launch; what lies outside the main loop counts once a warp."""
     programs = math.prod(spec.launch.grid)
     once, each = sass.pipe_cycles(machine, instructions), sass.pipe_cycles(machine, loop)

@@ -44,11 +44,23 @@ class Machine:
 # 5/8 of its wgmma rate, hence 6.4 cycles instead of 4.
 MACHINES = {
     "sm_80": Machine(
-        "A100", 80, 108, 1.41e9, 2039e9, 164 << 10,
-        {"alu": 64, "fma": 64, "half": 128, "mufu": 16, "convert": 16, "lsu": 32}, mma_cycles=8.0,
+        "A100",
+        80,
+        108,
+        1.41e9,
+        2039e9,
+        164 << 10,
+        {"alu": 64, "fma": 64, "half": 128, "mufu": 16, "convert": 16, "lsu": 32},
+        mma_cycles=8.0,
     ),
     "sm_90": Machine(
-        "H100", 90, 132, 1.70e9, 3350e9, 228 << 10,
-        {"alu": 64, "fma": 128, "half": 128, "mufu": 16, "convert": 16, "lsu": 32}, mma_cycles=6.4,
+        "H100",
+        90,
+        132,
+        1.70e9,
+        3350e9,
+        228 << 10,
+        {"alu": 64, "fma": 128, "half": 128, "mufu": 16, "convert": 16, "lsu": 32},
+        mma_cycles=6.4,
     ),
-}  # fmt: skip
+}

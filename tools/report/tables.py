@@ -9,9 +9,19 @@ from tools.report.judging import Row
 from tools.report.machines import MACHINES
 
 HEAD = [
-    "kernel", "target", "regs", "spill", "shared", "programs/SM", "128-bit", "memory us", "issue us", "pipe us",
-    "ratio", "bar",
-]  # fmt: skip
+    "kernel",
+    "target",
+    "regs",
+    "spill",
+    "shared",
+    "programs/SM",
+    "128-bit",
+    "memory us",
+    "issue us",
+    "pipe us",
+    "ratio",
+    "bar",
+]
 LAYERS = 32
 HEAD_BYTES = 151936 * 4096 * 2  # the output matrix, dense 16-bit: torch's own product
 REACHED = (0.4, 0.6)  # of their bound is what the best published runtimes reach on these GPUs
@@ -21,10 +31,19 @@ def cells(row: Row) -> list[str]:
     if row.error:
         return [row.kernel, row.target, f"FAILED: {row.error}"]
     return [
-        row.kernel, row.target, str(row.registers), str(row.spilled), str(row.shared),
-        f"{row.programs_per_sm} ({row.limit})", f"{row.wide:.0%}", f"{row.memory_us:.1f}", f"{row.issue_us:.1f}",
-        f"{row.pipe_us:.1f} {row.pipe}", f"{row.ratio:.2f}", "" if row.max_ratio is None else f"{row.max_ratio}",
-    ]  # fmt: skip
+        row.kernel,
+        row.target,
+        str(row.registers),
+        str(row.spilled),
+        str(row.shared),
+        f"{row.programs_per_sm} ({row.limit})",
+        f"{row.wide:.0%}",
+        f"{row.memory_us:.1f}",
+        f"{row.issue_us:.1f}",
+        f"{row.pipe_us:.1f} {row.pipe}",
+        f"{row.ratio:.2f}",
+        "" if row.max_ratio is None else f"{row.max_ratio}",
+    ]
 
 
 def text(rows: Iterable[Row]) -> str:
@@ -55,9 +74,10 @@ def decode_step(rows: Iterable[Row], target: str, batch: int) -> str:
         for row in layer
     ]
     launches = sum(row.per_layer for row in layer)
-    moved, least = (sum(n * row.per_layer for row, n in counts) for counts in (
-        [(row, row.bytes_moved) for row in layer], [(row, row.least_bytes) for row in layer]
-    ))  # fmt: skip
+    moved, least = (
+        sum(n * row.per_layer for row, n in counts)
+        for counts in ([(row, row.bytes_moved) for row in layer], [(row, row.least_bytes) for row in layer])
+    )
     bound = sum(row.bound_us * row.per_layer for row in layer)
     lines.append(["one layer", str(launches), _kb(moved), _kb(least), f"{bound:.1f}"])
     machine = MACHINES[target]

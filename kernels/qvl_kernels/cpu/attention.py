@@ -2,7 +2,7 @@
 
 The kernel's two products, rows by keys, are AMX tiles for bfloat16 and fused multiply-adds in float32 else. Torch's, on
 GEMMs of its own, is kept where it was measured to be faster: 512 rows of 128 channels on a machine without any vector
-instructions of ours, and pictures (1024 patches, 16 heads of 104) up to AVX2, 124 ms to 310.
+instructions of ours, and images (1024 patches, 16 heads of 104) up to AVX2, 124 ms to 310.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def report() -> str:
     """Which attention runs, for the report."""
     used = library().instruction_set
     if used == "portable":
-        return f"C++ for up to {FEW_PORTABLE} rows of a request; torch for more and for pictures"
+        return f"C++ for up to {FEW_PORTABLE} rows of a request; torch for more and for images"
     if used in TORCH_WHOLE:
-        return "C++ over the paged cache; torch for pictures"
+        return "C++ over the paged cache; torch for images"
     return "C++, bfloat16 on AMX tiles" if used == "amx" else "C++"
 
 
@@ -57,9 +57,9 @@ def paged_attention(
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
-    pictures, patches, width = qkv.shape
+    images, patches, width = qkv.shape
     head_dim = width // (3 * heads)
-    q, k, v = qkv.contiguous().view(pictures, patches, heads, 3, head_dim).unbind(3)
+    q, k, v = qkv.contiguous().view(images, patches, heads, 3, head_dim).unbind(3)
     return _whole("vision_attention", q, k, v)
 
 
@@ -69,9 +69,9 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of all queries [P, Q, H, d] to all keys [P, L, H, d] of their picture: [P, Q, H * d].
+    """Attention of all queries [P, Q, H, d] to all keys [P, L, H, d] of their image: [P, Q, H * d].
 
-    The kernel reads a paged cache: a picture is taken for a block of L tokens.
+    The kernel reads a paged cache: an image is taken for a block of L tokens.
     """
     reason = _not_covered(q, k, v)
     if reason is not None:
@@ -79,14 +79,14 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if reason is not None or library().instruction_set in TORCH_WHOLE:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2).flatten(2)
-    pictures, rows, heads, head_dim = q.shape
+    images, rows, heads, head_dim = q.shape
     keys = k.shape[1]
-    y, tables = empty((pictures, rows, heads * head_dim), q.dtype), torch.arange(pictures)
+    y, tables = empty((images, rows, heads * head_dim), q.dtype), torch.arange(images)
     per_block, per_row, per_head, _ = k.stride()
     library().ready().attention(
         q.data_ptr(), CODES[q.dtype], q.stride(1), q.stride(2), heads, head_dim,
-        k.data_ptr(), v.data_ptr(), CODES[k.dtype], keys, per_block, per_head, per_row, tables.data_ptr(), 1, pictures,
-        _integers(range(0, (pictures + 1) * rows, rows)), _integers([keys] * pictures), False, y.data_ptr(),
+        k.data_ptr(), v.data_ptr(), CODES[k.dtype], keys, per_block, per_head, per_row, tables.data_ptr(), 1, images,
+        _integers(range(0, (images + 1) * rows, rows)), _integers([keys] * images), False, y.data_ptr(),
     )  # fmt: skip
     return y
 

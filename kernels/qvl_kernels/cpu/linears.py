@@ -178,7 +178,7 @@ def gptq_words(packed: Packed) -> Tensor:
     if packed.layout == "gptq":
         return reference.gptq_words(packed)
     w = PackedWeight.from_packed(packed)
-    plain = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantised, a level is itself minus the middle
+    plain = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantized, a level is itself minus the middle
     middle, words = 1 << (w.bits - 1), torch.empty(w.inputs * w.bits // 32, w.outputs, dtype=torch.int32)
     for first in range(0, w.outputs, LEVELS_AT_ONCE):
         levels = plain.unpacked(first, min(LEVELS_AT_ONCE, w.padded_outputs - first), torch.float32)

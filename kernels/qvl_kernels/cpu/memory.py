@@ -16,7 +16,7 @@ LARGE = 32 << 10  # bytes from which on a tensor's place is worth 3 us of Python
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor, aligned to a cache line.
+    """An uninitialized tensor, aligned to a cache line.
 
     Torch asks the C library for aligned memory, and glibc (2.36) looks for a hole of 96 bytes more than that, which a
     tensor of the same size never left: each layer of a step went on above the holes of those before. Nano's heap grew

@@ -32,6 +32,7 @@ __all__ = [
     "swiglu", "to_cached", "unpack_rows", "vision_attention",
 ]  # fmt: skip
 
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not _same_floats(x, weight) or weight.shape != x.shape[-1:]:
         slower("rms_norm", _mixed(x, weight))
@@ -86,9 +87,7 @@ def side_by_side(first: Tensor, second: Tensor) -> Tensor:
     first, second = first.contiguous(), second.contiguous()
     (rows, left), right, size = first.shape, second.shape[1], first.element_size()
     y = empty((rows, left + right), first.dtype)
-    library().ready().side_by_side(
-        first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr()
-    )
+    library().ready().side_by_side(first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr())
     return y
 
 
@@ -113,9 +112,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, half = len(positions), frequencies.shape[-1]
     positions, frequencies = positions.contiguous(), frequencies.expand(rows, half).contiguous()
-    cos, sin, logn = (
-        empty(shape, frequencies.dtype) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,))
-    )
+    cos, sin, logn = (empty(shape, frequencies.dtype) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,)))
     library().ready().rotary_tables(
         positions.data_ptr(), frequencies.data_ptr(), rows, half, logn_from or 0, cos.data_ptr(), sin.data_ptr(),
         logn.data_ptr(),

@@ -33,7 +33,7 @@ class Arena:
         self._free: list[NDArray[np.uint8]] = []
 
     def like(self, x: Tensor) -> Tensor:
-        """An uninitialised tensor of the shape and dtype of x, which is contiguous; its place is free when it goes."""
+        """An uninitialized tensor of the shape and dtype of x, which is contiguous; its place is free when it goes."""
         place = self._take(x.nbytes)
         lease = place[: x.nbytes]
         weakref.finalize(lease, self._free.append, place).atexit = False

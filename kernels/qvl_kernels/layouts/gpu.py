@@ -5,7 +5,7 @@ A word holds 8 levels of 4 bits or 4 of 8, an output has 16 words of a tile, so 
 bits, of 8 (j 0 to 1) in byte j + 2 h. Memory order is [tiles, outputs, 16 words]. Why:
 
 - a tile of many outputs is one contiguous run, so it is copied 128 bits at a time;
-- `turn_right(word, 4 j) & 0x00780078 | MAGIC` is two neighbouring inputs as 16-bit floats, which is what a tensor core
+- `turn_right(word, 4 j) & 0x00780078 | MAGIC` is two neighboring inputs as 16-bit floats, which is what a tensor core
   takes: no conversion. MAGIC 0x5800 makes float16 128 + q, 0x4180 makes bfloat16 16 + q: one packing for both;
 - of 8 bits `word >> 8 j & 0x00FF00FF | 0x64006400` is the pair, float16 1024 + q. bfloat16 has no room for this.
 

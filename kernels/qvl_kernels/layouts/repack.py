@@ -16,6 +16,7 @@ __all__ = [
     "zero_points",
 ]  # fmt: skip
 
+
 def unsupported(
     qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zeros: Tensor | None = None
 ) -> str | None:

@@ -1,7 +1,7 @@
 """Every op in plain torch, without tricks: its definition, and what runs where nothing faster does.
 
 Shapes: n rows (tokens of all requests of a step, one after another, no padding), R requests, D channels, H heads of
-d channels, P pictures of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
+d channels, P images of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
 contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size +
 offset. Section numbers are those of the Qwen-VL specification that the tests are built on.
 """
@@ -69,7 +69,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalised over the last axis, times weight [D] plus bias [D]."""
+    """Normalized over the last axis, times weight [D] plus bias [D]."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -220,14 +220,14 @@ def paged_attention(
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of a picture's patches to each other, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (4.4)."""
-    pictures, patches, _ = qkv.shape
-    q, k, v = qkv.view(pictures, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)
+    """Attention of an image's patches to each other, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (4.4)."""
+    images, patches, _ = qkv.shape
+    q, k, v = qkv.view(images, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The resampler's attention: q [Q, D], the same for all pictures, to k and v [P, L, D] (4.5). Gives [P, Q, D]."""
+    """The resampler's attention: q [Q, D], the same for all images, to k and v [P, L, D] (4.5). Gives [P, Q, D]."""
     k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (k, v))
     q = q.view(len(q), heads, -1).transpose(0, 1).expand(len(k), -1, -1, -1)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -115,7 +115,7 @@ def _gelu_plan(x: Tensor, y: Tensor) -> Launch:
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """Decode with 1 and 16 rows, of packed linears' partial sums and whole; prefill of 2048 rows; a picture's GELU."""
+    """Decode with 1 and 16 rows, of packed linears' partial sums and whole; prefill of 2048 rows; an image's GELU."""
     specs, parts = [], decode_splits(capability, "up_gate")
     for rows, splits in ((1, 0), (1, parts), (16, 0), (16, parts), (2048, 0)):
         shape = (splits, rows, 2 * 11008) if splits else (rows, 2 * 11008)
@@ -125,5 +125,5 @@ def aot_specs(capability: int) -> list[Spec]:
         launch, moved = _swiglu_plan(x, y), x.nbytes + y.nbytes
         specs.append(Spec(name, launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=int(splits > 0)))
     x = torch.empty(1024, 8192, dtype=torch.bfloat16, device="meta")
-    specs.append(Spec("gelu, a picture", _gelu_plan(x, x), 2 * x.nbytes))
+    specs.append(Spec("gelu, an image", _gelu_plan(x, x), 2 * x.nbytes))
     return specs

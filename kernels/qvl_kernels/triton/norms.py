@@ -188,7 +188,7 @@ def _check(op: str, x: Tensor, *vectors: Tensor) -> tuple[int, int]:
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """Decode (1 and 16 rows, updates in packed linears' partial sums and whole), prefill of 2048 rows, a picture."""
+    """Decode (1 and 16 rows, updates in packed linears' partial sums and whole), prefill of 2048 rows, an image."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -212,5 +212,5 @@ def aot_specs(capability: int) -> list[Spec]:
     x, weight = empty(1024, 1664), empty(1664)
     for name, more, tensors in (("layer_norm", None, 2), ("add_layer_norm", x, 4)):
         launch = _layer_plan(name, x, more, weight, weight, 1e-6, x, x)
-        specs.append(Spec(f"{name}, a picture", launch, tensors * x.nbytes + 2 * weight.nbytes, max_ratio=0.3))
+        specs.append(Spec(f"{name}, an image", launch, tensors * x.nbytes + 2 * weight.nbytes, max_ratio=0.3))
     return specs

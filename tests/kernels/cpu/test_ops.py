@@ -104,9 +104,15 @@ def test_far_from_zero(isa: str) -> None:
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 @pytest.mark.parametrize(("rows", "heads", "dim", "rotary"), [(1, 1, 128, 128), (7, 3, 64, 32), (17, 2, 48, 48)])
 def test_rotary_to_cache(
-    isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, rows: int, heads: int,
-    dim: int, rotary: int,
-) -> None:  # fmt: skip
+    isa: str,
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    rows: int,
+    heads: int,
+    dim: int,
+    rotary: int,
+) -> None:
     qkv = torch.randn(rows, 3 * heads * dim, generator=rng).to(dtype)
     angles = torch.randn(rows, rotary, generator=rng) * 5
     logn = 1 + torch.rand(rows, generator=rng)
@@ -158,19 +164,19 @@ def test_prefill_over_several_passes(isa: str, rng: torch.Generator, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("pictures", "patches", "heads", "dim"), [(1, 257, 2, 104), (3, 16, 1, 64), (2, 1, 3, 8)])
+@pytest.mark.parametrize(("images", "patches", "heads", "dim"), [(1, 257, 2, 104), (3, 16, 1, 64), (2, 1, 3, 8)])
 def test_vision_attention(
-    isa: str, rng: torch.Generator, dtype: torch.dtype, pictures: int, patches: int, heads: int, dim: int
+    isa: str, rng: torch.Generator, dtype: torch.dtype, images: int, patches: int, heads: int, dim: int
 ) -> None:
-    qkv = torch.randn(pictures, patches, 3 * heads * dim, generator=rng).to(dtype)
+    qkv = torch.randn(images, patches, 3 * heads * dim, generator=rng).to(dtype)
     want = reference.vision_attention(qkv.double(), heads)
     as_good_as_torch(cpu.vision_attention(qkv, heads), reference.vision_attention(qkv, heads), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pictures", [1, 3])
-def test_cross_attention(isa: str, rng: torch.Generator, dtype: torch.dtype, pictures: int) -> None:
-    q, k, v = (torch.randn(*n, 2 * 48, generator=rng).to(dtype) for n in ((33,), (pictures, 70), (pictures, 70)))
+@pytest.mark.parametrize("images", [1, 3])
+def test_cross_attention(isa: str, rng: torch.Generator, dtype: torch.dtype, images: int) -> None:
+    q, k, v = (torch.randn(*n, 2 * 48, generator=rng).to(dtype) for n in ((33,), (images, 70), (images, 70)))
     want = reference.cross_attention(q.double(), k.double(), v.double(), 2)
     as_good_as_torch(cpu.cross_attention(q, k, v, 2), reference.cross_attention(q, k, v, 2), want)
 
@@ -189,9 +195,14 @@ def test_what_runs_in_plain_torch_is_said_once(
 
 
 def _attention(
-    rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, heads: int, dim: int,
-    rows: Sequence[int], lengths: Sequence[int],
-) -> None:  # fmt: skip
+    rng: torch.Generator,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None,
+    heads: int,
+    dim: int,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+) -> None:
     """Ours against float64 over the same cache, in blocks in no order, with garbage where no token is."""
     widest = max(-(-n // BLOCK_SIZE) for n in lengths)
     blocks = torch.randperm(widest * len(lengths), generator=rng).view(len(lengths), widest)

@@ -69,8 +69,9 @@ def test_a_word_holds_what_the_layout_says() -> None:
     for j, r, h in ((0, 0, 0), (1, 7, 0), (2, 15, 1), (3, 3, 0), (3, 9, 1)):
         levels = torch.zeros(128, 8, dtype=torch.int64)
         levels[32 * j + 2 * r + h, 5] = 15
-        qweight = torch.stack([sum((levels[8 * w + i] << 4 * i for i in range(8)), torch.zeros(8, dtype=torch.int64))
-                               for w in range(16)]).to(torch.int32)  # fmt: skip
+        qweight = torch.stack(
+            [sum((levels[8 * w + i] << 4 * i for i in range(8)), torch.zeros(8, dtype=torch.int64)) for w in range(16)]
+        ).to(torch.int32)
         packed = repack.packed_int4(qweight, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8), None, 0)
         bits = 15 << (4 * (j + 4 * h) + 3)
         want = (bits | bits >> 32) & 0xFFFFFFFF

@@ -123,8 +123,8 @@ def test_rotary_to_cache_writes_only_its_slots() -> None:
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_vision_attention_reads_q_k_v_per_head(heads: int) -> None:
-    pictures, patches, dim = 2, 17, 6
-    qkv = torch.randn(pictures, patches, 3 * heads * dim)
+    images, patches, dim = 2, 17, 6
+    qkv = torch.randn(images, patches, 3 * heads * dim)
     got = reference.vision_attention(qkv, heads)
     for h in range(heads):
         q, k, v = (qkv[..., (3 * h + i) * dim : (3 * h + i + 1) * dim] for i in range(3))
@@ -132,7 +132,7 @@ def test_vision_attention_reads_q_k_v_per_head(heads: int) -> None:
         assert (got[..., h * dim : (h + 1) * dim] - want).abs().max() < FLOAT32
 
 
-def test_cross_attention_gives_each_picture_the_same_queries() -> None:
+def test_cross_attention_gives_each_image_the_same_queries() -> None:
     q, k, v = torch.randn(5, 12), torch.randn(3, 9, 12), torch.randn(3, 9, 12)
     got = reference.cross_attention(q, k, v, heads=2)
     for p in range(3):
@@ -155,5 +155,5 @@ def test_partial_sums_are_added_up_by_who_reads_them() -> None:
             reference.rotary_to_cache(parts, cos, sin, logn, *caches[:2], slots, torch.float16),
             reference.rotary_to_cache(whole, cos, sin, logn, *caches[2:], slots),
         ),
-    ):  # fmt: skip
+    ):
         assert got.dtype == torch.float16 and torch.equal(got, want)

@@ -29,9 +29,14 @@ class Case(NamedTuple):
 
 
 def case(
-    rng: torch.Generator, rows: Sequence[int], lengths: Sequence[int], heads: int = 2, dim: int = 32,
-    cache_dtype: torch.dtype | None = None, dtype: torch.dtype = torch.float16,
-) -> Case:  # fmt: skip
+    rng: torch.Generator,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    heads: int = 2,
+    dim: int = 32,
+    cache_dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Case:
     """Requests over blocks in no order; garbage (NaN, or the largest scales) where no token is.
 
     The caches lie as the kernels read them.
@@ -64,9 +69,7 @@ def check(c: Case, got: Tensor) -> None:
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 128), (3, 20), (2, 256)])
-def test_decode(
-    poisoned: None, rng: torch.Generator, cache_dtype: torch.dtype | None, heads: int, dim: int
-) -> None:
+def test_decode(poisoned: None, rng: torch.Generator, cache_dtype: torch.dtype | None, heads: int, dim: int) -> None:
     """1 to 145 tokens in one step: last blocks with one, some and all slots, and empty splits."""
     lengths = [1, 2, 15, 16, 17, 145]
     c = case(rng, [1] * 6, lengths, heads, dim, cache_dtype)
@@ -98,9 +101,7 @@ def test_few_and_many_requests_split_keys_differently(poisoned: None, rng: torch
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 @pytest.mark.parametrize(("heads", "dim"), [(1, 128), (2, 12), (1, 160)])
-def test_prefill(
-    poisoned: None, rng: torch.Generator, cache_dtype: torch.dtype | None, heads: int, dim: int
-) -> None:
+def test_prefill(poisoned: None, rng: torch.Generator, cache_dtype: torch.dtype | None, heads: int, dim: int) -> None:
     """Whole prompts and chunks of prompts, on both sides of tile sizes."""
     rows, lengths = [7, 16, 17, 65, 5], [7, 100, 17, 130, 129]
     check(c := case(rng, rows, lengths, heads, dim, cache_dtype), paged_attention(*c))

@@ -39,9 +39,10 @@ def test_norms(poisoned: None, normal, rng: torch.Generator, width: int) -> None
         ops.rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS), reference.rms_norm(exact[0], exact[1], EPS)
     )
     as_good_as_torch(
-        ops.layer_norm(x, weight, bias, EPS), reference.layer_norm(x, weight, bias, EPS),
+        ops.layer_norm(x, weight, bias, EPS),
+        reference.layer_norm(x, weight, bias, EPS),
         reference.layer_norm(*exact, EPS),
-    )  # fmt: skip
+    )
     total, _ = ops.add_layer_norm(x, more, weight, bias, EPS)
     assert torch.equal(total, x + more)
     parts = torch.randn(3, 5, width, generator=rng)
@@ -89,7 +90,7 @@ def test_attention(
     attention.check(c, ops.paged_attention(*c))
 
 
-def test_pictures(poisoned: None, normal) -> None:
+def test_images(poisoned: None, normal) -> None:
     qkv, q, k, v = normal(1, 40, 3 * 104), normal(7, 64), normal(2, 33, 64), normal(2, 33, 64)
     want = reference.vision_attention(qkv.double(), 1)
     as_good_as_torch(ops.vision_attention(qkv, 1), reference.vision_attention(qkv, 1), want)

@@ -49,8 +49,13 @@ def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | No
 
 
 SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial tile; a partial group; one group for all
-    (128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (512, 256, 256),
-]  # fmt: skip
+    (128, 128, 128),
+    (256, 24, 32),
+    (192, 136, 64),
+    (192, 8, 128),
+    (320, 264, 320),
+    (512, 256, 256),
+]
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 33])
@@ -73,14 +78,14 @@ def test_zero_points_orders_and_bias(inputs: int, outputs: int, group: int, act_
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
-def test_dequantised_weights_are_rounded_once(
+def test_dequantized_weights_are_rounded_once(
     inputs: int, outputs: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight = repack.packed_int4(*checkpoint(inputs, outputs, group, symmetric=symmetric), 1)
     assert torch.equal(int4_dequantize.int4_dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
 
 
-def test_very_many_rows_and_float32_take_the_dequantised_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_very_many_rows_and_float32_take_the_dequantized_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
     for kernel in (int4_small_m, int4_gemm):
@@ -141,11 +146,14 @@ def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
     check(y, x, tensors)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda x: x[:, :64], r"x is float16 \[2, 64\], strided; expected contiguous float16 or bfloat16 \[any, 128\]"),
-    (lambda x: x.double(), r"x is float64 \[2, 128\]"),
-    (lambda x: x.repeat(9, 1), r"x has 18 rows; expected 1 to 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x: x[:, :64], r"x is float16 \[2, 64\], strided; expected contiguous float16 or bfloat16 \[any, 128\]"),
+        (lambda x: x.double(), r"x is float64 \[2, 128\]"),
+        (lambda x: x.repeat(9, 1), r"x has 18 rows; expected 1 to 16"),
+    ],
+)
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     weight = repack.packed_int4(*checkpoint(128, 24, 32), 1)
     with pytest.raises(ValueError, match=message):

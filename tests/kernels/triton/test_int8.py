@@ -24,8 +24,13 @@ from qvl_kernels.triton.linear import int8_dequantize, int8_small_m  # noqa: E40
 from qvl_kernels.triton.linear.int8_small_m import FEW  # noqa: E402
 
 SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial tile; a partial group; one group for all
-    (64, 128, 64), (256, 24, 32), (160, 136, 64), (96, 8, 128), (224, 264, 224), (512, 256, 256),
-]  # fmt: skip
+    (64, 128, 64),
+    (256, 24, 32),
+    (160, 136, 64),
+    (96, 8, 128),
+    (224, 264, 224),
+    (512, 256, 256),
+]
 
 
 def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -62,7 +67,7 @@ def test_zero_points_orders_and_bias(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
-def test_dequantised_weights_are_rounded_once(
+def test_dequantized_weights_are_rounded_once(
     poisoned: None, inputs: int, outputs: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     tensors = checkpoint(inputs, outputs, group, bits=8, symmetric=symmetric)
@@ -70,7 +75,7 @@ def test_dequantised_weights_are_rounded_once(
     assert torch.equal(int8_dequantize.int8_dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
 
 
-def test_many_rows_and_float32_take_the_dequantised_weight(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_and_float32_take_the_dequantized_weight(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, bits=8, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
     monkeypatch.delattr(int8_small_m, "int8_small_m_kernel")
@@ -128,11 +133,14 @@ def test_leading_axes_are_kept(poisoned: None, shape: tuple[int, ...]) -> None:
     check(y, x, tensors)
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda x: x[:, :64], r"x is float16 \[2, 64\], strided; expected contiguous float16 or bfloat16 \[any, 128\]"),
-    (lambda x: x.double(), r"x is float64 \[2, 128\]"),
-    (lambda x: x.repeat(33, 1), r"x has 66 rows; expected 1 to 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x: x[:, :64], r"x is float16 \[2, 64\], strided; expected contiguous float16 or bfloat16 \[any, 128\]"),
+        (lambda x: x.double(), r"x is float64 \[2, 128\]"),
+        (lambda x: x.repeat(33, 1), r"x has 66 rows; expected 1 to 64"),
+    ],
+)
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     weight = repack.packed(gpu_weight.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
     with pytest.raises(ValueError, match=message):

@@ -15,15 +15,28 @@ pytestmark = pytest.mark.interpreter
 BLOCK_SIZE = 16
 
 
-@pytest.mark.parametrize(("rows", "heads", "dim", "rotary"), [
-    (1, 1, 128, 128), (7, 3, 64, 32), (17, 2, 48, 48), (2, 5, 20, 12), (33, 4, 8, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "heads", "dim", "rotary"),
+    [
+        (1, 1, 128, 128),
+        (7, 3, 64, 32),
+        (17, 2, 48, 48),
+        (2, 5, 20, 12),
+        (33, 4, 8, 8),
+    ],
+)
 @pytest.mark.parametrize("splits", [0, 1, 3])
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8])
 def test_rotary_to_cache(
-    poisoned: None, rng: torch.Generator, rows: int, heads: int, dim: int, rotary: int, splits: int,
+    poisoned: None,
+    rng: torch.Generator,
+    rows: int,
+    heads: int,
+    dim: int,
+    rotary: int,
+    splits: int,
     cache_dtype: torch.dtype,
-) -> None:  # fmt: skip
+) -> None:
     shape = (splits, rows, 3 * heads * dim) if splits else (rows, 3 * heads * dim)
     qkv = torch.randn(shape, generator=rng)
     tables = _tables(rng, rows, rotary)

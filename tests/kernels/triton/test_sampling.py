@@ -38,8 +38,10 @@ def device_rows(rows: list[Row], vocab: int) -> SamplingRows:
         min_p=torch.tensor([p.min_p for p in own]),
         dice=torch.tensor([row.draws.uniform(row.position) for row in rows], dtype=torch.float64),
         penalty=torch.tensor([row.draws.penalty for row in rows]),
-        slots=slots, seen=seen, bias=bias,
-    )  # fmt: skip
+        slots=slots,
+        seen=seen,
+        bias=bias,
+    )
 
 
 MANY = [

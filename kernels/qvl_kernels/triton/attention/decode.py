@@ -27,7 +27,7 @@ def merge_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
-    """out = sum of 2^(lse - max lse) * partial over the splits, normalised; zeros for a row without keys.
+    """out = sum of 2^(lse - max lse) * partial over the splits, normalized; zeros for a row without keys.
 
     partial float32 [m, H, SPLITS, D], lse float32 [m, H, SPLITS]; out [n, H, D]; queries as in
     `decode_floats_kernel`. One warp for HEADS heads of a row: each thread has a few channels of all their partial

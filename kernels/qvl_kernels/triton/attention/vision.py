@@ -1,4 +1,4 @@
-"""Attention without a mask: a picture's patches to each other, and the resampler's queries to the patches."""
+"""Attention without a mask: an image's patches to each other, and the resampler's queries to the patches."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ WIDEST_HEAD = 256
 
 
 @triton.jit
-def picture_kernel(
+def image_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr,
-    queries, keys, heads, scale, q_picture, k_picture,
+    queries, keys, heads, scale, q_image, k_image,
     D: tl.constexpr, BLOCK_D: tl.constexpr, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q k^T / sqrt(d)) v, for one tile of queries, one head and one picture.
+    """out = softmax(q k^T / sqrt(d)) v, for one tile of queries, one head and one image.
 
-    out [P, queries, heads, D]; the element of picture p, row i, head h, channel c is at p * q_picture +
+    out [P, queries, heads, D]; the element of image p, row i, head h, channel c is at p * q_image +
     (i * heads + h) * Q_HEAD + c in q, and likewise in k and v, of `keys` rows. The strides of heads are constants:
     of 312 the compiler would not learn that it keeps 128-bit loads aligned.
     """
     q_row, k_row = heads * Q_HEAD, heads * K_HEAD
-    tile, head, picture = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row, column = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     columns = (column < D)[None, :]
     inside = (row < queries)[:, None] & columns
-    q_ptr += picture * q_picture + head * Q_HEAD
+    q_ptr += image * q_image + head * Q_HEAD
     q = tl.load(q_ptr + row[:, None] * q_row + column[None, :], inside, 0.0)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    k_ptr += picture * k_picture + head * K_HEAD
-    v_ptr += picture * k_picture + head * K_HEAD
+    k_ptr += image * k_image + head * K_HEAD
+    v_ptr += image * k_image + head * K_HEAD
     at = tl.arange(0, BLOCK_N)[:, None] * k_row + column[None, :]  # 32 bits: half the registers of a tile
     for _ in range(keys // BLOCK_N):
         k, v = tl.load(k_ptr + at, columns, 0.0), tl.load(v_ptr + at, columns, 0.0)
@@ -53,14 +53,14 @@ def picture_kernel(
         inside_too = present[:, None] & columns
         k, v = tl.load(k_ptr + at, inside_too, 0.0), tl.load(v_ptr + at, inside_too, 0.0)
         top, mass, total = attend(q, k, v, top, mass, total, scale, present[None, :], True)
-    to = ((picture * queries + row[:, None]) * heads + head) * D + column[None, :]
+    to = ((image * queries + row[:, None]) * heads + head) * D + column[None, :]
     tl.store(out_ptr + to, (total / mass[:, None]).to(out_ptr.dtype.element_ty), inside)
 
 
 class Strides(NamedTuple):
-    """Elements from one picture, or head of a row, to the next."""
+    """Elements from one image, or head of a row, to the next."""
 
-    picture: int
+    image: int
     head: int
 
 
@@ -81,14 +81,14 @@ def configuration(capability: int, head_dim: int, nbytes: int) -> Configuration:
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
     """`reference.vision_attention`: qkv [P, L, 3 * W] holds q, k, v per head; gives [P, L, W]."""
     checks.device("vision_attention", qkv)
-    pictures, patches, width = qkv.shape
-    out = qkv.new_empty(pictures, patches, width // 3)
+    images, patches, width = qkv.shape
+    out = qkv.new_empty(images, patches, width // 3)
     _vision_plan(qkv, heads, capability(qkv.device), out).run()
     return out
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`reference.cross_attention`: q [Q, D], the same for all pictures, to k and v [P, L, D]; gives [P, Q, D]."""
+    """`reference.cross_attention`: q [Q, D], the same for all images, to k and v [P, L, D]; gives [P, Q, D]."""
     checks.device("cross_attention", q, k, v)
     out = k.new_empty(len(k), *q.shape)
     _cross_plan(q, k, v, heads, capability(q.device), out).run()
@@ -96,8 +96,8 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def _vision_plan(qkv: Tensor, heads: int, capability: int, out: Tensor) -> Launch:
-    op, (pictures, patches, width) = "vision_attention", out.shape
-    checks.tensor(op, "qkv", qkv, (pictures, patches, 3 * width))
+    op, (images, patches, width) = "vision_attention", out.shape
+    checks.tensor(op, "qkv", qkv, (images, patches, 3 * width))
     dim = _head_dim(op, width, heads)
     flat = qkv.view(-1)
     strides = Strides(patches * 3 * width, 3 * dim)
@@ -105,10 +105,10 @@ def _vision_plan(qkv: Tensor, heads: int, capability: int, out: Tensor) -> Launc
 
 
 def _cross_plan(q: Tensor, k: Tensor, v: Tensor, heads: int, capability: int, out: Tensor) -> Launch:
-    op, (pictures, queries, width) = "cross_attention", out.shape
+    op, (images, queries, width) = "cross_attention", out.shape
     checks.tensor(op, "q", q, (queries, width))
     for name, tensor in (("k", k), ("v", v)):
-        checks.tensor(op, name, tensor, (pictures, k.shape[1], width), q.dtype)
+        checks.tensor(op, name, tensor, (images, k.shape[1], width), q.dtype)
     dim, keys = _head_dim(op, width, heads), k.shape[1]
     return _plan(q, k, v, heads, capability, out, keys, Strides(0, dim), Strides(keys * width, dim))
 
@@ -123,14 +123,14 @@ def _plan(
     q: Tensor, k: Tensor, v: Tensor, heads: int, capability: int, out: Tensor, keys: int,
     q_strides: Strides, k_strides: Strides,
 ) -> Launch:  # fmt: skip
-    pictures, queries, width = out.shape
+    images, queries, width = out.shape
     dim = width // heads
     choice = configuration(capability, dim, out.element_size())
     return Launch(
-        picture_kernel,
-        (blocks(queries, choice.queries), heads, pictures),
+        image_kernel,
+        (blocks(queries, choice.queries), heads, images),
         {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "queries": queries, "keys": keys, "heads": heads,
-         "scale": LOG2E * dim**-0.5, "q_picture": q_strides.picture, "k_picture": k_strides.picture},
+         "scale": LOG2E * dim**-0.5, "q_image": q_strides.image, "k_image": k_strides.image},
         {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "Q_HEAD": q_strides.head,
          "K_HEAD": k_strides.head, "BLOCK_M": choice.queries, "BLOCK_N": choice.keys},
         choice.warps,

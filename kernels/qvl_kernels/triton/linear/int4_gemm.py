@@ -28,7 +28,7 @@ def int4_gemm_kernel(
 ):  # fmt: skip
     """out[s, m, n] = sum over the inputs k of split s: x[m, k] * round(scale[g, n] * (q[k, n] - zero[g, n])).
 
-    Shapes as in `int4_small_m_kernel`; each split has TILES tiles. Neighbouring programs share columns, whose words
+    Shapes as in `int4_small_m_kernel`; each split has TILES tiles. Neighboring programs share columns, whose words
     the L2 then holds. Scales of another dtype than x's are rounded to it first.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty

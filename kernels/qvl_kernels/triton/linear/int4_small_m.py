@@ -117,7 +117,7 @@ def aot_specs(capability: int) -> list[Spec]:
         x, weight, bias = example(name, rows, dtype, symmetric)
         chosen = config(capability, "small_m", rows, weight.inputs, weight.outputs)
         out = x.new_empty((chosen.splits, rows, weight.outputs), dtype=torch.float32)
-        label = f"int4_small_m {name}, {rows} row{'s'[:rows > 1]}"
+        label = f"int4_small_m {name}, {rows} row{'s'[: rows > 1]}"
         label += "" if dtype == torch.float16 else ", bf16"
         label += "" if symmetric else ", zero points"
         specs.append(

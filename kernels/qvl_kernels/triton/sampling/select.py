@@ -146,15 +146,22 @@ def pick_kernel(
             top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
             at = row * vocab
             token = _drawn(
-                scaled_ptr + at, tokens_ptr + at, found, tl.load(whole_ptr + row), top_k, top_p, min_p,
-                tl.load(dice_ptr + row), BLOCK,
+                scaled_ptr + at,
+                tokens_ptr + at,
+                found,
+                tl.load(whole_ptr + row),
+                top_k,
+                top_p,
+                min_p,
+                tl.load(dice_ptr + row),
+                BLOCK,
             )
     tops = tl.load(tops_ptr + row * chunks + every, every < chunks, float("-inf"))
     masses = tl.load(masses_ptr + row * chunks + every, every < chunks, 0.0)
     top = tl.max(tops, 0)
-    normaliser = top + LN2 * tl.log2(tl.sum(masses * tl.exp2((tops - top) * LOG2E), 0))
+    normalizer = top + LN2 * tl.log2(tl.sum(masses * tl.exp2((tops - top) * LOG2E), 0))
     tl.store(chosen_ptr + row, token.to(tl.int64))
-    tl.store(logprobs_ptr + row, tl.load(logits_ptr + row * vocab + token).to(tl.float32) - normaliser)
+    tl.store(logprobs_ptr + row, tl.load(logits_ptr + row * vocab + token).to(tl.float32) - normalizer)
     if PENALTY:
         slot = tl.load(slots_ptr + row)
         tl.store(seen_ptr + slot * vocab + token, 1, slot >= 0)

@@ -12,26 +12,40 @@ from tests.kernels.compare import as_good_as_torch
 pytestmark = pytest.mark.interpreter
 
 
-@pytest.mark.parametrize(("pictures", "patches", "heads", "dim"), [
-    (1, 1, 1, 104), (2, 16, 2, 104), (1, 255, 1, 104), (1, 257, 2, 20), (3, 17, 3, 16), (1, 20, 1, 256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("images", "patches", "heads", "dim"),
+    [
+        (1, 1, 1, 104),
+        (2, 16, 2, 104),
+        (1, 255, 1, 104),
+        (1, 257, 2, 20),
+        (3, 17, 3, 16),
+        (1, 20, 1, 256),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_vision_attention(
-    poisoned: None, rng: torch.Generator, pictures: int, patches: int, heads: int, dim: int, dtype: torch.dtype
+    poisoned: None, rng: torch.Generator, images: int, patches: int, heads: int, dim: int, dtype: torch.dtype
 ) -> None:
-    qkv = torch.randn(pictures, patches, 3 * heads * dim, generator=rng).to(dtype)
+    qkv = torch.randn(images, patches, 3 * heads * dim, generator=rng).to(dtype)
     want = reference.vision_attention(qkv.double(), heads)
     as_good_as_torch(vision_attention(qkv, heads), reference.vision_attention(qkv, heads), want)
 
 
-@pytest.mark.parametrize(("pictures", "queries", "patches", "heads", "dim"), [
-    (1, 1, 1, 1, 128), (2, 16, 64, 2, 128), (1, 255, 257, 1, 32), (3, 7, 17, 2, 20),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("images", "queries", "patches", "heads", "dim"),
+    [
+        (1, 1, 1, 1, 128),
+        (2, 16, 64, 2, 128),
+        (1, 255, 257, 1, 32),
+        (3, 7, 17, 2, 20),
+    ],
+)
 def test_cross_attention(
-    poisoned: None, rng: torch.Generator, pictures: int, queries: int, patches: int, heads: int, dim: int
+    poisoned: None, rng: torch.Generator, images: int, queries: int, patches: int, heads: int, dim: int
 ) -> None:
     q = torch.randn(queries, heads * dim, generator=rng).half()
-    k, v = (torch.randn(pictures, patches, heads * dim, generator=rng).half() for _ in range(2))
+    k, v = (torch.randn(images, patches, heads * dim, generator=rng).half() for _ in range(2))
     want = reference.cross_attention(*(t.double() for t in (q, k, v)), heads)
     as_good_as_torch(cross_attention(q, k, v, heads), reference.cross_attention(q, k, v, heads), want)
 

@@ -40,7 +40,7 @@ class Slot:
     join: Callable[[Tensor], Tensor] | None = None
 
 
-class Optimiser:
+class Optimizer:
     def __init__(
         self, model: nn.Module, probe: nn.Module, config: ModelConfig, rate: float, decay: float = 0.05
     ) -> None:
