@@ -68,7 +68,7 @@ class FakeEngine:
         }
 
     def _answer(self, asked: str, images: list[str]) -> Iterator[StreamPiece]:
-        images = tuple(_read(image) for image in images)
+        loaded = tuple(_read(image) for image in images)
         text = BOXED if asked.startswith("Box") else f"you said {asked}"
         pieces = [text] if self.words is None else [f"word{i} " for i in range(self.words)]
         for piece in pieces:
@@ -82,10 +82,10 @@ class FakeEngine:
                 text,
                 tuple(range(len(pieces))),
                 "stop",
-                Usage(10, len(pieces), 4 * len(images), len(images)),
+                Usage(10, len(pieces), 4 * len(loaded), len(loaded)),
                 Timings(0.01, 0.02, 0.05, 0.5, 10, len(pieces)),
                 tuple(parse_boxes(text)),
-                images=images,
+                images=loaded,
             ),
         )
 

@@ -96,7 +96,7 @@ def fetch_all_box_with_ref(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def fetch_latest_image(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
+def fetch_latest_picture(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
     """The path of the last image in the response, else in the newest question that has one; None without any."""
     for text in (response, *(question for question, _ in reversed(history or ()))):
         images = [part["image"] for part in to_list_format(text) if "image" in part]

@@ -61,11 +61,11 @@ class Oracle:
 
     def chunk(self, ids: Sequence[int]) -> Chunk:
         """A new sequence with a whole prompt; close it when done."""
-        images = spelled_images(ids, self.config)
+        spelled = spelled_images(ids, self.config)
         size = self.config.visual.image_size
-        images = [load_image(self.root / image.path, size) for image in images]
+        images = [load_image(self.root / image.path, size) for image in spelled]
         features = self.runner.features(images)
-        spans = [Span(image.start, rows) for image, rows in zip(images, features, strict=True)]
+        spans = [Span(image.start, rows) for image, rows in zip(spelled, features, strict=True)]
         return Chunk(self.cache.sequence(ntk_alpha(self.config, len(ids))), ids, spans)
 
     def prefill(self, *prompts: Sequence[int]) -> list[Tensor]:

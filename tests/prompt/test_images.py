@@ -113,9 +113,9 @@ class TestSources:
         assert load_image(pattern[::-1, ::2], 28).digest == load_image(pattern[::-1, ::2].copy(), 28).digest
 
     def test_the_callers_image_stays_its_own(self, pattern: np.ndarray) -> None:
-        image = Image.fromarray(pattern)
-        image = load_image(image, 28)
-        image.putpixel((0, 0), (1, 2, 3))
+        source = Image.fromarray(pattern)
+        image = load_image(source, 28)
+        source.putpixel((0, 0), (1, 2, 3))
         assert np.array_equal(np.asarray(image.original), pattern)
 
     @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ FUNCTIONS = {
     "from_list_format": ("input",),
     "to_list_format": ("text",),
     "fetch_all_box_with_ref": ("text",),
-    "fetch_latest_image": ("response", "history"),
+    "fetch_latest_picture": ("response", "history"),
 }
 
 

@@ -73,7 +73,7 @@ def test_ambiguous_questions_are_not_asked() -> None:
 def test_which_image_is_asked_only_of_what_one_shows() -> None:
     asked = about_two(np.random.default_rng(0), ([CIRCLE, NUMBER], [CAT, NUMBER]), chinese=False)
     which = {t.question: t.answer for t in asked if t.sort == "which"}
-    expected = {"Which image shows the red circle?": "Picture 1", "Which image shows the cat?": "Picture 2"}
+    expected = {"Which picture shows the red circle?": "Picture 1", "Which picture shows the cat?": "Picture 2"}
     assert which == expected
 
 

@@ -17,15 +17,15 @@ from .packing import ASK, END, SYSTEM, Packer
 def answers(
     model: Nano, packer: Packer, images: np.ndarray, which: Sequence[int], questions: Sequence[str]
 ) -> list[str]:
-    """One answer for each question about pictures[which]: uint8 [P, S, S, 3]; in the order asked."""
+    """One answer for each question about images[which]: uint8 [P, S, S, 3]; in the order asked."""
     visual = model.transformer["visual"]
-    images = torch.cat([visual(torch.from_numpy(p))[1] for p in np.array_split(images, -(-len(images) // 64))])
+    features = torch.cat([visual(torch.from_numpy(p))[1] for p in np.array_split(images, -(-len(images) // 64))])
     prefix = packer.encode(SYSTEM + "Picture 1:" + packer.image)
     start = prefix.index(packer.visual.image_start_id) + 1
-    rows = torch.arange(len(images))
+    rows = torch.arange(len(features))
     slots = torch.stack([rows, torch.full_like(rows, start), rows], 1)
     past: list[list[Tensor]] = [[] for _ in model.transformer["h"]]
-    _step(model, model.embed(torch.tensor(prefix).expand(len(images), -1), images, slots), 0, past)
+    _step(model, model.embed(torch.tensor(prefix).expand(len(features), -1), features, slots), 0, past)
 
     by_length: dict[int, list[int]] = defaultdict(list)
     encoded = [packer.encode(q + ASK) for q in questions]

@@ -274,8 +274,8 @@ class Nano(nn.Module):
         self, images: Tensor, ids: Tensor, slots: Tensor, positions: Tensor, segments: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Packed training pass: segment 0 is the shared prefix, k the k-th dialogue on its own, -1 padding."""
-        patches, images = self.transformer["visual"](images)
-        h, n = self.embed(ids, images, slots), ids.shape[1]
+        patches, features = self.transformer["visual"](images)
+        h, n = self.embed(ids, features, slots), ids.shape[1]
         seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         seen &= torch.ones(n, n, dtype=torch.bool).tril()
         mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill_(~seen, -1e4)[:, None]
