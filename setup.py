@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
 
@@ -48,6 +49,10 @@ ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 class BuildKernels(build_ext):
     """Compiles each source with its own flags, which distutils' extensions cannot say, several at a time."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A name without Python's ABI tag: the library is loaded by ctypes, so one build serves every version."""
+        return os.path.join(*fullname.split(".")) + (".pyd" if os.name == "nt" else ".so")
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -82,6 +87,13 @@ class BuildKernels(build_ext):
         return self.compiler.compile([str(CSRC / name)], self.build_temp, extra_postargs=flags, depends=ext.depends)
 
 
+class AbiFreeWheel(bdist_wheel):
+    """A wheel tagged py3-none-PLATFORM: its only binary knows neither Python's ABI nor torch's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def say(line: str) -> None:
     """To the standard error, which pip shows with -v and a build from a checkout always."""
     print(f"qvl_runtime: {line}", file=sys.stderr)
@@ -99,5 +111,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AbiFreeWheel},
 )
