@@ -10,7 +10,7 @@ import torch
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.formats.layout import expected_tensors
-from qvl_runtime.schedule.kv_cache import bytes_per_token
+from qvl_runtime.model.cache_layout import bytes_per_token
 from qvl_runtime.weights.synthetic import SYNTHETIC, synthetic_config
 
 MACHINES = {"A100-SXM4-80GB": 2039, "H100 80GB HBM3": 3350}  # GB/s

@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks.gpu.bounds import full_config, token_bytes
 from benchmarks.gpu.place import Place
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule.kv_cache import bytes_per_token
+from qvl_runtime.model.cache_layout import bytes_per_token
 
 Row = dict[str, Any]
 SPEED = {("bf16", 2048): 28.87, ("bf16", 8192): 24.32, ("int4", 2048): 37.79, ("int4", 8192): 34.34}  # tok/s

@@ -58,8 +58,11 @@ def summarize(folder: Path) -> dict[str, Any]:
 
     A packed int4 or int8 matrix counts the parameters that it stands for; its scales, zero points and order only bytes.
     """
+    import torch
+
     from qvl_runtime.config.model import ModelConfig
     from qvl_runtime.formats.layout import decoder_linears
+    from qvl_runtime.model.cache_layout import bytes_per_token
     from qvl_runtime.weights.checkpoint import Checkpoint
 
     config = ModelConfig.from_folder(folder)
@@ -81,7 +84,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "context": config.context_limit,
         "image": f"{config.visual.image_size} pixels a side, {config.visual.n_queries} tokens",
-        "kv_bytes_per_token": 2 * config.num_hidden_layers * config.hidden_size * ITEM_SIZE[config.dtype],
+        "kv_bytes_per_token": bytes_per_token(config, getattr(torch, config.dtype)),
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),

@@ -15,6 +15,7 @@ from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.warm_up import MARGIN, workspace_bytes
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.plan.gpus import Machine
 from qvl_runtime.plan.plan import Load, Plan, choices_of, refuse
@@ -22,7 +23,7 @@ from qvl_runtime.schedule import cpu_graphs
 from qvl_runtime.schedule.core import Loop
 from qvl_runtime.schedule.cpu_graphs import CpuCapture
 from qvl_runtime.schedule.cuda_graphs import CudaCapture, CudaMeter
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
+from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Runner
 from qvl_runtime.schedule.scheduler import StepLimits
 

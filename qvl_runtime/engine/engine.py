@@ -27,6 +27,7 @@ from qvl_runtime.engine.device import (
 )
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.formats.host_memory import trim_heap
+from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
@@ -35,7 +36,7 @@ from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.core import Loop
 from qvl_runtime.schedule.image_cache import ImageCache
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, bytes_per_token
+from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.request import Request
 from qvl_runtime.schedule.runner import Chunk, Runner, Span
 from qvl_runtime.schedule.scheduler import StepLimits

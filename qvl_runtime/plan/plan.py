@@ -15,12 +15,12 @@ from qvl_runtime.config.checks import require_choice
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.formats.layout import decoder_linears
+from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
 from qvl_runtime.plan.gpus import Machine
-from qvl_runtime.plan.sizes import images_at_once, kv_per_token, weight_bytes
+from qvl_runtime.plan.sizes import images_at_once, weight_bytes
 from qvl_runtime.weights.manifest import Manifest, is_converted
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-BLOCK = 16  # tokens of a KV block
 FAULT = 64 << 10  # bytes that Linux brings in where one of a mapped file is read
 COMPILED = 9 << 16  # bytes of code that torch's 16-bit GEMMs keep for a shape of weight and a number of rows
 # The tower's linears of different shapes, by the rows that they meet.
@@ -105,7 +105,10 @@ class Plan:
 
     @property
     def kv_per_token(self) -> int:
-        return kv_per_token(self.config, 1 if self.choices.kv == "int8" else self.width)
+        """Bytes of the keys and values of one token."""
+        import torch
+
+        return bytes_per_token(self.config, getattr(torch, "int8" if self.choices.kv == "int8" else self.dtype))
 
     @property
     def kv_per_image(self) -> int:
@@ -197,8 +200,8 @@ class Plan:
         """Of so many tokens, in blocks, and of one block that is always there. On a CPU in whole pages."""
         from qvl_kernels.memory import touched
 
-        blocks, tensors = -(-tokens // BLOCK), 2 * self.config.num_hidden_layers
-        block = BLOCK * self.kv_per_token // tensors
+        blocks, tensors = -(-tokens // BLOCK_SIZE), 2 * self.config.num_hidden_layers
+        block = BLOCK_SIZE * self.kv_per_token // tensors
         there = touched(blocks * block, block) if self.device == "cpu" else blocks * block
         return tensors * (there + block)
 

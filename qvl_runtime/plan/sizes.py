@@ -9,7 +9,6 @@ from qvl_runtime.formats.layout import decoder_linears, expected_tensors
 
 GROUP = 128  # inputs that share a scale where floats are rounded
 SCALE = 2  # bytes
-SCALE_OF_VECTOR = 4  # bytes behind a vector of an int8 cache
 PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
 # Bytes of the tower's widest activations that several images may have in a CPU's pass. In turns, a full-size image
 # took 7.2 and 6.4 s alone, 7.4 and 6.7 in a pass of two, 7.4 in one of four: nothing gained for the memory of more.
@@ -38,12 +37,6 @@ def weight_bytes(config: ModelConfig, width: int, vision: str = "keep", head: st
             packed = config.quantization is not None and prefix in linears
             parts["language"] += _packed(config, kind, size) if packed else size * width
     return parts
-
-
-def kv_per_token(config: ModelConfig, width: int) -> int:
-    """Bytes of keys and values of a token; int8 (width 1) keeps a scale behind each vector."""
-    vector = config.kv_channels * width + (SCALE_OF_VECTOR if width == 1 else 0)
-    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
 def images_at_once(vision: VisionConfig, width: int, device: str) -> int:

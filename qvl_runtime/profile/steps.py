@@ -15,11 +15,11 @@ import torch
 
 from qvl_runtime.engine.engine import Engine
 from qvl_runtime.errors import CapacityError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.profile.run_info import finish
 from qvl_runtime.profile.spread import Spread
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.device_sampler import sampler_for
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.runner import Chunk
 from qvl_runtime.schedule.sampler import Draws, Row
 from qvl_runtime.schedule.sequence import Sequence

@@ -22,13 +22,13 @@ from torch import Tensor
 from qvl_kernels.reference import gptq_dequantize
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.formats.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import LayerCache, Layout, Observer, make_block, unobserved
 from qvl_runtime.model.linear import Linear, Maker, SideBySide
 from qvl_runtime.model.rotary import Positions, inverse_frequencies, ntk_alpha, positions_of
 from qvl_runtime.quantize.solver import Factor, Solver
 
 Method = Literal["gptq", "rtn"]
-BLOCK_SIZE = 16  # slots of a cache block
 INPUTS = {
     "attn.c_attn": "ln_1",
     "attn.c_proj": "attn_context",

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
+from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.sequence import Sequence
 
 _log = logging.getLogger(__name__)

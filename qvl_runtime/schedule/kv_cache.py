@@ -15,12 +15,11 @@ from qvl_kernels.memory import PIECE, buffer
 from qvl_kernels.reference import cache_width
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CapacityError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import LayerCache, Layout
 from qvl_runtime.schedule.block_pool import BlockPool
 from qvl_runtime.schedule.prefix_cache import PrefixCache, Root
 from qvl_runtime.schedule.sequence import Sequence
-
-BLOCK_SIZE = 16  # slots: a block of one head is 4 KiB in 16 bits at head size 128
 
 
 class KVCache:
@@ -99,12 +98,6 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     block = math.prod(shape[1:]) * dtype.itemsize
     huge = (shape[0] - 1) * block if block >= PIECE else 0
     return buffer(shape[0] * block, huge).view(dtype).view(shape)
-
-
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What a cache of this dtype takes for a token, before there is one."""
-    vector = cache_width(config.kv_channels, dtype) * dtype.itemsize
-    return 2 * config.num_hidden_layers * config.num_attention_heads * vector
 
 
 def layout_of(sequences: Items[Sequence], counts: Items[int]) -> tuple[Tensor, Layout]:

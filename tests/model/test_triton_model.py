@@ -22,11 +22,11 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.prompt.images import load_image
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.runner import Chunk, Span
 from tests.interpreter import patch_language_once
 from tests.model.oracle import Oracle, spelled_images, without_padding

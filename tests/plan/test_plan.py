@@ -15,10 +15,10 @@ from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.engine.engine import NANO, Engine
 from qvl_runtime.errors import CapacityError, ConfigError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
 from qvl_runtime.plan.gpus import Machine, gpu
 from qvl_runtime.plan.plan import Choices, Load, Plan, choices_of, refuse, ways_to_fit
-from qvl_runtime.plan.sizes import kv_per_token
-from qvl_runtime.schedule.kv_cache import bytes_per_token
+from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.weights.synthetic import synthetic_config
 
 pytestmark = pytest.mark.cpu
@@ -58,7 +58,10 @@ def test_weights_are_those_of_the_files() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_kv_is_what_the_cache_takes(dtype: torch.dtype) -> None:
     config = published("qwen-vl-chat")
-    assert kv_per_token(config, dtype.itemsize) == bytes_per_token(config, dtype)
+    cache = KVCache(config, BLOCK_SIZE, dtype, torch.device("cpu"))
+    int8 = dtype is torch.int8
+    choices = Choices(kv="int8") if int8 else Choices(dtype=str(dtype).removeprefix("torch."))
+    assert Plan(config, choices).kv_per_token == bytes_per_token(config, dtype) == cache.bytes_per_token
 
 
 @pytest.mark.parametrize("made", [{}, {"vision": "int8", "head": "int8"}, {"head": "int4"}])

@@ -12,9 +12,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from PIL import Image
 
 from qvl_runtime.errors import CapacityError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.prompt.images import LoadedImage, load_image
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache
+from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.sequence import Sequence
 from tests.schedule.small import small_config
 

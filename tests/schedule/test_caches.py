@@ -8,8 +8,9 @@ import torch
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import CapacityError
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.schedule.image_cache import ImageCache
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE, KVCache, layout_of
+from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 
 pytestmark = pytest.mark.unit
 

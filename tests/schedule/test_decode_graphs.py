@@ -10,8 +10,8 @@ import torch
 
 from qvl_kernels import reference
 from qvl_runtime import Engine
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.schedule.decode_graphs import BUCKETS, DecodeGraphs
-from qvl_runtime.schedule.kv_cache import BLOCK_SIZE
 from qvl_runtime.schedule.runner import Chunk
 from tests.schedule.drive import all_together, checkpoint, greedy, image, one_at_a_time, prompt_of, random_requests
 from tests.schedule.fake_graphs import FakeCapture
