@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup triton kernel-report ttsem demo test asan ubsan lint nano eval-nano report report-quick clean
+.PHONY: help setup triton docs examples wheel kernel-report ttsem demo test asan ubsan lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -93,6 +93,25 @@ nano: $(STAMP) ## train the small checkpoint anew: 2.5 hours on 2 cores, resumes
 
 eval-nano: $(STAMP) ## score the small checkpoint and its Int4 sibling on 500 scenes that they never saw
 	$(BIN)/python -m tools.eval_nano --int4 $(NANO_FLAGS)
+
+examples: $(STAMP) ## run every script in examples/
+	@mkdir -p out && for script in examples/*.py; do echo "== $$script"; (cd out && ../$(BIN)/python ../$$script) || exit 1; done
+
+WHEEL_DIR := build/wheel
+
+wheel: $(STAMP) ## build a wheel into dist/: manylinux on Linux, one for every Python of an architecture
+	@rm -rf $(WHEEL_DIR) && mkdir -p dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[wheel]'
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL_DIR) .
+	@rm -f dist/qvl_runtime-*.whl
+	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist $(WHEEL_DIR)/*.whl; \
+	else cp $(WHEEL_DIR)/*.whl dist; fi
+	@ls dist/*.whl
+
+docs: $(STAMP) ## build the documentation site into build/site, strictly
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 report: $(STAMP) ## measure this machine: benchmarks/results/<machine>-<date>/, under 40 minutes
 	$(BIN)/python -m benchmarks.report
