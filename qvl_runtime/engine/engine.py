@@ -31,7 +31,7 @@ from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
-from qvl_runtime.prompt.images import ImageLimits
+from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.core import Loop

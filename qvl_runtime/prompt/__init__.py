@@ -5,7 +5,8 @@ from __future__ import annotations
 from qvl_runtime.prompt.boxes import Box, parse_boxes
 from qvl_runtime.prompt.chatml import EncodedPrompt, ImageSpan, Prompt, PromptEncoder, decode_answer
 from qvl_runtime.prompt.drawing import draw_boxes
-from qvl_runtime.prompt.images import ImageLimits, ImageSource, LoadedImage, load_image, to_pixels
+from qvl_runtime.prompt.images import ImageSource, LoadedImage, load_image, to_pixels
+from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.listformat import from_list_format, to_list_format
 from qvl_runtime.prompt.streaming import StopMatcher, StreamDecoder
 from qvl_runtime.prompt.tokenizer import Tokenizer

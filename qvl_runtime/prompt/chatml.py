@@ -13,7 +13,8 @@ from operator import index
 from typing import Any, TypeAlias, cast
 
 from qvl_runtime.errors import ConfigError, PromptError
-from qvl_runtime.prompt.images import ImageLimits, LoadedImage, load_image
+from qvl_runtime.prompt.images import LoadedImage, load_image
+from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.messages import Conversation, Turn, is_messages
 from qvl_runtime.prompt.parts import Part, content_segment
 from qvl_runtime.prompt.segment import Segment

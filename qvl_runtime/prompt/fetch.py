@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 from qvl_runtime.errors import DownloadError, ImageError, QVLError
+from qvl_runtime.prompt.limits import ImageLimits
 
 if TYPE_CHECKING:
     import urllib.request
-
-    from qvl_runtime.prompt.images import ImageLimits
 
 _CHUNK = 65536
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)

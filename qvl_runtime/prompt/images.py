@@ -16,8 +16,9 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qvl_runtime.errors import ConfigError, ImageError
+from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.fetch import check_size, read_bytes, short_name
+from qvl_runtime.prompt.limits import ImageLimits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,25 +37,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # What PIL's decoders raise for damaged files.
 _BUGS = (TypeError, LookupError, ArithmeticError)  # PIL's plugins trust the file's numbers
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, *_BUGS)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What a prompt may ask of the machine for its images."""
-
-    max_bytes: int = 20 * 2**20  # of the encoded file
-    max_pixels: int = 40_000_000  # width x height of the original, checked in its header before anything is decoded
-    timeout_s: float = 10.0  # seconds, for one download from name look-up to last byte
-    max_images: int = 16  # a prompt
-    allow_urls: bool = True
-    allow_files: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("max_bytes", "max_pixels", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
-        if self.max_images < 0:
-            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from qvl_runtime.errors import DownloadError, ImageError
-from qvl_runtime.prompt.images import ImageLimits, load_image
+from qvl_runtime.prompt.images import load_image
+from qvl_runtime.prompt.limits import ImageLimits
 
 FILE = io.BytesIO()
 Image.new("RGB", (40, 30), "green").save(FILE, "PNG")

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qvl_runtime.errors import ConfigError, DownloadError, ImageError
-from qvl_runtime.prompt.images import MEAN, STD, ImageLimits, LoadedImage, load_image, to_pixels
+from qvl_runtime.prompt.images import MEAN, STD, LoadedImage, load_image, to_pixels
+from qvl_runtime.prompt.limits import ImageLimits
 
 
 @pytest.fixture(scope="session")

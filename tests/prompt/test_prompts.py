@@ -9,7 +9,7 @@ import pytest
 
 from qvl_runtime.errors import ImageError, PromptError
 from qvl_runtime.prompt.chatml import PromptEncoder
-from qvl_runtime.prompt.images import ImageLimits
+from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .chat import BLUE, RED, SIZE, data_url, spell
