@@ -47,20 +47,22 @@ def test_it_holds_every_module_and_nothing_of_the_checkout(wheel: Path) -> None:
 
 
 def test_it_runs_the_demo_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=120)
-    python = environment / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, timeout=120)
-    packages = next((environment / "lib").glob("python*/site-packages"))
+    folder = tmp_path / "env"
+    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "QVL_CPU_LIBRARY")}
+    bare |= {"PATH": str(folder / "bin"), "CC": "/bin/false", "CXX": "/bin/false"}
+
+    def run(*command: str | Path) -> str:
+        ran = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=240)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    run(sys.executable, "-m", "venv", folder)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    packages = next((folder / "lib").glob("python*/site-packages"))
     # torch and the other dependencies come from the environment that runs the tests
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "QVL_CPU_LIBRARY")}
-    clean |= {"PATH": str(environment / "bin"), "CC": "/bin/false", "CXX": "/bin/false"}
-    demo = [environment / "bin" / "qvl", "demo", "--out", tmp_path / "demo.png"]
-    ran = subprocess.run(demo, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=240)
-    assert ran.returncode == 0, ran.stderr
-    assert "C++ kernels" in ran.stdout and (tmp_path / "demo.png").is_file(), ran.stdout
-    code = "import qvl_runtime, qvl_kernels; print(qvl_runtime.__file__, qvl_kernels.__file__)"
-    where = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True)
-    assert all(str(packages) in path for path in where.stdout.split()), where.stdout
+    shown = run(folder / "bin" / "qvl", "demo", "--out", tmp_path / "demo.png")
+    assert "C++ kernels" in shown and (tmp_path / "demo.png").is_file(), shown
+    where = run(python, "-c", "import qvl_runtime, qvl_kernels; print(qvl_runtime.__file__, qvl_kernels.__file__)")
+    assert all(path.startswith(str(packages)) for path in where.split()), where
