@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig
-from qvl_runtime.formats.gptq import quantize_state
+from qvl_runtime.formats.gptq import quantize_rtn
+from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.weights.save import quantized_config
 
 GPTQ = {
@@ -19,6 +21,24 @@ GPTQ = {
     "int4 act-order asymmetric": QuantizationConfig(4, 32, desc_act=True, sym=False),
     "int8 v2": QuantizationConfig(8, 32, sym=False, checkpoint_format="gptq_v2"),
 }
+
+
+def quantize_state(
+    state: Mapping[str, torch.Tensor], config: ModelConfig, quantization: QuantizationConfig
+) -> dict[str, torch.Tensor]:
+    """Round the five linears of each block to nearest, in the published layout; all other weights become float16."""
+    linears = decoder_linears(config)
+    packed: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, kind = name.rpartition(".")
+        if prefix not in linears:
+            packed[name] = tensor.to(torch.float16)
+        elif kind == "weight":
+            bits, group_size, offset = quantization.bits, quantization.group_size, quantization.zero_offset
+            bias = state.get(f"{prefix}.bias")
+            linear = quantize_rtn(tensor, bits, group_size, quantization.sym, bias=bias, zero_offset=offset)
+            packed |= linear.tensors(prefix)
+    return packed
 
 
 def gptq(raw: dict[str, Any], state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from qvl_runtime.cli.terminal import progress_bar, say, size
+from qvl_runtime.convert.recipes import ConvertOptions
 from qvl_runtime.errors import CheckpointError, ConfigError
-from qvl_runtime.weights.recipes import ConvertOptions
 
 
 def run_convert(

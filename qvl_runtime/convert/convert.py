@@ -8,7 +8,7 @@ a rename.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.journal import Journal
 from qvl_runtime.convert.prefetch import ahead
+from qvl_runtime.convert.recipes import ConvertOptions, Recipe, build, recipes
 from qvl_runtime.convert.shard_writer import Entry, ShardWriter
 from qvl_runtime.errors import CheckpointError, ConfigError
+from qvl_runtime.formats.gptq import GPTQ_TENSORS
 from qvl_runtime.formats.host_memory import pieces
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.manifest import (
@@ -30,7 +32,6 @@ from qvl_runtime.weights.manifest import (
     file_digest,
     is_converted,
 )
-from qvl_runtime.weights.recipes import ConvertOptions, Recipe, make, recipes
 from qvl_runtime.weights.tensor_file import CODES, Written, header_of, read_header
 
 if TYPE_CHECKING:
@@ -177,14 +178,19 @@ class _Job(NamedTuple):
         if not recipe.parts:
             return [self._as_it_is(recipe.name)], {}
         entries, linears = [], {}
-        for made in make(recipe, self.checkpoint, self.config, self.ops):
-            target = self.options.target
-            entries += [Entry.of(f"{made.name}.{target}.{name}", t) for name, t in made.packed.tensors.items()]
-            entries += [Entry.of(name, t)._replace(parts=pieces(t, t.dtype)) for name, t in made.kept.items()]
-            linears[made.name] = PackedLinear(
-                made.packed.layout, list(made.packed.tensors), made.packed.fields, list(made.parts), made.rounded
-            )
+        target, rounded = self.options.target, recipe.bits is not None
+        for name, packed, parts in build(recipe, self.checkpoint, self.config, self.ops):
+            entries += [Entry.of(f"{name}.{target}.{kind}", tensor) for kind, tensor in packed.tensors.items()]
+            if not rounded:
+                entries += self._published_helpers(parts)
+            linears[name] = PackedLinear(packed.layout, list(packed.tensors), packed.fields, list(parts), rounded)
         return entries, linears
+
+    def _published_helpers(self, parts: Sequence[str]) -> list[Entry]:
+        """Scales, zero points and the like of GPTQ linears: a packed layout cannot restore these bit for bit."""
+        stored = (f"{part}.{kind}" for part in parts for kind in GPTQ_TENSORS if kind != "qweight")
+        tensors = {name: self.checkpoint.tensor(name) for name in stored if name in self.checkpoint}
+        return [Entry.of(name, t)._replace(parts=pieces(t, t.dtype)) for name, t in tensors.items()]
 
     def _as_it_is(self, name: str) -> Entry:
         """A tensor of the source, floats as the dtype that was chosen."""
@@ -228,7 +234,7 @@ class _Job(NamedTuple):
         return SourceFile(path.stat().st_size, sha256, header_of(tensors).decode(), restored, False)
 
 
-_KINDS = ("weight", "qweight", "qzeros", "scales", "g_idx", "bias")
+_KINDS = ("weight", *GPTQ_TENSORS)
 
 
 def refuse_destination(source: Path, destination: Path) -> None:

@@ -43,7 +43,7 @@ from qvl_runtime.schedule.scheduler import StepLimits
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.weights.hub import Source, resolve_model
 from qvl_runtime.weights.loader import load_weights, model_config
-from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
+from qvl_runtime.weights.synthetic import synthetic_config, synthetic_weights
 
 _log = logging.getLogger("qvl_runtime")
 
@@ -115,11 +115,11 @@ class Engine:
         free: int | None = None
         if asked.synthetic is None:  # of one that shares its blocks nobody knows the size before it is there
             free = room_beside(asked, config, kind, self.folder, place)
-            state, laid_out = load_weights(self.folder, config, kind, place, asked.embedding_on_host)
+            state, packed = load_weights(self.folder, config, kind, place, asked.embedding_on_host)
         else:
-            state, laid_out = SyntheticState(config, kind, asked.repeat_blocks, place), {}
-        network = QwenVL(config, state, asked.precision, laid_out, embedding_on_host=asked.embedding_on_host)
-        del state, laid_out
+            state, packed = synthetic_weights(config, kind, place, asked.repeat_blocks)
+        network = QwenVL(config, state, asked.precision, packed, embedding_on_host=asked.embedding_on_host)
+        del state, packed
         trim_heap()
         kept = torch.int8 if asked.kv_dtype == "int8" else kind
         free, spare = free_memory(place) if free is None else free, spare_bytes(network, asked, kept)

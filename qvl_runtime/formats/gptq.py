@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.grid import Grid, grid_between
-from qvl_runtime.formats.layout import decoder_linears
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of one linear, as AutoGPTQ names them
 FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that what is made on the way stays in a core's cache
 OUTPUTS_AT_ONCE = 256  # that are compared with their floats together: 11 MB of those for the widest linear
 
@@ -77,8 +77,14 @@ class GPTQLinear:
             zero_offset=quantization.zero_offset,
         )
 
-    def beside(self, other: GPTQLinear) -> GPTQLinear | None:
-        """Both as one linear, the outputs of `other` after its own; None where they group their inputs differently."""
+    def to(self, device: torch.device) -> GPTQLinear:
+        """This linear on a device; tensors that are there already are not copied."""
+        g_idx, bias = (None if tensor is None else tensor.to(device) for tensor in (self.g_idx, self.bias))
+        qweight, qzeros, scales = (tensor.to(device) for tensor in (self.qweight, self.qzeros, self.scales))
+        return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx, bias=bias)
+
+    def concat_outputs(self, other: GPTQLinear) -> GPTQLinear | None:
+        """Merge two linears of the same input, outputs of `other` last; None where they group inputs differently."""
         import torch
 
         ours, theirs = self.g_idx, other.g_idx
@@ -112,8 +118,8 @@ class GPTQLinear:
             g_idx = _groups_in_order(self.in_features, self.group_size, self.qweight.device)
         if bias is None:
             bias = torch.zeros(self.out_features, device=self.qweight.device)
-        published = {"qweight": self.qweight, "qzeros": self.qzeros, "scales": self.scales, "g_idx": g_idx}
-        return {f"{name}.{key}": value for key, value in (published | {"bias": bias.to(torch.float16)}).items()}
+        tensors = (self.qweight, self.qzeros, self.scales, g_idx, bias.to(torch.float16))
+        return {f"{name}.{kind}": tensor for kind, tensor in zip(GPTQ_TENSORS, tensors, strict=True)}
 
 
 def pack_linear(
@@ -188,26 +194,6 @@ def _grouped(weight: Tensor, group_size: int) -> Tensor:
     if missing := -weight.shape[1] % group_size:
         floats = torch.nn.functional.pad(floats, (0, missing))
     return floats.view(len(weight), -1, group_size)
-
-
-def quantize_state(
-    state: Mapping[str, Tensor], config: ModelConfig, quantization: QuantizationConfig
-) -> dict[str, Tensor]:
-    """Round the five linears of each block to nearest, in the published layout; all other weights become float16."""
-    import torch
-
-    linears = decoder_linears(config)
-    packed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        prefix, _, kind = name.rpartition(".")
-        if prefix not in linears:
-            packed[name] = tensor.to(torch.float16)
-        elif kind == "weight":
-            bits, group_size, offset = quantization.bits, quantization.group_size, quantization.zero_offset
-            bias = state.get(f"{prefix}.bias")
-            linear = quantize_rtn(tensor, bits, group_size, quantization.sym, bias=bias, zero_offset=offset)
-            packed |= linear.tensors(prefix)
-    return packed
 
 
 def _groups_in_order(in_features: int, group_size: int, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvl_kernels.reference import summed
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.model.linear import Linear, Maker
+from qvl_runtime.model.linear import Linear, LinearBuilder
 from qvl_runtime.model.rotary import Positions
 
 
@@ -106,13 +106,13 @@ class Block:
 class Decoder:
     """Blocks, the final norm and the head."""
 
-    def __init__(self, config: ModelConfig, make: Maker) -> None:
-        self._ops, self._eps = make.ops, config.layer_norm_epsilon
-        self.embedding = make.state["transformer.wte.weight"]
-        self._blocks = [make_block(config, make, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
-        self._ln_f = make.state["transformer.ln_f.weight"]
-        head = make.state.pop("lm_head.weight", self.embedding)  # absent where it is tied
-        self._head = make.bind("lm_head", head)
+    def __init__(self, config: ModelConfig, linears: LinearBuilder) -> None:
+        self._ops, self._eps = linears.ops, config.layer_norm_epsilon
+        self.embedding = linears.state["transformer.wte.weight"]
+        self._blocks = [make_block(config, linears, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
+        self._ln_f = linears.state["transformer.ln_f.weight"]
+        head = linears.state.pop("lm_head.weight", self.embedding)  # absent where it is tied
+        self._head = linears.of_tensors("lm_head", head)
 
     def forward(
         self, x: Tensor, at: Positions, layout: Layout, caches: Sequence[LayerCache], observe: Observer = unobserved
@@ -140,19 +140,19 @@ def _of_layer(observe: Observer, i: int) -> Observer:
     return lambda name, value: observe(f"layer{i}.{name}", value)
 
 
-def make_block(config: ModelConfig, make: Maker, name: str) -> Block:
-    """The block whose tensors are called `name`.*, its linears made by `make`."""
+def make_block(config: ModelConfig, linears: LinearBuilder, name: str) -> Block:
+    """The block whose tensors are called `name`.*, its linears built by `linears`."""
 
     def linear(part: str) -> Linear:
-        return make.decoder(f"{name}.{part}", config.quantization)
+        return linears.decoder(f"{name}.{part}")
 
     return Block(
-        make.ops,
+        linears.ops,
         config.layer_norm_epsilon,
-        make.state[f"{name}.ln_1.weight"],
-        make.state[f"{name}.ln_2.weight"],
+        linears.state[f"{name}.ln_1.weight"],
+        linears.state[f"{name}.ln_2.weight"],
         linear("attn.c_attn"),
         linear("attn.c_proj"),
-        make.side_by_side(f"{name}.mlp.up_gate", [f"{name}.mlp.w1", f"{name}.mlp.w2"], config.quantization),
+        linears.merged(f"{name}.mlp.up_gate", [f"{name}.mlp.w1", f"{name}.mlp.w2"]),
         linear("mlp.c_proj"),
     )

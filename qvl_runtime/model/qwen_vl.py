@@ -15,7 +15,7 @@ from qvl_kernels.reference import Bound, Packed, Precision
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
-from qvl_runtime.model.linear import Maker
+from qvl_runtime.model.linear import LinearBuilder
 from qvl_runtime.model.rotary import positions_of
 from qvl_runtime.model.vision import VisualTower
 
@@ -41,20 +41,20 @@ class QwenVL:
         config: ModelConfig,
         state: MutableMapping[str, Tensor],
         precision: Precision = "exact",
-        laid_out: Mapping[str, Packed] | None = None,
+        packed: Mapping[str, Packed] | None = None,
         embedding_on_host: bool = False,
     ) -> None:
-        """state: the published names, checked (weights.checkpoint.load_state), on one device and in one dtype.
+        """Build the model from the weights that `weights.loader` returns, on one device and in one dtype.
 
-        It is emptied: what is kept of it lies in memory as the kernels want it. laid_out: linears that lie so already,
-        those of a converted checkpoint; the state lacks them. embedding_on_host: the table is used in the host's
-        memory, and its rows are sent to the device. Raises `ConfigError` where the head reads the same table.
+        state: dense tensors by published name; it is emptied. packed: linears in the layout of their kernels, by the
+        model's name. embedding_on_host: the table stays in the host's memory, and its rows are sent to the device.
+        Raises `ConfigError` where the head reads the same table.
         """
         norm = state["transformer.ln_f.weight"]
         self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
         self.ops, self.embedding_on_host = ops_for(self.device), embedding_on_host
-        make = Maker(self.ops, state, precision, {}, laid_out or {})
-        tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in make.laid_out
+        linears = LinearBuilder(self.ops, state, precision, packed or {})
+        tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in linears.packed
         if embedding_on_host:
             if tied:
                 raise ConfigError(
@@ -62,11 +62,11 @@ class QwenVL:
                     "which every token reads whole: leave it out, or convert the checkpoint with --head int8"
                 )
             state["transformer.wte.weight"] = state["transformer.wte.weight"].cpu()
-        self.decoder = Decoder(config, make)
-        self.visual = VisualTower(config.visual, make)
+        self.decoder = Decoder(config, linears)
+        self.visual = VisualTower(config.visual, linears)
         here = {name: tensor for name, tensor in state.items() if tensor.device == self.device}
-        self.bytes_by_part = _bytes_by_part(here, make.made, tied)
-        self.kernels = _kernels_by_part(make.made)
+        self.bytes_by_part = _bytes_by_part(here, linears.bound, tied)
+        self.kernels = _kernels_by_part(linears.bound)
         if embedding_on_host:
             self.kernels["embedding"] = "rows sent from the host"
         state.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvl_runtime.config.model import VisionConfig
 from qvl_runtime.model.language import Observer, unobserved
-from qvl_runtime.model.linear import Linear, Maker
+from qvl_runtime.model.linear import Linear, LinearBuilder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,18 +50,18 @@ class VisionBlock:
 class Resampler:
     """One cross attention from learned queries to the patches, with positions on queries and keys (4.5)."""
 
-    def __init__(self, config: VisionConfig, make: Maker, name: str) -> None:
-        self._ops, self._heads = make.ops, config.pool_heads
-        self._kv_proj = make.dense(f"{name}.kv_proj") if config.width != config.output_dim else None
-        self._ln_kv = _norm(config, make, f"{name}.ln_kv")
-        weights, biases = (make.state.pop(f"{name}.attn.in_proj_{kind}").chunk(3) for kind in ("weight", "bias"))
-        self._to_k = make.bind(f"{name}.attn.to_k", weights[1], biases[1])
-        self._to_v = make.bind(f"{name}.attn.to_v", weights[2], biases[2])
-        self._out_proj = make.dense(f"{name}.attn.out_proj")
-        positions = make.state[f"{name}.pos_embed"]
+    def __init__(self, config: VisionConfig, linears: LinearBuilder, name: str) -> None:
+        self._ops, self._heads = linears.ops, config.pool_heads
+        self._kv_proj = linears.dense(f"{name}.kv_proj") if config.width != config.output_dim else None
+        self._ln_kv = _norm(config, linears, f"{name}.ln_kv")
+        weights, biases = (linears.state.pop(f"{name}.attn.in_proj_{kind}").chunk(3) for kind in ("weight", "bias"))
+        self._to_k = linears.of_tensors(f"{name}.attn.to_k", weights[1], biases[1])
+        self._to_v = linears.of_tensors(f"{name}.attn.to_v", weights[2], biases[2])
+        self._out_proj = linears.dense(f"{name}.attn.out_proj")
+        positions = linears.state[f"{name}.pos_embed"]
         # the queries are the same for every image: projected once
-        queries = _norm(config, make, f"{name}.ln_q")(make.state[f"{name}.query"]) + positions
-        self._queries = make.ops.linear(queries, weights[0], biases[0])
+        queries = _norm(config, linears, f"{name}.ln_q")(linears.state[f"{name}.query"]) + positions
+        self._queries = linears.ops.linear(queries, weights[0], biases[0])
         self._key_positions = resize_table(positions, config.grid)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -72,18 +72,18 @@ class Resampler:
 
 
 class VisualTower:
-    def __init__(self, config: VisionConfig, make: Maker) -> None:
+    def __init__(self, config: VisionConfig, linears: LinearBuilder) -> None:
         root = "transformer.visual"
         self.config = config
         # kernel and stride are one: the convolution is a product with the flattened patch
-        self._patch_proj = make.bind(f"{root}.conv1", make.state.pop(f"{root}.conv1.weight").flatten(1))
-        self._positions = resize_table(make.state[f"{root}.positional_embedding"], config.grid)
-        self._ln_pre = _norm(config, make, f"{root}.ln_pre")
+        self._patch_proj = linears.of_tensors(f"{root}.conv1", linears.state.pop(f"{root}.conv1.weight").flatten(1))
+        self._positions = resize_table(linears.state[f"{root}.positional_embedding"], config.grid)
+        self._ln_pre = _norm(config, linears, f"{root}.ln_pre")
         blocks = (f"{root}.transformer.resblocks.{i}" for i in range(config.layers))
-        self._blocks = [_block(config, make, name) for name in blocks]
-        self._resampler = Resampler(config, make, f"{root}.attn_pool")
-        self._ln_post = _norm(config, make, f"{root}.ln_post")
-        self._proj = make.bind(f"{root}.proj", make.state.pop(f"{root}.proj").t())  # published as [in, out]
+        self._blocks = [_block(config, linears, name) for name in blocks]
+        self._resampler = Resampler(config, linears, f"{root}.attn_pool")
+        self._ln_post = _norm(config, linears, f"{root}.ln_post")
+        self._proj = linears.of_tensors(f"{root}.proj", linears.state.pop(f"{root}.proj").t())  # published as [in, out]
 
     def forward(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
         """Normalized pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
@@ -120,18 +120,18 @@ def resize_table(table: Tensor, grid: int) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 
-def _norm(config: VisionConfig, make: Maker, name: str) -> Norm:
-    return Norm(make.ops, make.state[f"{name}.weight"], make.state[f"{name}.bias"], config.layer_norm_eps)
+def _norm(config: VisionConfig, linears: LinearBuilder, name: str) -> Norm:
+    return Norm(linears.ops, linears.state[f"{name}.weight"], linears.state[f"{name}.bias"], config.layer_norm_eps)
 
 
-def _block(config: VisionConfig, make: Maker, name: str) -> VisionBlock:
+def _block(config: VisionConfig, linears: LinearBuilder, name: str) -> VisionBlock:
     return VisionBlock(
-        make.ops,
+        linears.ops,
         config.heads,
-        _norm(config, make, f"{name}.ln_1"),
-        _norm(config, make, f"{name}.ln_2"),
-        make.dense(f"{name}.attn.in_proj"),
-        make.dense(f"{name}.attn.out_proj"),
-        make.dense(f"{name}.mlp.c_fc"),
-        make.dense(f"{name}.mlp.c_proj"),
+        _norm(config, linears, f"{name}.ln_1"),
+        _norm(config, linears, f"{name}.ln_2"),
+        linears.dense(f"{name}.attn.in_proj"),
+        linears.dense(f"{name}.attn.out_proj"),
+        linears.dense(f"{name}.mlp.c_fc"),
+        linears.dense(f"{name}.mlp.c_proj"),
     )

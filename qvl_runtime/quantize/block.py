@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.reference import gptq_dequantize
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.formats.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import LayerCache, Layout, Observer, make_block, unobserved
-from qvl_runtime.model.linear import Linear, Maker, SideBySide
+from qvl_runtime.model.linear import ConcatLinear, Linear, LinearBuilder
 from qvl_runtime.model.rotary import Positions, inverse_frequencies, ntk_alpha, positions_of
 from qvl_runtime.quantize.solver import Factor, Solver
 
@@ -161,17 +161,17 @@ class Unquantized:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class QuantizingMaker(Maker):
+class QuantizingBuilder(LinearBuilder):
     """Makes blocks whose linears quantize themselves."""
 
     bench: Bench = field(kw_only=True)
 
-    def decoder(self, name: str, quantization: QuantizationConfig | None) -> Linear:
+    def decoder(self, name: str) -> Linear:
         return Unquantized(self.bench, name)
 
-    def side_by_side(self, name: str, parts: Sequence[str], quantization: QuantizationConfig | None) -> Linear:
+    def merged(self, name: str, parts: Sequence[str]) -> Linear:
         first, second = (Unquantized(self.bench, part) for part in parts)
-        return SideBySide(self.ops, first, second)
+        return ConcatLinear(self.ops, first, second)
 
 
 @torch.inference_mode()
@@ -185,22 +185,24 @@ def quantize_block(config: ModelConfig, ops: ModuleType, bench: Bench, streams: 
     after = torch.empty_like(streams)
     if len(streams) > 1:
         after[1] = _through(config, _floats(ops, bench.state, streams), bench.layer, streams[1], rows, bench.keep)
-    maker = QuantizingMaker(ops, bench.state, "exact", {}, bench=bench)
-    after[0] = _through(config, maker, bench.layer, streams[0], rows, unobserved)
+    linears = QuantizingBuilder(ops, bench.state, "exact", bench=bench)
+    after[0] = _through(config, linears, bench.layer, streams[0], rows, unobserved)
     return after
 
 
-def _floats(ops: ModuleType, state: Mapping[str, Tensor], like: Tensor) -> Maker:
+def _floats(ops: ModuleType, state: Mapping[str, Tensor], like: Tensor) -> LinearBuilder:
     """Makes the float block, with weights on the device and in the dtype of `like`; nobody keeps it."""
-    return Maker(ops, {name: tensor.to(like) for name, tensor in state.items()}, "exact", {})
+    return LinearBuilder(ops, {name: tensor.to(like) for name, tensor in state.items()}, "exact")
 
 
-def _through(config: ModelConfig, maker: Maker, layer: int, x: Tensor, rows: Rows, observe: Observer) -> Tensor:
+def _through(
+    config: ModelConfig, linears: LinearBuilder, layer: int, x: Tensor, rows: Rows, observe: Observer
+) -> Tensor:
     """The residual stream x [n, D] after a block."""
-    block = make_block(config, maker, f"transformer.h.{layer}")
+    block = make_block(config, linears, f"transformer.h.{layer}")
     shape = (rows.cache_blocks, config.num_attention_heads, BLOCK_SIZE, config.kv_channels)
     cache = LayerCache(x.new_empty(shape), x.new_empty(shape))
-    x, update = block(x, maker.ops.rms_norm(x, block.ln_1, block.eps), rows.at, rows.layout, cache, observe)
+    x, update = block(x, linears.ops.rms_norm(x, block.ln_1, block.eps), rows.at, rows.layout, cache, observe)
     return x + update
 
 

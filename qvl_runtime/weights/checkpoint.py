@@ -31,6 +31,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.folder = folder
         self._shards = shards
         self._files = files
+        self._specs: dict[str, TensorSpec] = {}  # by `check`
 
     @classmethod
     def open(cls, folder: Path, config: ModelConfig | None = None) -> Checkpoint:
@@ -90,8 +91,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self._shards[self._files[name]].tensor(name)
 
     def check(self, config: ModelConfig) -> None:
-        """Compare all names, shapes and dtypes with what `config` calls for; raises one `CheckpointError` for all."""
-        expected = expected_tensors(config)
+        """Compare all names, shapes and dtypes with those of `config`; raises one `CheckpointError` for all faults."""
+        self._specs = expected = expected_tensors(config)
         missing = [name for name, spec in expected.items() if name not in self and not spec.optional]
         unexpected = [name for name in self.names if name not in expected and not is_ignored(name, config)]
         faults = [self._fault(name, spec) for name, spec in expected.items() if name in self]
@@ -106,6 +107,37 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             problems.append(f"has {_few(misfits)}")
         if problems:
             raise CheckpointError(f"checkpoint {self.folder} {'; it '.join(problems)}{_hint(unexpected, config)}")
+
+    def load(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        skip: Collection[str] = (),
+        on_host: Collection[str] = (),
+    ) -> dict[str, torch.Tensor]:
+        """Load all tensors of a checkpoint opened with `config`: {published name: tensor} in `dtype` on `device`.
+
+        Packed integers and `g_idx` stay int32; GPTQ scales keep their dtype unless `dtype` is float32, which holds them
+        exactly. A tensor that already has that dtype and device is the mapped file itself: it is not copied and must
+        not be written to. Others are converted one by one, so that memory peaks at most one tensor above its final
+        size. A tied `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in
+        `skip` are left out; tensors in `on_host` stay in the host's memory, whatever the device.
+        """
+        import torch
+
+        state = {}
+        for name in self.names:
+            spec = self._specs.get(name)
+            if spec is None or name.rpartition(".")[0] in skip:  # known and harmless, or `open` would have raised
+                continue
+            tensor = self.tensor(name)
+            as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)
+            target = "cpu" if name in on_host else device
+            state[name] = tensor.to(device=target, dtype=tensor.dtype if as_stored else dtype)
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["transformer.wte.weight"]
+        return state
 
     def _fault(self, name: str, spec: TensorSpec) -> str:
         info, file = self.info(name), self.file(name)
@@ -123,30 +155,8 @@ def load_state(
     skip: Collection[str] = (),
     on_host: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """Load a checkpoint that fits `config` as {published name: tensor}, ready to compute with in `dtype` on `device`.
-
-    Packed words and `g_idx` stay int32; GPTQ scales stay as stored unless `dtype` is float32, which holds them exactly.
-    A tensor that is already of that dtype and device is the mapped file itself: nothing is copied, and it must not be
-    written to. Others are converted one by one, so that memory peaks at most one tensor above its final size. A tied
-    `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in `skip` are left out;
-    tensors in `on_host` stay in the host's memory, whatever the device.
-    """
-    import torch
-
-    checkpoint = Checkpoint.open(folder, config)
-    expected = expected_tensors(config)
-    state = {}
-    for name in checkpoint.names:
-        spec = expected.get(name)
-        if spec is None or name.rpartition(".")[0] in skip:  # known and harmless, or `open` would have raised
-            continue
-        tensor = checkpoint.tensor(name)
-        as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)
-        place = "cpu" if name in on_host else device
-        state[name] = tensor.to(device=place, dtype=tensor.dtype if as_stored else dtype)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["transformer.wte.weight"]
-    return state
+    """`Checkpoint.load` of the folder that fits `config`."""
+    return Checkpoint.open(folder, config).load(config, dtype, device, skip, on_host)
 
 
 def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.layout import expected_tensors
-from qvl_runtime.weights.checkpoint import Checkpoint, load_state
+from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.manifest import Manifest, PackedLinear, is_converted
-from qvl_runtime.weights.recipes import ConvertOptions, make, recipes
+from qvl_runtime.weights.packing import decoder_groups, merge_dense, pack_decoder
 from qvl_runtime.weights.shards import Shard, open_shard
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ EMBEDDING = "transformer.wte.weight"
 class Weights(NamedTuple):
     """What a model is made of."""
 
-    state: dict[str, Tensor]  # by published name
+    state: MutableMapping[str, Tensor]  # by published name
     packed: dict[str, Packed]  # linears in their kernels' layout, by the name that the model gives them
 
 
@@ -66,17 +67,17 @@ def load_weights(
 def _published(
     folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding_on_host: bool
 ) -> Weights:
-    """A published checkpoint. On a CPU its packed linears are laid out here, and each one's pages given back."""
+    """A published checkpoint: GPTQ linears are packed one by one, and the pages of each are released."""
     from qvl_kernels import ops_for
 
-    if device.type != "cpu" or config.quantization is None:
-        on_host = (EMBEDDING,) if embedding_on_host else ()
-        return Weights(load_state(folder, config, dtype, device, on_host=on_host), {})
-    checkpoint, ops = Checkpoint.open(folder, config), ops_for(device)
-    linears = [recipe for recipe in recipes(config, ConvertOptions()) if recipe.parts]
-    packed = {made.name: made.packed for recipe in linears for made in make(recipe, checkpoint, config, ops)}
-    parts = {part for recipe in linears for part in recipe.parts}
-    return Weights(load_state(folder, config, dtype, device, parts), packed)
+    checkpoint = Checkpoint.open(folder, config)
+    packed = pack_decoder(checkpoint, config, ops_for(device), device)
+    skipped = {part for _, parts in decoder_groups(config) for part in parts} if packed else ()
+    on_host = (EMBEDDING,) if embedding_on_host else ()
+    state = checkpoint.load(config, dtype, device, skipped, on_host)
+    if device.type != "cpu":
+        merge_dense(state, config)
+    return Weights(state, packed)
 
 
 def packed_linear(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors
+from qvl_runtime.weights.loader import Weights
+from qvl_runtime.weights.packing import merge_dense, pack_decoder
 from qvl_runtime.weights.shards import TensorInfo
 
 if TYPE_CHECKING:
@@ -129,6 +131,22 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
         import torch
 
         return torch.full(shape, value, dtype=dtype, device=self._normal.device)
+
+
+def synthetic_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, repeat_blocks: bool = False
+) -> Weights:
+    """The weights of a random model, through the same door as a published checkpoint's: packed where it is quantized.
+
+    Dense tensors are made when the model reads them.
+    """
+    from qvl_kernels import ops_for
+
+    state = SyntheticState(config, dtype, repeat_blocks, device)
+    packed = pack_decoder(state, config, ops_for(device))
+    if device.type != "cpu":
+        merge_dense(state, config)
+    return Weights(state, packed)
 
 
 def _tiled(noise: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

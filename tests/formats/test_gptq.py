@@ -11,8 +11,9 @@ import torch
 from qvl_kernels.reference import gptq_dequantize, pack_rows
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn, quantize_state
+from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.weights.checkpoint import load_state
+from tests.gptq_checkpoints import quantize_state
 
 HALF = 2.0**-11  # float16's rounding, relative
 

@@ -54,8 +54,8 @@ class Oracle:
 
         self.root, folder = root, folder or root / name
         self.config = replace(ModelConfig.from_folder(folder), **overrides)
-        state, laid_out = load_weights(folder, self.config, dtype, torch.device("cpu"))
-        self.model = QwenVL(self.config, state, laid_out=laid_out)
+        state, packed = load_weights(folder, self.config, dtype, torch.device("cpu"))
+        self.model = QwenVL(self.config, state, packed=packed)
         self.cache = KVCache(self.config, 4096, dtype, torch.device("cpu"))
         self.runner = Runner(self.model, self.cache, ImageCache(1 << 24))
 

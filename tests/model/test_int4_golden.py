@@ -53,15 +53,17 @@ def test_decoder_anywhere(golden_local: Path) -> None:
 
     from qvl_kernels import reference
     from qvl_runtime.config.model import ModelConfig
-    from qvl_runtime.model.linear import Maker
+    from qvl_runtime.model.linear import LinearBuilder
     from qvl_runtime.model.rotary import Frequencies, positions_of
     from qvl_runtime.schedule.kv_cache import KVCache, layout_of
+    from qvl_runtime.weights.packing import pack_decoder
 
     state = load_file(golden_local / "decoder_int4.safetensors")
     config = ModelConfig.from_dict(json.loads((golden_local / "decoder_int4.json").read_text()))
     ids, want = state.pop("ids"), state.pop("logits")
     state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
-    decoder = Decoder(config, Maker(reference, state, "exact", {}))
+    packed = pack_decoder(state, config, reference)
+    decoder = Decoder(config, LinearBuilder(reference, state, "exact", packed))
     cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
     frequencies = Frequencies(config, torch.device("cpu"))
     with cache.sequence(ntk_alpha(config, len(ids))) as sequence:

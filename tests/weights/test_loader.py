@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.convert import convert
 from qvl_runtime.convert.verify import verify
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.formats.gptq import GPTQ_TENSORS
 from qvl_runtime.weights.loader import load_weights
 from qvl_runtime.weights.manifest import MANIFEST, Manifest
+from qvl_runtime.weights.packing import decoder_groups
+from qvl_runtime.weights.synthetic import synthetic_weights
+from tests.checkpoints import MakeState, Write
 
 pytestmark = pytest.mark.cpu
 
@@ -41,6 +46,36 @@ def test_loaded_tensors_are_the_file_and_aligned(int4: Path, tmp_path: Path) -> 
         assert any(first <= at < last for first, last, _ in of_files), "copied"
         assert at % (64 if tensor.nbytes % 64 == 0 else tensor.element_size()) == 0
     assert len(weights.packed) == len(manifest.linears) == 8
+
+
+@pytest.mark.parametrize(("kernels", "layout"), [("", "cpu-1"), ("triton", "gpu-1"), ("reference", "gptq")])
+def test_packed_linears_come_through_one_door(
+    kernels: str, layout: str, int4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published or synthetic, for any kernels: the loader packs every decoder linear and merges w1 with w2."""
+    monkeypatch.setenv("QVL_KERNELS", kernels)
+    config, device = ModelConfig.from_folder(int4), torch.device("cpu")
+    for weights in (
+        load_weights(int4, config, torch.float16, device),
+        synthetic_weights(config, torch.float16, device),
+    ):
+        assert set(weights.packed) == {name for name, _ in decoder_groups(config)}
+        assert {packed.layout for packed in weights.packed.values()} == {layout}
+        assert not [name for name in weights.state if name.endswith(tuple(f".{kind}" for kind in GPTQ_TENSORS[:4]))]
+
+
+def test_dense_weights_are_merged_for_a_gpu_only(raw: dict[str, Any], make_state: MakeState, write: Write) -> None:
+    config = ModelConfig.from_dict(raw)
+    folder = write(raw, make_state(config))
+    on_cpu = load_weights(folder, config, torch.float32, torch.device("cpu"))
+    on_gpu = load_weights(folder, config, torch.float32, torch.device("meta"))
+    merged, parts = (
+        "transformer.h.0.mlp.up_gate.weight",
+        [f"transformer.h.0.mlp.{part}.weight" for part in ("w1", "w2")],
+    )
+    assert merged not in on_cpu.state and all(part in on_cpu.state for part in parts)
+    assert on_gpu.state[merged].shape == (2 * config.ffn_width, config.hidden_size)
+    assert not [part for part in parts if part in on_gpu.state]
 
 
 def test_flipped_bytes_are_found_and_named(int4: Path, tmp_path: Path) -> None:

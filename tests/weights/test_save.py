@@ -11,9 +11,9 @@ import torch
 
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.formats.gptq import quantize_state
 from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.save import quantized_config, save_checkpoint
+from tests.gptq_checkpoints import quantize_state
 
 
 def test_float_checkpoint_comes_back(raw: dict[str, Any], make_state: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
+from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config, synthetic_weights
 
 NANO = Path(__file__).resolve().parents[2] / "qvl_runtime" / "nano_int4"
 
@@ -53,8 +53,8 @@ def test_blocks_that_are_repeated_share_their_memory(small: ModelConfig) -> None
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_a_small_one_runs(small: ModelConfig, precision: str, cache_dtype: torch.dtype) -> None:
-    state = SyntheticState(small, torch.bfloat16)
-    model = QwenVL(small, state, precision)  # type: ignore[arg-type]
+    state, packed = synthetic_weights(small, torch.bfloat16, torch.device("cpu"))
+    model = QwenVL(small, state, precision, packed)  # type: ignore[arg-type]
     assert not list(state), "a state is emptied as its weights are laid out"
     cache = KVCache(small, 64, cache_dtype, torch.device("cpu"))
     runner = Runner(model, cache, ImageCache(1 << 20))

@@ -1,0 +1,112 @@
+"""Packed linears of a GPTQ checkpoint in the layout of a device's kernels: the only place that builds them.
+
+Loading, conversion and synthetic models all come here, so a linear is packed and merged the same way on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.formats.gptq import GPTQ_TENSORS, GPTQLinear
+from qvl_runtime.formats.host_memory import release_source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from qvl_kernels.reference import Packed
+
+
+class BuiltLinear(NamedTuple):
+    """A packed linear, by the name that the model has for it."""
+
+    name: str
+    packed: Packed
+    parts: tuple[str, ...]  # the published linears merged in it, one after another along the outputs
+
+
+def decoder_groups(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The linears of the decoder as the model has them: (name, published linears), in published order.
+
+    w1 and w2 have the same input and are merged into one linear, `up_gate`.
+    """
+    for layer in range(config.num_hidden_layers):
+        block = f"transformer.h.{layer}"
+        for name in (f"{block}.attn.c_attn", f"{block}.attn.c_proj"):
+            yield name, (name,)
+        yield f"{block}.mlp.up_gate", (f"{block}.mlp.w1", f"{block}.mlp.w2")
+        yield f"{block}.mlp.c_proj", (f"{block}.mlp.c_proj",)
+
+
+def build_linears(
+    name: str,
+    parts: Sequence[str],
+    tensors: Mapping[str, Tensor],
+    quantization: QuantizationConfig,
+    ops: ModuleType,
+    device: torch.device | None = None,
+) -> Iterator[BuiltLinear]:
+    """Pack the published linears `parts` as one linear `name`, or each alone where they group inputs differently.
+
+    tensors: the checkpoint, which may be mapped; pages of a file that the result does not hold are released.
+    device: where to pack; None: where the tensors are.
+    """
+    published = [GPTQLinear.from_state(tensors, part, quantization) for part in parts]
+    linears = published if device is None else [linear.to(device) for linear in published]
+    merged = linears[0] if len(linears) == 1 else linears[0].concat_outputs(linears[1])
+    groups: list[tuple[str, tuple[str, ...], GPTQLinear]]
+    if merged is None:
+        groups = [(part, (part,), linear) for part, linear in zip(parts, linears, strict=True)]
+    else:
+        groups = [(name, tuple(parts), merged)]
+    for group_name, group_parts, linear in groups:
+        packed = pack(ops, linear)
+        for part, source in zip(parts, published, strict=True):
+            # A layout that keeps qweight as published still reads the file.
+            if part in group_parts and packed.tensors.get("qweight") is not source.qweight:
+                release_source(source.qweight)
+        yield BuiltLinear(group_name, packed, group_parts)
+
+
+def pack(ops: ModuleType, linear: GPTQLinear) -> Packed:
+    """A GPTQ linear in the layout of `ops`, or as published where that layout cannot hold it."""
+    packed: Packed = ops.pack_gptq(
+        linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset, linear.bias
+    )
+    return packed
+
+
+def pack_decoder(
+    tensors: Mapping[str, Tensor], config: ModelConfig, ops: ModuleType, device: torch.device | None = None
+) -> dict[str, Packed]:
+    """Every packed linear of a quantized decoder, by the model's name; empty where the checkpoint is dense.
+
+    A `tensors` that can be changed loses what was packed, so that memory holds one linear twice at most.
+    """
+    packed: dict[str, Packed] = {}
+    if config.quantization is None:
+        return packed
+    for name, parts in decoder_groups(config):
+        for built in build_linears(name, parts, tensors, config.quantization, ops, device):
+            packed[built.name] = built.packed
+        if isinstance(tensors, MutableMapping):
+            for part in parts:
+                for kind in GPTQ_TENSORS:
+                    tensors.pop(f"{part}.{kind}", None)
+    return packed
+
+
+def merge_dense(state: MutableMapping[str, Tensor], config: ModelConfig) -> None:
+    """Merge dense linears that the model has as one, layer by layer.
+
+    For GPUs only: on a CPU dense weights are pages of a mapped file, and a merged copy would be resident memory.
+    """
+    import torch
+
+    for name, parts in decoder_groups(config) if config.quantization is None else ():
+        for kind in ("weight", "bias") if len(parts) > 1 else ():
+            if f"{parts[0]}.{kind}" in state:
+                state[f"{name}.{kind}"] = torch.cat([state.pop(f"{part}.{kind}") for part in parts])
