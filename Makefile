@@ -110,7 +110,7 @@ wheel: $(STAMP) ## build a wheel into dist/: manylinux on Linux, one for every P
 
 docs: $(STAMP) ## build the documentation site into build/site, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 report: $(STAMP) ## measure this machine: benchmarks/results/<machine>-<date>/, under 40 minutes
