@@ -64,7 +64,7 @@ def setting() -> dict[str, Any]:
     import torch
 
     from qvl_kernels import report
-    from qvl_runtime.engine.device import device_name
+    from qvl_runtime.host import device_name
 
     cpu = torch.device("cpu")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -104,7 +104,7 @@ def setting(place: Place) -> Row:
     import torch
 
     from qvl_kernels import report
-    from qvl_runtime.engine.device import device_name
+    from qvl_runtime.host import device_name
 
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {

@@ -23,6 +23,7 @@ import torch
 from benchmarks.alternating import others, say, setting
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
+from qvl_runtime.host import resident_memory
 from tests.schedule.drive import all_together, greedy, image, one_at_a_time, prompt_of, random_requests
 
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -93,7 +94,7 @@ def soak(args: argparse.Namespace) -> int:
     for done, _ in enumerate(engine.as_completed(requests()), start=1):
         if done % (args.requests // 10) == 0:
             gc.collect()
-            marks.append(resident() / 2**20)
+            marks.append(resident_memory() / 2**20)
             images = engine.loop.runner.images
             note(
                 args,
@@ -265,12 +266,6 @@ def note(args: argparse.Namespace, **figures: Any) -> None:
     if args.results:
         with args.results.open("a") as lines, redirect_stdout(lines):
             say(**figures)
-
-
-def resident() -> int:
-    """Bytes of memory that this process has in RAM."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * 4096
 
 
 def main() -> int:

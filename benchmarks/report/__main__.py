@@ -29,7 +29,7 @@ from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
 from benchmarks.report.pool import pooled
 from qvl_runtime.cli.profile import plain
-from qvl_runtime.engine.device import free_memory
+from qvl_runtime.host import free_memory
 from qvl_runtime.profile.run_info import Machine
 from qvl_runtime.profile.speed import LENGTHS, PUBLISHED
 from qvl_runtime.weights.synthetic import SYNTHETIC

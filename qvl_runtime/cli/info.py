@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -37,16 +36,14 @@ class Check(NamedTuple):
 
 def examine(models: ModelOptions) -> dict[str, Any]:
     """Versions, device, kernels, model and optional parts, as plain data. Reads the headers of weights only."""
-    import torch
 
     from qvl_kernels import report
-    from qvl_runtime.engine.device import choose_device, device_name
+    from qvl_runtime.host import choose_device, device_name, total_memory
 
     device = choose_device(models.device)
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else _memory()
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "device": {"name": device_name(device), "memory_bytes": memory},
+        "device": {"name": device_name(device), "memory_bytes": total_memory(device)},
         "kernels": report(device),
         "model": summarize(models.folder()),
         "checks": [check._asdict() for check in _checks()],
@@ -153,10 +150,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        return 0

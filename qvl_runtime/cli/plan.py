@@ -94,7 +94,7 @@ def this_machine(folder: Path, dtype: str, measure: bool = True) -> Machine:
     """This computer: the memory that can be had, how fast it is read, what this process takes beside a checkpoint."""
     import torch
 
-    from qvl_runtime.engine.device import device_name, free_memory
+    from qvl_runtime.host import device_name, free_memory
 
     base = process_bytes(folder, dtype)
     return Machine(
@@ -120,6 +120,7 @@ def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = Non
 
     from qvl_runtime.engine.engine import NANO, Engine
     from qvl_runtime.formats.host_memory import trim_heap
+    from qvl_runtime.host import resident_memory
     from qvl_runtime.prompt.tokenizer import VOCABULARY_FILE, Tokenizer
     from qvl_runtime.schedule.api import SamplingParams
     from qvl_runtime.weights.synthetic import synthetic_config
@@ -140,19 +141,9 @@ def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = Non
     tokenizer = Tokenizer.from_folder(folder) if (folder / VOCABULARY_FILE).is_file() else None
     gc.collect()
     trim_heap()
-    there = resident_bytes()
+    there = resident_memory()
     del tokenizer
     return max(0, there - own)
-
-
-def resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def read_bandwidth() -> float:

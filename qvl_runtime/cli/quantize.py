@@ -34,7 +34,7 @@ def quantize_checkpoint(asked: QuantizeRequest) -> int:
     if asked.plot is not None:
         plottable(asked.plot)
     with working(f"reading {asked.source} and the conversations"):
-        from qvl_runtime.engine.device import choose_device, free_memory
+        from qvl_runtime.host import choose_device, free_memory
         from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
         from qvl_runtime.weights.hub import resolve_model
 

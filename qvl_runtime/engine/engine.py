@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from qvl_runtime.config.engine import EngineConfig
-from qvl_runtime.config.model import GenerationDefaults
-from qvl_runtime.engine.device import (
-    capture_graphs,
-    choose_device,
-    choose_dtype,
-    describe,
-    free_memory,
-    kv_cache_tokens,
-    room_beside,
-    spare_bytes,
-)
+from qvl_runtime.config.generation import GenerationDefaults
+from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, room_beside, spare_bytes
+from qvl_runtime.engine.report import describe
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.formats.host_memory import trim_heap
+from qvl_runtime.host import choose_device, choose_dtype, free_memory
 from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha

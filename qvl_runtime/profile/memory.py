@@ -6,15 +6,13 @@ memory on a GPU; on a CPU the resident memory of the whole process, Python and t
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from qvl_runtime.engine.engine import Engine
+from qvl_runtime.host import peak_memory, reset_peak_memory
 from qvl_runtime.plan.gpus import Machine
 from qvl_runtime.plan.plan import Load, Plan, choices_of
 from qvl_runtime.profile import steps
@@ -63,10 +61,10 @@ def profile_memory(
     case is as long as the context, and says so.
     """
     progress("load")
-    reset_peak()
+    reset_peak_memory()
     engine = open_engine()
     device, cache = engine.loop.runner.model.device, engine.loop.runner.cache
-    cases = [Case("load", 0, peak(device), None, None, "")]
+    cases = [Case("load", 0, peak_memory(device), None, None, "")]
     plan, machine = plan_of(engine), Machine("", 0, None, base if device.type == "cpu" else 0)
     longest, load = min(engine.max_model_len, cache.num_slots), Load(0, 0)
     notes = []
@@ -77,7 +75,7 @@ def profile_memory(
         if tokens < wanted:
             notes.append(f"{name}: {tokens} tokens in place of {wanted}, which is what context and KV cache hold")
         progress(f"{name} {tokens} tokens")
-        reset_peak(device)
+        reset_peak_memory(device)
         how = run(engine, tokens)
         if name == "encode":
             load = Load(0, tokens, int(with_image(engine, tokens)))
@@ -85,7 +83,9 @@ def profile_memory(
         written = cache.num_slots if device.type != "cpu" else min(cache.num_slots, load.tokens + tokens)
         load = load._replace(tokens=written)
         planned = plan.peak(load, machine).total
-        cases.append(Case(name, tokens, peak(device), planned, PUBLISHED.get((kind, name)) if full_size else None, how))
+        cases.append(
+            Case(name, tokens, peak_memory(device), planned, PUBLISHED.get((kind, name)) if full_size else None, how)
+        )
     counted = "memory that torch allocated on the device" if device.type == "cuda" else "resident memory of the process"
     return MemoryReport(
         kind,
@@ -129,25 +129,3 @@ def generate(engine: Engine, tokens: int) -> str:
     """The last steps of an answer that fills the KV cache up to `tokens`."""
     steps.decode(engine, [tokens - 1], rounds=1)
     return "KV cache written up to the last token, then two steps"
-
-
-def peak(device: torch.device) -> int:
-    """The most bytes since the last `reset_peak`, or since the process began where that cannot be reset."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak(device: torch.device | None = None) -> None:
-    if device is not None and device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        try:
-            clear.write_text("5")  # "reset the peak resident set size", proc(5)
-        except OSError:  # not allowed everywhere: peaks then are those since the start
-            return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qvl_runtime.engine.device import device_name
+from qvl_runtime.host import device_name, total_memory
 from qvl_runtime.profile.spread import Spread
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Machine:
     def here(cls, device: torch.device) -> Machine:
         return cls(
             device=device_name(device),
-            memory_gib=_memory(device) / 2**30,
+            memory_gib=total_memory(device) / 2**30,
             system=f"{platform.system()} {platform.release()}",
             python=platform.python_version(),
             torch_version=torch.__version__,
@@ -89,15 +89,6 @@ def finish(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        return int(info.read_text().split("MemTotal:")[1].split()[0]) * 1024
-    return 0
 
 
 def _version() -> str:

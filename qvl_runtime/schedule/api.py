@@ -14,7 +14,7 @@ from qvl_runtime.prompt.boxes import Box
 if TYPE_CHECKING:
     from PIL import Image
 
-    from qvl_runtime.config.model import GenerationDefaults
+    from qvl_runtime.config.generation import GenerationDefaults
     from qvl_runtime.prompt.images import LoadedImage
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qvl_runtime.config.model import GenerationDefaults
+from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import ConfigError
 
 

@@ -15,9 +15,9 @@ import torch
 
 import qvl_kernels
 from qvl_kernels import UnsupportedError, ops_for, reference, report
-from qvl_runtime import Engine
+from qvl_runtime import Engine, host
 from qvl_runtime.config.engine import EngineConfig
-from qvl_runtime.engine import device, warm_up
+from qvl_runtime.engine import capacity, warm_up
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.plan.sizes import PICTURES_AT_ONCE
 from qvl_runtime.schedule.kv_cache import KVCache
@@ -50,7 +50,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 def test_auto_is_the_gpu_and_its_kernels_are_named(machine: Machine) -> None:
     machine((9, 0))
-    assert device.choose_device("auto").type == "cuda"
+    assert host.choose_device("auto").type == "cuda"
     assert report(GPU) == {
         "ops": "Triton kernels (sm_90)",
         "why": "NVIDIA A100-SXM4-80GB has compute capability 9.0; triton 3.9.0",
@@ -84,7 +84,7 @@ def test_a_gpu_that_cannot_be_used_is_refused_and_not_replaced(machine: Machine,
             ask(GPU)
     for name in ("cuda", "cuda:0", "auto"):
         with pytest.raises(ConfigError, match=words.replace("cuda:0", "cuda(:0)?")):
-            device.choose_device(name)
+            host.choose_device(name)
 
 
 def test_plain_torch_on_a_gpu_is_had_by_asking(machine: Machine) -> None:
@@ -110,7 +110,9 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     assert report(CPU)["ops"] == "Triton kernels (interpreted)"
 
 
-@pytest.mark.parametrize("name", ["schedule.cuda_graphs", "schedule.decode_graphs", "engine.warm_up", "engine.device"])
+@pytest.mark.parametrize(
+    "name", ["schedule.cuda_graphs", "schedule.decode_graphs", "engine.warm_up", "engine.capacity"]
+)
 def test_it_imports_without_cuda(name: str) -> None:
     assert importlib.import_module(f"qvl_runtime.{name}").__doc__
 
@@ -163,9 +165,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[[int
     def spare(free: int, workspace: int, **asked: Any) -> int | None:
         machine()
         model: Any = SimpleNamespace(device=GPU, config=small_config())
-        monkeypatch.setattr(device, "CudaMeter", lambda _: FakeMeter(free))
-        monkeypatch.setattr(device, "workspace_bytes", lambda *_: workspace)
-        return device.spare_bytes(model, EngineConfig(**asked), torch.float16)
+        monkeypatch.setattr(capacity, "CudaMeter", lambda _: FakeMeter(free))
+        monkeypatch.setattr(capacity, "workspace_bytes", lambda *_: workspace)
+        return capacity.spare_bytes(model, EngineConfig(**asked), torch.float16)
 
     return spare
 
@@ -174,7 +176,7 @@ def test_the_kv_cache_gets_what_a_step_leaves(measured: Callable[..., int | None
     gib = 1 << 30
     spare = measured(60 * gib, 3 * gib, image_cache_bytes=gib)
     assert spare == 60 * gib - 3 * gib - gib - warm_up.MARGIN
-    assert device.kv_cache_tokens(EngineConfig(), 512 * 1024, 8192, 0, spare) == spare // (512 * 1024)
+    assert capacity.kv_cache_tokens(EngineConfig(), 512 * 1024, 8192, 0, spare) == spare // (512 * 1024)
     assert measured(60 * gib, 3 * gib, kv_cache_bytes=gib) is None, "what was asked for needs no measurement"
 
 
@@ -186,14 +188,14 @@ def test_a_gpu_too_small_is_refused_with_the_numbers(measured: Callable[..., int
 
 def test_a_small_cache_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert device.kv_cache_tokens(EngineConfig(), 1024, 8192, 0, 1024 * 100) == 100
+        assert capacity.kv_cache_tokens(EngineConfig(), 1024, 8192, 0, 1024 * 100) == 100
     assert "fewer than the context's 8192" in caplog.text
 
 
 def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     machine()
     captured: list[tuple[int, int]] = []
-    monkeypatch.setattr(device, "CudaCapture", lambda _: "capture")
+    monkeypatch.setattr(capacity, "CudaCapture", lambda _: "capture")
 
     def runner(at: torch.device, ops: Any) -> Any:
         return SimpleNamespace(
@@ -207,7 +209,7 @@ def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest
         (GPU, reference, EngineConfig()),
         (GPU, "kernels", EngineConfig(graphs=False)),
     ):
-        device.capture_graphs(runner(at, ops), asked, 8192)
+        capacity.capture_graphs(runner(at, ops), asked, 8192)
     assert captured == []
-    device.capture_graphs(runner(GPU, "kernels"), EngineConfig(max_running=48), 8192)
+    capacity.capture_graphs(runner(GPU, "kernels"), EngineConfig(max_running=48), 8192)
     assert captured == [(48, 4096)], "a table is no wider than the cache"

@@ -96,10 +96,10 @@ print(process_bytes(Path({str(folder)!r})))""")
     took = printed(f"""
 import torch
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.profile.memory import peak
+from qvl_runtime.host import peak_memory
 engine = Engine({str(folder)!r}, precision={precision!r})
 engine.generate([{{"token_ids": [1] * {load.prompt}}}], SamplingParams(max_tokens=2, ignore_eos=True))
-print(peak(torch.device("cpu")))""")
+print(peak_memory(torch.device("cpu")))""")
     plan = Plan(ModelConfig.from_folder(folder), choices_of(folder, "auto", precision))
     planned = plan.peak(load, Machine("", 0, None, base)).total
     assert planned == pytest.approx(took, rel=0.03)
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
 
 
 def test_an_engine_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvl_runtime.engine.device.free_memory", lambda device: 4 << 20)
+    monkeypatch.setattr("qvl_runtime.engine.capacity.free_memory", lambda device: 4 << 20)
     monkeypatch.setattr("qvl_runtime.engine.engine.load_weights", lambda *_: pytest.fail("loaded"))
     with pytest.raises(CapacityError, match="the model needs"):
         Engine(NANO)

@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 from qvl_runtime import Engine
 from qvl_runtime.cli.app import app
 from qvl_runtime.errors import CapacityError, ConfigError
+from qvl_runtime.host import peak_memory, reset_peak_memory
 from qvl_runtime.profile import steps
 from qvl_runtime.profile.growth import growth, slope
-from qvl_runtime.profile.memory import encode, peak, reset_peak
+from qvl_runtime.profile.memory import encode
 from qvl_runtime.profile.run_info import Ceilings, Machine
 from qvl_runtime.profile.speed import profile_speed
 from qvl_runtime.profile.spread import Spread, percentiles
@@ -111,14 +112,14 @@ def test_growth_has_its_four_curves_with_a_bound_each(engine: Engine) -> None:
 
 
 def test_peak_memory_is_seen_and_can_be_reset() -> None:
-    reset_peak()
-    before = peak(CPU)
+    reset_peak_memory()
+    before = peak_memory(CPU)
     held = torch.ones(64 << 20, dtype=torch.uint8)
-    grown = peak(CPU)
+    grown = peak_memory(CPU)
     assert grown - before > 48 << 20
     del held
-    reset_peak()
-    assert peak(CPU) <= grown
+    reset_peak_memory()
+    assert peak_memory(CPU) <= grown
 
 
 def test_encoding_takes_as_many_tokens_as_it_says(engine: Engine) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import cpu, reference
-from qvl_runtime.config.model import GenerationDefaults
+from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.device_sampler import sampler_for

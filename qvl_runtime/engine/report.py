@@ -1,0 +1,72 @@
+"""What runs: the content of `Engine.report()`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvl_kernels import report as kernel_report
+from qvl_runtime.host import device_name
+from qvl_runtime.schedule.core import Loop
+from qvl_runtime.schedule.kv_cache import KVCache
+
+
+def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
+    """Return the content of `Engine.report()`. Memory in bytes, time in seconds."""
+    model, cache, images = loop.runner.model, loop.runner.cache, loop.runner.images
+    c = model.config
+    looked_up = images.hits + images.misses
+    return {
+        "model": {
+            "folder": str(folder),
+            "layers": c.num_hidden_layers,
+            "hidden_size": c.hidden_size,
+            "vision_layers": c.visual.layers,
+            "tokens_per_image": c.visual.n_queries,
+            "quantization": None if c.quantization is None else f"GPTQ {c.quantization.bits} bits",
+            "context": c.context_limit,
+            "load_s": load_s,
+        },
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "precision": model.precision,
+        "kernels": kernel_report(model.device) | model.kernels,
+        "memory": {
+            **model.bytes_by_part,
+            "weights": sum(model.bytes_by_part.values()),
+            "kv_per_token": cache.bytes_per_token,
+            "kv_reserved": cache.bytes_per_token * cache.num_slots,
+            "image_features": images.bytes,
+        },
+        "caches": {
+            "kv": {
+                "dtype": str(cache.layers[0].k.dtype).removeprefix("torch."),
+                "slots": cache.num_slots,
+                "free": cache.free_tokens,
+                "kept": cache.pool.kept,
+                "evictions": cache.pool.evictions,
+            },
+            "prefixes": describe_prefixes(cache),
+            "images": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
+        },
+        "requests": {
+            "running": len(loop.scheduler.running),
+            "waiting": len(loop.scheduler.waiting),
+            "steps": loop.steps,
+            "preemptions": loop.scheduler.preemptions,
+        },
+        "graphs": loop.runner.graphs and loop.runner.graphs.report(),
+        "drafts": loop.drafter and {"proposed": loop.drafter.proposed, "accepted": loop.drafter.accepted},
+    }
+
+
+def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
+    """Return how much of the prompts was found in the KV cache; None without prefix caching."""
+    known = cache.prefixes
+    if known is None:
+        return None
+    asked, hit = known.asked_tokens, known.hit_tokens
+    return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
