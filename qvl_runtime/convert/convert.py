@@ -32,6 +32,7 @@ from qvl_runtime.weights.manifest import (
     file_digest,
     is_converted,
 )
+from qvl_runtime.weights.partial import check_destination, free_bytes
 from qvl_runtime.weights.tensor_file import CODES, Written, header_of, read_header
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def convert(
     options = options or ConvertOptions()
     job = _Job.open(source, destination, options)
     outline = job.outline()
-    with Journal.begin(job.destination, job.key()) as journal:
+    with Journal(job.destination, job.key()) as journal:
         missing = outline.bytes + SPARE - journal.bytes - outline.free
         if missing > 0:
             raise CheckpointError(
@@ -107,7 +108,7 @@ class _Job(NamedTuple):
         from qvl_kernels import packing_for
 
         source, destination = Path(source), Path(destination)
-        refuse_destination(source, destination)
+        check_destination(source, destination)
         if is_converted(source):
             raise CheckpointError(f"{source} is converted already: convert its source, or go back with --to hf first")
         config = ModelConfig.from_folder(source)
@@ -141,7 +142,7 @@ class _Job(NamedTuple):
                     size += stored[f"{part}.qweight"] + 2 * stored[f"{part}.scales"]
                 else:
                     size += held * width
-        free = shutil.disk_usage(_existing(self.destination)).free
+        free = free_bytes(self.destination)
         packed = sum(bool(recipe.parts) for recipe in found)
         return Outline(sum(stored.values()), size, free, packed, len(found) - packed, self.dtype_name)
 
@@ -237,20 +238,4 @@ class _Job(NamedTuple):
 _KINDS = ("weight", *GPTQ_TENSORS)
 
 
-def refuse_destination(source: Path, destination: Path) -> None:
-    """Raise `CheckpointError` for a destination that is there already, or is the source itself."""
-    if destination.exists() and source.exists() and destination.samefile(source):
-        raise CheckpointError(f"{destination} is the source itself; choose another folder for the result")
-    if destination.exists():
-        raise CheckpointError(f"{destination} exists already; choose another name or remove it first")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there: the disk that it will be on."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-__all__ = ["ConvertOptions", "Outline", "ShardRecord", "convert", "outline", "refuse_destination"]
+__all__ = ["ConvertOptions", "Outline", "ShardRecord", "convert", "outline"]

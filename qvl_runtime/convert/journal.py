@@ -1,54 +1,50 @@
-"""What of a conversion is on the disk already: kept so that it can be stopped at any moment and gone on with."""
+"""Which files of a conversion are on the disk, so that it can be stopped at any moment and resumed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from qvl_runtime.convert.shard_writer import Shard
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.weights.files import sync
 from qvl_runtime.weights.manifest import FORMAT, Manifest, PackedLinear, ShardRecord
-from qvl_runtime.weights.save import sync
+from qvl_runtime.weights.partial import PartialFolder
 
 
 class Journal:
-    """The folder `.NAME.partial` beside a destination: `model/`, which becomes it, and a line for each whole file."""
+    """The files of a conversion that are whole: a line each in `journal.jsonl` of its `PartialFolder`."""
 
-    def __init__(self, destination: Path, key: dict[str, object], handle: IO[str]) -> None:
-        self._destination, self._key, self._handle = destination, {"format": FORMAT, **key}, handle
-        self.home = partial_of(destination)
-        self.folder = self.home / "model"
+    def __init__(self, destination: Path, key: dict[str, object]) -> None:
+        """key: the source and the options; work with another key is not resumed but replaced."""
+        self._partial = PartialFolder(destination, {"command": "qvl convert", "format": FORMAT, **key})
+        self.folder = self._partial.model
         self.done: set[str] = set()
         self.linears: dict[str, PackedLinear] = {}
         self.shards: dict[str, ShardRecord] = {}
         self.bytes = 0  # of the files that are whole
 
-    @classmethod
-    def begin(cls, destination: Path, key: dict[str, object]) -> Journal:
-        """Take up what an earlier run with the same `key` left, or start. One process at a time may."""
-        home = partial_of(destination)
-        home.mkdir(parents=True, exist_ok=True)
-        handle = (home / "journal.jsonl").open("a+", encoding="utf-8")
-        try:
-            _lock(handle, home)
-            journal = cls(destination, key, handle)
-            journal._take_up()
-        except BaseException:
-            handle.close()
-            raise
-        return journal
-
     def __enter__(self) -> Journal:
+        """Resume what an earlier run with the same key left, or start. Raises as `PartialFolder` does."""
+        self._partial.__enter__()
+        try:
+            published = not self.folder.is_dir()  # by a run that was killed before it removed its journal
+            if published or not self._partial.resumable:
+                self._partial.restart()
+            self._handle = (self._partial.home / "journal.jsonl").open("a+", encoding="utf-8")
+            self._resume()
+        except BaseException:
+            self._partial.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._handle.close()
+        self._partial.__exit__(kind, error, at)
 
     def note(self, shard: Shard) -> None:
         """A file is whole and on the disk."""
@@ -65,27 +61,16 @@ class Journal:
         self._count(shard)
 
     def complete(self, manifest: Manifest) -> None:
-        """Everything is there: it becomes the destination."""
+        """All files are whole: write the manifest and publish the folder."""
         manifest.write(self.folder)
-        if self._destination.exists():
-            raise CheckpointError(f"{self._destination} was made meanwhile; the result is in {self.folder}")
-        self.folder.rename(self._destination)
-        sync(self._destination.parent)
         self._handle.close()
-        shutil.rmtree(self.home)
+        self._partial.publish()
 
-    def _take_up(self) -> None:
-        lines = self._read()
-        if not lines or lines[0] != self._key:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._handle.truncate(0)
-            self._append(self._key)
-            lines = []
-        self.folder.mkdir(exist_ok=True)
-        for line in lines[1:]:
+    def _resume(self) -> None:
+        for line in self._read():
             linears = {name: PackedLinear(**linear) for name, linear in line["linears"].items()}
             self._count(Shard(line["shard"], ShardRecord(**line["record"]), line["items"], linears, line["bytes"]))
-        for path in self.folder.iterdir():  # what a kill left behind
+        for path in self.folder.iterdir():  # cut off by a kill
             if path.name not in self.shards:
                 path.unlink()
 
@@ -114,18 +99,3 @@ class Journal:
         self.linears |= shard.linears
         self.done |= set(shard.items)
         self.bytes += shard.bytes
-
-
-def partial_of(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.partial")
-
-
-def _lock(handle: IO[str], home: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows lets no second process write what one has open for appending
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise CheckpointError(f"another process is at work in {home}: wait for it, or choose another name") from error

@@ -10,12 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qvl_runtime.convert.convert import refuse_destination
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.host_memory import pieces, release
 from qvl_runtime.weights.loader import open_shards, packed_linear
 from qvl_runtime.weights.manifest import Manifest, SourceFile
-from qvl_runtime.weights.save import sync
+from qvl_runtime.weights.partial import check_destination, write_folder
 from qvl_runtime.weights.shards import Shard
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory
 
@@ -36,28 +35,22 @@ def restore(source: Path, destination: Path, progress: Callable[[int], None] = l
     from qvl_kernels import packing_for
 
     source, destination = Path(source), Path(destination)
-    refuse_destination(source, destination)
+    check_destination(source, destination)
     manifest = Manifest.read(source)
     if manifest.rounded:
         raise CheckpointError(
             f"{source} holds {len(manifest.rounded)} weights that were rounded ({', '.join(manifest.rounded[:3])}), so "
             "what was published cannot come back: keep the source"
         )
-    partial = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        reader = _Reader(source, manifest, packing_for(manifest.target))
-        done = 0
+
+    def write(folder: Path) -> None:
+        reader, done = _Reader(source, manifest, packing_for(manifest.target)), 0
         for file in manifest.sources.values():
-            done += _write(partial / file.restored_as, file, reader)
+            done += _write(folder / file.restored_as, file, reader)
             progress(done)
-        _small_files(source, partial, manifest)
-        sync(partial)
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        _small_files(source, folder, manifest)
+
+    write_folder(destination, "qvl convert --to hf", write)
     files = manifest.sources.values()
     return Restored([f.restored_as for f in files if f.exact], [f.restored_as for f in files if not f.exact])
 

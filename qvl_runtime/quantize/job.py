@@ -1,21 +1,22 @@
-"""What of a quantization is on the disk already, so that it can be stopped at any moment and gone on with.
+"""Which layers of a quantization are on the disk, so that it can be stopped at any moment and resumed.
 
-Beside the destination NAME stands the folder `.NAME.partial`:
+In the `PartialFolder` of the destination, whose key holds all settings:
 
     layer-00007.safetensors  the published tensors of block 7
-    state.safetensors        the residual streams after the last block that is done, how many are, their errors,
-                             and what was asked for
-    model/                   the finished checkpoint, which becomes NAME by a rename
+    state.safetensors        the residual streams after the last finished block, the number of finished blocks, and
+                             the errors of their linears
+    model/                   the finished checkpoint
 
-Every file is written under another name, brought to the disk and renamed, and the state after the layer it speaks of.
+Every file is written under another name, flushed to the disk and renamed; the state is written after the layer it
+counts.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.quantize.block import LinearError
-from qvl_runtime.weights.save import replace, sync
+from qvl_runtime.weights.files import replace_file
+from qvl_runtime.weights.partial import PartialFolder
 
 Key = Mapping[str, object]  # what must be the same for a quantization to be gone on with; JSON values
 
@@ -39,36 +41,39 @@ class State(NamedTuple):
 
 
 class Job:
-    """The work in progress for one destination."""
+    """The work in progress for one destination. Use it in a `with` block, which holds the folder's lock."""
 
     def __init__(self, destination: Path, key: Key) -> None:
-        self.destination, self.home = destination, destination.with_name(f".{destination.name}.partial")
-        self.model = self.home / "model"
-        self._key = json.loads(json.dumps(key))
+        self._partial = PartialFolder(destination, {"command": "qvl quantize", **key})
+        self._home, self.model = self._partial.home, self._partial.model
+
+    def __enter__(self) -> Job:
+        self._partial.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._partial.__exit__(kind, error, at)
 
     def resume(self) -> State | None:
-        """What an earlier run left, or None. Raises `CheckpointError` where that run was asked for something else."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        if not self._state.exists():
-            return None
-        with safe_open(self._state, framework="pt", device="cpu") as file:
-            said = json.loads(file.metadata()["job"])
-            x = file.get_tensor("x").clone()
-        if said["key"] != self._key:
-            names = [name for name in self._key if said["key"].get(name) != self._key[name]]
-            asked = ", ".join(f"{name} {said['key'].get(name)!r} instead of {self._key[name]!r}" for name in names)
+        """What an earlier run left, or None. Raises `CheckpointError` for layers of a run with other settings."""
+        state = self._read_state()
+        if self._partial.resumable:
+            return state
+        differences = ", ".join(self._partial.differences())
+        if state is not None and differences:
             raise CheckpointError(
-                f"{self.home} holds {said['done']} layers of a run with other settings ({asked:.300}): give those to "
-                "go on with it, or remove the folder to start anew"
+                f"{self._home} holds {state.done} layers of a run with other settings ({differences:.300}): use those "
+                "settings to resume it, or remove the folder to start again"
             )
-        return State(said["done"], x, [LinearError(*error) for error in said["errors"]])
+        self._partial.restart()
+        return None
 
     def note(self, state: State, packed: Mapping[str, Tensor]) -> None:
         """A layer is done (`packed` are its tensors), or with none done the calibration rows are embedded."""
         if state.done:
-            replace(self._layer(state.done - 1), lambda path: save_file(dict(packed), path))
-        said = {"key": self._key, "done": state.done, "errors": state.errors}
-        replace(self._state, lambda path: save_file({"x": state.x.cpu()}, path, metadata={"job": json.dumps(said)}))
+            replace_file(self._layer(state.done - 1), lambda path: save_file(dict(packed), path))
+        metadata = {"job": json.dumps({"done": state.done, "errors": state.errors})}
+        replace_file(self._state, lambda path: save_file({"x": state.x.cpu()}, path, metadata=metadata))
 
     def layers(self, count: int) -> dict[str, Path]:
         """Which file each finished tensor of the first `count` layers is in."""
@@ -80,23 +85,22 @@ class Job:
 
     def publish(self) -> None:
         """`model` is complete: it becomes the destination."""
-        refuse_existing(self.destination)
-        self.model.rename(self.destination)
-        sync(self.destination.parent)
-        self._state.unlink()  # first: without it a folder that is half removed says nothing
-        shutil.rmtree(self.home)
+        self._partial.publish()
+
+    def _read_state(self) -> State | None:
+        if not self._state.exists():
+            return None
+        with safe_open(self._state, framework="pt", device="cpu") as file:
+            stored = json.loads(file.metadata()["job"])
+            x = file.get_tensor("x").clone()
+        return State(stored["done"], x, [LinearError(*error) for error in stored["errors"]])
 
     @property
     def _state(self) -> Path:
-        return self.home / "state.safetensors"
+        return self._home / "state.safetensors"
 
     def _layer(self, number: int) -> Path:
-        return self.home / f"layer-{number:05}.safetensors"
-
-
-def refuse_existing(destination: Path) -> None:
-    if destination.exists():
-        raise CheckpointError(f"{destination} exists already; choose another name or remove it first")
+        return self._home / f"layer-{number:05}.safetensors"
 
 
 def mapped(path: Path, name: str) -> Tensor:

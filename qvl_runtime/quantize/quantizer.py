@@ -25,10 +25,12 @@ from qvl_runtime.formats.host_memory import keep_heap, pieces, trim_heap
 from qvl_runtime.formats.layout import decoder_linears, expected_tensors
 from qvl_runtime.quantize.block import Bench, LinearError, Method, Rows, quantize_block
 from qvl_runtime.quantize.calibration import Calibration, embed, read_calibration
-from qvl_runtime.quantize.job import Job, State, mapped, refuse_existing
+from qvl_runtime.quantize.job import Job, State, mapped
 from qvl_runtime.quantize.solver import ROWS_AT_ONCE, Order, Solver
 from qvl_runtime.weights.checkpoint import Checkpoint
-from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_json, write_shards
+from qvl_runtime.weights.files import write_json
+from qvl_runtime.weights.partial import check_destination, free_bytes
+from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_config, write_shards
 from qvl_runtime.weights.shards import TensorInfo
 
 REPORT = "quantize_report.json"
@@ -107,9 +109,7 @@ class Quantizer:
         Raises `CheckpointError`, `ConfigError`, `PromptError` or `ImageError`, each naming the fault.
         """
         source, destination, options = Path(source), Path(destination), options or QuantizeOptions()
-        if destination.exists() and source.exists() and destination.samefile(source):
-            raise CheckpointError(f"{destination} is the source itself; choose another folder for the result")
-        refuse_existing(destination)
+        check_destination(source, destination)
         config = ModelConfig.from_folder(source)
         if config.quantization is not None:
             raise CheckpointError(
@@ -120,7 +120,7 @@ class Quantizer:
         _refuse_beyond_float16(checkpoint, config)
         read = read_calibration(config, source, calibration, options.samples, options.max_tokens)
         job = cls(source, destination, options, config, read, torch.device(device))
-        free, disk = shutil.disk_usage(_existing(destination)).free, job.outline().disk
+        free, disk = free_bytes(destination), job.outline().disk
         if disk > free:
             raise CheckpointError(
                 f"{destination} needs {disk:,} bytes on the way and its disk has {free:,} free: make room for "
@@ -171,7 +171,10 @@ class Quantizer:
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[LinearError]:
         """Quantize and write; `progress` hears how many linears are done. Returns the error of each linear."""
         keep_heap()
-        job = Job(self.destination, self._key())
+        with Job(self.destination, self._key()) as job:
+            return self._run(job, progress)
+
+    def _run(self, job: Job, progress: Callable[[int], None]) -> list[LinearError]:
         state = job.resume()
         if state is None:
             shape = (self.options.streams, sum(self.calibration.lengths), self.config.hidden_size)
@@ -216,8 +219,7 @@ class Quantizer:
         job.model.mkdir()
         write_shards(job.model, tensors, read, SHARD)
         raw = quantized_config(read_json(self.source / "config.json"), self.options.quantization)
-        write_json(job.model / "config.json", raw)
-        write_json(job.model / "quantize_config.json", raw["quantization_config"])
+        write_config(job.model, raw)
         write_json(job.model / REPORT, self.report(errors))
         copy_companions(self.source, job.model)
         job.publish()
@@ -262,11 +264,3 @@ def _refuse_beyond_float16(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 def _add(progress: Callable[[int], None], before: int, count: int) -> None:
     progress(before + count)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above that is there: whose disk it will be on."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -12,7 +12,7 @@ from typing import Any
 
 from qvl_runtime.config.checks import read_json
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.weights.save import sync
+from qvl_runtime.weights.files import sync
 
 MANIFEST = "qvl_manifest.json"
 FORMAT = 1  # raised when an older reader would misread a newer file

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.config.model import QuantizationConfig
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.weights.files import sync, write_json
+from qvl_runtime.weights.partial import write_folder
 from qvl_runtime.weights.shards import TensorInfo
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, header_of
 
@@ -29,30 +28,28 @@ def save_checkpoint(
     `companions` is a folder whose tokenizer and generation files come along. The folder appears by a rename when it is
     complete; raises `CheckpointError` if there is one of that name already.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; choose another name or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        tied = raw_config.get("tie_word_embeddings", False)
-        infos = {
-            name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-            for name, tensor in state.items()
-            if not (tied and name == "lm_head.weight")
-        }
+    tied = raw_config.get("tie_word_embeddings", False)
+    infos = {
+        name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in state.items()
+        if not (tied and name == "lm_head.weight")
+    }
+
+    def write(partial: Path) -> None:
         write_shards(partial, infos, lambda name: [state[name]])
-        write_json(partial / "config.json", raw_config)
-        quantization = raw_config.get("quantization_config")
-        if quantization is not None:
-            write_json(partial / "quantize_config.json", quantization)
+        write_config(partial, raw_config)
         if companions is not None:
             copy_companions(companions, partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+    write_folder(folder, "save", write)
+
+
+def write_config(folder: Path, raw_config: Mapping[str, Any]) -> None:
+    """Write `config.json`, and `quantize_config.json` where the model is quantized."""
+    write_json(folder / "config.json", raw_config)
+    quantization = raw_config.get("quantization_config")
+    if quantization is not None:
+        write_json(folder / "quantize_config.json", quantization)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -74,18 +71,6 @@ def quantized_config(raw_config: Mapping[str, Any], quantization: QuantizationCo
     }
     dtype = {"bf16": False, "fp16": True, "fp32": False, "torch_dtype": "float16"}
     return {**raw_config, **dtype, "quantization_config": section}
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file that appears as `path` when it is on the disk."""
-    partial = path.with_name(f"{path.name}.part-{os.getpid()}")
-    partial.touch()
-    mode = partial.stat().st_mode
-    write(partial)
-    partial.chmod(mode)  # safetensors makes files that only their owner may read
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
 
 
 def write_shards(
@@ -132,18 +117,3 @@ def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[s
                 raise ValueError(f"{name} was written as {written}; it was said to be {places[name]}")
         out.finish(header)
     return start + end
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk: a rename then lasts through a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, to the disk."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    sync(path)

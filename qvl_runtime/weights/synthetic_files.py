@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.config.checks import require_choice, require_positive
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.errors import CheckpointError
-from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_json, write_shards
+from qvl_runtime.weights.partial import check_absent, write_folder
+from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_config, write_shards
 from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config
 
 if TYPE_CHECKING:
@@ -35,8 +34,7 @@ def write_synthetic(
     """
     import torch
 
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists already; choose another name or remove it first")
+    check_absent(folder)
     vocabulary = ModelConfig.from_folder(like)
     config = _divided(synthetic_config(kind, vocabulary), divide, vocabulary.vocab_size)
     visual = replace(config.visual, layers=vision_layers or config.visual.layers)
@@ -44,22 +42,16 @@ def write_synthetic(
     require_positive(config, "", "num_hidden_layers")
     dtype = torch.float16 if config.quantization is not None else torch.bfloat16
     state = SyntheticState(config, dtype, optional=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        looks = {name: state.looks(name) for name in state}
-        files = write_shards(partial, looks, functools.partial(_made, state), file_bytes)
-        raw = _raw_config(config)
-        write_json(partial / "config.json", raw)
-        if config.quantization is not None:
-            write_json(partial / "quantize_config.json", raw["quantization_config"])
+    sizes: dict[str, int] = {}
+
+    def write(partial: Path) -> None:
+        infos = {name: state.looks(name) for name in state}
+        sizes.update(write_shards(partial, infos, functools.partial(_made, state), file_bytes))
+        write_config(partial, _raw_config(config))
         copy_companions(like, partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return files
+
+    write_folder(folder, "synthetic", write)
+    return sizes
 
 
 def _divided(config: ModelConfig, by: int, least_vocabulary: int) -> ModelConfig:

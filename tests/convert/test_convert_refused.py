@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,5 +56,8 @@ def test_a_converted_one_is_not_converted_again(int4: Path, tmp_path: Path) -> N
 def test_one_conversion_at_a_time(int4: Path, tmp_path: Path) -> None:
     from qvl_runtime.convert.journal import Journal
 
-    with Journal.begin(tmp_path / "new", {}), pytest.raises(CheckpointError, match="another process is at work"):
+    with (
+        Journal(tmp_path / "new", {}),
+        pytest.raises(CheckpointError, match=rf"another process \({os.getpid()}\) is writing .*new/?"),
+    ):
         convert(int4, tmp_path / "new")

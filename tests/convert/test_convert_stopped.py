@@ -88,7 +88,7 @@ def test_kill_nine_at_ten_moments(int4: Path, tmp_path: Path, monkeypatch: pytes
             span *= 0.8
         else:
             journal = tmp_path / ".goal.partial" / "journal.jsonl"
-            further = journal.is_file() and len(journal.read_text().splitlines()) > 1
+            further = journal.is_file() and len(journal.read_text().splitlines()) > 0
             went_on += further
             span *= 1 if further else 1.25
         if kills == 10:

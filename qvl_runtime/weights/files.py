@@ -1,0 +1,36 @@
+"""Files that are on the disk when a function returns: a rename then lasts through a power cut."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file that appears as `path` once it is on the disk."""
+    partial = path.with_name(f"{path.name}.part-{os.getpid()}")
+    partial.touch()
+    mode = partial.stat().st_mode
+    write(partial)
+    partial.chmod(mode)  # safetensors makes files that only their owner may read
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file to the disk."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    sync(path)
