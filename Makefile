@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup triton docs examples wheel kernel-report ttsem demo test asan ubsan lint nano eval-nano report report-quick clean
+.PHONY: help setup format triton docs examples wheel kernel-report ttsem demo test asan ubsan lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -82,9 +82,15 @@ asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their test
 ubsan: $(STAMP) ## the same with UndefinedBehaviorSanitizer
 	$(call SANITIZED,undefined -fno-sanitize-recover=all,libubsan.so)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, formatting, types, import contracts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports
+
+format: $(STAMP) ## put every file into the one format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 nano: $(STAMP) ## train the small checkpoint anew: 2.5 hours on 2 cores, resumes after a stop
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[train]'

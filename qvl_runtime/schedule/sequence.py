@@ -5,23 +5,36 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence as Items
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qvl_runtime.prompt.chatml import ImageSpan
-from qvl_runtime.schedule.prefix_cache import Parent, Root
+from qvl_runtime.schedule.block_pool import BlockPool
+from qvl_runtime.schedule.prefix_cache import Parent, PrefixCache, Root
 
-if TYPE_CHECKING:
-    from qvl_runtime.schedule.kv_cache import KVCache
+
+class BlockStore(Protocol):
+    """What a sequence needs of the KV cache that its blocks are in."""
+
+    pool: BlockPool
+    prefixes: PrefixCache | None
+
+    def register(self, sequence: Sequence) -> Sequence:
+        """Include a sequence's block table in the integrity check, and return the sequence."""
+        ...
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy the keys and values of a block, in every layer."""
+        ...
 
 
 class Sequence:
     """The cached part of one answer: `length` tokens, in the blocks of its table. Closed, it is as new."""
 
-    def __init__(self, cache: KVCache, root: Root, block_size: int) -> None:
+    def __init__(self, store: BlockStore, root: Root, block_size: int) -> None:
         self.root = root
         self.length = 0
         self.blocks: array[int] = array("q")
-        self._cache, self._size = cache, block_size
+        self._store, self._size = store, block_size
         self._parents: list[Parent] = [root]  # entry i: what block i's key hangs on; known for published blocks + 1
 
     @property
@@ -39,11 +52,11 @@ class Sequence:
 
         A block that another sequence or the prefix cache also relies on, and that is not full, is copied first.
         """
-        pool = self._cache.pool
+        pool = self._store.pool
         if self._writes_shared():
             index = self.length // self._size
             own, shared = pool.allocate(), self.blocks[index]
-            self._cache.copy_block(shared, own)
+            self._store.copy_block(shared, own)
             self.blocks[index] = own
             pool.release([shared])
         while len(self.blocks) * self._size < self.length + count:
@@ -62,10 +75,10 @@ class Sequence:
 
     def find_prefix(self, tokens: Items[int], spans: Items[ImageSpan]) -> int:
         """Take over what the prefix cache knows of a prompt; for an empty sequence. Returns the tokens found."""
-        if self._cache.prefixes is None:
+        if self._store.prefixes is None:
             return 0
         self._drop(0)
-        hit = self._cache.prefixes.match(tokens, spans, self.root)
+        hit = self._store.prefixes.match(tokens, spans, self.root)
         self.blocks.extend(hit.blocks)
         self._parents = hit.parents
         self.length = hit.length
@@ -76,7 +89,7 @@ class Sequence:
 
         `tokens` are those of the whole sequence, which must be final as far as they are computed.
         """
-        prefixes = self._cache.prefixes
+        prefixes = self._store.prefixes
         if prefixes is None:
             return
         for index in range(len(self._parents) - 1, self.length // self._size):
@@ -84,17 +97,17 @@ class Sequence:
             self.blocks[index] = node.block
             self._parents.append(node.number)
         index, offset = divmod(self.length, self._size)
-        if tail and offset and not self._cache.pool.is_published(self.blocks[index]):
+        if tail and offset and not self._store.pool.is_published(self.blocks[index]):
             node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens[: self.length], spans)
             self.blocks[index] = node.block
 
     def fork(self) -> Sequence:
         """Another sequence with the same content; the two share blocks until one of them writes."""
-        twin = self._cache.register(Sequence(self._cache, self.root, self._size))
+        twin = self._store.register(Sequence(self._store, self.root, self._size))
         twin.length, twin.blocks = self.length, self.blocks[: -(-self.length // self._size)]
         twin._parents = self._parents.copy()
         for block in twin.blocks:
-            self._cache.pool.hold(block)
+            self._store.pool.hold(block)
         return twin
 
     def close(self) -> None:
@@ -104,11 +117,11 @@ class Sequence:
 
     def _writes_shared(self) -> bool:
         index, offset = divmod(self.length, self._size)
-        return offset > 0 and not self._cache.pool.is_exclusive(self.blocks[index])
+        return offset > 0 and not self._store.pool.is_exclusive(self.blocks[index])
 
     def _drop(self, keep: int) -> None:
         """Shorten the table to `keep` blocks."""
-        self._cache.pool.release(self.blocks[keep:])
+        self._store.pool.release(self.blocks[keep:])
         del self.blocks[keep:]
         del self._parents[self.length // self._size + 1 :]
 
