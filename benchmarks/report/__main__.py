@@ -28,9 +28,9 @@ from benchmarks.report.gather import MODELS, QUICK
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
 from benchmarks.report.pool import pooled
-from qvl_runtime.cli.profile import plain
 from qvl_runtime.host import free_memory
-from qvl_runtime.profile.run_info import Machine
+from qvl_runtime.profile.jsonable import jsonable
+from qvl_runtime.profile.run_info import RunInfo
 from qvl_runtime.profile.speed import LENGTHS, PUBLISHED
 from qvl_runtime.weights.synthetic import SYNTHETIC
 
@@ -80,7 +80,7 @@ def computed() -> list[dict[str, Any]]:
     return [{**b, "published": published.get((b["machine"], b["model"], b["context"]))} for b in bounds()]
 
 
-def folder_name(machine: Machine) -> str:
+def folder_name(machine: RunInfo) -> str:
     """Such as "intel-r-xeon-r-processor-2-threads-2026-11-22"."""
     name = re.sub(r"[^a-z0-9]+", "-", machine.device.removeprefix("cpu ").lower()).strip("-")
     return f"{name}-{machine.date[:10]}"
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, help="how often each model is measured (default 3; 1 with --quick)")
     parser.add_argument("--out", type=Path, help="the folder to write; without it, one named after machine and day")
     asked = parser.parse_args()
-    began, machine = time.perf_counter(), Machine.here(device())
+    began, machine = time.perf_counter(), RunInfo.collect(device())
     out = asked.out or (
         ROOT / "out" / "report" if asked.quick else ROOT / "benchmarks" / "results" / folder_name(machine)
     )
@@ -103,7 +103,7 @@ def main() -> None:
     print("serving", file=sys.stderr)
     rates, count = ([float("inf")], 6) if asked.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
     report = {
-        "machine": plain(machine),
+        "machine": jsonable(machine),
         "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
         "quick": asked.quick,
         "passes": passes,

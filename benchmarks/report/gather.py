@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime import Engine
-from qvl_runtime.cli import plan as plan_report
-from qvl_runtime.cli.profile import plain
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.profile.growth import growth
+from qvl_runtime.profile.jsonable import jsonable
 from qvl_runtime.profile.memory import profile_memory
-from qvl_runtime.profile.run_info import Machine
+from qvl_runtime.profile.process import process_bytes
+from qvl_runtime.profile.run_info import RunInfo
 from qvl_runtime.profile.speed import LENGTHS, profile_speed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,8 +76,8 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
     if not again and not model.options.get("repeat_blocks"):  # first, while the process is as new
         given = model.options
         folder = Path(given.get("model", NANO))
-        base = plan_report.process_bytes(folder, given.get("dtype", "auto"), given.get("synthetic"))
-        memory = plain(profile_memory(lambda: Engine(**given), base, progress))
+        base = process_bytes(folder, given.get("dtype", "auto"), given.get("synthetic"))
+        memory = jsonable(profile_memory(lambda: Engine(**given), base, progress))
         gc.collect()
     engine = Engine(**model.options)
     lengths = LENGTHS[:1] if quick else model.lengths
@@ -90,9 +90,9 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
         "note": model.note,
         "summary": engine.summary(),
         "kernels": engine.report()["kernels"],
-        "machine": plain(Machine.here(engine.loop.runner.model.device)),
-        "speed": plain(speed),
-        "growth": plain(curves),
+        "machine": jsonable(RunInfo.collect(engine.loop.runner.model.device)),
+        "speed": jsonable(speed),
+        "growth": jsonable(curves),
         "memory": memory,
     }
 

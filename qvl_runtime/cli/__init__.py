@@ -1,4 +1,4 @@
-"""The command `qvl`: one file a subcommand. Nothing else in the package imports it."""
+"""The `qvl` command line, one file per subcommand. Library code never imports this package."""
 
 from __future__ import annotations
 

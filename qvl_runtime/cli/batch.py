@@ -1,20 +1,24 @@
-"""`qvl batch`: a file of requests in, a file of answers out, in the same order; started again, it goes on.
+"""`qvl batch`: answer a JSON Lines file of requests, in order; resumes if interrupted.
 
-A record is a JSON object on one line: "messages" (OpenAI-style), or "prompt" (a question) with "images" (images that
-go before it), or "raw" (a string with Qwen's tags, or a list of parts). It may have an "id", which is handed through,
-and "params" with the fields of `SamplingParams`. Each answer is one line: "index", "id" and either "text",
-"finish_reason", "boxes", "usage" (and "alternatives" where n > 1) or "error".
+A request is a JSON object on one line: "messages" (OpenAI-style), or "prompt" (a question) with optional "images", or
+"raw" (a string with Qwen's tags, or a list of parts). It may have an "id", which is copied to the answer, and "params"
+with fields of `SamplingParams`. An answer is one line: "index", "id" and either "text", "finish_reason", "boxes" and
+"usage" (plus "alternatives" if n > 1) or "error".
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from qvl_runtime.cli.terminal import content
+import typer
+
+from qvl_runtime.cli.options import Debug, ModelOptions, Quiet, SamplingOptions, user_message
+from qvl_runtime.cli.terminal import progress_bar, rate, say
 from qvl_runtime.errors import PromptError, QVLError
 
 if TYPE_CHECKING:
@@ -25,30 +29,64 @@ FORMS = ("messages", "prompt", "raw")
 
 
 class Progress(NamedTuple):
-    """How far a batch is."""
+    """Progress of a batch."""
 
-    done: int
-    errors: int
-    tokens: int  # of the answers made in this run
+    done: int  # answers in the file, those of earlier runs included
+    errors: int  # of this run
+    tokens: int  # generated in this run
 
 
-def count_records(path: Path) -> int:
+def batch(
+    *,
+    requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="The requests, one per line.")],
+    answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, one per line in the same order.")],
+    models: ModelOptions,
+    sampling: SamplingOptions,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Answer a file of requests, many at a time; resumes if interrupted.
+
+    A request is one line: {"prompt": "What is this?", "images": ["dog.jpg"]}, or {"messages": […]}, or
+    {"raw": "<img>…</img>…"}, with optional "id" and "params". A request that fails is answered by a line with "error".
+
+    [cyan]qvl batch questions.jsonl answers.jsonl --temperature 0 --max-tokens 64[/cyan]
+    """
+    params, total = sampling.params(), count_requests(requests)
+    before = resume_at(requests, answers)
+    if before and not quiet:
+        say(f"{before} of {total} requests already answered in {answers}")
+    engine, progress = models.open(), None
+    began = time.perf_counter()
+    with progress_bar(answers.name, total, before, shown=not quiet) as advance:
+        for progress in run_batch(engine, requests, answers, params):
+            advance(progress.done)
+    if progress is not None and not quiet:
+        seconds = time.perf_counter() - began
+        errors = f" ({progress.errors} of them errors)" if progress.errors else ""
+        say(f"wrote {progress.done - before} answers{errors} to {answers} in {seconds:.1f} s")
+        say(f"{progress.tokens} tokens at {rate(progress.tokens / seconds)}")
+    return 0
+
+
+def count_requests(path: Path) -> int:
+    """Number of requests in a file."""
     return sum(1 for _ in lines_of(path))
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a file that are not empty."""
+    """The non-empty lines of a file."""
     with path.open(encoding="utf-8") as file:
         yield from (line for line in file if line.strip())
 
 
 def run_batch(engine: Engine, source: Path, target: Path, params: SamplingParams) -> Iterator[Progress]:
-    """Answer what `target` does not hold yet, and append it; yields after each line that was written.
+    """Answer the requests that have no answer in `target` yet and append the answers; yields after each line.
 
-    Raises `PromptError` where `target` holds answers to something else.
+    Raises `PromptError` if `target` holds answers to other requests.
     """
     done = resume_at(source, target)
-    ready: dict[int, dict[str, Any]] = {}  # answered before their turn to be written
+    ready: dict[int, dict[str, Any]] = {}  # answers that wait for an earlier one to be written
     ids: dict[int, Any] = {}
 
     def requests() -> Iterator[tuple[int, Any, SamplingParams]]:
@@ -56,13 +94,13 @@ def run_batch(engine: Engine, source: Path, target: Path, params: SamplingParams
             if index < done:
                 continue
             try:
-                record = parse(line)
+                record = parse_record(line)
                 ids[index] = record.get("id")
-                prompt, own = request_of(record, params)
+                prompt, request_params = parse_request(record, params)
             except QVLError as error:
                 ready[index] = {"error": str(error)}
             else:
-                yield index, prompt, own
+                yield index, prompt, request_params
 
     errors = tokens = 0
     with target.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -80,35 +118,35 @@ def run_batch(engine: Engine, source: Path, target: Path, params: SamplingParams
                 yield Progress(done, errors, tokens)
 
         for index, result in engine.as_completed(requests()):
-            ready[index] = {"error": str(result)} if isinstance(result, QVLError) else answer_of(result)
+            ready[index] = {"error": str(result)} if isinstance(result, QVLError) else answer_record(result)
             yield from write()
         yield from write()
 
 
 def resume_at(source: Path, target: Path) -> int:
-    """How many answers `target` holds already; a last line that was cut off in writing is removed."""
+    """Number of answers in `target`; removes a last line that was only partly written."""
     if not target.exists():
         return 0
     if source.exists() and source.samefile(target):
-        raise PromptError(f"{target} holds the requests: name another file for the answers")
-    whole = target.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    answers = kept.splitlines()
+        raise PromptError(f"{target} holds the requests: choose another file for the answers")
+    content = target.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    answers = complete.splitlines()
     for index, (answer, line) in enumerate(zip(answers, lines_of(source), strict=False)):
-        if not _answers(answer, index, line):
-            raise PromptError(f"line {index + 1} of {target} does not answer {source}: name another file, or remove it")
-    if len(answers) > count_records(source):
-        raise PromptError(f"{target} has more lines than {source}: name another file, or remove it")
-    if len(kept) < len(whole):
-        if not whole[len(kept) :].startswith(b'{"index": '):
-            raise PromptError(f"{target} ends in what is no answer of a batch: name another file, or remove it")
+        if not _matches(answer, index, line):
+            raise PromptError(f"line {index + 1} of {target} does not answer {source}: remove it or use another file")
+    if len(answers) > count_requests(source):
+        raise PromptError(f"{target} has more lines than {source}: remove it or use another file")
+    if len(complete) < len(content):
+        if not content[len(complete) :].startswith(b'{"index": '):
+            raise PromptError(f"{target} does not end with a batch answer: remove it or use another file")
         with target.open("r+b") as file:
-            file.truncate(len(kept))
+            file.truncate(len(complete))
     return len(answers)
 
 
-def parse(line: str) -> dict[str, Any]:
-    """A record. Raises `PromptError` for what is none."""
+def parse_record(line: str) -> dict[str, Any]:
+    """The JSON object on a line. Raises `PromptError` for anything else."""
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -118,47 +156,48 @@ def parse(line: str) -> dict[str, Any]:
     return record
 
 
-def request_of(record: dict[str, Any], params: SamplingParams) -> tuple[Any, SamplingParams]:
-    """The prompt of a record, and `params` with what the record says of its own."""
-    found = [form for form in FORMS if form in record]
+def parse_request(record: dict[str, Any], params: SamplingParams) -> tuple[Any, SamplingParams]:
+    """The prompt of a record, and `params` updated with the record's own. Raises `PromptError`."""
+    forms = [form for form in FORMS if form in record]
     unknown = sorted(set(record) - {*FORMS, "images", "id", "params"})
-    if len(found) != 1 or unknown:
-        said = f"unknown keys {', '.join(map(repr, unknown))}" if unknown else f"{len(found)} of them"
-        raise PromptError(f'a record has one of "messages", "prompt" (with "images") and "raw"; this one has {said}')
-    value, images = record[found[0]], record.get("images", [])
-    if found == ["prompt"]:
+    if len(forms) != 1 or unknown:
+        problem = f"unknown keys {', '.join(map(repr, unknown))}" if unknown else f"{len(forms)} of them"
+        raise PromptError(f'a request needs one of "messages", "prompt" (with "images") or "raw"; found {problem}')
+    value, images = record[forms[0]], record.get("images", [])
+    if forms == ["prompt"]:
         if not isinstance(value, str) or not isinstance(images, list):
-            raise PromptError('"prompt" is a text and "images" a list of files, addresses or data URLs')
-        value = [{"role": "user", "content": content(value, images)}]
+            raise PromptError('"prompt" must be a string and "images" a list of files, URLs or data URLs')
+        value = [user_message(value, images)]
     elif images:
-        raise PromptError(f'"images" goes with "prompt"; with "{found[0]}" the images stand inside')
-    return value, _own_params(record.get("params", {}), params)
+        raise PromptError(f'"images" goes with "prompt"; put the images of "{forms[0]}" inside it')
+    return value, _merge_params(record.get("params", {}), params)
 
 
-def answer_of(completion: Completion) -> dict[str, Any]:
-    """What a line says of an answer."""
-    first, *others = ([asdict(box) for box in answer.boxes] for answer in completion.answers)
-    said: dict[str, Any] = {
+def answer_record(completion: Completion) -> dict[str, Any]:
+    """The fields of a line of answers."""
+    boxes, *other_boxes = ([asdict(box) for box in answer.boxes] for answer in completion.answers)
+    record: dict[str, Any] = {
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "boxes": first,
+        "boxes": boxes,
         "usage": asdict(completion.usage),
     }
-    if others:
-        said["alternatives"] = [
-            {"text": answer.text, "finish_reason": answer.finish_reason, "boxes": boxes}
-            for answer, boxes in zip(completion.alternatives, others, strict=True)
+    if other_boxes:
+        record["alternatives"] = [
+            {"text": answer.text, "finish_reason": answer.finish_reason, "boxes": own_boxes}
+            for answer, own_boxes in zip(completion.alternatives, other_boxes, strict=True)
         ]
-    return said
+    return record
 
 
-def _own_params(given: Any, params: SamplingParams) -> SamplingParams:
+def _merge_params(raw: Any, params: SamplingParams) -> SamplingParams:
+    """`params` with the values of a request's "params" object. Raises `PromptError` or `SamplingError`."""
     from qvl_runtime.schedule.api import SamplingParams
 
     known = {field.name for field in fields(SamplingParams)}
-    if not isinstance(given, dict) or not set(given) <= known:
-        raise PromptError(f'"params" is {given!r}; expected an object with some of {", ".join(sorted(known))}')
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if not isinstance(raw, dict) or not set(raw) <= known:
+        raise PromptError(f'"params" is {raw!r}; expected an object with some of {", ".join(sorted(known))}')
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
     try:
         if "logit_bias" in values:
             values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
@@ -169,14 +208,14 @@ def _own_params(given: Any, params: SamplingParams) -> SamplingParams:
         raise PromptError(f'"params" has a value of the wrong type ({error})') from None
 
 
-def _answers(answer: bytes, index: int, line: str) -> bool:
-    """Whether a line of answers belongs to a record; what is no record has no id."""
+def _matches(answer: bytes, index: int, request: str) -> bool:
+    """Whether an answer line belongs to the request line at `index`; a request that is not valid JSON has no id."""
     try:
-        said = parse(answer.decode("utf-8", "replace"))
+        record = parse_record(answer.decode("utf-8", "replace"))
     except QVLError:
         return False
     try:
-        name = parse(line).get("id")
+        request_id = parse_record(request).get("id")
     except QVLError:
-        name = None
-    return said.get("index") == index and said.get("id") == name
+        request_id = None
+    return record.get("index") == index and record.get("id") == request_id

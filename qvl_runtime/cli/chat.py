@@ -1,4 +1,4 @@
-"""`qvl chat`: a conversation at the terminal, or line by line through a pipe."""
+"""`qvl chat`: a conversation at the terminal, or line by line from a pipe."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_runtime.cli.options import Debug, Images, ModelOptions, SamplingOptions, System, user_message
 from qvl_runtime.cli.terminal import (
     INTERRUPTED,
     box_lines,
-    content,
-    drawable,
+    check_drawable,
     receive,
     save_drawing,
     say,
@@ -27,17 +27,40 @@ if TYPE_CHECKING:
     from qvl_runtime.schedule.api import Completion, SamplingParams
 
 HELP = """\
-/image PATH   show the model an image (file or address) with the next message
-/draw FILE    write the image with the last answer's boxes drawn
-/reset        forget the conversation
-/help         this list
-/quit         leave; so does Ctrl-D
-Ctrl-C stops an answer; what has come of it stays in the conversation."""
+/image PATH   attach an image (file or URL) to the next message
+/draw FILE    write the image with the last answer's boxes drawn on it
+/reset        start a new conversation
+/help         show this list
+/quit         quit (or press Ctrl-D)
+Ctrl-C stops an answer; the text so far stays in the conversation."""
+
+
+def chat(
+    *,
+    image: Images = None,
+    system: System = None,
+    models: ModelOptions,
+    sampling: SamplingOptions,
+    debug: Debug = False,
+) -> int:
+    """Chat with the model, one line per message; type /help for the commands.
+
+    [cyan]qvl chat --image dog.jpg[/cyan]
+
+    [cyan]printf 'Hello!\\nBox the dog\\n' | qvl chat --image dog.jpg[/cyan]
+    """
+    params, engine = sampling.params(), models.open()
+    if note := engine.defaults_note(params):
+        say(f"note: {note}")
+    session = ChatSession(engine, params, system)
+    for source in image or []:
+        session.attach(source)
+    return converse(session)
 
 
 @dataclass
 class ChatSession:
-    """The conversation so far, and what waits to be sent with the next message."""
+    """The conversation so far, and the images attached to the next message."""
 
     engine: Engine
     params: SamplingParams
@@ -50,17 +73,18 @@ class ChatSession:
         self.reset()
 
     def reset(self) -> None:
+        """Start a new conversation with the same system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         self.pending_images = []
         self.last = None
 
     def send(self, text: str) -> None:
-        """One turn: the answer is streamed to standard output.
+        """Send one message and stream the answer to standard output.
 
-        A refused turn leaves the conversation as it was and drops the images that waited for it, one of which may be
-        the cause. A stopped answer stays, as far as it came.
+        A turn that fails leaves the conversation unchanged and drops its images, since one of them may be the cause.
+        The text of a stopped answer is kept.
         """
-        turn = {"role": "user", "content": content(text, self.pending_images)}
+        turn = user_message(text, self.pending_images)
         self.pending_images = []
         answer = receive(self.engine.chat([*self.messages, turn], self.params, stream=True), echo=True)
         if answer.text:
@@ -75,28 +99,31 @@ class ChatSession:
                 say(line)
 
     def attach(self, argument: str) -> None:
-        source = argument.strip("'\"")  # as terminals quote a file that is dropped on them
+        """Attach an image, a file or a URL, to the next message. Raises `PromptError` or `ImageError`."""
+        source = argument.strip("'\"")  # terminals quote a file that is dropped on them
         if not source:
-            raise PromptError("/image needs a file or an address: /image dog.jpg")
+            raise PromptError("/image needs a file or a URL: /image dog.jpg")
         if "://" not in source and not source.startswith("data:"):
             path = Path(source).expanduser()
             if not path.is_file():
-                raise ImageError(f"there is no file {path}; /image wants the path of an image")
+                raise ImageError(f"file {path} does not exist; /image needs the path of an image")
             source = str(path)
         self.pending_images.append(source)
-        say(f"goes with your next message: {source}")
+        say(f"attached to your next message: {source}")
 
     def draw(self, argument: str) -> None:
+        """Write the last answer's image with its boxes to a file. Raises `PromptError` or `ImageError`."""
         if not argument:
-            raise PromptError("/draw needs the file to write: /draw out.png")
+            raise PromptError("/draw needs an output file: /draw out.png")
         if self.last is None:
-            raise PromptError("there is no answer to draw yet; ask for a box first: 'Box the dog'")
-        path = save_drawing(self.last, drawable(Path(argument).expanduser()))
-        if path is not None:
+            raise PromptError("no answer to draw yet; ask for a box first: 'Box the dog'")
+        path = Path(argument).expanduser()
+        check_drawable(path)
+        if save_drawing(self.last, path) is not None:
             say(f"wrote {path}")
 
     def command(self, line: str) -> bool:
-        """Carry out a line that starts with a slash; False where it ends the session."""
+        """Run a line that starts with a slash; returns False if it ends the session."""
         name, _, argument = line.partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/image": self.attach,
@@ -107,7 +134,9 @@ class ChatSession:
         if name in ("/quit", "/exit"):
             return False
         if name not in commands:
-            raise PromptError(f"no command {name}; /help lists them (start with a space to send the line as it is)")
+            raise PromptError(
+                f"unknown command {name}; /help lists them (to send the line as text, start it with a space)"
+            )
         commands[name](argument.strip())
         return True
 
@@ -115,13 +144,13 @@ class ChatSession:
 def converse(session: ChatSession) -> int:
     """Read lines until the end of input or `/quit`; returns the exit code.
 
-    At a terminal a refused line is reported and the conversation goes on; through a pipe, where the next lines lean on
-    this one, it ends with code 2.
+    At a terminal, an error is reported and the conversation continues. From a pipe, where later lines depend on
+    earlier ones, it ends with code 2.
     """
     interactive = sys.stdin.isatty()
     if interactive:
         _enable_line_editing()
-        say("/help lists the commands, /image PATH shows an image, Ctrl-D leaves")
+        say("/help lists the commands, /image PATH attaches an image, Ctrl-D quits")
     interrupts = 0
     while True:
         try:
@@ -141,7 +170,7 @@ def converse(session: ChatSession) -> int:
             if interrupts > 1 or not interactive:
                 return INTERRUPTED
             print(file=sys.stderr)
-            say("Ctrl-C again or Ctrl-D leaves")
+            say("press Ctrl-C again or Ctrl-D to quit")
         except (QVLError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -158,6 +187,6 @@ def _read_line() -> str:
 
 
 def _enable_line_editing() -> None:
-    """Arrow keys and history in `input`, where Python was built with readline."""
+    """Arrow keys and history in `input`, if Python was built with readline."""
     with suppress(ImportError):
         import readline  # noqa: F401

@@ -1,4 +1,4 @@
-"""What makes a function a command of `qvl`: exit codes, one line for an error, options spread out."""
+"""Turn a function into a `qvl` command: exit codes, one-line errors, option groups as options."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from qvl_runtime.errors import QVLError
 P = ParamSpec("P")
 
 
-def add_command(app: typer.Typer, function: Callable[..., int]) -> Callable[..., int]:
-    """Make the function, which returns an exit code, a command of `app`."""
-    app.command()(with_options(reported(function)))
-    return function
+def add_command(app: typer.Typer, function: Callable[..., int]) -> None:
+    """Register `function`, which returns an exit code, as a command of `app` under its own name."""
+    app.command()(with_options(exit_with(function)))
 
 
-def reported(command: Callable[P, int]) -> Callable[P, None]:
-    """Turn what a command returns or raises into an exit code and, for an error, one line."""
+def exit_with(command: Callable[P, int]) -> Callable[P, None]:
+    """Turn the return value or exception of a command into an exit code and, for an error, one line."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -32,12 +31,12 @@ def reported(command: Callable[P, int]) -> Callable[P, None]:
             say("interrupted")
             code = INTERRUPTED
         except BrokenPipeError:
-            raise  # the reader has gone, as in `qvl … | head`; typer ends in silence
+            raise  # the reader is gone, as in `qvl … | head`; typer exits silently
         except Exception as error:
             if kwargs.get("debug"):
                 raise
             expected = isinstance(error, (QVLError, OSError))
-            say_error(error if expected else f"{type(error).__name__}: {error} (a fault of qvl; --debug shows where)")
+            say_error(error if expected else f"{type(error).__name__}: {error} (a bug in qvl; --debug shows where)")
             code = 2 if expected else 1
         raise typer.Exit(code)
 

@@ -1,13 +1,15 @@
-"""`qvl demo`: three questions about an image that ships with the package, its boxes drawn, and what it took."""
+"""`qvl demo`: ask three questions about an image that ships with the package, draw the boxes, report the speed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from qvl_runtime.cli.terminal import content, printable, rate, size
-from qvl_runtime.config.checks import read_json
+import typer
+
+from qvl_runtime.cli.options import Debug, ModelOptions, user_message
+from qvl_runtime.cli.terminal import check_drawable, printable, rate, size
 from qvl_runtime.errors import ConfigError, QVLError
 
 if TYPE_CHECKING:
@@ -19,10 +21,25 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
+Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the image with the boxes drawn on it.")]
+
+
+def demo(*, out: Out = Path("out/demo.png"), models: ModelOptions, debug: Debug = False) -> int:
+    """Caption an image that ships with qvl, answer a question about it, box an object, and report the speed.
+
+    [cyan]qvl demo[/cyan]
+
+    [cyan]qvl demo --model Qwen/Qwen-VL-Chat-Int4 --out boxed.png[/cyan]
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_drawable(out)
+    run(models.open(), out)
+    return 0
+
 
 @dataclass(frozen=True, slots=True)
 class DemoPlan:
-    """What is asked about which image."""
+    """An image and three prompts about it."""
 
     image: Path
     caption_prompt: str
@@ -31,20 +48,22 @@ class DemoPlan:
 
     @classmethod
     def from_folder(cls, folder: Path = ASSETS) -> DemoPlan:
-        """Read `demo.json`, whose image lies beside it. Raises `ConfigError` where it is missing or incomplete."""
+        """Read `demo.json`; its image is in the same folder. Raises `ConfigError` if it is missing or incomplete."""
+        from qvl_runtime.config.checks import read_json
+
         path = folder / "demo.json"
         raw = read_json(path)
         texts: dict[str, str] = {}
         for name in ("image", "caption_prompt", "question", "box_prompt"):
             value = raw.get(name)
             if not isinstance(value, str):
-                raise ConfigError(f"{path} has {name} {value!r}; expected a text")
+                raise ConfigError(f"{path} has {name} {value!r}; expected a string")
             texts[name] = value
         return cls(folder / texts.pop("image"), **texts)
 
 
 def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
-    """Ask the plan's three questions, write the image with the boxes of the answers to `out`, and say how fast."""
+    """Run the plan's three prompts, write the image with the boxes of the answers to `out`, and print the speed."""
     from rich.console import Console
 
     from qvl_runtime.prompt.drawing import draw_boxes
@@ -55,49 +74,49 @@ def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
     tasks = {"caption": plan.caption_prompt, "question": plan.question, "box": plan.box_prompt}
     answers = {task: ask(engine, plan.image, prompt, console) for task, prompt in tasks.items()}
     boxes = list(answers["caption"].boxes)
-    known = {box.label for box in boxes}  # what the caption has boxed is not drawn again on request
+    known = {box.label for box in boxes}  # an object that the caption boxed is not drawn twice
     boxes += [box for box in answers["box"].boxes if box.label not in known]
     draw_boxes(answers["box"].images[0].original, boxes).save(out)
     console.print(f"\nwrote    {out}, with {len(boxes)} box{'' if len(boxes) == 1 else 'es'} drawn\n")
-    console.print(what_ran(engine))
+    console.print(engine_table(engine))
     console.print()
-    console.print(how_fast(answers))
+    console.print(speed_table(answers))
 
 
 def ask(engine: Engine, image: Path, prompt: str, console: Console) -> Completion:
-    """One question about the image in a conversation of its own, the answer shown as it comes."""
+    """Ask one question about the image in a new conversation; print the answer as it arrives."""
     from qvl_runtime.schedule.api import SamplingParams
 
     console.print(f"\n> {prompt}", style="bold")
-    messages = [{"role": "user", "content": content(prompt, [str(image)])}]
+    messages = [user_message(prompt, [str(image)])]
     completion = None
     for piece in engine.chat(messages, SamplingParams(temperature=0), stream=True):
         console.print(printable(piece.text), end="")
         completion = piece.completion
     console.print()
     if completion is None:
-        raise QVLError("the engine's stream ended without a completion; every stream's last piece carries one")
+        raise QVLError("the engine's stream ended without a completion, which its last piece must carry")
     return completion
 
 
-def what_ran(engine: Engine) -> Table:
-    """The engine's report for a person."""
+def engine_table(engine: Engine) -> Table:
+    """The engine's report as a table."""
     from rich.table import Table
 
-    said = engine.report()
-    model, memory = said["model"], said["memory"]
+    report = engine.report()
+    model, memory = report["model"], report["memory"]
     table = Table.grid(padding=(0, 2))
-    table.add_row("ran on", f"{said['device']}, {said['dtype']}")
-    kernels = dict(said["kernels"])
+    table.add_row("ran on", f"{report['device']}, {report['dtype']}")
+    kernels = dict(report["kernels"])
     table.add_row("kernels", f"{kernels.pop('ops')}: {kernels.pop('why')}")
     table.add_row("", "; ".join(f"{part}: {kernel}" for part, kernel in kernels.items()))
     table.add_row("model", f"{Path(model['folder']).name}, loaded in {model['load_s']:.1f} s")
-    table.add_row("memory", f"{size(memory['weights'])} of weights, {size(memory['kv_reserved'])} of cache")
+    table.add_row("memory", f"{size(memory['weights'])} of weights, {size(memory['kv_reserved'])} of KV cache")
     return table
 
 
-def how_fast(answers: dict[str, Completion]) -> Table:
-    """Tokens and times of each answer; an image that the engine still knew costs nothing the second time."""
+def speed_table(answers: dict[str, Completion]) -> Table:
+    """Tokens and times of each answer; an image in the cache costs nothing the second time."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -1,25 +1,25 @@
-"""`qvl info`: what is here, what the model is made of, and what each missing part costs."""
+"""`qvl info`: versions, device, kernels, model size, and what each missing optional part costs."""
 
 from __future__ import annotations
 
+import json
 import math
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qvl_runtime.cli.options import AsJson, Debug, ModelOptions
 from qvl_runtime.cli.terminal import size
 
 if TYPE_CHECKING:
-    from qvl_runtime.cli.options import ModelOptions
     from qvl_runtime.config.model import ModelConfig
 
 PACKAGES = ("qvl-runtime", "torch", "numpy", "safetensors", "tiktoken", "Pillow", "huggingface_hub", "triton")
 ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
-PARTS = (  # the first prefix that fits decides
+PARTS = (  # a tensor belongs to the first part with a matching prefix
     ("resampler", ("transformer.visual.attn_pool.", "transformer.visual.ln_post.", "transformer.visual.proj")),
-    ("vision tower", ("transformer.visual.",)),
+    ("vision encoder", ("transformer.visual.",)),
     ("embedding", ("transformer.wte.",)),
     ("decoder", ("transformer.",)),
     ("head", ("lm_head.",)),
@@ -31,12 +31,28 @@ class Check(NamedTuple):
 
     part: str
     found: bool
-    cost: str  # what goes without it, and the way to it
+    cost: str  # what is lost without it, and how to get it
 
 
-def examine(models: ModelOptions) -> dict[str, Any]:
-    """Versions, device, kernels, model and optional parts, as plain data. Reads the headers of weights only."""
+def info(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
+    """Show versions, device, kernels and model size, and what each missing optional part costs.
 
+    Reads no weights, so it is quick for a model of any size.
+
+    [cyan]qvl info[/cyan]
+
+    [cyan]qvl info --model Qwen/Qwen-VL-Chat-Int4 --json[/cyan]
+    """
+    report = info_report(models)
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        show_info(report)
+    return 0
+
+
+def info_report(models: ModelOptions) -> dict[str, Any]:
+    """Versions, device, kernels, model and optional parts as plain data. Reads only the headers of weight files."""
     from qvl_kernels import report
     from qvl_runtime.host import choose_device, device_name, total_memory
 
@@ -45,15 +61,15 @@ def examine(models: ModelOptions) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": {"name": device_name(device), "memory_bytes": total_memory(device)},
         "kernels": report(device),
-        "model": summarize(models.folder()),
+        "model": model_summary(models.folder()),
         "checks": [check._asdict() for check in _checks()],
     }
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """The model in a folder: its sizes, and parameters and bytes by part, from the headers of its weight files.
+def model_summary(folder: Path) -> dict[str, Any]:
+    """Dimensions of the model in a folder, and parameters and bytes by part, from the headers of its weight files.
 
-    A packed int4 or int8 matrix counts the parameters that it stands for; its scales, zero points and order only bytes.
+    A quantized matrix counts as its unpacked parameters; its scales, zero points and g_idx count only as bytes.
     """
     import torch
 
@@ -65,12 +81,12 @@ def summarize(folder: Path) -> dict[str, Any]:
     config = ModelConfig.from_folder(folder)
     checkpoint = Checkpoint.open(folder, config)
     packed = {f"{name}.qweight": shape for name, shape in decoder_linears(config).items()}
-    helpers = (".qzeros", ".scales", ".g_idx")
+    auxiliary = (".qzeros", ".scales", ".g_idx")
     parts = {name: {"parameters": 0, "bytes": 0} for name, _ in PARTS}
     for name in checkpoint.names:
         info = checkpoint.info(name)
         part = parts[next(part for part, prefixes in PARTS if name.startswith(prefixes))]
-        part["parameters"] += 0 if name.endswith(helpers) else math.prod(packed.get(name, info.shape))
+        part["parameters"] += 0 if name.endswith(auxiliary) else math.prod(packed.get(name, info.shape))
         part["bytes"] += math.prod(info.shape) * ITEM_SIZE[info.dtype]
     return {
         "folder": str(folder),
@@ -80,7 +96,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "vocabulary": config.vocab_size,
         "context": config.context_limit,
-        "image": f"{config.visual.image_size} pixels a side, {config.visual.n_queries} tokens",
+        "image": f"{config.visual.image_size} x {config.visual.image_size} pixels, {config.visual.n_queries} tokens",
         "kv_bytes_per_token": bytes_per_token(config, getattr(torch, config.dtype)),
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts.values()),
@@ -88,25 +104,27 @@ def summarize(folder: Path) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any]) -> None:
-    """The report for a person, on standard output."""
+def show_info(report: dict[str, Any]) -> None:
+    """Print the report as tables."""
     from rich.console import Console
     from rich.table import Table
 
     device, model = report["device"], report["model"]
     facts = Table.grid("", "", padding=(0, 2))
-    versions = [f"{name} {found}" for name, found in report["versions"].items() if found]
+    versions = [f"{name} {number}" for name, number in report["versions"].items() if number]
     facts.add_row("versions", ", ".join(versions))
     facts.add_row("device", f"{device['name']}, {size(device['memory_bytes'])} of memory")
     facts.add_row("kernels", "; ".join(report["kernels"].values()))
     facts.add_row("model", model["folder"])
     facts.add_row("", f"{model['weights']}, {model['layers']} layers of {model['hidden_size']}")
-    facts.add_row("", f"{model['context']:,} tokens of context, {size(model['kv_bytes_per_token'])} of cache a token")
-    facts.add_row("", f"an image: {model['image']}")
+    facts.add_row(
+        "", f"{model['context']:,} tokens of context, {size(model['kv_bytes_per_token'])} of KV cache per token"
+    )
+    facts.add_row("", f"images: {model['image']}")
     sizes = Table("part", box=None, pad_edge=False)
     for heading in ("parameters", "on disk"):
         sizes.add_column(heading, justify="right")
-    for name, part in {**model["parts"], "in all": model}.items():
+    for name, part in {**model["parts"], "total": model}.items():
         sizes.add_row(name, f"{part['parameters']:,}", size(part["bytes"]))
     checks = Table("optional", "", "without it", box=None, pad_edge=False)
     for check in report["checks"]:
@@ -128,12 +146,20 @@ def _checks() -> list[Check]:
 
     compiled = report(torch.device("cpu"))["ops"].startswith("C++")
     return [
-        Check("C++ kernels", compiled, "plain torch on the CPU, int4 unpacked on each use: install g++, then anew"),
-        Check("CUDA GPU", torch.cuda.is_available(), "the CPU computes: fine for a small model, slow for 9.6 billion"),
-        Check("triton", has("triton"), "no kernels for a GPU: pip install 'qvl-runtime[cuda]'"),
+        Check(
+            "C++ kernels",
+            compiled,
+            "int4 is unpacked at each use, in plain torch: install g++ and reinstall qvl-runtime",
+        ),
+        Check(
+            "CUDA GPU",
+            torch.cuda.is_available(),
+            "inference runs on the CPU: fine for a small model, slow for 9.6 billion",
+        ),
+        Check("triton", has("triton"), "no GPU kernels: pip install 'qvl-runtime[cuda]'"),
         Check("modelscope", has("modelscope"), "no --source modelscope: pip install 'qvl-runtime[modelscope]'"),
-        Check("font for Chinese", not pick_font("框狗", 16)[1], f"Chinese labels are drawn as boxes: {INSTALL_HINT}"),
-        Check("readline", has("readline"), "no arrow keys and no history in qvl chat"),
+        Check("font for Chinese", not pick_font("框狗", 16)[1], f"Chinese labels show as empty boxes: {INSTALL_HINT}"),
+        Check("readline", has("readline"), "no arrow keys or history in qvl chat"),
     ]
 
 
@@ -141,11 +167,13 @@ def _weights(config: ModelConfig) -> str:
     quantization = config.quantization
     if quantization is None:
         return config.dtype
-    group = "one group a row" if quantization.group_size == -1 else f"groups of {quantization.group_size}"
+    group = "one group per row" if quantization.group_size == -1 else f"groups of {quantization.group_size}"
     return f"int{quantization.bits} (GPTQ, {group}) in the decoder, {config.dtype} elsewhere"
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

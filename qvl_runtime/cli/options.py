@@ -1,9 +1,9 @@
-"""The options that several commands share, each group a dataclass that knows what to make of them."""
+"""Options that several commands share: single ones, and groups as dataclasses that build what they describe."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,19 +18,29 @@ if TYPE_CHECKING:
     from qvl_runtime.schedule.api import SamplingParams
     from qvl_runtime.weights.hub import Source
 
-MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
-SMALL = "the small checkpoint that comes with qvl"
+MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"  # help panels
+DEFAULT_MODEL = "the small checkpoint that ships with qvl"
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.", rich_help_panel=OUTPUT)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="The answer only: no notes, no speed.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option(
+        "--quiet", "-q", help="Print results and errors only: no notes, no progress, no speed.", rich_help_panel=OUTPUT
+    ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="On an error show the whole traceback.", rich_help_panel=OUTPUT)]
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", "-i", metavar="IMAGE", help="A file, http(s) URL or data URL; repeat for several images."),
+]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System message. Default: 'You are a helpful assistant.'")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel=OUTPUT)]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which checkpoint runs, and on what."""
+    """Which checkpoint to run, on what device and in what precision: fields of `Engine`."""
 
     model: Annotated[
         str | None,
@@ -38,15 +48,16 @@ class ModelOptions:
             "--model",
             "-m",
             metavar="NAME",
-            help=f"A checkpoint folder or a hub id such as Qwen/Qwen-VL-Chat-Int4. Without it: {SMALL}.",
+            help=f"A checkpoint folder or a hub id such as Qwen/Qwen-VL-Chat-Int4. Default: {DEFAULT_MODEL}.",
             rich_help_panel=MODEL,
         ),
     ] = None
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch a hub id that is not here yet.", rich_help_panel=MODEL)
+        bool, typer.Option("--download", help="Download the model if it is not cached.", rich_help_panel=MODEL)
     ] = False
     source: Annotated[
-        str, typer.Option(metavar="HUB", help="The hub: huggingface or modelscope.", rich_help_panel=MODEL)
+        str,
+        typer.Option(metavar="HUB", help="Hub to download from: huggingface or modelscope.", rich_help_panel=MODEL),
     ] = "huggingface"
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)] = (
         "auto"
@@ -58,7 +69,7 @@ class ModelOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="exact, or fast: int8 activations, head and vision, where the device has kernels for it.",
+            help="exact, or fast (int8 activations, head and vision encoder where the device has kernels for them).",
             rich_help_panel=MODEL,
         ),
     ] = "exact"
@@ -67,7 +78,7 @@ class ModelOptions:
         bool,
         typer.Option(
             "--embedding-on-host",
-            help="Leave the embedding table in the host's mapped file: less GPU memory.",
+            help="Keep the embedding table in host memory, to save GPU memory.",
             rich_help_panel=MODEL,
         ),
     ] = False
@@ -75,21 +86,21 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Random weights of the size of qwen-vl-chat or qwen-vl-chat-int4, to measure; its answers are noise.",
+            help="Random full-size weights for benchmarks: qwen-vl-chat or qwen-vl-chat-int4. Answers are noise.",
             rich_help_panel=MODEL,
         ),
     ] = None
 
     def folder(self) -> Path:
-        """Where the checkpoint lies, downloaded if that was asked for."""
+        """The checkpoint folder, downloaded first with `--download`. Raises `CheckpointError` or `DownloadError`."""
         from qvl_runtime.engine.engine import NANO
         from qvl_runtime.weights.hub import resolve_model
 
         return resolve_model(self.model or NANO, download=self.download, source=cast("Source", self.source))
 
     def open(self) -> Engine:
-        """Load the model, with a spinner where someone is watching."""
-        with working(f"loading {self.model or SMALL}"):
+        """Load the model, with a spinner if standard error is a terminal."""
+        with working(f"loading {self.model or DEFAULT_MODEL}"):
             from qvl_runtime.engine.engine import Engine
 
             return Engine(**asdict(self))
@@ -97,33 +108,38 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; what is not given is left to the checkpoint's defaults."""
+    """How tokens are sampled; options that are not set take the checkpoint's defaults."""
 
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Stop after this many tokens.", rich_help_panel=SAMPLING)
+        int | None, typer.Option(metavar="N", help="Maximum number of tokens to generate.", rich_help_panel=SAMPLING)
     ] = None
     temperature: Annotated[
         float | None,
-        typer.Option(metavar="X", help="0 always takes the likeliest token.", rich_help_panel=SAMPLING),
+        typer.Option(metavar="X", help="Sampling temperature; 0 = greedy.", rich_help_panel=SAMPLING),
     ] = None
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Draw from the likeliest that sum to this.", rich_help_panel=SAMPLING),
+        typer.Option(
+            metavar="X",
+            help="Sample from the most likely tokens with total probability X.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None
     top_k: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Draw from this many of the likeliest; 0: all.", rich_help_panel=SAMPLING),
+        typer.Option(metavar="N", help="Sample from the N most likely tokens; 0 = all.", rich_help_panel=SAMPLING),
     ] = None
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="The same seed draws the same answer.", rich_help_panel=SAMPLING)
+        int | None,
+        typer.Option(metavar="N", help="Random seed: the same seed gives the same answer.", rich_help_panel=SAMPLING),
     ] = None
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this text. Repeat for several.", rich_help_panel=SAMPLING),
+        typer.Option(metavar="TEXT", help="Stop before this text; repeat for several.", rich_help_panel=SAMPLING),
     ] = None
 
     def params(self) -> SamplingParams:
-        """Checked here, before a model is loaded. Raises `SamplingError`."""
+        """The sampling parameters, validated before a model is loaded. Raises `SamplingError`."""
         from qvl_runtime.schedule.api import SamplingParams
 
         return SamplingParams(
@@ -136,8 +152,14 @@ class SamplingOptions:
         )
 
 
+def user_message(text: str, images: Sequence[str]) -> dict[str, Any]:
+    """A chat message of the user: images first, then the text."""
+    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    return {"role": "user", "content": parts}
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Spread each parameter that is one of these dataclasses into its fields, for typer to see as options."""
+    """Expand each parameter whose type is a dataclass into its fields, which typer sees as options."""
     hints = get_type_hints(command, include_extras=True)
     groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
     parameters: list[inspect.Parameter] = []
@@ -145,16 +167,18 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         if (group := groups.get(parameter.name)) is None:
             parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
             continue
-        of_field = get_type_hints(group, include_extras=True)
+        field_hints = get_type_hints(group, include_extras=True)
         parameters += [
-            inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=of_field[f.name])
+            inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=field_hints[f.name])
             for f in fields(group)
         ]
 
     @wraps(command)
     def run(**values: Any) -> None:
-        built = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        command(**values, **built)
+        built_groups = {
+            name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
+        }
+        command(**values, **built_groups)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

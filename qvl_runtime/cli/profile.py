@@ -1,12 +1,11 @@
-"""`qvl profile speed` and `qvl profile memory`: the published tables, on this machine."""
+"""`qvl profile speed` and `qvl profile memory`: reproduce the published tables on this machine."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
     from qvl_runtime.profile.speed import SpeedReport
 
 profile_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory as the model's authors did."
+    no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory the way the model's authors did."
 )
-Batches = Annotated[str, typer.Option(metavar="N,N,…", help="Sequences that are decoded together.")]
+Batches = Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes to measure decoding at.")]
 Tokens = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Generate only so many; longer answers are then measured step by step along them."),
+    typer.Option(metavar="N", help="Generate N tokens; longer answers are estimated from steps sampled along them."),
 ]
 
 
@@ -37,68 +36,70 @@ def speed(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """One image as context, then 1792 and 7934 tokens generated: mean tokens a second, and where the time goes.
+    """Mean tokens per second over 1792 and 7934 generated tokens after one image, and where the time goes.
 
     [cyan]qvl profile speed --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
 
     [cyan]qvl profile speed --model Qwen/Qwen-VL-Chat-Int4 --tokens 1792[/cyan]
     """
-    sizes = _numbers(batch)
-    from qvl_runtime.profile.run_info import Machine
+    sizes = _parse_numbers(batch)
+    from qvl_runtime.profile.jsonable import jsonable
+    from qvl_runtime.profile.run_info import RunInfo
     from qvl_runtime.profile.speed import profile_speed
 
     engine = models.open()
     report = profile_speed(engine, tokens, batches=sizes, progress=_progress)
-    machine = Machine.here(engine.loop.runner.model.device)
+    run_info = RunInfo.collect(engine.loop.runner.model.device)
     if as_json:
-        print(json.dumps({"machine": plain(machine), "speed": plain(report)}, indent=2))
+        print(json.dumps({"machine": jsonable(run_info), "speed": jsonable(report)}, indent=2))
     else:
-        say(f"{engine.summary()}; {machine.date}")
+        say(f"{engine.summary()}; {run_info.date}")
         show_speed(report)
     return 0
 
 
 def memory(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
-    """Peak memory of encoding 2048 tokens and of generating 8192, beside the published figures.
+    """Peak memory of encoding 2048 tokens and of generating 8192, compared with the published figures.
 
     [cyan]qvl profile memory --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
     """
-    from qvl_runtime.cli.plan import process_bytes
+    from qvl_runtime.profile.jsonable import jsonable
     from qvl_runtime.profile.memory import profile_memory
+    from qvl_runtime.profile.process import process_bytes
 
     base = process_bytes(models.folder(), models.dtype, models.synthetic)
     report = profile_memory(models.open, base, _progress)
     if as_json:
-        print(json.dumps({"memory": plain(report)}, indent=2))
+        print(json.dumps({"memory": jsonable(report)}, indent=2))
     else:
         show_memory(report)
     return 0
 
 
 def show_speed(report: SpeedReport) -> None:
-    """Tables for a person, on standard output."""
+    """Print a speed report as tables and lines."""
     from qvl_runtime.profile.speed import as_table
 
     ceilings, answer = report.ceilings, report.answer
     show_table(f"mean speed, {report.weights}", as_table(report))
     total = sum(answer.split.values())
     print(
-        f"one image, {answer.tokens} tokens: first after {answer.ttft_s:.2f} s; then a token every "
+        f"one image, {answer.tokens} tokens: first token after {answer.ttft_s:.2f} s, then one every "
         + ", ".join(f"{1e3 * s:.1f} ms ({name})" for name, s in answer.tpot_s.items())
     )
     print("  " + ", ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in answer.split.items()))
     for batch in report.batches:
-        print(f"  batch of {batch.size}: {batch.tok_s.said('tok/s')} together, at context {batch.context}")
+        print(f"  batch of {batch.size}: {batch.tok_s.text('tok/s')} together, at context {batch.context}")
     print(
-        f"this machine at best: {ceilings.read_gb_s.said('GB/s')} ({ceilings.how}), "
-        f"{ceilings.gemm_gop_s.said('Gop/s')} in torch's 16-bit product"
+        f"this machine at best: {ceilings.read_gb_s.text('GB/s')} ({ceilings.how}), "
+        f"{ceilings.gemm_gop_s.text('Gop/s')} in torch's 16-bit matmul"
     )
     for note in report.notes:
         print(f"note: {note}")
 
 
 def show_memory(report: MemoryReport) -> None:
-    """The same for memory."""
+    """Print a memory report as a table and lines."""
     from qvl_runtime.profile.memory import GIB
 
     rows = [
@@ -113,13 +114,14 @@ def show_memory(report: MemoryReport) -> None:
     ]
     show_table(f"{report.counted}, {report.weights}", rows)
     parts = ", ".join(f"{name} {size / GIB:.3f}" for name, size in report.parts.items())
-    kv = f"KV: {report.kv_per_token:,} bytes a token"
+    kv = f"KV: {report.kv_per_token:,} bytes per token"
     print(f"before the model: {report.base / GIB:.2f} GiB; weights, GiB: {parts}; {kv}")
     for note in report.notes:
         print(f"note: {note}")
 
 
 def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows as a table with a title; the keys of the first row are the headings."""
     from rich.table import Table
 
     if not rows:
@@ -132,30 +134,19 @@ def show_table(title: str, rows: Sequence[Mapping[str, str]]) -> None:
     print_table(table)
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses and named tuples as what JSON knows."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def _numbers(text: str) -> list[int]:
+def _parse_numbers(text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 1:
-        raise ConfigError(f"batch is {text!r}; expected whole numbers of at least 1, such as 1,2,4")
+        raise ConfigError(f"batch is {text!r}; expected whole numbers of 1 or more, such as 1,2,4")
     return numbers
 
 
-def _progress(what: str) -> None:
+def _progress(task: str) -> None:
     if sys.stderr.isatty():
-        say(f"{what} …")
+        say(f"{task} …")
 
 
 add_command(profile_app, speed)

@@ -1,4 +1,4 @@
-"""How cost grows with context, prompt, batch and images, and what bounds each: measured point by point."""
+"""Measure how cost grows with context, prompt length, batch size and images, and what bounds each."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from qvl_runtime.profile.spread import Spread
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 PROMPTS = (64, 128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
-PICTURES = (0, 1, 2, 4, 8)
-MOMENT = 1.0  # seconds; what takes no longer is measured three times, after a call that is not counted
-QUESTION = 32  # tokens of text beside the images
+IMAGES = (0, 1, 2, 4, 8)
+SLOW = 1.0  # seconds; faster work is measured three times, after a warm-up call
+QUESTION = 32  # text tokens after the images
 BATCH_CONTEXT = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
+    """Seconds of work of size `x`."""
+
     x: int
     seconds: Spread
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds of a piece of work against its size, and one sentence on what bounds it, from the figures."""
+    """Seconds of work against its size, and a sentence on what bounds it, computed from the figures."""
 
     name: str
     axis: str
@@ -40,100 +42,106 @@ def growth(
     engine: Engine,
     ceilings: Ceilings,
     quick: bool = False,
-    progress: Callable[[str], None] = lambda what: None,
-    most_s: float = math.inf,
+    progress: Callable[[str], None] = lambda task: None,
+    max_seconds: float = math.inf,
 ) -> list[Curve]:
-    """The four curves, each as far as the context and the KV cache of this engine reach.
+    """Measure the four curves, each as far as the context and the KV cache of this engine allow.
 
-    Prompts and images go no further than the first size that takes more than `most_s` seconds.
+    The curves of prompts and images end at the first size that takes more than `max_seconds`.
     """
     slots = min(engine.loop.runner.cache.num_slots, engine.max_model_len)
-    reach = [n for n in CONTEXTS if n + 32 <= slots][: 2 if quick else None]
+    contexts = [n for n in CONTEXTS if n + 32 <= slots][: 2 if quick else None]
     progress("decode against context")
-    taken = steps.decode(engine, reach, rounds=3)
-    curves = [Curve("decode", "context, tokens", _points(taken), _decode_bound(engine, taken, ceilings))]
+    decoded = steps.decode(engine, contexts, rounds=3)
+    curves = [Curve("decode", "context, tokens", _points(decoded), _decode_bound(engine, decoded, ceilings))]
     prompts = [n for n in PROMPTS if n + 32 <= slots][: 2 if quick else None]
     progress("prefill against length")
-    filled = _rising(prompts, lambda n, rounds: steps.prefill(engine, n, rounds=rounds), most_s)
-    curves.append(Curve("prefill", "prompt, tokens", _points(filled), _prefill_bound(engine, filled, ceilings)))
-    fits = engine.loop.runner.cache.num_slots // (BATCH_CONTEXT + 32)
-    sizes = [n for n in BATCHES if n <= min(fits, engine.engine_config.max_running)][: 2 if quick else None]
+    prefilled = _measure_rising(prompts, lambda n, rounds: steps.prefill(engine, n, rounds=rounds), max_seconds)
+    curves.append(Curve("prefill", "prompt, tokens", _points(prefilled), _prefill_bound(engine, prefilled, ceilings)))
+    max_batch = engine.loop.runner.cache.num_slots // (BATCH_CONTEXT + 32)
+    sizes = [n for n in BATCHES if n <= min(max_batch, engine.engine_config.max_running)][: 2 if quick else None]
     progress("decode against batch")
     context = min(BATCH_CONTEXT, slots - 32)
-    together = {n: steps.decode(engine, [context], n, rounds=3)[context] for n in sizes}
-    curves.append(Curve("batch", f"sequences, each at context {context}", _points(together), _batch_bound(together)))
+    batches = {n: steps.decode(engine, [context], n, rounds=3)[context] for n in sizes}
+    curves.append(Curve("batch", f"sequences, each at context {context}", _points(batches), _batch_bound(batches)))
     progress("images")
     span = engine.config.visual.n_queries + 2
-    counts = [n for n in PICTURES if n * span + QUESTION <= slots][: 2 if quick else None]
-    asked = _rising(counts, lambda n, rounds: steps.prefill(engine, n * span + QUESTION, rounds=rounds), most_s)
-    towers = _rising([n for n in asked if n], lambda n, rounds: steps.images(engine, n, rounds=rounds), most_s)
-    seen = {n: asked[n].plus(towers[n]) if n else asked[n] for n in asked if not n or n in towers}
+    counts = [n for n in IMAGES if n * span + QUESTION <= slots][: 2 if quick else None]
+    prompt = _measure_rising(
+        counts, lambda n, rounds: steps.prefill(engine, n * span + QUESTION, rounds=rounds), max_seconds
+    )
+    vision = _measure_rising(
+        [n for n in prompt if n], lambda n, rounds: steps.images(engine, n, rounds=rounds), max_seconds
+    )
+    totals = {n: prompt[n].plus(vision[n]) if n else prompt[n] for n in prompt if not n or n in vision}
     axis = f"images and {QUESTION} tokens, to the first token"
-    curves.append(Curve("images", axis, _points(seen), _image_bound(towers, asked)))
+    curves.append(Curve("images", axis, _points(totals), _image_bound(vision, prompt)))
     return curves
 
 
-def _rising(sizes: Sequence[int], measure: Callable[[int, int], Spread], most_s: float) -> dict[int, Spread]:
-    """`measure(size, rounds)` of rising sizes until one takes more than most_s; once after one that took long."""
-    taken: dict[int, Spread] = {}
+def _measure_rising(
+    sizes: Sequence[int], measure: Callable[[int, int], Spread], max_seconds: float
+) -> dict[int, Spread]:
+    """Call `measure(size, rounds)` for rising sizes until one takes over max_seconds; one round after a slow size."""
+    spreads: dict[int, Spread] = {}
     for size in sizes:
-        slow = any(spread.median > MOMENT for spread in taken.values())
-        taken[size] = measure(size, 1 if slow else 3)
-        if taken[size].median > most_s:
+        slow = any(spread.median > SLOW for spread in spreads.values())
+        spreads[size] = measure(size, 1 if slow else 3)
+        if spreads[size].median > max_seconds:
             break
-    return taken
+    return spreads
 
 
-def _points(taken: dict[int, Spread]) -> tuple[Point, ...]:
-    return tuple(Point(x, seconds) for x, seconds in taken.items())
+def _points(spreads: dict[int, Spread]) -> tuple[Point, ...]:
+    return tuple(Point(x, seconds) for x, seconds in spreads.items())
 
 
-def slope(taken: dict[int, Spread]) -> float:
-    """Seconds for each unit of x, by least squares."""
+def slope(spreads: dict[int, Spread]) -> float:
+    """Seconds per unit of x, by least squares."""
     import numpy as np
 
-    x, y = np.array([*taken], float), np.array([s.median for s in taken.values()])
+    x, y = np.array([*spreads], float), np.array([s.median for s in spreads.values()])
     return float(np.polyfit(x, y, 1)[0]) if len(x) > 1 else 0.0
 
 
-def _decode_bound(engine: Engine, taken: dict[int, Spread], ceilings: Ceilings) -> str:
+def _decode_bound(engine: Engine, decoded: dict[int, Spread], ceilings: Ceilings) -> str:
     per_token = engine.loop.runner.cache.bytes_per_token
-    first, growth_s = min(taken), slope(taken)
-    weights = steps.bytes_read(engine, first) / taken[first].median / 1e9
-    further = f"{per_token / growth_s / 1e9:.1f} GB/s" if growth_s > 0 else "a speed lost in the spread"
+    first, growth_s = min(decoded), slope(decoded)
+    rate = steps.bytes_read(engine, first) / decoded[first].median / 1e9
+    context_rate = f"{per_token / growth_s / 1e9:.1f} GB/s" if growth_s > 0 else "a rate below the noise"
     return (
-        f"Memory: at context {first} a step reads weights and cache at {weights:.1f} GB/s, and each further token of "
-        f"context adds {per_token / 2**10:.0f} KiB read at {further}, of {ceilings.read_gb_s.median:.1f} at best."
+        f"Memory: at context {first} a step reads weights and cache at {rate:.1f} GB/s, and each further token of "
+        f"context adds {per_token / 2**10:.0f} KiB read at {context_rate}, of {ceilings.read_gb_s.median:.1f} at best."
     )
 
 
-def _prefill_bound(engine: Engine, taken: dict[int, Spread], ceilings: Ceilings) -> str:
+def _prefill_bound(engine: Engine, prefilled: dict[int, Spread], ceilings: Ceilings) -> str:
     language = _language_parameters(engine)
-    rates = {n: 2 * language * n / s.median / 1e9 for n, s in taken.items()}
+    rates = {n: 2 * language * n / s.median / 1e9 for n, s in prefilled.items()}
     return (
-        f"Arithmetic: the decoder's products run at {', '.join(f'{r:.0f} ({n} tokens)' for n, r in rates.items())} "
-        f"Gop/s; torch's own 16-bit product of such a size at {ceilings.gemm_gop_s.median:.0f}."
+        f"Arithmetic: the decoder's matmuls run at {', '.join(f'{r:.0f} ({n} tokens)' for n, r in rates.items())} "
+        f"Gop/s; torch's own 16-bit matmul of this size at {ceilings.gemm_gop_s.median:.0f}."
     )
 
 
-def _batch_bound(taken: dict[int, Spread]) -> str:
-    sizes: Sequence[int] = [*taken]
-    gains = ", ".join(f"{n * taken[sizes[0]].median / sizes[0] / taken[n].median:.1f} times for {n}" for n in sizes[1:])
+def _batch_bound(batches: dict[int, Spread]) -> str:
+    first, *larger = batches
+    gains = ", ".join(f"{n * batches[first].median / first / batches[n].median:.1f} times for {n}" for n in larger)
     return (
-        f"Tokens a second of all together grow {gains}: weights are read once for all, arithmetic and each "
-        "sequence's own cache grow with the batch."
+        f"Tokens per second of the whole batch grow {gains}: weights are read once per batch, while arithmetic and "
+        "KV cache reads grow with it."
     )
 
 
-def _image_bound(towers: dict[int, Spread], asked: dict[int, Spread]) -> str:
-    if not towers:
+def _image_bound(vision: dict[int, Spread], prompt: dict[int, Spread]) -> str:
+    if not vision:
         return "Not measured: an image does not fit the context."
-    each = ", ".join(f"{s.median / n:.3g} s ({n} in a pass)" for n, s in towers.items())
-    most = max(towers)
-    share = towers[most].median / (towers[most].median + asked[most].median)
+    each = ", ".join(f"{s.median / n:.3g} s ({n} in a pass)" for n, s in vision.items())
+    count = max(vision)
+    share = vision[count].median / (vision[count].median + prompt[count].median)
     return (
-        f"Arithmetic: the visual tower takes {each} for each image, {share:.0%} of the time at {most}; the rest is "
-        "the prefill of what the images become."
+        f"Arithmetic: the vision encoder takes {each} per image, {share:.0%} of the time at {count}; the rest is "
+        "the prefill of the image tokens."
     )
 
 

@@ -1,4 +1,4 @@
-"""Where and when something is measured, and what the machine can do at best: every figure stands beside these."""
+"""The device, software and date of a measurement, and the ceilings of the machine that it is compared with."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qvl_runtime.profile.spread import Spread
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-READ_AT_ONCE = 1 << 29  # bytes: more than any cache
+READ_BYTES = 1 << 29  # more than any cache holds
 GEMM = (1024, 4096, 4096)  # rows, inputs, outputs
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """The device, the software, the day."""
+class RunInfo:
+    """The device, the software and the date of a measurement."""
 
     device: str
     memory_gib: float
@@ -32,11 +32,12 @@ class Machine:
     python: str
     torch_version: str
     qvl: str
-    commit: str  # of the checkout that runs; empty where it is none
+    commit: str  # of the source checkout; empty if there is none
     date: str
 
     @classmethod
-    def here(cls, device: torch.device) -> Machine:
+    def collect(cls, device: torch.device) -> RunInfo:
+        """Describe this machine and checkout, now."""
         return cls(
             device=device_name(device),
             memory_gib=total_memory(device) / 2**30,
@@ -51,18 +52,18 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The best of this machine in this run: nothing that is bound by memory or arithmetic can be faster."""
+    """The best memory bandwidth and matmul rate of this machine, measured in this run: upper bounds for the rest."""
 
     read_gb_s: Spread
-    gemm_gop_s: Spread  # torch's own product of 16-bit matrices
-    how: str
+    gemm_gop_s: Spread  # torch's own 16-bit matmul
+    how: str  # how memory was read
 
     @classmethod
-    def measured(cls, device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Ceilings:
-        """Reads a buffer larger than the caches, and multiplies two matrices of the model's size in `dtype`."""
+    def measure(cls, device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Ceilings:
+        """Read a buffer larger than the caches, and multiply two matrices of the model's size in `dtype`."""
         from qvl_kernels.bandwidth import reader
 
-        read, nbytes, how = reader(device, READ_AT_ONCE)
+        read, nbytes, how = reader(device, READ_BYTES)
         rows, inputs, outputs = GEMM
         x, w = (torch.randn(n, inputs, dtype=dtype, device=device) for n in (rows, outputs))
         return cls(
@@ -73,7 +74,7 @@ class Ceilings:
 
 
 def timed(call: Callable[[], object], rounds: int, device: torch.device) -> Spread:
-    """Seconds a call, after one that is not counted."""
+    """Seconds per call, after one warm-up call."""
     samples = []
     for round_ in range(rounds + 1):
         finish(device)
@@ -86,7 +87,7 @@ def timed(call: Callable[[], object], rounds: int, device: torch.device) -> Spre
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU has."""
+    """Wait for the device's queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -94,7 +95,7 @@ def finish(device: torch.device) -> None:
 def _version() -> str:
     try:
         return version("qvl-runtime")
-    except PackageNotFoundError:  # a checkout that is not installed: its commit says more
+    except PackageNotFoundError:  # a checkout that is not installed; `commit` identifies it
         return "not installed"
 
 

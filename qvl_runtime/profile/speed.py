@@ -1,7 +1,7 @@
-"""Tokens a second as the model's authors measured them: one image of context, then 1792 and 7934 tokens generated.
+"""Tokens per second the way the model's authors measured them: one image, then 1792 and 7934 generated tokens.
 
-Their table, on one A100-SXM4-80G with the original code: 28.87 and 24.32 tokens/s in BF16, 37.79 and 34.34 in Int4. The
-lengths are those at which the sequence reaches 2048 and 8192 tokens.
+Their table, measured with the original code on one A100-SXM4-80G: 28.87 and 24.32 tokens/s in BF16, 37.79 and 34.34 in
+Int4. At these lengths the sequence reaches 2048 and 8192 tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from qvl_runtime.profile.run_info import Ceilings
 from qvl_runtime.profile.spread import Spread, percentiles
 from qvl_runtime.schedule.api import SamplingParams, Timings
 
-LENGTHS = (1792, 7934)  # generated tokens of the published table
+LENGTHS = (1792, 7934)  # generated tokens in the published table
 PUBLISHED = {("bf16", 1792): 28.87, ("bf16", 7934): 24.32, ("int4", 1792): 37.79, ("int4", 7934): 34.34}  # A100-80G
-SAMPLED = 5  # contexts between the first token and the last at which a long answer is measured
+NUM_CONTEXTS = 5  # at which a long answer is measured, between its first token and its last
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """One answer, really generated, token by token."""
+class TimedAnswer:
+    """Timings of one answer that was generated token by token."""
 
     tokens: int
     timings: Timings
@@ -34,9 +34,9 @@ class Answered:
 
     @property
     def split(self) -> dict[str, float]:
-        """Seconds by what they went into."""
+        """Seconds per phase of the request."""
         t = self.timings
-        return {"image decode": t.image_s, "vision tower": t.vision_s, "prefill": t.prefill_s, "decode": t.decode_s}
+        return {"image decode": t.image_s, "vision encoder": t.vision_s, "prefill": t.prefill_s, "decode": t.decode_s}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class Mean:
 
     length: int  # tokens generated
     tok_s: Spread
-    gb_s: float  # weights and KV cache read a second
-    of_read: float  # share of the read ceiling
-    published: float | None  # tokens/s of the original on an A100-80G
-    how: str
+    gb_s: float  # weights and KV cache read, GB/s
+    of_read: float  # fraction of the read ceiling
+    published: float | None  # tokens/s of the original code on an A100-80G
+    how: str  # generated, or estimated from steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,16 @@ class Batch:
 
     size: int
     context: int
-    tok_s: Spread  # of all together
+    tok_s: Spread  # of all sequences together
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedReport:
-    weights: str  # "int4" or "bf16" and so on
+    """Speed of a model on this machine, with the ceilings of the machine."""
+
+    weights: str  # "int4", "bf16", ...
     ceilings: Ceilings
-    answer: Answered
+    answer: TimedAnswer
     means: tuple[Mean, ...]
     batches: tuple[Batch, ...]
     notes: tuple[str, ...]
@@ -76,27 +78,27 @@ def profile_speed(
     lengths: Sequence[int] = LENGTHS,
     batches: Sequence[int] = (1, 2, 4, 8),
     rounds: int = 5,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda task: None,
     ceilings: Ceilings | None = None,
 ) -> SpeedReport:
     """Measure one answer of `tokens` tokens to one image, the mean over each length, and batches of sequences.
 
-    tokens None: the whole of the longest length on a GPU, 32 on a CPU; ceilings None: measured first. Lengths that were
-    not generated are measured at `SAMPLED` contexts along them, and said to be. Raises `ConfigError` where nothing fits
-    into the model's context.
+    tokens None: the longest length on a GPU, 32 on a CPU. ceilings None: measured first. Lengths that were not
+    generated are estimated from steps at `NUM_CONTEXTS` contexts along them, and marked so. Raises `ConfigError` if
+    nothing fits the model's context.
     """
     model = engine.loop.runner.model
     start = engine.config.visual.n_queries + 2
-    room = min(engine.max_model_len, engine.loop.runner.cache.num_slots) - start - 1
-    fitting = [length for length in lengths if length <= room]
-    notes = [f"{length} tokens do not fit: there is room for {room}" for length in lengths if length > room]
+    capacity = min(engine.max_model_len, engine.loop.runner.cache.num_slots) - start - 1
+    fitting = [length for length in lengths if length <= capacity]
+    notes = [f"{length} tokens do not fit: the limit is {capacity}" for length in lengths if length > capacity]
     if tokens is None:
-        tokens = max(fitting, default=room) if model.device.type == "cuda" else 32
-    if not 2 <= tokens <= room:
-        raise ConfigError(f"tokens is {tokens}; expected 2 to {room}, which is what the context and KV cache hold")
+        tokens = max(fitting, default=capacity) if model.device.type == "cuda" else 32
+    if not 2 <= tokens <= capacity:
+        raise ConfigError(f"tokens is {tokens}; expected 2 to {capacity}, the limit of the context and KV cache")
     if ceilings is None:
         progress("ceilings")
-        ceilings = Ceilings.measured(model.device, model.dtype)
+        ceilings = Ceilings.measure(model.device, model.dtype)
     progress(f"one image, {tokens} tokens")
     answer, gaps = _answer(engine, tokens)
     means = []
@@ -111,19 +113,19 @@ def profile_speed(
         progress(f"batch of {size}")
         spread = steps.decode(engine, [start], size, rounds)[start]
         groups.append(Batch(size, start, spread.rate(size)))
-    return SpeedReport(kind_of(engine), ceilings, answer, tuple(means), tuple(groups), tuple(notes))
+    return SpeedReport(weight_format(engine), ceilings, answer, tuple(means), tuple(groups), tuple(notes))
 
 
-def kind_of(engine: Engine) -> str:
-    """ "int4", or the dtype in short."""
+def weight_format(engine: Engine) -> str:
+    """ "int4" or "int8" if the weights are quantized, else a short dtype name such as "bf16"."""
     quantization = engine.config.quantization
     if quantization is not None:
         return f"int{quantization.bits}"
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(engine.loop.runner.model.dtype).split(".")[1]]
 
 
-def _answer(engine: Engine, tokens: int) -> tuple[Answered, list[float]]:
-    """One image and nothing else, as it is published; and the seconds of each token after the first."""
+def _answer(engine: Engine, tokens: int) -> tuple[TimedAnswer, list[float]]:
+    """Answer one image without text, as published; also returns the seconds per token after the first."""
     import numpy as np
 
     size = engine.config.visual.image_size
@@ -131,33 +133,33 @@ def _answer(engine: Engine, tokens: int) -> tuple[Answered, list[float]]:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     began = time.perf_counter()
     request = engine.submit(engine.encode([{"image": noise}]), params)
-    first, at = None, []
+    first, arrivals = None, []
     try:
         while not request.done:
             engine.loop.step()
             if request.tasks and len(request.tasks[0].token_ids) > len(request.prompt.token_ids):
-                at.append(time.perf_counter())
-                first = first or at[0] - began
+                arrivals.append(time.perf_counter())
+                first = first or arrivals[0] - began
     finally:
         engine.loop.cancel(request)
     completion = request.completion()
-    gaps = [after - before for before, after in pairwise(at)]
+    gaps = [after - before for before, after in pairwise(arrivals)]
     ttft = first if first is not None else completion.timings.ttft_s
-    return Answered(len(completion.token_ids), completion.timings, ttft, percentiles(gaps)), gaps
+    return TimedAnswer(len(completion.token_ids), completion.timings, ttft, percentiles(gaps)), gaps
 
 
 def _mean(engine: Engine, start: int, length: int, gaps: Sequence[float], ceilings: Ceilings, rounds: int) -> Mean:
-    """Generated where the answer was long enough; else the mean of steps at contexts spaced evenly along it."""
+    """The mean over the generated answer if it is long enough, else over steps at contexts spaced evenly along it."""
     if len(gaps) + 1 >= length:
         seconds, how = Spread.of(gaps[:length]), f"{length} tokens generated"
         seconds = seconds._replace(median=sum(gaps[: length - 1]) / (length - 1))
     else:
-        # midpoints of equal parts: exact for a cost that grows linearly with the context
-        contexts = [start + round((i + 0.5) * length / SAMPLED) for i in range(SAMPLED)]
-        taken = steps.decode(engine, contexts, rounds=rounds)
-        median, p10, p90 = (sum(column) / SAMPLED for column in zip(*(s[:3] for s in taken.values()), strict=True))
+        # midpoints of equal parts are exact for a cost that grows linearly with the context
+        contexts = [start + round((i + 0.5) * length / NUM_CONTEXTS) for i in range(NUM_CONTEXTS)]
+        spreads = steps.decode(engine, contexts, rounds=rounds).values()
+        median, p10, p90 = (sum(column) / NUM_CONTEXTS for column in zip(*(s[:3] for s in spreads), strict=True))
         seconds = Spread(median, p10, p90, rounds)
-        how = f"steps at {SAMPLED} contexts from {contexts[0]} to {contexts[-1]}, {rounds} times; not generated"
+        how = f"steps at {NUM_CONTEXTS} contexts from {contexts[0]} to {contexts[-1]}, {rounds} times; not generated"
     nbytes = steps.bytes_read(engine, start + length // 2)
     gb_s = nbytes / seconds.median / 1e9
     return Mean(
@@ -172,15 +174,15 @@ def _mean(engine: Engine, start: int, length: int, gaps: Sequence[float], ceilin
 
 def _published(engine: Engine, length: int) -> float | None:
     full_size = (engine.config.num_hidden_layers, engine.config.hidden_size) == (32, 4096)
-    return PUBLISHED.get((kind_of(engine), length)) if full_size else None
+    return PUBLISHED.get((weight_format(engine), length)) if full_size else None
 
 
 def as_table(report: SpeedReport) -> list[dict[str, str]]:
-    """One row a published length: what `qvl profile speed` shows."""
+    """One row per length, for `qvl profile speed`."""
     return [
         {
             "generated": f"{mean.length}",
-            "tokens/s": mean.tok_s.said(),
+            "tokens/s": mean.tok_s.text(),
             "GB/s": f"{mean.gb_s:.1f}",
             "of the read ceiling": f"{mean.of_read:.0%}",
             "original, A100-80G": "" if mean.published is None else f"{mean.published}",

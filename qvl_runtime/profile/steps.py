@@ -1,7 +1,7 @@
-"""Single model calls at any context: decode and prefill steps without the hours that it takes to get there.
+"""Time single decode and prefill steps at any context, without the hours it takes to generate up to it.
 
-The tokens before a step are written into the KV cache as zeros instead of being computed. What is read and what is
-calculated is the same, so is the time; what such a step says is not.
+The tokens before a step are written to the KV cache as zeros instead of being computed. The step reads and computes as
+much as a real one, so its time is the same; its output is meaningless.
 """
 
 from __future__ import annotations
@@ -26,59 +26,59 @@ from qvl_runtime.schedule.sequence import Sequence
 
 
 def decode(engine: Engine, contexts: Items[int], batch: int = 1, rounds: int = 5) -> dict[int, Spread]:
-    """Seconds a step in which `batch` sequences of each context get a token: model, logits and choice.
+    """Seconds per step in which `batch` sequences at each context get a token: forward pass, logits and sampling.
 
-    The contexts take turns, so that a slow minute of the machine slows them all.
+    The contexts take turns, so that a slow minute of the machine slows all of them.
     """
     samples: dict[int, list[float]] = {context: [] for context in contexts}
     with decoding(engine, max(contexts), batch) as step:
-        for round_ in range(rounds + 1):  # the first is not counted
+        for round_ in range(rounds + 1):  # the first is a warm-up
             for context in contexts:
                 began = time.perf_counter()
                 step(context)
                 if round_:
                     samples[context].append(time.perf_counter() - began)
-    return {context: Spread.of(taken) for context, taken in samples.items()}
+    return {context: Spread.of(seconds) for context, seconds in samples.items()}
 
 
 @contextmanager
-def decoding(engine: Engine, longest: int, batch: int = 1) -> Iterator[Callable[[int], None]]:
-    """A call that decodes a token of `batch` sequences at a context of up to `longest`, as often as it is called.
+def decoding(engine: Engine, max_context: int, batch: int = 1) -> Iterator[Callable[[int], None]]:
+    """Yield a function that decodes one token of `batch` sequences at a context of up to `max_context`.
 
-    Raises `CapacityError` where the KV cache does not hold so much.
+    Raises `CapacityError` if the KV cache is too small.
     """
     runner = engine.loop.runner
-    blocks = batch * -(-(longest + 1) // BLOCK_SIZE)
+    blocks = batch * -(-(max_context + 1) // BLOCK_SIZE)
     if blocks * BLOCK_SIZE > runner.cache.num_slots:
         raise CapacityError(
-            f"{batch} sequences of {longest} tokens need {blocks * BLOCK_SIZE} slots of KV cache, and there are "
-            f"{runner.cache.num_slots}: ask for shorter ones, or raise kv_cache_bytes"
+            f"{batch} sequences of {max_context} tokens need {blocks * BLOCK_SIZE} slots of KV cache, which has "
+            f"{runner.cache.num_slots}: use shorter ones or raise kv_cache_bytes"
         )
     engine.loop.scheduler.make_room(blocks)
     with ExitStack() as stack:
         sequences = [stack.enter_context(runner.cache.sequence(1.0)) for _ in range(batch)]
         for sequence in sequences:
-            _write(engine, sequence, longest)
+            _write(engine, sequence, max_context)
         params = SamplingParams(temperature=0.0).resolve(engine.defaults)
         device, vocabulary = runner.model.device, engine.config.vocab_size
-        choose = sampler_for(runner.model.ops)
+        sample = sampler_for(runner.model.ops)
         rows = [Row(Draws(params, [1], vocabulary, device, 0), 0) for _ in sequences]
 
         def step(context: int) -> None:
             for sequence in sequences:
                 sequence.length = context
-            choose(runner.compute([Chunk(sequence, [1]) for sequence in sequences])([*range(batch)]), rows)
+            sample(runner.compute([Chunk(sequence, [1]) for sequence in sequences])([*range(batch)]), rows)
             finish(device)
 
         yield step
 
 
 def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Spread:
-    """Seconds until the logits after `tokens` more tokens, with `before` in the cache already, chunk by chunk.
+    """Seconds to the logits after `tokens` more tokens, chunk by chunk, with `before` tokens in the cache already.
 
-    Of several rounds one more is run first and not counted; a single one is what the first time takes.
+    Several rounds are preceded by a warm-up; a single round is cold.
     """
-    runner, most = engine.loop.runner, engine.engine_config.max_step_tokens
+    runner, chunk = engine.loop.runner, engine.engine_config.max_step_tokens
     engine.loop.scheduler.make_room(-(-(before + tokens) // BLOCK_SIZE))
     samples = []
     with runner.cache.sequence(1.0) as sequence:
@@ -86,8 +86,8 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
         for round_ in range(rounds + (rounds > 1)):
             sequence.truncate(before)
             began = time.perf_counter()
-            for start in range(0, tokens, most):
-                hidden = runner.run([Chunk(sequence, [1] * min(most, tokens - start))])
+            for start in range(0, tokens, chunk):
+                hidden = runner.run([Chunk(sequence, [1] * min(chunk, tokens - start))])
             runner.model.logits(hidden[-1:])
             finish(runner.model.device)
             if round_ or rounds == 1:
@@ -96,7 +96,7 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
 
 
 def images(engine: Engine, count: int, rounds: int = 3) -> Spread:
-    """Seconds that the visual tower takes for so many images given together; `rounds` as in `prefill`."""
+    """Seconds that the vision encoder takes for `count` images in one pass; `rounds` as in `prefill`."""
     model, size = engine.loop.runner.model, engine.config.visual.image_size
     pixels = torch.randn(count, 3, size, size)
     samples = []
@@ -110,13 +110,14 @@ def images(engine: Engine, count: int, rounds: int = 3) -> Spread:
 
 
 def bytes_read(engine: Engine, context: int, batch: int = 1) -> int:
-    """What a decode step must read at least: the decoder's and the head's weights once, each sequence's KV cache."""
+    """The least a decode step must read: the weights of decoder and head once, and each sequence's KV cache."""
     runner = engine.loop.runner
     weights = sum(runner.model.bytes_by_part[part] for part in ("language", "head"))
     return weights + batch * context * runner.cache.bytes_per_token
 
 
 def _write(engine: Engine, sequence: Sequence, tokens: int) -> None:
+    """Extend a sequence to `tokens` tokens whose keys and values are zero."""
     sequence.append(tokens + 1)
     sequence.length = tokens
     blocks = torch.tensor(sequence.blocks, device=engine.loop.runner.model.device)

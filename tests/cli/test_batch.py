@@ -101,8 +101,8 @@ def test_the_command(engine: Engine, source: Path, monkeypatch: pytest.MonkeyPat
     target = source.with_name("out.jsonl")
     result = qvl("batch", source, target, "--temperature", 0, "--max-tokens", 4)
     assert (result.exit_code, result.stdout) == (0, ""), result.stderr
-    assert "8 answers in" in result.stderr and "3 of them errors" in result.stderr
-    assert "8 of 8 are answered already" in qvl("batch", source, target).stderr
+    assert "wrote 8 answers (3 of them errors)" in result.stderr and f"to {target} in" in result.stderr
+    assert "8 of 8 requests already answered" in qvl("batch", source, target).stderr
     missing = qvl("batch", source.with_name("none.jsonl"), target)
     assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
 
@@ -114,6 +114,6 @@ def test_what_is_no_file_of_answers_is_left_as_it_is(tmp_path: Path) -> None:
         resume_at(requests, requests)
     notes = tmp_path / "notes.txt"
     notes.write_text("keep me")
-    with pytest.raises(PromptError, match="no answer of a batch"):
+    with pytest.raises(PromptError, match="does not end with a batch answer"):
         resume_at(requests, notes)
     assert requests.read_text() == '{"prompt": "Hello!"}' and notes.read_text() == "keep me"

@@ -61,11 +61,11 @@ def test_chat_ends_with_its_input_and_shows_images_given_up_front(engine: FakeEn
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("/image", "error: /image needs a file or an address"),
-        ("/image no/such.png", "error: there is no file no/such.png"),
-        ("/draw out.png", "error: there is no answer to draw yet"),
-        ("/draw", "error: /draw needs the file to write"),
-        ("/imgae x", "error: no command /imgae; /help lists them"),
+        ("/image", "error: /image needs a file or a URL"),
+        ("/image no/such.png", "error: file no/such.png does not exist"),
+        ("/draw out.png", "error: no answer to draw yet"),
+        ("/draw", "error: /draw needs an output file"),
+        ("/imgae x", "error: unknown command /imgae; /help lists them"),
     ],
 )
 def test_chat_through_a_pipe_stops_at_an_error(engine: FakeEngine, line: str, said: str) -> None:
@@ -114,7 +114,7 @@ def test_chat_at_a_terminal_survives_ctrl_c_and_errors_and_leaves_it_as_it_was(t
 
     read_until("you> ")
     type_in("/image no/such.png\n")
-    read_until("error: there is no file no/such.png")
+    read_until("error: file no/such.png does not exist")
     read_until("you> ")
     type_in("count\n")
     read_until("word3 ")
@@ -123,7 +123,7 @@ def test_chat_at_a_terminal_survives_ctrl_c_and_errors_and_leaves_it_as_it_was(t
     read_until("you> ")
     time.sleep(1)  # Python's readline does not notice a signal between showing its prompt and waiting for a key
     type_in("\x03")
-    read_until("Ctrl-C again or Ctrl-D leaves")
+    read_until("press Ctrl-C again or Ctrl-D to quit")
     read_until("you> ")
     type_in("\x04")
     assert process.wait(timeout=30) == 0

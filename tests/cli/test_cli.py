@@ -135,7 +135,7 @@ def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image
         (["generate", "x", "--raw", "--system", "y"], "error: --system belongs to the chat format"),
         (["generate", "x", "--draw", "out.doc"], "error: cannot draw to out.doc: its name must end in .png"),
         (["generate", "x", "--draw", "no/such/out.png"], "error: cannot draw to no/such/out.png: the folder no/such"),
-        (["chat", "--image", "no/such.png"], "error: there is no file no/such.png"),
+        (["chat", "--image", "no/such.png"], "error: file no/such.png does not exist"),
         (["info", "--model", "no such model"], "error: 'no such model' is neither a folder nor a hub id"),
         (["info", "--model", "a/b"], "error: 'a/b' is no folder here and not in the local cache"),
     ],
@@ -170,7 +170,7 @@ def test_a_fault_of_the_program_is_one_line_unless_debug(monkeypatch: pytest.Mon
     monkeypatch.setattr(ModelOptions, "open", fail)
     result = qvl("generate", "x")
     assert result.exit_code == 1
-    assert result.stderr == "error: RuntimeError: shapes differ: [1] and [2] (a fault of qvl; --debug shows where)\n"
+    assert result.stderr == "error: RuntimeError: shapes differ: [1] and [2] (a bug in qvl; --debug shows where)\n"
     assert isinstance(qvl("generate", "x", "--debug").exception, RuntimeError)
 
 
@@ -182,7 +182,7 @@ def test_ctrl_c_keeps_what_has_come_and_ends_with_130() -> None:
     rest, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert (head + rest).startswith("word0 word1 ") and (head + rest).endswith("\n")
-    assert errors == "ready\ninterrupted; the answer is not whole\n"
+    assert errors == "ready\ninterrupted; the answer is incomplete\n"
 
 
 def test_ctrl_c_with_json_still_gives_one_object() -> None:

@@ -35,7 +35,7 @@ def test_demo_asks_three_questions_draws_and_reports(tmp_path: Path, capsys: pyt
     assert "you said Describe" in said
     assert f"wrote    {out}, with 1 box drawn" in said
     assert re.search(r"ran on +nothing \(a fake\), words", said)
-    assert re.search(r"memory +3.0 MiB of weights, 512 B of cache", said)
+    assert re.search(r"memory +3.0 MiB of weights, 512 B of KV cache", said)
     assert re.search(r"box +10 +1 +30 ms +200 tok/s +2.0 tok/s +80 ms", said)
     with Image.open(out) as drawn:
         assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white image"
@@ -44,5 +44,5 @@ def test_demo_asks_three_questions_draws_and_reports(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("missing", sorted(PLAN))
 def test_an_incomplete_plan_is_refused_by_name(tmp_path: Path, missing: str) -> None:
     folder = plan_folder(tmp_path, {name: text for name, text in PLAN.items() if name != missing})
-    with pytest.raises(ConfigError, match=f"demo.json has {missing} None; expected a text"):
+    with pytest.raises(ConfigError, match=f"demo.json has {missing} None; expected a string"):
         DemoPlan.from_folder(folder)

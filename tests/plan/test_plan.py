@@ -91,7 +91,7 @@ def test_nano_takes_what_is_planned(name: str, precision: str) -> None:
     load, folder = Load(tokens=1502, prompt=1500), NANO.with_name(name)
     base = printed(f"""
 from pathlib import Path
-from qvl_runtime.cli.plan import process_bytes
+from qvl_runtime.profile.process import process_bytes
 print(process_bytes(Path({str(folder)!r})))""")
     took = printed(f"""
 import torch

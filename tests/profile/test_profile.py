@@ -17,7 +17,7 @@ from qvl_runtime.host import peak_memory, reset_peak_memory
 from qvl_runtime.profile import steps
 from qvl_runtime.profile.growth import growth, slope
 from qvl_runtime.profile.memory import encode
-from qvl_runtime.profile.run_info import Ceilings, Machine
+from qvl_runtime.profile.run_info import Ceilings, RunInfo
 from qvl_runtime.profile.speed import profile_speed
 from qvl_runtime.profile.spread import Spread, percentiles
 
@@ -129,12 +129,12 @@ def test_encoding_takes_as_many_tokens_as_it_says(engine: Engine) -> None:
 
 
 def test_ceilings_are_measured_and_said() -> None:
-    found = Ceilings.measured(CPU, torch.bfloat16, rounds=1)
+    found = Ceilings.measure(CPU, torch.bfloat16, rounds=1)
     assert 0.1 < found.read_gb_s.median < 1e4 and found.gemm_gop_s.median > 0.1 and "read" in found.how
 
 
 def test_the_machine_says_where_and_when() -> None:
-    here = Machine.here(CPU)
+    here = RunInfo.collect(CPU)
     assert here.device.startswith("cpu (") and here.torch_version == torch.__version__ and len(here.date) == 16
 
 

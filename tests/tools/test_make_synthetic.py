@@ -44,13 +44,13 @@ def test_the_commands(made: Path, tmp_path: Path) -> None:
 
     there, back = str(tmp_path / "there"), str(tmp_path / "back")
     assert "Nothing was written" in qvl("convert", str(made), there, "--dry-run") and not Path(there).exists()
-    assert "8 linears laid out for cpu" in qvl("convert", str(made), there)
-    assert "all as qvl_manifest.json says" in qvl("verify", there)
-    assert "byte for byte" in qvl("convert", there, back, "--to", "hf")
+    assert "8 linears repacked for cpu" in qvl("convert", str(made), there)
+    assert "all match qvl_manifest.json" in qvl("verify", there)
+    assert "identical to the converted originals (SHA-256)" in qvl("convert", there, back, "--to", "hf")
     for path in made.iterdir():
         assert (Path(back) / path.name).read_bytes() == path.read_bytes()
     assert "exists already" in qvl("convert", str(made), there, code=2)
-    assert "takes no --head" in qvl("convert", there, back, "--to", "hf", "--head", "int8", code=2)
+    assert "so --head cannot apply" in qvl("convert", there, back, "--to", "hf", "--head", "int8", code=2)
     plan = json.loads(qvl("plan", there, "--gpu", "a100-40", "--json"))
     assert plan["fits"]["tokens"] > 8192 and plan["peaks"]["encode 2048"]["fits"]
     assert "a bound, not a forecast" in " ".join(qvl("plan", there, "--gpu", "h100").split())
