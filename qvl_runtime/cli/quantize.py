@@ -112,14 +112,14 @@ def quantize(
         quantizer = Quantizer.open(
             resolve_model(source), destination, options.resolve(), options.calibration, torch_device
         )
-    quantizer.refuse_beyond(free_memory(torch_device))
+    quantizer.check_memory(free_memory(torch_device))
     if not quiet or dry_run:
         for line in outline_lines(quantizer, options.calibration):
             say(line)
     if dry_run:
         return 0
     began = time.perf_counter()
-    with progress_bar("linears", quantizer.linears, shown=not quiet) as advance:
+    with progress_bar("linears", quantizer.num_linears, shown=not quiet) as advance:
         errors = quantizer.run(advance)
     seconds = time.perf_counter() - began
     if plot is not None:
@@ -129,19 +129,19 @@ def quantize(
     elif not quiet:
         print_table(error_table(errors))
     if not quiet:
-        say(f"wrote {destination}, {size(quantizer.outline().result)}, in {seconds:.0f} s")
+        say(f"wrote {destination}, {size(quantizer.estimate().result)}, in {seconds:.0f} s")
     return 0
 
 
 def outline_lines(quantizer: Quantizer, calibration: Path | None) -> list[str]:
     """What the run will read and need: calibration tokens, memory and disk."""
-    outline = quantizer.outline()
-    truncated = f", {outline.shortened} of them truncated to --max-tokens" if outline.shortened else ""
+    estimate = quantizer.estimate()
+    truncated = f", {estimate.shortened} of them truncated to --max-tokens" if estimate.shortened else ""
     return [
-        f"{outline.conversations} conversations of {calibration or 'the built-in set'}{truncated}: "
-        f"{outline.rows:,} calibration tokens",
-        f"memory up to about {size(outline.memory)}, disk {size(outline.disk)} while running, "
-        f"{size(outline.result)} when done",
+        f"{estimate.conversations} conversations of {calibration or 'the built-in set'}{truncated}: "
+        f"{estimate.tokens:,} calibration tokens",
+        f"memory up to about {size(estimate.memory)}, disk {size(estimate.disk)} while running, "
+        f"{size(estimate.result)} when done",
     ]
 
 

@@ -1,12 +1,12 @@
 """GPTQ linears as AutoGPTQ stores them: the record that kernels take, packing, and round-to-nearest quantization.
 
-With `p = 32 / bits` values a word, value `i` of a column sits in word `i // p`, lowest bits first, and the weight is
+An int32 holds `p = 32 / bits` codes: code `i` of a column is in int32 `i // p`, lowest bits first. The weight is
 
     w[o, i] = scales[g, o] * (q[i, o] - (zeros[g, o] + zero_offset)),   g = g_idx[i] or i // group_size
 
 where `zero_offset` is 1 for the v1 format (zero points are stored minus one) and 0 for v2. A stored 15 of v1 int4 is
-zero point 16: AutoGPTQ's modules disagree there (`qlinear_cuda_old` wraps it to 0, `qlinear_cuda` does not), symmetric
-checkpoints never hold it, and the reading without a wrap is the one that continues 14 -> 15.
+zero point 16. AutoGPTQ's modules disagree there (`qlinear_cuda_old` wraps it to 0, `qlinear_cuda` does not) and
+symmetric checkpoints never contain it; reading it without the wrap continues 14 -> 15.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of one linear, as AutoGPTQ names them
-FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that what is made on the way stays in a core's cache
-OUTPUTS_AT_ONCE = 256  # that are compared with their floats together: 11 MB of those for the widest linear
+FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that temporaries stay in a core's cache
+OUTPUTS_AT_ONCE = 256  # compared with their floats together: 11 MB of floats for the widest linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,26 +35,28 @@ class GPTQLinear:
     qweight: Tensor  # int32 [in * bits / 32, out]
     qzeros: Tensor  # int32 [G, out * bits / 32]
     scales: Tensor  # float [G, out]
-    g_idx: Tensor | None  # int32 [in], the group of each input; None where equal groups follow one another
+    g_idx: Tensor | None  # int32 [in], the group of each input; None where equal groups are in order
     bias: Tensor | None  # [out]
     bits: int
-    group_size: int  # inputs a group; `in` where the checkpoint says -1
-    zero_offset: int  # what to add to a stored zero point
+    group_size: int  # inputs per group; `in` where the checkpoint says -1
+    zero_offset: int  # added to a stored zero point
 
     @property
     def in_features(self) -> int:
+        """Number of inputs."""
         return int(self.qweight.shape[0]) * (32 // self.bits)
 
     @property
     def out_features(self) -> int:
+        """Number of outputs."""
         return int(self.qweight.shape[1])
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> GPTQLinear:
-        """Gather the tensors of linear `name` from a loaded state, which holds them in checked shapes.
+        """Gather the tensors of linear `name` from a loaded state, whose shapes were checked.
 
         Raises `CheckpointError` where `g_idx` points outside the groups, or is a permutation although `desc_act` is
-        false: AutoGPTQ would then ignore it, so that either the one or the other is wrong.
+        false: AutoGPTQ would then ignore it, so one of the two is wrong.
         """
         import torch
 
@@ -98,19 +100,19 @@ class GPTQLinear:
         return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
 
     def outputs(self, first: int, end: int) -> GPTQLinear:
-        """Outputs first to end alone, both multiples of the values of a word (or the last)."""
-        per_word = 32 // self.bits
-        words, bias = slice(first // per_word, -(-end // per_word)), self.bias
+        """The linear of outputs `first` to `end` only: multiples of 32 / bits, except for an `end` that is the last."""
+        per_int32 = 32 // self.bits
+        columns, bias = slice(first // per_int32, -(-end // per_int32)), self.bias
         return replace(
             self,
             qweight=self.qweight[:, first:end],
-            qzeros=self.qzeros[:, words],
+            qzeros=self.qzeros[:, columns],
             scales=self.scales[:, first:end],
             bias=None if bias is None else bias[first:end],
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The published tensors of linear `name`, `g_idx` and a bias (zeros where there is none) included."""
+        """The published tensors of linear `name`, including `g_idx` and a bias (zeros where the linear has none)."""
         import torch
 
         g_idx, bias = self.g_idx, self.bias
@@ -123,7 +125,7 @@ class GPTQLinear:
 
 
 def pack_linear(
-    levels: Tensor,
+    codes: Tensor,
     scales: Tensor,
     zeros: Tensor,
     g_idx: Tensor | None,
@@ -132,13 +134,13 @@ def pack_linear(
     group_size: int,
     zero_offset: int,
 ) -> GPTQLinear:
-    """A linear of unpacked whole numbers: levels [in, out]; scales and zero points [G, out], said as they are."""
+    """Pack a linear of unpacked integers: codes [in, out]; scales and true zero points [G, out]."""
     import torch
 
     from qvl_kernels.reference import pack_rows
 
     return GPTQLinear(
-        qweight=pack_rows(levels, bits),
+        qweight=pack_rows(codes, bits),
         qzeros=pack_rows((zeros - zero_offset).t(), bits).t().contiguous(),
         scales=scales.to(torch.float16).contiguous(),
         g_idx=g_idx,
@@ -152,9 +154,9 @@ def pack_linear(
 def quantize_rtn(
     weight: Tensor, bits: int, group_size: int, sym: bool, *, bias: Tensor | None = None, zero_offset: int = 1
 ) -> GPTQLinear:
-    """Round a weight [out, in] to the nearest point of its group's grid, which is at most half a scale away.
+    """Round a weight [out, in] to the nearest point of its group's grid (`formats.grid`), at most half a scale away.
 
-    `weights.grid` says which grid that is. Beside the result it takes a byte a weight.
+    Needs one byte per weight in addition to the result. Raises `CheckpointError` for NaN or infinity.
     """
     import torch
 
@@ -164,18 +166,19 @@ def quantize_rtn(
     ranges = []
     for part in torch.split(weight, rows):
         grouped = _grouped(part, group_size)
-        ranges.append((grouped.amin(dim=2), grouped.amax(dim=2)))  # torch.aminmax takes eight times as long
+        ranges.append((grouped.amin(dim=2), grouped.amax(dim=2)))  # torch.aminmax is eight times slower
     low, high = (torch.cat(ends) for ends in zip(*ranges, strict=True))
     if not (high - low).sum(dtype=torch.float64).isfinite():  # one NaN or infinity makes the sum one
         raise CheckpointError(f"a weight of shape {tuple(weight.shape)} holds NaN or infinity and cannot be quantized")
     grid = grid_between(low, high, bits, sym, zero_offset)
-    levels = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     for start, part in enumerate(torch.split(weight, rows)):
-        own, grouped = slice(start * rows, (start + 1) * rows), _grouped(part, group_size)
-        Grid(grid.scales[own].unsqueeze(2), grid.zeros[own].unsqueeze(2), grid.top).levels(grouped, out=grouped)
-        levels[own] = grouped.view(len(part), -1)[:, :in_features].to(torch.int16)  # to bytes at once is slower
+        outputs, grouped = slice(start * rows, (start + 1) * rows), _grouped(part, group_size)
+        part_grid = Grid(grid.scales[outputs].unsqueeze(2), grid.zeros[outputs].unsqueeze(2), grid.max_code)
+        part_grid.quantize(grouped, out=grouped)
+        codes[outputs] = grouped.view(len(part), -1)[:, :in_features].to(torch.int16)  # straight to bytes is slower
     return pack_linear(
-        levels.t(),
+        codes.t(),
         grid.scales.t(),
         grid.zeros.t(),
         _groups_in_order(in_features, group_size, weight.device) if in_features % group_size else None,
@@ -187,7 +190,7 @@ def quantize_rtn(
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:
-    """A float32 copy [out, groups, group size] of a weight [out, in], zeros in what the last group lacks."""
+    """A float32 copy [out, groups, group size] of a weight [out, in], the last group padded with zeros."""
     import torch
 
     floats = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Memory given back when it is no longer needed: of tensors that are views of a mapped file, and of the heap."""
+"""Return memory to the system as soon as it is unused: pages of mapped files, and free memory in the heap."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-KEPT = 256 << 20  # bytes of a tensor up to which `keep_heap` has it in the heap: 4096 x 12288 floats are 192 MiB
-PIECE = 32 << 20  # bytes of a tensor that are in memory at once while it is copied
+HEAP_LIMIT = 256 << 20  # bytes: `keep_heap` keeps smaller tensors in the heap; 4096 x 12288 floats are 192 MiB
+PIECE_BYTES = 32 << 20  # of a tensor that are in memory at once while it is copied
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-MOST_INT = 2**31 - 1
+INT_MAX = 2**31 - 1
 
 
 def release(tensor: Tensor) -> None:
-    """Give back the memory of a view of a mapped file; reading it again reads the file again.
+    """Drop the pages of a view of a mapped file; reading the view again reads the file again.
 
-    Only for such views: other memory loses its content. Without it a process that reads a 9 GB file once is 9 GB
-    large until it unmaps the file. Does nothing where the system has no madvise.
+    Only for such views: other memory would lose its content. Without this, a process that reads a 9 GB file once stays
+    9 GB large until it unmaps the file. Does nothing where the system has no madvise.
     """
     advise = _madvise()
     if advise is None or not tensor.is_contiguous():
@@ -36,13 +36,13 @@ def release(tensor: Tensor) -> None:
 
 
 def release_source(tensor: Tensor) -> None:
-    """`release` of a tensor that was laid out anew, where it is a view of a mapped file; others are left alone."""
+    """`release` a tensor that was repacked, if it is a view of a mapped file; other tensors are left alone."""
     if sys.platform.startswith("linux") and _in_file(tensor.data_ptr()):
         release(tensor)
 
 
 def _in_file(address: int) -> bool:
-    """Whether an address is in a mapping of a file: proc(5), `maps`, where other memory has inode 0."""
+    """Whether an address is in a mapping of a file: in proc(5) `maps`, other memory has inode 0."""
     with open("/proc/self/maps") as lines:
         for line in lines:
             first, _, rest = line.partition("-")
@@ -52,9 +52,9 @@ def _in_file(address: int) -> bool:
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[Tensor]:
-    """A tensor as `dtype`, in order, at most `PIECE` bytes at a time (a row at least); each is given back after it."""
+    """Yield a tensor as flat pieces of `dtype`, in order, at most `PIECE_BYTES` each; mapped pages are released."""
     flat = tensor.reshape(-1)
-    count = max(1, PIECE // flat.element_size())
+    count = max(1, PIECE_BYTES // flat.element_size())
     for start in range(0, len(flat), count):
         part = flat[start : start + count]
         yield part.to(dtype)
@@ -63,10 +63,11 @@ def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[
 
 
 def trim_heap() -> None:
-    """Give back the free memory inside the C library's heap: after loading, and now and then while images come.
+    """Return free memory inside the C library's heap to the system.
 
-    Tensors below 32 MiB come from the heap, and what is kept of them lies between what is not: at full size 0.2 GB that
-    no later tensor fits. Does nothing where the C library is not glibc.
+    Called after loading, and now and then while images are encoded. Tensors below 32 MiB come from the heap, and those
+    that stay are scattered among those that are freed: at full size 0.2 GB of holes that no later tensor fits. Does
+    nothing where the C library is not glibc.
     """
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -75,17 +76,18 @@ def trim_heap() -> None:
 
 
 def keep_heap() -> None:
-    """Have the C library keep what tensors of up to `KEPT` leave for the next, from now on; `trim_heap` gives it back.
+    """Have the C library reuse the memory of freed tensors up to `HEAP_LIMIT`; `trim_heap` returns it to the system.
 
-    Else many are mappings of their own, whose pages are brought in anew: quantizing a layer of full width with a limit
-    of 32 MiB takes 2.8 million faults and 2.0 GiB, with 256 0.8 million, an eighth less time and 3.0 GiB. Larger ones
-    are mappings in either case: in the heap they leave holes, another 0.3 GiB. Does nothing without glibc.
+    By default many are mappings of their own, whose pages are faulted in again each time: quantizing a layer of full
+    width with a limit of 32 MiB causes 2.8 million faults and needs 2.0 GiB; with 256 MiB, 0.8 million faults, an
+    eighth less time and 3.0 GiB. Larger tensors stay mappings: in the heap they leave holes, another 0.3 GiB. Does
+    nothing without glibc.
     """
     if sys.platform.startswith("linux"):
         option = getattr(ctypes.CDLL(None), "mallopt", None)
         if option is not None:
-            option(M_MMAP_THRESHOLD, KEPT)
-            option(M_TRIM_THRESHOLD, MOST_INT)
+            option(M_MMAP_THRESHOLD, HEAP_LIMIT)
+            option(M_TRIM_THRESHOLD, INT_MAX)
 
 
 @lru_cache(maxsize=1)

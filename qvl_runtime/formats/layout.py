@@ -1,4 +1,4 @@
-"""Which tensors a configuration calls for: names and shapes of the published checkpoints (float and GPTQ)."""
+"""The tensors that a configuration requires: names and shapes of the published checkpoints (float and GPTQ)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
 
-# Buffers that older savers wrote beside the weights, and that nothing reads.
+# Buffers that older savers wrote with the weights; nothing reads them.
 _BUFFERS = re.compile(
     r"transformer\.(rotary_emb\.inv_freq|h\.\d+\.attn\.(rotary_emb\.inv_freq|masked_bias|bias|logn_tensor))"
 )
 
 
 class TensorSpec(NamedTuple):
-    """What one tensor must look like. `packed`: int32 words or indices, never cast; otherwise 16- or 32-bit floats."""
+    """The shape and kind of one tensor. packed: int32 codes or indices, never cast; otherwise 16- or 32-bit floats."""
 
     shape: tuple[int, ...]
     packed: bool = False
@@ -23,9 +23,9 @@ class TensorSpec(NamedTuple):
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of the checkpoint that `config` describes, by its published name.
+    """Every tensor of the checkpoint that `config` describes, by published name.
 
-    `lm_head.weight` is left out where it is tied to the embedding.
+    `lm_head.weight` is absent where it is tied to the embedding.
     """
     hidden, quantization = config.hidden_size, config.quantization
     specs = {"transformer.wte.weight": TensorSpec((config.vocab_size, hidden))}
@@ -46,7 +46,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
 
 def decoder_linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The five linears of each decoder block as {prefix: (out_features, in_features)}: those that GPTQ packs."""
+    """The five linears of each decoder block, which GPTQ packs: {prefix: (out_features, in_features)}."""
     hidden, ffn = config.hidden_size, config.ffn_width
     block = {
         "attn.c_attn": (3 * hidden, hidden),
@@ -60,7 +60,7 @@ def decoder_linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a stored tensor that nothing calls for is known and harmless."""
+    """Whether a stored tensor that the model does not use is known and harmless."""
     return bool(_BUFFERS.fullmatch(name)) or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
@@ -74,12 +74,12 @@ def _linear(name: str, out_features: int, in_features: int, bias: bool = True) -
 def _gptq_linear(
     name: str, out_features: int, in_features: int, bias: bool, quantization: QuantizationConfig
 ) -> dict[str, TensorSpec]:
-    """AutoGPTQ's five tensors; it may store a bias where the float model has none, and it is then added."""
-    per_word = 32 // quantization.bits
+    """AutoGPTQ's five tensors. It may store a bias where the float model has none; such a bias is added."""
+    per_int32 = 32 // quantization.bits
     groups = 1 if quantization.group_size == -1 else -(-in_features // quantization.group_size)
     return {
-        f"{name}.qweight": TensorSpec((in_features // per_word, out_features), packed=True),
-        f"{name}.qzeros": TensorSpec((groups, out_features // per_word), packed=True),
+        f"{name}.qweight": TensorSpec((in_features // per_int32, out_features), packed=True),
+        f"{name}.qzeros": TensorSpec((groups, out_features // per_int32), packed=True),
         f"{name}.scales": TensorSpec((groups, out_features)),
         f"{name}.g_idx": TensorSpec((in_features,), packed=True, optional=not quantization.desc_act),
         f"{name}.bias": TensorSpec((out_features,), optional=not bias),
@@ -107,7 +107,7 @@ def _vision(vision: VisionConfig) -> Iterator[tuple[str, TensorSpec]]:
         specs |= _norm(f"{block}.ln_1", width) | _norm(f"{block}.ln_2", width)
         specs |= _linear(f"{block}.attn.in_proj", 3 * width, width) | _linear(f"{block}.attn.out_proj", width, width)
         specs |= _linear(f"{block}.mlp.c_fc", mlp, width) | _linear(f"{block}.mlp.c_proj", width, mlp)
-    if width != dim:  # the original leaves the projection out where there is nothing to change
+    if width != dim:  # the original has no projection where the widths are equal
         specs |= _linear("attn_pool.kv_proj", dim, width, bias=False)
     specs |= _linear("attn_pool.attn.out_proj", dim, dim)
     specs |= _norm("attn_pool.ln_q", dim) | _norm("attn_pool.ln_kv", dim)

@@ -1,4 +1,4 @@
-"""Conversations to what a quantizer calibrates on: tokens, images, and the residual stream before block 0."""
+"""Calibration data: conversations as tokens and images, and the residual stream before block 0."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.quantize.sample_conversations import sample_conversations
 from qvl_runtime.weights.checkpoint import Checkpoint
 
-HELD_OUT = 8  # one conversation in so many is not calibrated on but measured
-PICTURES_AT_ONCE = 4
+HELD_OUT_EVERY = 8  # one conversation in eight is held out to measure errors on
+IMAGES_AT_ONCE = 4
 
 
 class Sample(NamedTuple):
@@ -37,65 +37,66 @@ class Sample(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """What is calibrated on, those held out last."""
+    """The conversations to calibrate on, held-out ones last."""
 
     samples: list[Sample]
     held_out: int  # samples
-    shortened: int  # samples that were cut to the length that was asked for
+    shortened: int  # samples that were cut to the maximum length
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens of each sample."""
         return [len(sample.token_ids) for sample in self.samples]
 
     def digest(self) -> str:
         """SHA-256 of all tokens and images."""
         total = hashlib.sha256()
         for sample in self.samples:
-            total.update(repr((sample.token_ids, [(at, p.digest) for at, p in sample.images])).encode())
+            total.update(repr((sample.token_ids, [(start, image.digest) for start, image in sample.images])).encode())
         return total.hexdigest()
 
 
 def read_calibration(
     config: ModelConfig, folder: Path, file: Path | None, count: int, max_tokens: int, limits: ImageLimits | None = None
 ) -> Calibration:
-    """Draw `count` conversations of a fine-tuning file, or take those that come with the package, and tokenise them.
+    """Draw `count` conversations from a fine-tuning file, or from the built-in set, and tokenize them.
 
-    `folder` holds the checkpoint with its vocabulary. Conversations over `max_tokens` are cut, never inside an image.
-    Raises `PromptError` or `ImageError` that names the record, and `ConfigError` for fewer than two conversations.
+    folder: the checkpoint with its vocabulary. Conversations over `max_tokens` are cut, never inside an image. Raises
+    `PromptError` or `ImageError` that names the record, and `ConfigError` for fewer than two conversations.
     """
     tokenizer = Tokenizer.from_folder(folder, config.visual.n_queries, config.visual.image_start_id)
-    found = sample_conversations(count) if file is None else read_conversations(file)
-    drawn = random.Random(0).sample(found, min(count, len(found)))
+    conversations = sample_conversations(count) if file is None else read_conversations(file)
+    drawn = random.Random(0).sample(conversations, min(count, len(conversations)))
     if len(drawn) < 2:
         raise ConfigError(f"there are {len(drawn)} conversations to calibrate on; expected 2, better 64 or more")
     samples, shortened = [], 0
     for conversation in drawn:
-        sample, whole = _read(config, tokenizer, conversation, max_tokens, limits)
+        sample, complete = _read(config, tokenizer, conversation, max_tokens, limits)
         samples.append(sample)
-        shortened += not whole
-    return Calibration(samples, -(-len(samples) // HELD_OUT), shortened)
+        shortened += not complete
+    return Calibration(samples, -(-len(samples) // HELD_OUT_EVERY), shortened)
 
 
 @torch.inference_mode()
 def embed(config: ModelConfig, checkpoint: Checkpoint, calibration: Calibration, x: Tensor) -> None:
-    """Fill x [n, D], on its device and in its dtype, with what block 0 gets: embeddings and image features."""
+    """Fill x [n, D], on its device and in its dtype, with the input of block 0: embeddings and image features."""
     ids = torch.tensor([token for sample in calibration.samples for token in sample.token_ids])
     x.copy_(F.embedding(ids, checkpoint.tensor("transformer.wte.weight")))
-    places, images, start = [], [], 0
+    image_starts, images, start = [], [], 0
     for sample in calibration.samples:
-        places += [start + at for at, _ in sample.images]
+        image_starts += [start + offset for offset, _ in sample.images]
         images += [image for _, image in sample.images]
         start += len(sample.token_ids)
     if not images:
         return
     prefix = "transformer.visual."
     state = {name: checkpoint.tensor(name).to(x) for name in checkpoint.names if name.startswith(prefix)}
-    tower = VisualTower(config.visual, LinearBuilder(ops_for(x.device), state, "exact"))
-    for first in range(0, len(images), PICTURES_AT_ONCE):
-        batch = images[first : first + PICTURES_AT_ONCE]
+    encoder = VisualTower(config.visual, LinearBuilder(ops_for(x.device), state, "exact"))
+    for first in range(0, len(images), IMAGES_AT_ONCE):
+        batch = images[first : first + IMAGES_AT_ONCE]
         pixels = torch.cat([to_pixels(image.rgb[None]) for image in batch]).to(x.device)
-        for place, features in zip(places[first:], tower.forward(pixels), strict=False):
-            x[place : place + len(features)] = features
+        for image_start, features in zip(image_starts[first:], encoder.forward(pixels), strict=False):
+            x[image_start : image_start + len(features)] = features
 
 
 def _read(
@@ -115,10 +116,10 @@ def _read(
 
 
 def _cut(starts: Sequence[int], span: int, length: int, limit: int) -> int:
-    """How many of `length` tokens to keep: `limit`, or fewer, so that no span of pads beginning at `starts` is cut."""
+    """How many of `length` tokens to keep: `limit`, or fewer, so that no image span that begins at `starts` is cut."""
     if length <= limit:
         return length
     last = bisect_right(starts, limit) - 1
     if last >= 0 and limit <= starts[last] + span:
-        return starts[last] - 1  # its <img> goes, too
+        return starts[last] - 1  # its <img> is cut, too
     return limit

@@ -29,11 +29,11 @@ from qvl_runtime.quantize.block import LinearError
 from qvl_runtime.weights.files import replace_file
 from qvl_runtime.weights.partial import PartialFolder
 
-Key = Mapping[str, object]  # what must be the same for a quantization to be gone on with; JSON values
+Key = Mapping[str, object]  # the settings that must be equal to resume a quantization; JSON values
 
 
 class State(NamedTuple):
-    """Where a quantization stands."""
+    """The progress of a quantization."""
 
     done: int  # layers
     x: Tensor  # [1 or 2, n, D], the residual streams before layer `done`
@@ -68,23 +68,26 @@ class Job:
         self._partial.restart()
         return None
 
-    def note(self, state: State, packed: Mapping[str, Tensor]) -> None:
-        """A layer is done (`packed` are its tensors), or with none done the calibration rows are embedded."""
+    def store(self, state: State, packed: Mapping[str, Tensor]) -> None:
+        """Write a finished layer and the state after it, or, with no layer done, the embedded calibration tokens.
+
+        packed: the published tensors of the layer.
+        """
         if state.done:
             replace_file(self._layer(state.done - 1), lambda path: save_file(dict(packed), path))
         metadata = {"job": json.dumps({"done": state.done, "errors": state.errors})}
         replace_file(self._state, lambda path: save_file({"x": state.x.cpu()}, path, metadata=metadata))
 
     def layers(self, count: int) -> dict[str, Path]:
-        """Which file each finished tensor of the first `count` layers is in."""
-        found: dict[str, Path] = {}
+        """The file of each published tensor of the first `count` layers."""
+        file_of: dict[str, Path] = {}
         for path in map(self._layer, range(count)):
             with safe_open(path, framework="pt", device="cpu") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+                file_of |= dict.fromkeys(file.keys(), path)
+        return file_of
 
     def publish(self) -> None:
-        """`model` is complete: it becomes the destination."""
+        """Rename the complete `model` to the destination, and remove the layers."""
         self._partial.publish()
 
     def _read_state(self) -> State | None:
@@ -104,7 +107,7 @@ class Job:
 
 
 def mapped(path: Path, name: str) -> Tensor:
-    """A tensor of a finished file."""
+    """A mapped tensor of a finished file."""
     with safe_open(path, framework="pt", device="cpu") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor

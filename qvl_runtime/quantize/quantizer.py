@@ -1,8 +1,8 @@
-"""A float checkpoint to a GPTQ one in the published layout, block by block, so that memory holds one block at a time.
+"""Quantize a float checkpoint to the published GPTQ layout, block by block: memory holds one block at a time.
 
-The weights of a block are mapped, quantized in one forward pass over all calibration rows (`quantize_block`), written,
-and let go; between blocks there is nothing but the residual stream of the calibration rows. Work that was stopped is
-gone on with after the last block that is on the disk, and gives the same bytes with the same number of threads.
+The weights of a block are mapped, quantized in one forward pass over all calibration tokens (`quantize_block`), written
+and released; between blocks only the residual stream of the calibration tokens stays in memory. A run that was stopped
+resumes after the last block on the disk, and produces the same bytes with the same number of threads.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.errors import CapacityError, CheckpointError, ConfigError
 from qvl_runtime.formats.host_memory import keep_heap, pieces, trim_heap
 from qvl_runtime.formats.layout import decoder_linears, expected_tensors
-from qvl_runtime.quantize.block import Bench, LinearError, Method, Rows, quantize_block
+from qvl_runtime.quantize.block import BlockQuantizer, CalibrationBatch, LinearError, Method, quantize_block
 from qvl_runtime.quantize.calibration import Calibration, embed, read_calibration
 from qvl_runtime.quantize.job import Job, State, mapped
-from qvl_runtime.quantize.solver import ROWS_AT_ONCE, Order, Solver
+from qvl_runtime.quantize.solver import TOKENS_AT_ONCE, Order, Solver
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.files import write_json
 from qvl_runtime.weights.partial import check_destination, free_bytes
@@ -34,23 +34,23 @@ from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, w
 from qvl_runtime.weights.shards import TensorInfo
 
 REPORT = "quantize_report.json"
-MOST_FLOAT16 = 65504.0
-HOLES = 1.2  # between tensors, in a heap that keeps those below 256 MiB (`keep_heap`): 2.3 GiB took 2.8
+FLOAT16_MAX = 65504.0
+HEAP_OVERHEAD = 1.2  # holes between tensors, in a heap that keeps those below 256 MiB (`keep_heap`): 2.3 GiB took 2.8
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """How a checkpoint is to be quantized, and on what that is calibrated."""
+    """How to quantize a checkpoint, and how much to calibrate on. Raises `ConfigError` for unsupported values."""
 
     method: Method = "gptq"
     bits: int = 4
-    group_size: int = 128  # inputs that share a scale; -1: all of them
+    group_size: int = 128  # inputs per scale; -1: all of them
     sym: bool = True
-    order: Order = "static"  # full: what the published format calls desc_act
+    order: Order = "static"  # of rounding; full: desc_act in the published format
     damping: float = 0.01
-    drift: float = 0.5  # share that is made up for of what rounding earlier layers did to a linear's inputs
-    samples: int = 64  # conversations, an eighth of which are held out to measure on
-    max_tokens: int = 512  # of a conversation; what is beyond is cut
+    drift: float = 0.5  # share of the error of a linear's inputs, from rounding earlier layers, to compensate
+    samples: int = 64  # conversations, an eighth of which is held out to measure errors on
+    max_tokens: int = 512  # longer conversations are cut
 
     def __post_init__(self) -> None:
         require_choice("method", self.method, ("gptq", "rtn"))
@@ -63,23 +63,24 @@ class QuantizeOptions:
 
     @property
     def streams(self) -> int:
-        """Residual streams that are followed: the quantized model's, and the float one's to make up for drift."""
+        """Residual streams to compute: that of the quantized model, and that of the float model to compensate drift."""
         return 2 if self.method == "gptq" and self.drift else 1
 
     @property
     def quantization(self) -> QuantizationConfig:
+        """The quantization section of the new checkpoint's config."""
         full = self.order == "full" and self.method == "gptq"
         return QuantizationConfig(self.bits, self.group_size, desc_act=full, sym=self.sym)
 
 
-class Outline(NamedTuple):
-    """What a quantization takes, known before it starts."""
+class Estimate(NamedTuple):
+    """The size of a quantization and the memory and disk that it needs, known before it starts."""
 
-    rows: int  # tokens and image rows that are calibrated on
+    tokens: int  # to calibrate on, image tokens included
     conversations: int
     shortened: int  # conversations that were cut to `max_tokens`
-    memory: int  # bytes, about, beyond the program itself
-    disk: int  # bytes, the result and what is kept meanwhile
+    memory: int  # approximate bytes beyond the program itself
+    disk: int  # bytes of the result and the intermediate files
     result: int  # bytes of the new checkpoint
 
 
@@ -103,10 +104,10 @@ class Quantizer:
         calibration: Path | None = None,
         device: torch.device | str = "cpu",
     ) -> Quantizer:
-        """Check everything that can be checked before the work: source, destination, calibration file, disk.
+        """Check everything that can be checked in advance: source, destination, calibration file, disk.
 
-        calibration: a file in Qwen-VL's fine-tuning format; None: drawn images and texts that come with the package.
-        Raises `CheckpointError`, `ConfigError`, `PromptError` or `ImageError`, each naming the fault.
+        calibration: a file in Qwen-VL's fine-tuning format; None: the built-in drawn images and texts. Raises
+        `CheckpointError`, `ConfigError`, `PromptError` or `ImageError`, each naming the fault.
         """
         source, destination, options = Path(source), Path(destination), options or QuantizeOptions()
         check_destination(source, destination)
@@ -115,61 +116,67 @@ class Quantizer:
             raise CheckpointError(
                 f"{source} is quantized already, to {config.quantization.bits} bits: start from the float checkpoint"
             )
-        replace(config, quantization=options.quantization)  # refuses widths that cannot be packed
+        replace(config, quantization=options.quantization)  # raises for widths that cannot be packed
         checkpoint = Checkpoint.open(source, config)
-        _refuse_beyond_float16(checkpoint, config)
-        read = read_calibration(config, source, calibration, options.samples, options.max_tokens)
-        job = cls(source, destination, options, config, read, torch.device(device))
-        free, disk = free_bytes(destination), job.outline().disk
+        _check_float16_range(checkpoint, config)
+        data = read_calibration(config, source, calibration, options.samples, options.max_tokens)
+        quantizer = cls(source, destination, options, config, data, torch.device(device))
+        free, disk = free_bytes(destination), quantizer.estimate().disk
         if disk > free:
             raise CheckpointError(
-                f"{destination} needs {disk:,} bytes on the way and its disk has {free:,} free: make room for "
+                f"{destination} needs {disk:,} bytes while it is made and its disk has {free:,} free: make room for "
                 f"{disk - free:,} more, or choose another disk"
             )
-        return job
+        return quantizer
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in: bfloat16 where the checkpoint is, else float32."""
+        """The dtype of activations: bfloat16 for a bfloat16 checkpoint, else float32."""
         return torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
 
     @property
-    def linears(self) -> int:
-        """How many are to be quantized: what progress is counted in."""
+    def num_linears(self) -> int:
+        """How many linears will be quantized: the unit of progress."""
         return len(decoder_linears(self.config))
 
-    def outline(self) -> Outline:
+    def estimate(self) -> Estimate:
+        """Estimate memory and disk from the shapes of the model and the number of calibration tokens."""
         c, sizes = self.config, {name: info.nbytes for name, info in self._tensors().items()}
-        rows, width = sum(self.calibration.lengths), self.dtype.itemsize
+        tokens, itemsize = sum(self.calibration.lengths), self.dtype.itemsize
         packed = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in decoder_linears(c))
         shapes = decoder_linears(c).values()
-        # what a block's forward holds at once, and what a float one keeps of it
-        more, widest = self.options.streams - 1, max(i for _, i in shapes)
-        activations = rows * width * (14 * c.hidden_size + 5 * c.ffn_width + more * (5 * c.hidden_size + c.ffn_width))
-        # H and its factor, or that, the drift and the drift in the inputs' dtype, and some rows; then the last two, a
-        # weight in float32, its errors and levels, and what drift moves, three times over
-        statistics = widest * (widest * (8 + more * width) + 4 * (1 + more) * ROWS_AT_ONCE)
-        solving = max(i * i * (4 + more * width) + o * i * (10 + 10 * more) for o, i in shapes)
+        # What a block's forward pass holds at once, and what is recorded of the float block's.
+        drift, widest = self.options.streams - 1, max(i for _, i in shapes)
+        per_token = 14 * c.hidden_size + 5 * c.ffn_width + drift * (5 * c.hidden_size + c.ffn_width)
+        activations = tokens * itemsize * per_token
+        # H and its factor (or the factor, and the drift in float32 and in the inputs' dtype), and some tokens; then the
+        # last two, a weight in float32, its errors and codes, and three copies of the drifted weight.
+        statistics = widest * (widest * (8 + drift * itemsize) + 4 * (1 + drift) * TOKENS_AT_ONCE)
+        solving = max(i * i * (4 + drift * itemsize) + o * i * (10 + 10 * drift) for o, i in shapes)
         copied = self.dtype != getattr(torch, c.dtype) or self.device.type != "cpu"  # the float block's weights
-        floats = more * copied * width * sum(o * i for o, i in shapes) // c.num_hidden_layers
-        held = activations + max(statistics, solving, floats)
-        memory = int(HOLES * held)
+        floats = drift * copied * itemsize * sum(o * i for o, i in shapes) // c.num_hidden_layers
+        memory = int(HEAP_OVERHEAD * (activations + max(statistics, solving, floats)))
         result = sum(sizes.values())
-        disk = result + packed + 2 * self.options.streams * rows * width * c.hidden_size
+        disk = result + packed + 2 * self.options.streams * tokens * itemsize * c.hidden_size
         samples = self.calibration.samples
-        return Outline(rows, len(samples), self.calibration.shortened, memory, disk, result)
+        return Estimate(tokens, len(samples), self.calibration.shortened, memory, disk, result)
 
-    def refuse_beyond(self, free: int) -> None:
+    def check_memory(self, free: int) -> None:
         """Raise `CapacityError` where `free` bytes of memory are not enough."""
-        needed, rows = self.outline().memory, self.outline().rows
-        if needed > free:
+        estimate = self.estimate()
+        if estimate.memory > free:
             raise CapacityError(
-                f"quantizing with {rows:,} calibration rows needs about {needed / 2**30:.1f} GiB, and "
-                f"{free / 2**30:.1f} GiB are free: use fewer samples, or shorter ones"
+                f"quantizing with {estimate.tokens:,} calibration tokens needs about "
+                f"{estimate.memory / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: use "
+                "fewer samples, or shorter ones"
             )
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> list[LinearError]:
-        """Quantize and write; `progress` hears how many linears are done. Returns the error of each linear."""
+        """Quantize and write the new checkpoint; returns the error of each linear.
+
+        progress: called with the number of finished linears. Raises `CheckpointError` where another process is writing
+        the destination, or an earlier run with other settings left layers there.
+        """
         keep_heap()
         with Job(self.destination, self._key()) as job:
             return self._run(job, progress)
@@ -182,32 +189,32 @@ class Quantizer:
             embed(self.config, Checkpoint.open(self.source), self.calibration, x[0])
             x[1:] = x[0]
             state = State(0, x, [])
-            job.note(state, {})
-        rows = Rows.of(self.config, self.calibration.lengths, self.calibration.held_out, self.device)
+            job.store(state, {})
+        batch = CalibrationBatch.of(self.config, self.calibration.lengths, self.calibration.held_out, self.device)
         state = state._replace(x=state.x.to(self.device))
         progress(len(state.errors))
         while state.done < self.config.num_hidden_layers:
-            bench = self._bench(state.done, rows, partial(_add, progress, len(state.errors)))
-            x = quantize_block(self.config, ops_for(self.device), bench, state.x, rows)
-            state = State(state.done + 1, x, state.errors + bench.errors)
-            job.note(state, bench.packed)
+            block = self._block_quantizer(state.done, batch, partial(_add, progress, len(state.errors)))
+            x = quantize_block(self.config, ops_for(self.device), block, state.x, batch)
+            state = State(state.done + 1, x, state.errors + block.errors)
+            job.store(state, block.packed)
             trim_heap()
         self._write(job, state.errors)
         return state.errors
 
-    def _bench(self, layer: int, rows: Rows, progress: Callable[[int], None]) -> Bench:
-        """The float weights of a block. The files are mapped anew for each: letting go of them frees their pages."""
+    def _block_quantizer(self, layer: int, batch: CalibrationBatch, progress: Callable[[int], None]) -> BlockQuantizer:
+        """The float weights and settings of a block. Its files are mapped for it alone: unmapping frees their pages."""
         checkpoint, prefix = Checkpoint.open(self.source), f"transformer.h.{layer}."
         state = {name: checkpoint.tensor(name) for name in checkpoint.names if name.startswith(prefix)}
         for norm in ("ln_1", "ln_2"):
             name = f"{prefix}{norm}.weight"
             state[name] = state[name].to(self.device, self.dtype)
-        asked = self.options
-        solver = Solver(asked.quantization, asked.damping, asked.order, asked.drift)
-        return Bench(layer, state, asked.method, solver, rows.fitted, progress)
+        options = self.options
+        solver = Solver(options.quantization, options.damping, options.order, options.drift)
+        return BlockQuantizer(layer, state, options.method, solver, batch.num_fitted, progress)
 
     def _write(self, job: Job, errors: list[LinearError]) -> None:
-        """All blocks are done: gather them and what stays float16 into the new checkpoint."""
+        """Write the new checkpoint: the quantized linears of all blocks, and the rest in float16."""
         quantized, source = job.layers(self.config.num_hidden_layers), Checkpoint.open(self.source)
         tensors = self._tensors()
 
@@ -225,15 +232,15 @@ class Quantizer:
         job.publish()
 
     def report(self, errors: list[LinearError]) -> dict[str, Any]:
-        """How it was done and what it cost, without times: the same for the same work."""
-        kept = ("layer", "linear", "error", "rtn_error", "damping")
+        """The options, the calibration data and the errors, without times: the same for the same work."""
+        fields = ("layer", "linear", "error", "rtn_error", "damping")
         calibration = {
             "conversations": len(self.calibration.samples),
             "held_out": self.calibration.held_out,
             "rows": sum(self.calibration.lengths),
             "sha256": self.calibration.digest(),
         }
-        linears = [{name: getattr(error, name) for name in kept} for error in errors]
+        linears = [{name: getattr(error, name) for name in fields} for error in errors]
         return {"options": asdict(self.options), "calibration": calibration, "linears": linears}
 
     def _tensors(self) -> dict[str, TensorInfo]:
@@ -242,23 +249,24 @@ class Quantizer:
         return {name: TensorInfo(spec.shape, "int32" if spec.packed else "float16") for name, spec in specs.items()}
 
     def _key(self) -> Mapping[str, object]:
+        """Everything that decides the result: only a run with the same key resumes another's work."""
         files = sorted([*self.source.glob("*.safetensors"), *self.source.glob("*.bin")])
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
         options = cast("dict[str, object]", asdict(self.options))
-        options["drift"] = self.options.drift if self.options.streams > 1 else 0.0  # rounding to nearest knows none
+        options["drift"] = self.options.drift if self.options.streams > 1 else 0.0  # unused in rounding to nearest
         return options | {"calibration": self.calibration.digest(), "source": stats, "device": self.device.type}
 
 
-def _refuse_beyond_float16(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """What stays float becomes float16, as published; it must not become infinite on the way."""
+def _check_float16_range(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Raise `CheckpointError` for a weight that stays float and would overflow float16, its dtype when published."""
     for name in expected_tensors(config):
         if name in checkpoint and name.rpartition(".")[0] not in decoder_linears(config):
             tensor = checkpoint.tensor(name)
-            most = float(torch.stack([part.abs().max() for part in pieces(tensor, tensor.dtype)]).max())
-            if not most <= MOST_FLOAT16:  # NaN, too
+            largest = float(torch.stack([part.abs().max() for part in pieces(tensor, tensor.dtype)]).max())
+            if not largest <= FLOAT16_MAX:  # NaN, too
                 raise CheckpointError(
-                    f"{name} holds {most:g}, beyond the {MOST_FLOAT16:g} of float16, which the published layout keeps "
-                    "it in: fine-tune in a narrower range"
+                    f"{name} holds {largest:g}, beyond the {FLOAT16_MAX:g} of float16, its dtype in the published "
+                    "layout: fine-tune in a narrower range"
                 )
 
 

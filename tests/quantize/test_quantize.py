@@ -89,7 +89,7 @@ def test_blocks_are_calibrated_on_what_the_quantized_model_computes(source: Path
 def test_without_drift_the_float_models_rows_are_not_followed(source: Path, tmp_path: Path) -> None:
     plain = replace(FEW, drift=0.0)
     assert (FEW.streams, plain.streams, replace(FEW, method="rtn").streams) == (2, 1, 1)
-    two, one = (Quantizer.open(source, tmp_path / "out", options).outline() for options in (FEW, plain))
+    two, one = (Quantizer.open(source, tmp_path / "out", options).estimate() for options in (FEW, plain))
     assert two.memory > one.memory and two.disk > one.disk
     run(source, tmp_path / "out", plain)
     report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
@@ -135,13 +135,13 @@ def test_big_models_come_in_shards_with_an_index(
 
 def test_no_more_than_one_layer_is_mapped(source: Path, tmp_path: Path) -> None:
     quantizer = Quantizer.open(source, tmp_path / "out", FEW)
-    held = quantizer._bench(1, quantizer_rows(quantizer), lambda done: None).state
+    held = quantizer._block_quantizer(1, calibration_batch(quantizer), lambda done: None).state
     assert {name.split(".")[2] for name in held} == {"1"}
 
 
-def quantizer_rows(quantizer: Quantizer) -> Any:
+def calibration_batch(quantizer: Quantizer) -> Any:
     c = quantizer.calibration
-    return quantize.Rows.of(quantizer.config, c.lengths, c.held_out, torch.device("cpu"))
+    return quantize.CalibrationBatch.of(quantizer.config, c.lengths, c.held_out, torch.device("cpu"))
 
 
 def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) 
     (tmp_path / "data.json").write_text(json.dumps(records))
     options = replace(FEW, samples=3, max_tokens=100)
     quantizer = run(source, tmp_path / "out", options, calibration=tmp_path / "data.json")
-    outline = quantizer.outline()
-    assert (outline.conversations, outline.shortened, outline.rows) == (3, 3, 300)
+    estimate = quantizer.estimate()
+    assert (estimate.conversations, estimate.shortened, estimate.tokens) == (3, 3, 300)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert "transformer.h.0.attn.c_attn.qweight" in file.keys()  # noqa: SIM118 - not a dict
     (tmp_path / "a.png").write_bytes(b"no image")
@@ -171,6 +171,6 @@ def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("limit", "kept"), [(3, 3), (9, 9), (10, 9), (14, 9), (15, 15), (20, 19), (24, 19), (25, 25), (30, 30), (50, 30)]
 )
-def test_a_conversation_is_never_cut_inside_a_image(limit: int, kept: int) -> None:
+def test_a_conversation_is_never_cut_inside_an_image(limit: int, kept: int) -> None:
     # <img> at 9, four pads from 10, </img> at 14; and again from 19
     assert _cut([10, 20], 4, 30, limit) == kept

@@ -30,14 +30,14 @@ def test_sources_and_destinations_that_cannot_be(source: Path, whole: Path, tmp_
     with pytest.raises(ConfigError, match="there are 1 conversations"):
         Quantizer.open(source, tmp_path / "out", replace(FEW, samples=1))
     with pytest.raises(CapacityError, match=r"needs about .* GiB, and 0.0 GiB are free"):
-        Quantizer.open(source, tmp_path / "out", FEW).refuse_beyond(1000)
+        Quantizer.open(source, tmp_path / "out", FEW).check_memory(1000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_said_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes on the way and its disk has 1,000 free"):
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes while it is made and its disk has 1,000 free"):
         Quantizer.open(source, tmp_path / "deep" / "out", FEW)
 
 

@@ -49,8 +49,8 @@ def paper(weight: Tensor, x: Tensor, q: QuantizationConfig, damping: float) -> T
         if i % size == 0:
             group = w[:, i : i + size].float()
             grid = grid_between(group.amin(1), group.amax(1), q.bits, q.sym, q.zero_offset)
-        levels[i] = grid.levels(w[:, i].float())
-        error = (w[:, i] - grid.weights(levels[i])) / upper[i, i]
+        levels[i] = grid.quantize(w[:, i].float())
+        error = (w[:, i] - grid.dequantize(levels[i])) / upper[i, i]
         w[:, i:] -= error[:, None] * upper[i, i:]
     return levels
 
@@ -144,9 +144,9 @@ def test_a_grid_is_the_closest_of_those_tried(bits: int, sym: bool) -> None:
     tried = []
     for shrink in SHRINKS:
         grid = grid_between(shrink * rows.amin(0), shrink * rows.amax(0), bits, sym, 1)
-        tried.append((rows - grid.weights(grid.levels(rows))).square().sum(0))
+        tried.append((rows - grid.dequantize(grid.quantize(rows))).square().sum(0))
     found = closest_grid(rows, SHRINKS, bits, sym, 1)
-    error = (rows - found.weights(found.levels(rows))).square().sum(0)
+    error = (rows - found.dequantize(found.quantize(rows))).square().sum(0)
     assert torch.equal(error, torch.stack(tried).amin(0))
     assert (error.mean() < 0.95 * tried[0].mean()) == (bits == 4), "8 bits have levels to spare for the whole range"
 
