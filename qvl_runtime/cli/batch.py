@@ -47,8 +47,15 @@ def batch(
 ) -> int:
     """Answer a file of requests, many at a time; resumes if interrupted.
 
-    A request is one line: {"prompt": "What is this?", "images": ["dog.jpg"]}, or {"messages": […]}, or
-    {"raw": "<img>…</img>…"}, with optional "id" and "params". A request that fails is answered by a line with "error".
+    Each line of IN.jsonl is one of these, with optional "id" and "params":
+
+    {"prompt": "What is this?", "images": ["dog.jpg"]}
+
+    {"messages": [{"role": "user", "content": "Hello"}]}
+
+    {"raw": "<img>dog.jpg</img>Describe it:"}
+
+    A request that fails is answered by a line with "error".
 
     [cyan]qvl batch questions.jsonl answers.jsonl --temperature 0 --max-tokens 64[/cyan]
     """

@@ -42,7 +42,7 @@ Raw = Annotated[
 ]
 Draw = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Write the image with the answer's boxes drawn on it.", rich_help_panel=OUTPUT),
+    typer.Option(metavar="FILE", help="Write the image with the answer's boxes drawn.", rich_help_panel=OUTPUT),
 ]
 
 

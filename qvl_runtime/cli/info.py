@@ -35,7 +35,7 @@ class Check(NamedTuple):
 
 
 def info(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
-    """Show versions, device, kernels and model size, and what each missing optional part costs.
+    """Show versions, device, kernels and model size, and the cost of missing optional parts.
 
     Reads no weights, so it is quick for a model of any size.
 

@@ -24,9 +24,7 @@ DEFAULT_MODEL = "the small checkpoint that ships with qvl"
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "--quiet", "-q", help="Print results and errors only: no notes, no progress, no speed.", rich_help_panel=OUTPUT
-    ),
+    typer.Option("--quiet", "-q", help="Print only results and errors.", rich_help_panel=OUTPUT),
 ]
 Images = Annotated[
     list[str] | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,25 +93,33 @@ def plan_report(folder: Path, gpu_name: str | None, choices: Choices, measure: b
 
 
 def show_plan(plan: dict[str, Any]) -> None:
-    """Print a plan as lines and a table; lines wrap between words if standard output is a terminal."""
-    from rich.console import Console
-
-    console, machine = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()), plan["machine"]
+    """Print a plan as labeled lines around a table; lines wrap only if standard output is a terminal."""
+    machine, fits = plan["machine"], plan["fits"]
     parts = ", ".join(f"{name} {size(count)}" for name, count in plan["weights"].items() if count)
-    console.print(f"weights   {size(plan['weights_total'])} in {plan['dtype']}: {parts}")
-    console.print(
-        f"KV cache  {size(plan['kv_per_token'])} per token; an image needs {size(plan['kv_per_image'])} of it, and "
-        f"{size(plan['features_per_image'])} for its features"
-    )
-    fits = plan["fits"]
-    console.print(
-        f"fits      {machine['name']} ({size(machine['memory'])}): {fits['tokens']:,} tokens, or {fits['images']:,} "
-        "images with their tokens"
+    _print_facts(
+        {
+            "weights": f"{size(plan['weights_total'])} in {plan['dtype']}: {parts}",
+            "KV cache": f"{size(plan['kv_per_token'])} per token; an image needs {size(plan['kv_per_image'])} of it, "
+            f"and {size(plan['features_per_image'])} for its features",
+            "fits": f"{machine['name']} ({size(machine['memory'])}): {fits['tokens']:,} tokens, or "
+            f"{fits['images']:,} images with their tokens",
+        }
     )
     print_table(peak_table(plan["peaks"]))
-    if any(plan["speed_bounds"].values()):
-        rates = ", ".join(f"{rate:,.1f} at {n} tokens" for n, rate in plan["speed_bounds"].items() if rate)
-        console.print(f"speed     at most {rates}, in tok/s: bandwidth / bytes per token, a bound, not a forecast")
+    bounds = [(n, rate) for n, rate in plan["speed_bounds"].items() if rate is not None]
+    if bounds:
+        (first, best), *others = bounds
+        rates = ", ".join([f"{best:,.1f} tok/s at {first} tokens", *(f"{rate:,.1f} at {n}" for n, rate in others)])
+        _print_facts({"speed": f"at most {rates} (bandwidth / bytes per token: a bound, not a forecast)"})
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table.grid("label", "text", padding=(0, 1, 0, 0))
+    for label, text in facts.items():
+        table.add_row(f"{label:9}", text)
+    print_table(table)
 
 
 def peak_table(peaks: dict[str, dict[str, Any]]) -> Table:

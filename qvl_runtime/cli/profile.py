@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from qvl_runtime.profile.memory import MemoryReport
     from qvl_runtime.profile.speed import SpeedReport
 
-profile_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", help="Measure speed and memory the way the model's authors did."
-)
+HELP = """Measure speed and memory the way the model's authors did.
+
+[cyan]qvl profile speed --synthetic qwen-vl-chat-int4 --precision fast[/cyan]
+
+[cyan]qvl profile memory --model Qwen/Qwen-VL-Chat-Int4[/cyan]
+"""
+
+profile_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help=HELP)
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes to measure decoding at.")]
 Tokens = Annotated[
     int | None,

@@ -92,10 +92,11 @@ def quantize(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
-    """Quantize a float checkpoint with GPTQ to the format of Qwen-VL-Chat-Int4; the vision encoder is unchanged.
+    """Quantize a float checkpoint with GPTQ to the format of Qwen-VL-Chat-Int4.
 
-    Only one layer is in memory at a time. If interrupted (even by kill -9), rerun the same command to resume after
-    the last finished layer.
+    Only one layer is in memory at a time; the vision encoder stays floating point.
+
+    If interrupted, even by kill -9, rerun the same command to resume after the last finished layer.
 
     [cyan]qvl quantize my-finetune my-finetune-int4 --calibration train.json[/cyan]
 
