@@ -15,8 +15,9 @@ from qvl_runtime.cli.terminal import print_table, size
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qvl_runtime.plan.gpus import Machine
-    from qvl_runtime.plan.plan import Choices, Load, Plan
+    from qvl_runtime.plan.gpus import Device
+    from qvl_runtime.plan.options import PlanOptions, Workload
+    from qvl_runtime.plan.plan import Plan
 
 CONTEXTS = (300, 2048, 8192)  # tokens at which the speed is bounded
 
@@ -43,10 +44,10 @@ def plan(
 
     [cyan]qvl plan Qwen/Qwen-VL-Chat --gpu 3090 --kv int8[/cyan]
     """
-    from qvl_runtime.plan.plan import Choices
+    from qvl_runtime.plan.options import PlanOptions
     from qvl_runtime.weights.hub import resolve_model
 
-    report = plan_report(resolve_model(model), gpu, Choices(dtype, vision, head, kv, embedding_on_host))
+    report = plan_report(resolve_model(model), gpu, PlanOptions(dtype, vision, head, kv, embedding_on_host))
     if as_json:
         print(json.dumps(report, ensure_ascii=False, indent=2))
     else:
@@ -54,32 +55,33 @@ def plan(
     return 0
 
 
-def plan_report(folder: Path, gpu_name: str | None, choices: Choices, measure: bool = True) -> dict[str, Any]:
+def plan_report(folder: Path, gpu_name: str | None, options: PlanOptions, measure: bool = True) -> dict[str, Any]:
     """The plan of a checkpoint folder as plain values: bytes, and tokens per second.
 
     gpu_name: None plans for this machine's CPU; `measure` then includes its memory bandwidth.
     """
     from qvl_runtime.plan.gpus import gpu
-    from qvl_runtime.plan.plan import Load, Plan, choices_of
+    from qvl_runtime.plan.options import Workload, checkpoint_options
+    from qvl_runtime.plan.plan import Plan
     from qvl_runtime.weights.loader import model_config
     from qvl_runtime.weights.manifest import is_converted
 
     config = model_config(folder)
     if is_converted(folder):  # its precisions are fixed
-        converted = choices_of(folder, choices.dtype)
-        choices = replace(choices, vision=converted.vision, head=converted.head)
-    plan = Plan(config, choices, "cpu" if gpu_name is None else "cuda")
-    machine = this_machine(folder, choices.dtype, measure) if gpu_name is None else gpu(gpu_name)
+        converted = checkpoint_options(folder, options.dtype)
+        options = replace(options, vision=converted.vision, head=converted.head)
+    plan = Plan(config, options, "cpu" if gpu_name is None else "cuda")
+    device = this_machine(folder, options.dtype, measure) if gpu_name is None else gpu(gpu_name)
     context = config.context_limit
-    loads = {
-        "encode 2048": Load(2049, 2048),
-        "generate 8192": Load(8193, 1),
-        "all, 8 images": Load(context, context, 8),
+    workloads = {
+        "encode 2048": Workload(2049, 2048),
+        "generate 8192": Workload(8193, 1),
+        "all, 8 images": Workload(context, context, 8),
     }
-    capacity = plan.room(machine)
+    capacity = plan.capacity(device)
     return {
         "model": str(folder),
-        "machine": machine._asdict(),
+        "machine": device._asdict(),
         "dtype": plan.dtype,
         "weights": plan.weights,
         "weights_total": sum(plan.weights.values()),
@@ -87,8 +89,8 @@ def plan_report(folder: Path, gpu_name: str | None, choices: Choices, measure: b
         "kv_per_image": plan.kv_per_image,
         "features_per_image": plan.feature_bytes,
         "fits": {"tokens": capacity.tokens, "images": capacity.images},
-        "peaks": {name: _peak(plan, load, machine) for name, load in loads.items()},
-        "speed_bounds": {str(n): plan.bound_tokens_per_s(machine, n) for n in CONTEXTS},
+        "peaks": {name: _peak(plan, workload, device) for name, workload in workloads.items()},
+        "speed_bounds": {str(n): plan.bound_tokens_per_s(device, n) for n in CONTEXTS},
     }
 
 
@@ -138,22 +140,22 @@ def peak_table(peaks: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def this_machine(folder: Path, dtype: str, measure: bool = True) -> Machine:
+def this_machine(folder: Path, dtype: str, measure: bool = True) -> Device:
     """This computer: its available memory, its memory bandwidth (if `measure`), and what the process itself needs."""
     import torch
 
     from qvl_runtime.host import device_name, free_memory
-    from qvl_runtime.plan.gpus import Machine
+    from qvl_runtime.plan.gpus import Device
     from qvl_runtime.profile.process import process_bytes, read_bandwidth
 
     cpu, base = torch.device("cpu"), process_bytes(folder, dtype)
-    return Machine(device_name(cpu), free_memory(cpu) + base, read_bandwidth() if measure else None, base)
+    return Device(device_name(cpu), free_memory(cpu) + base, read_bandwidth() if measure else None, base)
 
 
-def _peak(plan: Plan, load: Load, machine: Machine) -> dict[str, Any]:
-    from qvl_runtime.plan.plan import ways_to_fit
+def _peak(plan: Plan, workload: Workload, device: Device) -> dict[str, Any]:
+    from qvl_runtime.plan.fit import suggest
 
-    peak, ways = plan.peak(load, machine), ways_to_fit(plan, load, machine)
-    fits = peak.total <= machine.memory
-    suggestion = ways[0][0] if ways else None if fits else "a larger machine"
+    peak, found = plan.peak(workload, device), suggest(plan, workload, device)
+    fits = peak.total <= device.memory
+    suggestion = found.options if found is not None else None if fits else "a larger machine"
     return {**peak._asdict(), "total": peak.total, "fits": fits, "suggestion": suggestion}

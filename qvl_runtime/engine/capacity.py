@@ -15,8 +15,10 @@ from qvl_runtime.errors import ConfigError
 from qvl_runtime.host import device_name, free_memory
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.qwen_vl import QwenVL
-from qvl_runtime.plan.gpus import Machine
-from qvl_runtime.plan.plan import Load, Plan, choices_of, refuse
+from qvl_runtime.plan.fit import check_fits
+from qvl_runtime.plan.gpus import Device
+from qvl_runtime.plan.options import Workload, checkpoint_options
+from qvl_runtime.plan.plan import Plan
 from qvl_runtime.schedule import cpu_graphs
 from qvl_runtime.schedule.cpu_graphs import CpuCapture
 from qvl_runtime.schedule.cuda_graphs import CudaCapture, CudaMeter
@@ -92,8 +94,8 @@ def room_beside(
     Raises `CapacityError` where not even a step's workspace and the cache that was asked for fit.
     """
     name, free = str(dtype).removeprefix("torch."), free_memory(device)
-    plan = Plan(config, choices_of(folder, name, asked.precision, asked.kv_dtype), device.type)
+    plan = Plan(config, checkpoint_options(folder, name, asked.precision, asked.kv_dtype), device.type)
     tokens = BLOCK_SIZE if asked.kv_cache_bytes is None else asked.kv_cache_bytes // plan.kv_per_token
-    load = Load(tokens, min(asked.max_step_tokens, config.context_limit), 1)
-    refuse(plan, load, Machine(device_name(device), free, None))
-    return free - plan.peak(load._replace(tokens=0)).total
+    workload = Workload(tokens, min(asked.max_step_tokens, config.context_limit), 1)
+    check_fits(plan, workload, Device(device_name(device), free, None))
+    return free - plan.peak(workload._replace(tokens=0)).total

@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qvl_runtime.engine.engine import Engine
-from qvl_runtime.plan.gpus import Machine
-from qvl_runtime.plan.plan import Load, Plan, choices_of
+from qvl_runtime.plan.gpus import Device
+from qvl_runtime.plan.options import Workload, checkpoint_options
+from qvl_runtime.plan.plan import Plan
 
 
 def plan_of(engine: Engine) -> Plan:
     """The plan of the running model, as it was made before loading; synthetic weights are entirely in memory."""
     config, model = engine.engine_config, engine.loop.runner.model
-    choices = choices_of(engine.folder, str(model.dtype).removeprefix("torch."), config.precision, config.kv_dtype)
+    dtype = str(model.dtype).removeprefix("torch.")
+    options = checkpoint_options(engine.folder, dtype, config.precision, config.kv_dtype)
     if config.synthetic is not None:
-        choices = replace(choices, mapped=())
-    choices = replace(choices, step_tokens=config.max_step_tokens, embedding_on_host=config.embedding_on_host)
-    return Plan(engine.config, choices, model.device.type)
+        options = replace(options, mapped=())
+    on_host, step_tokens = config.embedding_on_host, config.max_step_tokens
+    options = replace(options, max_step_tokens=step_tokens, embedding_on_host=on_host)
+    return Plan(engine.config, options, model.device.type)
 
 
 def planned_peak(engine: Engine, kv_tokens: int, prompt_tokens: int, images: int, process_bytes: int) -> int:
@@ -24,10 +27,10 @@ def planned_peak(engine: Engine, kv_tokens: int, prompt_tokens: int, images: int
 
     kv_tokens: tokens in the KV cache; prompt_tokens: computed in prefill; process_bytes: held by the process itself.
     """
-    machine = Machine("", 0, None, process_bytes)
-    return plan_of(engine).peak(Load(kv_tokens, prompt_tokens, images), machine).total
+    device = Device("", 0, None, process_bytes)
+    return plan_of(engine).peak(Workload(kv_tokens, prompt_tokens, images), device).total
 
 
 def generated_code_bytes(engine: Engine, prompt_tokens: int, images: int) -> int:
     """Bytes of machine code that oneDNN generates on a CPU for the shapes of this model and prompt."""
-    return plan_of(engine).compiled(Load(0, prompt_tokens, images))
+    return plan_of(engine).compiled_bytes(Workload(0, prompt_tokens, images))

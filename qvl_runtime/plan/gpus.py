@@ -1,4 +1,4 @@
-"""What a GPU has, by name: memory as its driver reports it, and how fast it reads it, as its maker says."""
+"""GPUs by name: memory as the driver reports it, and bandwidth as the vendor specifies it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 from qvl_runtime.errors import ConfigError
 
 
-class Machine(NamedTuple):
-    """Where a model is to run."""
+class Device(NamedTuple):
+    """The memory of a GPU or a computer that a model is planned for."""
 
     name: str
     memory: int  # bytes
-    bandwidth: float | None  # bytes a second; None: not known
+    bandwidth: float | None  # bytes per second; None: unknown
     reserved: int = 0  # bytes that are not the model's: the driver's context, or the process without a model
 
 
@@ -31,15 +31,15 @@ _MIB = {  # name: (MiB, GB/s)
 _TOO_OLD = {"t4": 7.5, "v100": 7.0, "p100": 6.0, "2080ti": 7.5}
 
 
-def gpu(name: str) -> Machine:
-    """A GPU of the table; `ConfigError` for one that is not in it, or that the kernels cannot run on."""
+def gpu(name: str) -> Device:
+    """A GPU of the table. Raises `ConfigError` for one that is not in it, or that the kernels cannot run on."""
     key = name.lower().replace(" ", "-").replace("rtx-", "").replace("rtx", "").removesuffix("gb")
     if key in _TOO_OLD:
         raise ConfigError(
             f"the {name.upper()} has compute capability {_TOO_OLD[key]}; the kernels need 8.0 or higher (A10, 3090, "
-            "A100 and later): bfloat16 and asynchronous copies are not in it"
+            "A100 and later), for bfloat16 and asynchronous copies"
         )
     if key not in _MIB:
         raise ConfigError(f"gpu is {name!r}; known are {', '.join(_MIB)}")
     mib, rate = _MIB[key]
-    return Machine(key.upper(), mib << 20, rate * 1e9, CONTEXT)
+    return Device(key.upper(), mib << 20, rate * 1e9, CONTEXT)

@@ -1,4 +1,4 @@
-"""What weights and caches take, from a configuration alone: bytes as the kernels hold them."""
+"""Sizes of weights from a configuration alone, in bytes as the kernels hold them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import math
 from qvl_runtime.config.model import ModelConfig, VisionConfig
 from qvl_runtime.formats.layout import decoder_linears, expected_tensors
 
-GROUP = 128  # inputs that share a scale where floats are rounded
+GROUP = 128  # inputs per scale where floats are rounded
 SCALE = 2  # bytes
-PICTURES_AT_ONCE = 8  # more in one pass of the tower cost memory and gain nothing
-# Bytes of the tower's widest activations that several images may have in a CPU's pass. In turns, a full-size image
-# took 7.2 and 6.4 s alone, 7.4 and 6.7 in a pass of two, 7.4 in one of four: nothing gained for the memory of more.
-NEAR = 16 << 20
+IMAGES_AT_ONCE = 8  # more in one pass of the vision encoder cost memory and gain nothing
+# Bytes of the encoder's widest activations that several images may have in a CPU's pass. Measured alternately, a
+# full-size image took 7.2 and 6.4 s alone, 7.4 and 6.7 in a pass of two, 7.4 in one of four: no gain for the memory.
+CPU_ACTIVATIONS = 16 << 20
 
 
 def weight_bytes(config: ModelConfig, width: int, vision: str = "keep", head: str = "keep") -> dict[str, int]:
-    """Bytes of the weights as kernels hold them, by part: floats of `width` bytes, vision and head rounded or kept."""
+    """Bytes of the weights as kernels hold them, by part.
+
+    width: bytes of a float; vision, head: "keep", or the type that they are rounded to.
+    """
     parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
     linears = decoder_linears(config)
     for name, spec in expected_tensors(config).items():
@@ -40,10 +43,10 @@ def weight_bytes(config: ModelConfig, width: int, vision: str = "keep", head: st
 
 
 def images_at_once(vision: VisionConfig, width: int, device: str) -> int:
-    """Pictures that go through the tower in one pass, in floats of `width` bytes on a kind of device."""
+    """Images that the vision encoder computes in one pass, in floats of `width` bytes on a kind of device."""
     if device != "cpu":
-        return PICTURES_AT_ONCE
-    return min(PICTURES_AT_ONCE, max(1, NEAR // (vision.num_patches * vision.mlp_width * width)))
+        return IMAGES_AT_ONCE
+    return min(IMAGES_AT_ONCE, max(1, CPU_ACTIVATIONS // (vision.num_patches * vision.mlp_width * width)))
 
 
 def _head(size: int, inputs: int, width: int, head: str) -> int:
@@ -51,17 +54,17 @@ def _head(size: int, inputs: int, width: int, head: str) -> int:
 
 
 def _rounded(size: int, inputs: int, bits: int) -> int:
-    """Levels, a scale for each group of inputs, the last one padded, and for 4 bits a zero point of a byte."""
+    """Codes, a scale for each group of inputs, the last one padded, and for 4 bits a zero point of a byte."""
     group = GROUP if inputs >= GROUP else 32
     groups = size // inputs * -(-inputs // group)
     return groups * (group * bits // 8 + SCALE + (bits == 4))
 
 
 def _packed(config: ModelConfig, kind: str, size: int) -> int:
-    """A tensor of a GPTQ linear as kernels hold it: zero points only where they differ, in a byte each."""
+    """A tensor of a GPTQ linear as kernels hold it: zero points only where they differ, one byte each."""
     kinds = config.quantization
     if kinds is None or kind == "bias" or (kind == "g_idx" and not kinds.desc_act):
-        return 0  # a bias is counted with no part: 0.2 MB of 3.3 GB
+        return 0  # a bias is not counted: 0.2 MB of 3.3 GB
     if kind == "qzeros":
         return 0 if kinds.sym else size * (32 // kinds.bits)
     return size * (SCALE if kind == "scales" else 4)

@@ -12,10 +12,10 @@ from qvl_runtime.cli.plan import peak_table, plan_report, show_plan
 from qvl_runtime.cli.profile import show_table
 from qvl_runtime.cli.terminal import print_table
 from qvl_runtime.engine.engine import NANO
-from qvl_runtime.plan.plan import Choices
+from qvl_runtime.plan.options import PlanOptions
 
 pytestmark = pytest.mark.cpu
-CHOICES = Choices("auto", "keep", "keep", "auto", False)
+OPTIONS = PlanOptions("auto", "keep", "keep", "auto", False)
 
 
 def printed(table: Table, width: int) -> list[str]:
@@ -30,7 +30,7 @@ def words_of(table: Table) -> set[str]:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_plan_is_whole_at_any_width(width: int) -> None:
-    table = peak_table(plan_report(NANO, "a10", CHOICES)["peaks"])
+    table = peak_table(plan_report(NANO, "a10", OPTIONS)["peaks"])
     wanted = words_of(table)
     lines = printed(table, width)
     assert max(map(len, lines)) <= width and wanted <= set(" ".join(lines).split())
@@ -51,7 +51,7 @@ def test_the_widest_column_breaks_first() -> None:
 
 
 def test_piped_no_line_of_a_plan_is_broken(capsys: pytest.CaptureFixture[str]) -> None:
-    show_plan(plan_report(NANO, "a10", CHOICES))
+    show_plan(plan_report(NANO, "a10", OPTIONS))
     out = capsys.readouterr().out
     assert "…" not in out and "all, 8 images" in out
     assert [line.split()[0] for line in out.splitlines() if line[:1].isalpha()] == [

@@ -19,7 +19,7 @@ from qvl_runtime import Engine, host
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.engine import capacity, warm_up
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.plan.sizes import PICTURES_AT_ONCE
+from qvl_runtime.plan.sizes import IMAGES_AT_ONCE
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.scheduler import StepLimits
 from tests.schedule.small import small_config
@@ -155,7 +155,7 @@ def test_the_warm_up_runs_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> N
     held = sum(t.nbytes for layer in cache.layers for t in layer)
     assert warm_up.workspace_bytes(model, torch.float32, steps, FakeMeter(0, 5000, held + 7000)) == 7000
     assert warm_up.workspace_bytes(model, torch.float32, steps, FakeMeter(0, 9000, held + 7000)) == 9000
-    assert ran == {"images": PICTURES_AT_ONCE, "rows": 40, "logits": 7}
+    assert ran == {"images": IMAGES_AT_ONCE, "rows": 40, "logits": 7}
 
 
 @pytest.fixture

@@ -16,14 +16,16 @@ from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.engine.engine import NANO, Engine
 from qvl_runtime.errors import CapacityError, ConfigError
 from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
-from qvl_runtime.plan.gpus import Machine, gpu
-from qvl_runtime.plan.plan import Choices, Load, Plan, choices_of, refuse, ways_to_fit
+from qvl_runtime.plan.fit import check_fits, suggest
+from qvl_runtime.plan.gpus import Device, gpu
+from qvl_runtime.plan.options import PlanOptions, Workload, checkpoint_options
+from qvl_runtime.plan.plan import Plan
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.weights.synthetic import synthetic_config
 
 pytestmark = pytest.mark.cpu
 GIB = 2**30
-ENCODE, GENERATE = Load(2049, 2048), Load(8193, 1)
+ENCODE, GENERATE = Workload(2049, 2048), Workload(8193, 1)
 
 
 def published(name: str) -> ModelConfig:
@@ -34,7 +36,7 @@ SMALL = {"vision": "int8", "head": "int8", "kv": "int8"}
 
 
 @pytest.mark.parametrize(
-    ("name", "choices", "most"),
+    ("name", "options", "most"),
     [
         ("qwen-vl-chat", {}, (19.4, 22.4)),  # published: 22.60 and 28.01
         ("qwen-vl-chat-int4", {}, (10.3, 13.3)),  # published: 11.82 and 17.23
@@ -42,10 +44,10 @@ SMALL = {"vision": "int8", "head": "int8", "kv": "int8"}
         ("qwen-vl-chat-int4", SMALL | {"embedding_on_host": True}, (6.2, 7.7)),
     ],
 )
-def test_less_than_the_published_figures(name: str, choices: dict[str, object], most: tuple[float, float]) -> None:
-    plan = Plan(published(name), Choices(**choices), "cuda")  # type: ignore[arg-type]
-    for load, limit in zip((ENCODE, GENERATE), most, strict=True):
-        total = plan.peak(load).total / GIB
+def test_less_than_the_published_figures(name: str, options: dict[str, object], most: tuple[float, float]) -> None:
+    plan = Plan(published(name), PlanOptions(**options), "cuda")  # type: ignore[arg-type]
+    for workload, limit in zip((ENCODE, GENERATE), most, strict=True):
+        total = plan.peak(workload).total / GIB
         assert 0.9 * limit < total <= limit
 
 
@@ -60,15 +62,15 @@ def test_kv_is_what_the_cache_takes(dtype: torch.dtype) -> None:
     config = published("qwen-vl-chat")
     cache = KVCache(config, BLOCK_SIZE, dtype, torch.device("cpu"))
     int8 = dtype is torch.int8
-    choices = Choices(kv="int8") if int8 else Choices(dtype=str(dtype).removeprefix("torch."))
-    assert Plan(config, choices).kv_per_token == bytes_per_token(config, dtype) == cache.bytes_per_token
+    options = PlanOptions(kv="int8") if int8 else PlanOptions(dtype=str(dtype).removeprefix("torch."))
+    assert Plan(config, options).kv_per_token == bytes_per_token(config, dtype) == cache.bytes_per_token
 
 
 @pytest.mark.parametrize("made", [{}, {"vision": "int8", "head": "int8"}, {"head": "int4"}])
 def test_weights_are_what_an_engine_reports(made: dict[str, str], tmp_path: Path) -> None:
     convert(NANO, tmp_path / "converted", ConvertOptions(**made))
     held = Engine(tmp_path / "converted", kv_cache_bytes=1 << 20).report()["memory"]
-    planned = Plan(ModelConfig.from_folder(NANO), Choices(**made)).weights
+    planned = Plan(ModelConfig.from_folder(NANO), PlanOptions(**made)).weights
     for part in ("vision", "language", "head"):
         assert planned[part] == pytest.approx(held[part], rel=0.02), part
 
@@ -88,7 +90,7 @@ tells_its_peak = pytest.mark.skipif(
 @pytest.mark.parametrize("name, precision", [("nano", "exact"), ("nano_int4", "exact"), ("nano_int4", "fast")])
 def test_nano_takes_what_is_planned(name: str, precision: str) -> None:
     """Within 3 %, beside a process without a model, which is measured in another."""
-    load, folder = Load(tokens=1502, prompt=1500), NANO.with_name(name)
+    workload, folder = Workload(tokens=1502, prompt=1500), NANO.with_name(name)
     base = printed(f"""
 from pathlib import Path
 from qvl_runtime.profile.process import process_bytes
@@ -98,10 +100,10 @@ import torch
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.host import peak_memory
 engine = Engine({str(folder)!r}, precision={precision!r})
-engine.generate([{{"token_ids": [1] * {load.prompt}}}], SamplingParams(max_tokens=2, ignore_eos=True))
+engine.generate([{{"token_ids": [1] * {workload.prompt}}}], SamplingParams(max_tokens=2, ignore_eos=True))
 print(peak_memory(torch.device("cpu")))""")
-    plan = Plan(ModelConfig.from_folder(folder), choices_of(folder, "auto", precision))
-    planned = plan.peak(load, Machine("", 0, None, base)).total
+    plan = Plan(ModelConfig.from_folder(folder), checkpoint_options(folder, "auto", precision))
+    planned = plan.peak(workload, Device("", 0, None, base)).total
     assert planned == pytest.approx(took, rel=0.03)
 
 
@@ -122,37 +124,41 @@ main()""")["memory"]
 
 
 def test_weights_that_are_no_pages_of_a_file_are_all_there() -> None:
-    config, text = published("qwen-vl-chat-int4"), Load(300, 300)
-    mapped, made = (Plan(config, Choices(mapped=parts)).peak(text) for parts in (("vision", "embedding"), ()))
+    config, text = published("qwen-vl-chat-int4"), Workload(300, 300)
+    mapped, made = (Plan(config, PlanOptions(mapped=parts)).peak(text) for parts in (("vision", "embedding"), ()))
     weights = Plan(config).weights
     assert made.embedding == weights["embedding"] > 50 * mapped.embedding
     assert made.vision > weights["vision"] > 30 * mapped.vision
-    assert Plan(config, Choices("float32")).peak(text).embedding == 2 * weights["embedding"], "made wider at load"
+    assert Plan(config, PlanOptions("float32")).peak(text).embedding == 2 * weights["embedding"], "made wider at load"
 
 
 def test_only_16_bit_floats_on_a_cpu_leave_code_behind() -> None:
-    nano, load = ModelConfig.from_folder(NANO), Load(300, 300, 1)
-    half = Choices("float16")
-    assert Plan(nano, half).compiled(load) > Plan(nano, half).compiled(Load(300, 300)) > 0
-    assert Plan(nano, Choices("float32")).compiled(load) == Plan(nano, device="cuda").compiled(load) == 0
+    nano, workload = ModelConfig.from_folder(NANO), Workload(300, 300, 1)
+    half = PlanOptions("float16")
+    assert Plan(nano, half).compiled_bytes(workload) > Plan(nano, half).compiled_bytes(Workload(300, 300)) > 0
+    assert (
+        Plan(nano, PlanOptions("float32")).compiled_bytes(workload)
+        == Plan(nano, device="cuda").compiled_bytes(workload)
+        == 0
+    )
 
 
 def test_images_of_a_pass_stay_near_a_cpu() -> None:
     full, nano = published("qwen-vl-chat-int4"), ModelConfig.from_folder(NANO)
-    assert Plan(full).together == Plan(full, Choices("float32")).together == 1
-    assert Plan(full, device="cuda").together == Plan(nano).together == 8
-    loads = [Plan(full).peak(Load(4096, 4096, images)).workspace for images in (1, 2, 8)]
-    assert loads[0] == loads[1] == loads[2]
+    assert Plan(full).images_at_once == Plan(full, PlanOptions("float32")).images_at_once == 1
+    assert Plan(full, device="cuda").images_at_once == Plan(nano).images_at_once == 8
+    workspaces = [Plan(full).peak(Workload(4096, 4096, images)).workspace for images in (1, 2, 8)]
+    assert workspaces[0] == workspaces[1] == workspaces[2]
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
     plan, card = Plan(published("qwen-vl-chat-int4"), device="cuda"), gpu("a10")
-    refuse(plan, Load(8192, 1024), card)
+    check_fits(plan, Workload(8192, 1024), card)
     with pytest.raises(CapacityError, match=r"A10 has 22.49 GiB .* for 40000 tokens.*it fits with an int8 KV cache"):
-        refuse(plan, Load(40_000, 1024), card)
-    assert ways_to_fit(plan, Load(8192, 1024), card) == []
+        check_fits(plan, Workload(40_000, 1024), card)
+    assert suggest(plan, Workload(8192, 1024), card) is None
     with pytest.raises(CapacityError, match="use the Int4 checkpoint or more memory"):
-        refuse(Plan(published("qwen-vl-chat"), device="cuda"), Load(8192, 1024), Machine("small", 8 * GIB, None))
+        check_fits(Plan(published("qwen-vl-chat"), device="cuda"), Workload(8192, 1024), Device("small", 8 * GIB, None))
 
 
 def test_an_engine_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,18 +168,18 @@ def test_an_engine_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> N
         Engine(NANO)
 
 
-def test_room_shrinks_with_the_machine_and_grows_with_the_choices() -> None:
+def test_capacity_shrinks_with_the_device_and_grows_with_the_options() -> None:
     config = published("qwen-vl-chat-int4")
-    rooms = [Plan(config, device="cuda").room(gpu(name)) for name in ("l4", "a100-40", "a100-80", "h200")]
-    assert rooms == sorted(rooms) and rooms[0].tokens > 8192
-    assert Plan(config, Choices(kv="int8"), "cuda").room(gpu("l4")).tokens > 1.9 * rooms[0].tokens
+    capacities = [Plan(config, device="cuda").capacity(gpu(name)) for name in ("l4", "a100-40", "a100-80", "h200")]
+    assert capacities == sorted(capacities) and capacities[0].tokens > 8192
+    assert Plan(config, PlanOptions(kv="int8"), "cuda").capacity(gpu("l4")).tokens > 1.9 * capacities[0].tokens
 
 
 def test_bound_is_bytes_over_bandwidth() -> None:
     plan = Plan(published("qwen-vl-chat-int4"), device="cuda")
     read = plan.weights["language"] + plan.weights["head"] + 300 * 2**19
     assert plan.bound_tokens_per_s(gpu("a100-80"), 300) == pytest.approx(2039e9 / read)
-    assert plan.bound_tokens_per_s(Machine("?", GIB, None), 300) is None
+    assert plan.bound_tokens_per_s(Device("?", GIB, None), 300) is None
 
 
 def test_gpus_that_are_too_old_or_unknown() -> None:
