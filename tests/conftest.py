@@ -1,10 +1,13 @@
-"""What every test may lean on: the oracle's folder where it is there, one torch thread, no network."""
+"""What every test can rely on: golden files, one torch thread, no network, and a count of what was skipped."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,25 +32,77 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
+SHARED = Path(os.environ.get("QVL_SHARED", ROOT.parent / "shared"))
+HAS_FULL = (SHARED / "golden" / "vision.safetensors").is_file()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with what the original code answers: beside the checkout, or where QVL_SHARED points."""
-    folder = Path(os.environ.get("QVL_SHARED", ROOT.parent / "shared"))
-    if not (folder / "golden").is_dir():
-        pytest.skip(f"no oracle data at {folder}: set QVL_SHARED to the folder that holds golden/")
-    return folder
+    """The folder with the published vocabulary and the photos: next to the checkout, or where QVL_SHARED points."""
+    if not HAS_FULL:
+        pytest.skip(f"rests on the published vocabulary or photos, which are not at {SHARED}: set QVL_SHARED")
+    return SHARED
 
 
 @pytest.fixture(scope="session")
-def golden(shared: Path) -> Path:
-    """The golden files themselves."""
+def full_golden(shared: Path) -> Path:
+    """Everything that the original code answered, photos included."""
     return shared / "golden"
 
 
 @pytest.fixture(scope="session")
+def committed_golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What of it is kept with the tests, so that it always runs; see tests/golden/README.md."""
+    folder = tmp_path_factory.mktemp("golden")
+    shutil.copytree(GOLDEN_LOCAL, folder, dirs_exist_ok=True)
+    complete_int4(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["committed", "full"] if HAS_FULL else ["committed"])
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The golden files, of either kind that is there."""
+    folder: Path = request.getfixturevalue(f"{request.param}_golden")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_golden(request: pytest.FixtureRequest) -> Path:
+    """One of them, for tests that take long: the full one where it is there."""
+    folder: Path = request.getfixturevalue("full_golden" if HAS_FULL else "committed_golden")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden_local() -> Path:
-    """The part of the golden numbers that is small enough to be kept with the tests, so that they always run."""
+    """The committed files as they are stored."""
     return GOLDEN_LOCAL
+
+
+def complete_int4(folder: Path) -> None:
+    """Write the Int4 checkpoint's shards: its packed linears, and the floats of `tiny` rounded to float16."""
+    from safetensors.torch import load_file, save_file
+
+    state = {}
+    for path in (folder / "tiny").glob("*.safetensors"):
+        state |= load_file(path)
+    packed = load_file(folder / "tiny-int4" / "quantized.safetensors")
+    (folder / "tiny-int4" / "quantized.safetensors").unlink()
+    index = json.loads((folder / "tiny-int4" / "model.safetensors.index.json").read_text())
+    for file in sorted(set(index["weight_map"].values())):
+        names = [name for name, place in index["weight_map"].items() if place == file]
+        tensors = {name: packed[name] if name in packed else state[name].half() for name in names}
+        save_file(tensors, folder / "tiny-int4" / file)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count what was skipped, and say why: in a clone less runs than where everything is at hand."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section(f"{reasons.total()} skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:4d}  {reason}")
 
 
 @pytest.fixture(autouse=True)

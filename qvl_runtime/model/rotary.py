@@ -23,7 +23,7 @@ class Positions(NamedTuple):
 
 
 def ntk_alpha(config: ModelConfig, prompt_tokens: int) -> float:
-    """The NTK factor of a request: max(1, 2^ceil(log2(n / seq_length) + 1) - 1) for a prompt of n tokens (5.4).
+    """The NTK factor of a request: max(1, 2^ceil(log2(n / seq_length) + 1) - 1) for a prompt of n tokens (§5.4).
 
     It is fixed when the request is admitted and stays while it decodes: cached keys are stored rotated.
     """
@@ -69,6 +69,6 @@ class Frequencies:
 def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: ModuleType = reference) -> Positions:
     """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2].
 
-    Queries at a position t from seq_length on are scaled by log(t + 1) / log(seq_length) (5.3).
+    Queries at a position t from seq_length on are scaled by log(t + 1) / log(seq_length) (docs/model.md 5.3).
     """
     return Positions(*ops.rotary_tables(positions, frequencies, config.seq_length if config.use_logn_attn else None))

@@ -48,7 +48,7 @@ class VisionBlock:
 
 
 class Resampler:
-    """One cross attention from learned queries to the patches, with positions on queries and keys (4.5)."""
+    """One cross attention from learned queries to the patches, with positions on queries and keys (§4.5)."""
 
     def __init__(self, config: VisionConfig, linears: LinearBuilder, name: str) -> None:
         self._ops, self._heads = linears.ops, config.pool_heads
@@ -108,7 +108,7 @@ class VisualTower:
 
 
 def resize_table(table: Tensor, grid: int) -> Tensor:
-    """A square positional table [s * s, C] resized to [grid * grid, C]: bicubic, a = -0.75, no antialiasing (4.2).
+    """A square positional table [s * s, C] resized to [grid * grid, C]: bicubic, a = -0.75, no antialiasing (§4.2).
 
     Half-pixel centres, indices clamped at the border, in float32, then rounded to the table's dtype.
     """

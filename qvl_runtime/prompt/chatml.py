@@ -1,6 +1,6 @@
 """A prompt of any form to token ids and images, in ChatML for chat checkpoints and raw for base ones.
 
-Source: golden/ARCHITECTURE.md sections 8 and 9.
+Source: docs/model.md sections 8 and 9.
 """
 
 from __future__ import annotations

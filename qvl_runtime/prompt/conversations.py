@@ -4,7 +4,7 @@
         {"from": "user", "value": "Picture 1: <img>dog.jpg</img>\\nBox the dog."},
         {"from": "assistant", "value": "<ref>The dog</ref><box>(221,425),(511,889)</box>"}]}]
 
-Source: the TUTORIAL of the published code, "Fine-tuning"; golden/ARCHITECTURE.md section 8 for the template.
+Source: the TUTORIAL of the published code, "Fine-tuning"; docs/model.md section 8 for the template.
 """
 
 from __future__ import annotations

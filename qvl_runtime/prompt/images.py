@@ -1,7 +1,7 @@
 """Pictures from anywhere to what the model sees: S x S RGB, known by its SHA-256.
 
 The original's steps, to the byte: open without turning by EXIF, `convert("RGB")` (alpha dropped, not composited),
-PIL's bicubic resize to a square whatever the aspect ratio. Source: golden/ARCHITECTURE.md section 3.
+PIL's bicubic resize to a square whatever the aspect ratio. Source: docs/model.md section 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The original tokenizer's list format: a text with tags to a list of parts and back, quirks included.
 
 For code that comes from Qwen-VL and for comparing with it. For answers prefer `boxes.parse_boxes`: here only the first
-of several boxes carries its label, and a broken box raises. Source: golden/ARCHITECTURE.md section 7.
+of several boxes carries its label, and a broken box raises. Source: docs/model.md section 7.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The vocabulary file may hold any number of ranks R; the special tokens take the ids from R on, in a fixed order. What
 stands between `<img>` and `</img>` becomes `n_queries` pad ids, whatever the image is called.
-Source: golden/ARCHITECTURE.md section 7.
+Source: docs/model.md section 7.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from torch import Tensor
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
-from qvl_runtime.prompt.images import load_image
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner, Span
 from qvl_runtime.weights.loader import load_weights
+from tests.stand_ins import recorded_features, shown
 
 LOGITS = 2e-4  # the oracle's own tolerances in float32 (golden/README.md); its independent second
 TOWER = 2e-5  # implementation differs by 4e-5 and 4e-6
@@ -57,14 +57,16 @@ class Oracle:
         state, packed = load_weights(folder, self.config, dtype, torch.device("cpu"))
         self.model = QwenVL(self.config, state, packed=packed)
         self.cache = KVCache(self.config, 4096, dtype, torch.device("cpu"))
-        self.runner = Runner(self.model, self.cache, ImageCache(1 << 24))
+        images = ImageCache(1 << 24)
+        for digest, features in recorded_features(self.root, self.config.visual.image_size).items():
+            images.put(digest, features.to(dtype))
+        self.runner = Runner(self.model, self.cache, images)
 
     def chunk(self, ids: Sequence[int]) -> Chunk:
         """A new sequence with a whole prompt; close it when done."""
         spelled = spelled_images(ids, self.config)
         size = self.config.visual.image_size
-        images = [load_image(self.root / image.path, size) for image in spelled]
-        features = self.runner.features(images)
+        features = self.runner.features([shown(self.root, image.path, size) for image in spelled])
         spans = [Span(image.start, rows) for image, rows in zip(spelled, features, strict=True)]
         return Chunk(self.cache.sequence(ntk_alpha(self.config, len(ids))), ids, spans)
 

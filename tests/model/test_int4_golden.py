@@ -8,9 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qvl_kernels import reference
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.language import Decoder
-from qvl_runtime.model.rotary import ntk_alpha
+from qvl_runtime.model.linear import LinearBuilder
+from qvl_runtime.model.rotary import Frequencies, ntk_alpha, positions_of
+from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.runner import Chunk
+from qvl_runtime.weights.checkpoint import load_state
+from qvl_runtime.weights.packing import pack_decoder
 from tests.model.oracle import LOGITS, Oracle, close
 
 pytestmark = pytest.mark.cpu
@@ -47,28 +53,17 @@ def test_weights_stay_packed(tiny_int4: Oracle) -> None:
     assert weights / 2 < packed < weights
 
 
-def test_decoder_anywhere(golden_local: Path) -> None:
-    """The same decoder, from numbers kept with the tests: this one runs without the oracle's folder."""
-    import json
-
-    from qvl_kernels import reference
-    from qvl_runtime.config.model import ModelConfig
-    from qvl_runtime.model.linear import LinearBuilder
-    from qvl_runtime.model.rotary import Frequencies, positions_of
-    from qvl_runtime.schedule.kv_cache import KVCache, layout_of
-    from qvl_runtime.weights.packing import pack_decoder
-
-    state = load_file(golden_local / "decoder_int4.safetensors")
-    config = ModelConfig.from_dict(json.loads((golden_local / "decoder_int4.json").read_text()))
-    ids, want = state.pop("ids"), state.pop("logits")
-    state = {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+def test_the_decoder_alone(committed_golden: Path) -> None:
+    """Without runner and engine, on plain torch: the layers, their caches and the head."""
+    folder, want = committed_golden / "tiny-int4", load_file(committed_golden / "lm_int4.safetensors")
+    config, cpu = ModelConfig.from_folder(folder), torch.device("cpu")
+    state = load_state(folder, config, torch.float32)
     packed = pack_decoder(state, config, reference)
     decoder = Decoder(config, LinearBuilder(reference, state, "exact", packed))
-    cache = KVCache(config, 64, torch.float32, torch.device("cpu"))
-    frequencies = Frequencies(config, torch.device("cpu"))
+    cache, frequencies, ids = KVCache(config, 64, torch.float32, cpu), Frequencies(config, cpu), want["i_ids"][0]
     with cache.sequence(ntk_alpha(config, len(ids))) as sequence:
         sequence.append(len(ids))
         at, layout = layout_of([sequence], [len(ids)])
         positions = positions_of(config, at, frequencies.table[frequencies.row(sequence.alpha)])
         x = decoder.forward(decoder.embedding[ids], positions, layout, cache.layers)
-    close(decoder.logits(x), want, LOGITS, "logits")
+    close(decoder.logits(x), want["i_logits"][0], LOGITS, "logits")

@@ -26,11 +26,11 @@ from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import ImageSpan
-from qvl_runtime.prompt.images import load_image
 from qvl_runtime.schedule.runner import Chunk, Span
 from tests.interpreter import patch_language_once
 from tests.model.oracle import Oracle, spelled_images, without_padding
 from tests.schedule.fake_graphs import FakeCapture
+from tests.stand_ins import shown
 
 pytestmark = [pytest.mark.cpu, pytest.mark.interpreter]
 
@@ -59,17 +59,17 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-int4"])
-def pair(request: pytest.FixtureRequest, golden: Path) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, one_golden: Path) -> Iterator[Pair]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QVL_KERNELS", "reference")
-        plain, exact = (Oracle(golden, request.param, dtype) for dtype in (torch.float16, torch.float32))
+        plain, exact = (Oracle(one_golden, request.param, dtype) for dtype in (torch.float16, torch.float32))
         patch.setenv("QVL_KERNELS", "triton")
         try:
             ops_for(torch.device("cpu"))
         except UnsupportedError as fault:
             pytest.skip(str(fault))
         patch_language_once(patch)
-        yield Pair(Oracle(golden, request.param, torch.float16), plain, exact)
+        yield Pair(Oracle(one_golden, request.param, torch.float16), plain, exact)
 
 
 def no_worse(found: Sequence[Tensor], want: Tensor, name: str) -> None:
@@ -89,16 +89,16 @@ def in_chunks(oracle: Oracle, ids: Sequence[int], *chunks: int) -> Tensor:
     return oracle.model.logits(torch.cat(hidden))
 
 
-def test_a_text_in_chunks(pair: Pair, golden: Path) -> None:
-    text = load_file(golden / "lm_i_text20.safetensors")
-    want = load_file(golden / "lm_int4.safetensors")["i_logits"] if pair.packed else text["logits"]
+def test_a_text_in_chunks(pair: Pair, one_golden: Path) -> None:
+    text = load_file(one_golden / "lm_i_text20.safetensors")
+    want = load_file(one_golden / "lm_int4.safetensors")["i_logits"] if pair.packed else text["logits"]
     ids = text["ids"][0].tolist()
     no_worse([in_chunks(oracle, ids, CHUNK, len(ids) - CHUNK) for oracle in pair.in_float16], want[0], "text")
 
 
-def test_decoding_together(pair: Pair, golden: Path) -> None:
+def test_decoding_together(pair: Pair, one_golden: Path) -> None:
     """Prompts of three lengths in one call, and one token more of each in another."""
-    want = load_file(golden / "lm_vi_left_padded.safetensors")
+    want = load_file(one_golden / "lm_vi_left_padded.safetensors")
     prompts = without_padding(want["ids"], want["attention_mask"])
     if pair.packed:  # the prompts' length is what takes time
         prompts = [ids[-rows:] for ids, rows in zip(prompts, (3, 7, 8), strict=True)]
@@ -113,51 +113,56 @@ def test_decoding_together(pair: Pair, golden: Path) -> None:
     no_worse(found[:2], found[2] if pair.packed else want["next_step_logits"], "decoding")
 
 
-def test_a_image_and_a_prefix(pair: Pair, golden: Path) -> None:
+def test_a_image_and_a_prefix(pair: Pair, one_golden: Path) -> None:
     """The tower, part for part so that a fault is found where it is; a prompt with it; that prompt's end once more.
 
     The prompt is longer than seq_length: the rotary base is raised, and log-n scales the later queries.
     """
-    text = load_file(golden / "lm_ii_one_image.safetensors")
+    text = load_file(one_golden / "lm_ii_one_image.safetensors")
     ids, positions, want = text["ids"][0].tolist(), text["logits_positions"], text["logits"][0]
     assert len(ids) > pair.ours.config.seq_length
     assert positions[-TAIL:].tolist() == [*range(len(ids) - TAIL, len(ids))]
     if pair.packed:
-        packed = load_file(golden / "lm_int4.safetensors")
+        packed = load_file(one_golden / "lm_int4.safetensors")
         assert torch.equal(packed["ii_ids"], text["ids"]) and torch.equal(packed["ii_logits_positions"], positions)
         want = packed["ii_logits"][0]
         features = [image(pair.plain, ids)] * 2  # the tower is that of the other checkpoint
     else:
-        features = tower(pair, golden)
+        features = tower(pair, one_golden, ids)
     results = [with_prefix(oracle, ids, own) for oracle, own in zip(pair.in_float16, features, strict=True)]
     no_worse([whole[positions] for whole, _ in results], want, "image")
     no_worse([after for _, after in results], want[-TAIL:], "after the prefix")
 
 
-def tower(pair: Pair, golden: Path) -> list[Tensor]:
+def tower(pair: Pair, one_golden: Path, ids: Sequence[int]) -> list[Tensor]:
     """An image's features from both, part for part no worse than plain torch's."""
-    vision = load_file(golden / "vision.safetensors")
-    seen: list[dict[str, Tensor]] = [{}, {}]
-    for oracle, own in zip(pair.in_float16, seen, strict=True):
+    vision, size = load_file(one_golden / "vision.safetensors"), pair.exact.config.visual.image_size
+    photo = vision.get("a.pixels")
+    pixels = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)) if photo is None else photo
+    seen: list[dict[str, Tensor]] = [{}, {}, {}]
+    for oracle, own in zip(pair, seen, strict=True):
         watch: Observer = own.__setitem__
-        own["final"] = oracle.model.encode_images(vision["a.pixels"][None], watch)
+        own["final"] = oracle.model.encode_images(pixels[None], watch)
     for part in ("ln_pre", "block0.attn", "block0", "block1", "attn_pool", "final"):
-        no_worse([own[part][0] for own in seen], vision[f"a.{part}"][0], part)
+        want = seen[2][part] if photo is None else vision[f"a.{part}"]
+        no_worse([own[part][0] for own in seen[:2]], want[0], part)
+    if photo is None:  # the photo is not committed; its features are
+        return [image(oracle, ids) for oracle in pair.in_float16]
     return [own["final"][0] for own in seen]
 
 
 def image(oracle: Oracle, ids: Sequence[int]) -> Tensor:
     """The features of a prompt's one image."""
     (image,) = spelled_images(ids, oracle.config)
-    (features,) = oracle.runner.features([load_image(oracle.root / image.path, oracle.config.visual.image_size)])
+    (features,) = oracle.runner.features([shown(oracle.root, image.path, oracle.config.visual.image_size)])
     return features
 
 
 def with_prefix(oracle: Oracle, ids: Sequence[int], features: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of a prompt with an image, and of its last rows when all before them are found in the cache."""
     (image,) = spelled_images(ids, oracle.config)
-    shown = load_image(oracle.root / image.path, oracle.config.visual.image_size)
-    spans = [ImageSpan(image.start, oracle.config.visual.n_queries, shown)]
+    photo = shown(oracle.root, image.path, oracle.config.visual.image_size)
+    spans = [ImageSpan(image.start, oracle.config.visual.n_queries, photo)]
     alpha = ntk_alpha(oracle.config, len(ids))
     with oracle.cache.sequence(alpha) as first:
         whole = oracle.model.logits(oracle.runner.run([Chunk(first, ids, [Span(image.start, features)])]))

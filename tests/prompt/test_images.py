@@ -51,18 +51,18 @@ class TestGoldens:
             ("rgba.png", "odd.rgba.png"),
         ],
     )
-    def test_resized_bytes(self, golden: Path, name: str, key: str) -> None:
-        expected = load_file(golden / "vision.safetensors")[f"{key}.resized_u8"]
-        assert np.array_equal(load_image(golden / "images" / name, 168).rgb, expected.numpy())
+    def test_resized_bytes(self, full_golden: Path, name: str, key: str) -> None:
+        expected = load_file(full_golden / "vision.safetensors")[f"{key}.resized_u8"]
+        assert np.array_equal(load_image(full_golden / "images" / name, 168).rgb, expected.numpy())
 
-    def test_pixels(self, golden: Path) -> None:
-        expected = load_file(golden / "vision.safetensors")["a.pixels"]
-        pixels = to_pixels(load_image(golden / "images/beach.jpg", 168).rgb[None])
+    def test_pixels(self, full_golden: Path) -> None:
+        expected = load_file(full_golden / "vision.safetensors")["a.pixels"]
+        pixels = to_pixels(load_image(full_golden / "images/beach.jpg", 168).rgb[None])
         assert torch.allclose(pixels[0], expected, rtol=0, atol=1e-6)
 
-    def test_at_the_released_size_to_the_bit(self, golden: Path) -> None:
-        digests = json.loads((golden / "preprocess448.json").read_text())
-        rgb = load_image(golden / digests["image"], 448).rgb
+    def test_at_the_released_size_to_the_bit(self, full_golden: Path) -> None:
+        digests = json.loads((full_golden / "preprocess448.json").read_text())
+        rgb = load_image(full_golden / digests["image"], 448).rgb
         assert hashlib.sha256(rgb.tobytes()).hexdigest() == digests["sha256_of_resized_u8_bytes_HWC"]
         pixels = to_pixels(rgb[None])[0].contiguous().numpy()
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == digests["sha256_of_float32_pixels_bytes_CHW"]

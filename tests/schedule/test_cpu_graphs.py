@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module", params=KINDS)
 def make(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     name, options = KINDS[request.param]
-    golden = request.getfixturevalue("golden") if name.startswith("tiny") else Path()
+    golden = request.getfixturevalue("one_golden") if name.startswith("tiny") else Path()
     return partial(Engine, checkpoint(name, golden), device="cpu", max_model_len=LONGEST, max_running=MOST, **options)
 
 

@@ -43,8 +43,8 @@ def alone(folder: Path, kv_dtype: str) -> tuple[list[Wanted], list[tuple[int, ..
 
 @pytest.mark.parametrize("switches", SWITCHES)
 @pytest.mark.parametrize("name", ["tiny", "tiny-int4", "nano"])
-def test_together_is_as_alone(name: str, switches: str, golden: Path) -> None:
-    folder, options = checkpoint(name, golden), SWITCHES[switches]
+def test_together_is_as_alone(name: str, switches: str, one_golden: Path) -> None:
+    folder, options = checkpoint(name, one_golden), SWITCHES[switches]
     wanted, want = alone(folder, str(options.get("kv_dtype", "auto")))
     engine = engine_of(folder, **options)
     got = all_together(engine, wanted, preempt="kv_tokens" in options)

@@ -3,7 +3,7 @@
 Shapes: n rows (tokens of all requests of a step, one after another, no padding), R requests, D channels, H heads of
 d channels, P images of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
 contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size +
-offset. Section numbers are those of the Qwen-VL specification that the tests are built on.
+offset. Section numbers (§) are those of docs/model.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def side_by_side(first: Tensor, second: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times weight [D] (5.2)."""
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times weight [D] (docs/model.md 5.2)."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return y.to(x.dtype) * weight
@@ -80,13 +80,13 @@ def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps:
 
 
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (5.2)."""
+    """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (§5.2)."""
     up, gate = summed(up_gate, dtype or up_gate.dtype).chunk(2, -1)
     return up * F.silu(gate)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU, x * Phi(x) with the error function (4.4); the tanh form is off by 8e-4 in the tower's output."""
+    """Exact GELU, x * Phi(x) with the error function (§4.4); the tanh form is off by 8e-4 in the tower's output."""
     return F.gelu(x)
 
 
@@ -99,7 +99,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """cos and sin [n, r] of positions int64 [n] times inverse frequencies [n or 1, r / 2], and log-n [n] (5.3).
+    """cos and sin [n, r] of positions int64 [n] times inverse frequencies [n or 1, r / 2], and log-n [n] (§5.3).
 
     All float32, the product of position and frequency too. Log-n is log(t + 1) / log(logn_from), at least 1; None: 1.
     """
@@ -166,7 +166,7 @@ def rotary_to_cache(
     qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Rotate q and k, scale q by log-n, store k and v: the step between the fused projection and attention (5.3).
+    """Rotate q and k, scale q by log-n, store k and v: the step between the fused projection and attention (§5.3).
 
     qkv [n, 3 * H * d], or its partial sums, taken as `dtype`; cos, sin float32 [n, r]; logn float32 [n]; caches
     [blocks, H, block_size, d]; slots int64 [n], all different. Gives q [n, H, d]; k and v are written into the caches.
@@ -191,7 +191,7 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Causal attention of each request's new rows over its cached keys, those of the new rows included (5.3).
+    """Causal attention of each request's new rows over its cached keys, those of the new rows included (§5.3).
 
     q [n, H, d]; block_tables int64 [R, most blocks]; query_starts R + 1 row numbers, so that request r has the rows
     query_starts[r] to query_starts[r + 1], which are the last of its context_lens[r] tokens. One row a request is
@@ -220,14 +220,14 @@ def paged_attention(
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of an image's patches to each other, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (4.4)."""
+    """Attention of an image's patches to each other, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (§4.4)."""
     images, patches, _ = qkv.shape
     q, k, v = qkv.view(images, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The resampler's attention: q [Q, D], the same for all images, to k and v [P, L, D] (4.5). Gives [P, Q, D]."""
+    """The resampler's attention: q [Q, D], the same for all images, to k and v [P, L, D] (§4.5). Gives [P, Q, D]."""
     k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (k, v))
     q = q.view(len(q), heads, -1).transpose(0, 1).expand(len(k), -1, -1, -1)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
