@@ -72,9 +72,9 @@ def convert_options(target: str, dtype: str, vision: str, head: str) -> ConvertO
 
 def _convert(source: Path, destination: Path, options: ConvertOptions, dry_run: bool, quiet: bool) -> int:
     from qvl_runtime.convert.convert import convert as convert_checkpoint
-    from qvl_runtime.convert.convert import outline
+    from qvl_runtime.convert.convert import estimate
 
-    plan = outline(source, destination, options)
+    plan = estimate(source, destination, options)
     if dry_run:
         print(
             f"{source} ({size(plan.source_bytes)}) would become {destination} for {options.target}: about "

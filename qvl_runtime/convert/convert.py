@@ -1,8 +1,7 @@
-"""A published checkpoint to one in the layout of a target's kernels, tensor by tensor, all of it or nothing.
+"""Convert a published checkpoint to the layout of a target's kernels, tensor by tensor, all of it or nothing.
 
-Work goes on in `.NAME.partial` beside the destination: whole files, each noted in a journal when it is on the disk, so
-that a conversion that was stopped goes on after the last of them and makes the same bytes. The destination appears by
-a rename.
+Files are written in a `PartialFolder`, each entered in a journal once it is on the disk, so that a conversion that was
+stopped resumes after the last of them and produces the same bytes. The destination appears by a rename.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.journal import Journal
-from qvl_runtime.convert.prefetch import ahead
+from qvl_runtime.convert.prefetch import prefetch
 from qvl_runtime.convert.recipes import ConvertOptions, Recipe, build, recipes
 from qvl_runtime.convert.shard_writer import Entry, ShardWriter
 from qvl_runtime.errors import CheckpointError, ConfigError
@@ -40,18 +39,18 @@ if TYPE_CHECKING:
 
 SMALL_FILES = ("*.json", "*.tiktoken")
 LOSSLESS = {("float16", "float32"), ("bfloat16", "float32")}
-SPARE = 64 << 20  # bytes of disk beyond what the result takes
+DISK_MARGIN = 64 << 20  # bytes of disk beyond the size of the result
 
 
-class Outline(NamedTuple):
-    """What a conversion would do, known before it starts."""
+class Estimate(NamedTuple):
+    """The result of a conversion, known before it starts."""
 
     source_bytes: int
-    bytes: int  # about, of the result
-    free: int  # of the destination's disk
+    bytes: int  # of the result, approximate
+    free: int  # bytes on the destination's disk
     packed: int  # linears
-    unpacked: int  # tensors that stay as they are
-    dtype: str
+    unpacked: int  # tensors that are stored unchanged
+    dtype: str  # of those that are floats
 
 
 def convert(
@@ -60,39 +59,42 @@ def convert(
     options: ConvertOptions | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Manifest:
-    """Convert `source` to the folder `destination`; `progress` hears how many bytes of the source are done.
+    """Convert the folder `source` to the folder `destination`.
 
-    Memory stays below 2 GB whatever the size. Raises `CheckpointError` for a source that is no checkpoint, a
-    destination that exists, and a full disk; `ConfigError` for another model and for what a target cannot hold.
+    progress: called with the number of finished bytes of the source. Memory stays below 2 GB whatever the size. Raises
+    `CheckpointError` for a source that is not a checkpoint, a destination that exists or is being written, and a full
+    disk; `ConfigError` for another model and for options that the target does not support.
     """
     options = options or ConvertOptions()
     job = _Job.open(source, destination, options)
-    outline = job.outline()
+    estimate = job.estimate()
     with Journal(job.destination, job.key()) as journal:
-        missing = outline.bytes + SPARE - journal.bytes - outline.free
+        missing = estimate.bytes + DISK_MARGIN - journal.bytes - estimate.free
         if missing > 0:
             raise CheckpointError(
-                f"{destination} needs {outline.bytes:,} bytes and its disk has {outline.free:,} free: make room for "
+                f"{destination} needs {estimate.bytes:,} bytes and its disk has {estimate.free:,} free: make room for "
                 f"{missing:,} more, or choose another disk"
             )
-        with ThreadPoolExecutor(1) as beside:
-            digests = [(path, beside.submit(file_digest, path)) for path in job.checkpoint.paths]
+        with ThreadPoolExecutor(1) as executor:
+            digests = [(path, executor.submit(file_digest, path)) for path in job.checkpoint.paths]
             try:
                 job.write(journal, progress)
                 manifest = job.manifest(journal, digests)
             except BaseException:
-                beside.shutdown(wait=False, cancel_futures=True)
+                executor.shutdown(wait=False, cancel_futures=True)
                 raise
         journal.complete(manifest)
     return manifest
 
 
-def outline(source: Path, destination: Path, options: ConvertOptions | None = None) -> Outline:
-    """What `convert` would do, with the same errors; writes nothing."""
-    return _Job.open(source, destination, options or ConvertOptions()).outline()
+def estimate(source: Path, destination: Path, options: ConvertOptions | None = None) -> Estimate:
+    """The result that `convert` would have, with the same errors; writes nothing."""
+    return _Job.open(source, destination, options or ConvertOptions()).estimate()
 
 
 class _Job(NamedTuple):
+    """One conversion, checked and ready to run."""
+
     source: Path
     destination: Path
     options: ConvertOptions
@@ -110,12 +112,12 @@ class _Job(NamedTuple):
         source, destination = Path(source), Path(destination)
         check_destination(source, destination)
         if is_converted(source):
-            raise CheckpointError(f"{source} is converted already: convert its source, or go back with --to hf first")
+            raise CheckpointError(f"{source} is converted already: convert its source, or restore that with --to hf")
         config = ModelConfig.from_folder(source)
         try:
             ops = packing_for(options.target)
         except RuntimeError as fault:
-            raise ConfigError(f"target {options.target!r} cannot be converted for here: {fault}") from fault
+            raise ConfigError(f"target {options.target!r} is not available on this machine: {fault}") from fault
         dtype = getattr(torch, config.dtype if options.dtype == "auto" else options.dtype)
         return cls(source, destination, options, config, Checkpoint.open(source, config), ops, dtype)
 
@@ -124,60 +126,60 @@ class _Job(NamedTuple):
         return str(self.dtype).removeprefix("torch.")
 
     def key(self) -> dict[str, object]:
-        """What must be the same for a conversion to be gone on with."""
+        """The source files and options that must be equal to resume a conversion."""
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.paths}
-        chosen = [self.options.target, self.dtype_name, self.options.vision, self.options.head]
-        return {"source": stats, "options": chosen}
+        options = [self.options.target, self.dtype_name, self.options.vision, self.options.head]
+        return {"source": stats, "options": options}
 
-    def outline(self) -> Outline:
+    def estimate(self) -> Estimate:
+        """Estimate the size of the result from the shapes of the source."""
         stored = {name: self.checkpoint.nbytes(name) for name in self.checkpoint.names}
-        found, size = list(recipes(self.config, self.options)), 0
-        for recipe in found:
-            width = self.dtype.itemsize
+        all_recipes, size = list(recipes(self.config, self.options)), 0
+        for recipe in all_recipes:
             for part in recipe.parts or (recipe.name,):
-                held = self.checkpoint.elements(f"{part}.weight" if recipe.parts else part)
+                elements = self.checkpoint.elements(f"{part}.weight" if recipe.parts else part)
                 if recipe.bits is not None:
-                    size += held * (4 * recipe.bits + 1) // 32
-                elif recipe.parts:  # once as packed, and scales and zero points again for the way back
+                    size += elements * (4 * recipe.bits + 1) // 32
+                elif recipe.parts:  # scales are stored twice: packed, and as published to restore them
                     size += stored[f"{part}.qweight"] + 2 * stored[f"{part}.scales"]
                 else:
-                    size += held * width
+                    size += elements * self.dtype.itemsize
         free = free_bytes(self.destination)
-        packed = sum(bool(recipe.parts) for recipe in found)
-        return Outline(sum(stored.values()), size, free, packed, len(found) - packed, self.dtype_name)
+        packed = sum(bool(recipe.parts) for recipe in all_recipes)
+        return Estimate(sum(stored.values()), size, free, packed, len(all_recipes) - packed, self.dtype_name)
 
     def write(self, journal: Journal, progress: Callable[[int], None]) -> None:
-        """Every recipe that no whole file holds yet."""
-        writer, found = ShardWriter(journal.folder, journal.shards), list(self._recipes())
-        missing = [recipe for recipe in found if recipe.name not in journal.done]
-        done = sum(self._read_by(recipe) for recipe in found) - sum(self._read_by(recipe) for recipe in missing)
+        """Write every recipe that is not in a finished file yet."""
+        writer, all_recipes = ShardWriter(journal.folder, journal.shards), list(self._recipes())
+        missing = [recipe for recipe in all_recipes if recipe.name not in journal.done]
+        done = sum(map(self._bytes_read, all_recipes)) - sum(map(self._bytes_read, missing))
         progress(done)
-        with closing(ahead(missing, self._made)) as made:
-            for recipe, (entries, linears) in made:
+        with closing(prefetch(missing, self._built)) as built:
+            for recipe, (entries, linears) in built:
                 writer.add(recipe.name, entries, linears)
                 if writer.full:
-                    journal.note(writer.close())
-                done += self._read_by(recipe)
+                    journal.append(writer.close())
+                done += self._bytes_read(recipe)
                 progress(done)
         if writer.items:
-            journal.note(writer.close())
+            journal.append(writer.close())
 
-    def _read_by(self, recipe: Recipe) -> int:
-        """Bytes of the source."""
-        read = [f"{part}.{kind}" for part in recipe.parts for kind in ("weight", "qweight")] or [recipe.name]
-        return sum(self.checkpoint.nbytes(name) for name in read if name in self.checkpoint)
+    def _bytes_read(self, recipe: Recipe) -> int:
+        """Bytes of the source that a recipe reads."""
+        names = [f"{part}.{kind}" for part in recipe.parts for kind in ("weight", "qweight")] or [recipe.name]
+        return sum(self.checkpoint.nbytes(name) for name in names if name in self.checkpoint)
 
     def _recipes(self) -> Iterator[Recipe]:
-        """Those of the model, then tensors that nothing reads, which come along for the way back."""
+        """The recipes of the model, then tensors that it does not read, kept to restore the source."""
         model = [r for r in recipes(self.config, self.options) if r.parts or r.name in self.checkpoint]
         yield from model
         used = {f"{part}.{kind}" for r in model for part in r.parts for kind in _KINDS} | {r.name for r in model}
         yield from (Recipe(name) for name in self.checkpoint.names if name not in used)
 
-    def _made(self, recipe: Recipe) -> tuple[list[Entry], dict[str, PackedLinear]]:
-        """What to write of a recipe, and the linears that it makes."""
+    def _built(self, recipe: Recipe) -> tuple[list[Entry], dict[str, PackedLinear]]:
+        """The tensors to write for a recipe, and the linears that they form."""
         if not recipe.parts:
-            return [self._as_it_is(recipe.name)], {}
+            return [self._unchanged(recipe.name)], {}
         entries, linears = [], {}
         target, rounded = self.options.target, recipe.bits is not None
         for name, packed, parts in build(recipe, self.checkpoint, self.config, self.ops):
@@ -193,13 +195,14 @@ class _Job(NamedTuple):
         tensors = {name: self.checkpoint.tensor(name) for name in stored if name in self.checkpoint}
         return [Entry.of(name, t)._replace(parts=pieces(t, t.dtype)) for name, t in tensors.items()]
 
-    def _as_it_is(self, name: str) -> Entry:
-        """A tensor of the source, floats as the dtype that was chosen."""
+    def _unchanged(self, name: str) -> Entry:
+        """A tensor of the source, floats in the dtype of the conversion."""
         tensor = self.checkpoint.tensor(name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), pieces(tensor, dtype))
 
     def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]]) -> Manifest:
+        """Copy the small files of the source, and describe the whole folder."""
         companions = {}
         indexes = {path.name: path.read_text(encoding="utf-8") for path in self.source.glob("*.index.json")}
         for path in (p for pattern in SMALL_FILES for p in sorted(self.source.glob(pattern))):
@@ -207,7 +210,7 @@ class _Job(NamedTuple):
                 shutil.copyfile(path, journal.folder / path.name)
                 companions[path.name] = file_digest(journal.folder / path.name)
         state = [r.name for r in recipes(self.config, self.options) if not r.parts and r.name in self.checkpoint]
-        infos = (self.checkpoint.info(name).dtype for name in state)
+        dtypes = (self.checkpoint.info(name).dtype for name in state)
         options = self.options
         return Manifest(
             target=options.target,
@@ -218,7 +221,7 @@ class _Job(NamedTuple):
             indexes=indexes,
             companions=companions,
             state=state,
-            cast=any(own != self.dtype_name and (own, self.dtype_name) not in LOSSLESS for own in infos),
+            cast=any(dtype != self.dtype_name and (dtype, self.dtype_name) not in LOSSLESS for dtype in dtypes),
             linears=journal.linears,
             shards=journal.shards,
         )
@@ -226,11 +229,11 @@ class _Job(NamedTuple):
     def _source_file(self, path: Path, sha256: str) -> SourceFile:
         if path.suffix == ".safetensors":
             return SourceFile(path.stat().st_size, sha256, read_header(path).decode(), path.name, True)
-        tensors, at = {}, 0
+        tensors, offset = {}, 0
         for name in (name for name in self.checkpoint.names if self.checkpoint.file(name) == path.name):
             info, size = self.checkpoint.info(name), self.checkpoint.nbytes(name)
-            tensors[name] = Written(CODES[info.dtype], info.shape, at, at + size, "")
-            at += size
+            tensors[name] = Written(CODES[info.dtype], info.shape, offset, offset + size, "")
+            offset += size
         restored = f"{path.stem.replace('pytorch_model', 'model')}.safetensors"
         return SourceFile(path.stat().st_size, sha256, header_of(tensors).decode(), restored, False)
 
@@ -238,4 +241,4 @@ class _Job(NamedTuple):
 _KINDS = ("weight", *GPTQ_TENSORS)
 
 
-__all__ = ["ConvertOptions", "Outline", "ShardRecord", "convert", "outline"]
+__all__ = ["ConvertOptions", "Estimate", "ShardRecord", "convert", "estimate"]

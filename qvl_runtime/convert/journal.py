@@ -17,7 +17,7 @@ from qvl_runtime.weights.partial import PartialFolder
 
 
 class Journal:
-    """The files of a conversion that are whole: a line each in `journal.jsonl` of its `PartialFolder`."""
+    """The complete files of a conversion: one line each in `journal.jsonl` of its `PartialFolder`."""
 
     def __init__(self, destination: Path, key: dict[str, object]) -> None:
         """key: the source and the options; work with another key is not resumed but replaced."""
@@ -26,7 +26,7 @@ class Journal:
         self.done: set[str] = set()
         self.linears: dict[str, PackedLinear] = {}
         self.shards: dict[str, ShardRecord] = {}
-        self.bytes = 0  # of the files that are whole
+        self.bytes = 0  # of the complete files
 
     def __enter__(self) -> Journal:
         """Resume what an earlier run with the same key left, or start. Raises as `PartialFolder` does."""
@@ -46,10 +46,10 @@ class Journal:
         self._handle.close()
         self._partial.__exit__(kind, error, at)
 
-    def note(self, shard: Shard) -> None:
-        """A file is whole and on the disk."""
+    def append(self, shard: Shard) -> None:
+        """Enter a file that is complete and on the disk."""
         sync(self.folder)
-        self._append(
+        line = json.dumps(
             {
                 "shard": shard.name,
                 "record": asdict(shard.record),
@@ -58,10 +58,13 @@ class Journal:
                 "linears": {name: asdict(linear) for name, linear in shard.linears.items()},
             }
         )
-        self._count(shard)
+        self._handle.write(line + "\n")
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self._add(shard)
 
     def complete(self, manifest: Manifest) -> None:
-        """All files are whole: write the manifest and publish the folder."""
+        """Write the manifest and publish the folder: all files are complete."""
         manifest.write(self.folder)
         self._handle.close()
         self._partial.publish()
@@ -69,7 +72,7 @@ class Journal:
     def _resume(self) -> None:
         for line in self._read():
             linears = {name: PackedLinear(**linear) for name, linear in line["linears"].items()}
-            self._count(Shard(line["shard"], ShardRecord(**line["record"]), line["items"], linears, line["bytes"]))
+            self._add(Shard(line["shard"], ShardRecord(**line["record"]), line["items"], linears, line["bytes"]))
         for path in self.folder.iterdir():  # cut off by a kill
             if path.name not in self.shards:
                 path.unlink()
@@ -78,23 +81,18 @@ class Journal:
         """The journal's lines up to the first that a kill cut off, which is dropped."""
         self._handle.seek(0)
         lines: list[dict[str, Any]] = []
-        kept = 0
+        valid_bytes = 0
         for line in self._handle.read().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 if line.endswith("\n"):
                     lines.append(json.loads(line))
-                    kept += len(line.encode())
+                    valid_bytes += len(line.encode())
                     continue
             break
-        self._handle.truncate(kept)
+        self._handle.truncate(valid_bytes)
         return lines
 
-    def _append(self, content: dict[str, Any]) -> None:
-        self._handle.write(json.dumps(content) + "\n")
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-
-    def _count(self, shard: Shard) -> None:
+    def _add(self, shard: Shard) -> None:
         self.shards[shard.name] = shard.record
         self.linears |= shard.linears
         self.done |= set(shard.items)

@@ -1,4 +1,4 @@
-"""Work that is done ahead, in threads of its own, while the items before are written."""
+"""Build items in background threads while earlier ones are written."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MOST = 4  # threads; so many items and one more are made or wait beside the one in use, each held in memory
+MAX_THREADS = 4  # items in memory: one more than threads, and the one in use
 
 
-def ahead(items: Iterable[Item], make: Callable[[Item], Result]) -> Generator[tuple[Item, Result], None, None]:
-    """Each item with what `make` gives for it, in order, while it is at work on the next; close it when it is left.
+def prefetch(items: Iterable[Item], build: Callable[[Item], Result]) -> Generator[tuple[Item, Result], None, None]:
+    """Yield each item with its result of `build`, in order, while the next ones are built; close it when done early.
 
-    Torch takes one core in each of these threads: others hash and write, and each of its operations would wait for a
-    thread that one of those keeps from running. On two cores that was 59 s of CPU in place of 19.
+    Torch uses one core in each of these threads: other threads hash and write, and each torch operation would wait for
+    a worker that they keep from running. On two cores that was 59 s of CPU instead of 19.
     """
     import torch
 
     cores = torch.get_num_threads()
-    makers = min(MOST, cores)
+    threads = min(MAX_THREADS, cores)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
-    with ThreadPoolExecutor(makers, initializer=torch.set_num_threads, initargs=(1,)) as beside:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         try:
             for item in items:
-                waiting.append((item, beside.submit(make, item)))
-                if len(waiting) > makers:
-                    first, made = waiting.popleft()
-                    yield first, made.result()
-                    del made
+                waiting.append((item, executor.submit(build, item)))
+                if len(waiting) > threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+                    del future
             while waiting:
-                first, made = waiting.popleft()
-                yield first, made.result()
-                del made
+                first, future = waiting.popleft()
+                yield first, future.result()
+                del future
         finally:
-            beside.shutdown(cancel_futures=True)
-            torch.set_num_threads(cores)  # new threads take over what was set last, in whichever
+            executor.shutdown(cancel_futures=True)
+            torch.set_num_threads(cores)  # new threads inherit the number that any thread set last

@@ -1,4 +1,4 @@
-"""A converted checkpoint back to the published layout: the same files, byte for byte, proven by their SHA-256."""
+"""Restore the published checkpoint from a converted one: the same files, byte for byte, checked by their SHA-256."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 
 
 class Restored(NamedTuple):
+    """The restored weight files."""
+
     exact: list[str]  # files with the SHA-256 of the source's
-    tensors_only: list[str]  # files whose tensors are the source's: it had them in another format
+    tensors_only: list[str]  # files with the source's tensors, which it had in another format
 
 
 def restore(source: Path, destination: Path, progress: Callable[[int], None] = lambda done: None) -> Restored:
-    """Write the checkpoint that `source` was converted from as the folder `destination`, which appears when it is done.
+    """Write the checkpoint that `source` was converted from as the folder `destination`, which appears when complete.
 
-    Raises `CheckpointError` where weights were rounded on the way, and for a file that does not come out as it was.
+    progress: called with the number of bytes written. Raises `CheckpointError` where the conversion rounded weights,
+    for a file that differs from the source's, and for a destination that exists or is being written.
     """
     from qvl_kernels import packing_for
 
@@ -40,7 +43,7 @@ def restore(source: Path, destination: Path, progress: Callable[[int], None] = l
     if manifest.rounded:
         raise CheckpointError(
             f"{source} holds {len(manifest.rounded)} weights that were rounded ({', '.join(manifest.rounded[:3])}), so "
-            "what was published cannot come back: keep the source"
+            "the published ones cannot be restored: keep the source"
         )
 
     def write(folder: Path) -> None:
@@ -60,36 +63,36 @@ class _Reader:
 
     def __init__(self, folder: Path, manifest: Manifest, ops: ModuleType) -> None:
         shards = open_shards(folder, manifest)
-        self._where: dict[str, Shard] = {name: shard for shard in shards.values() for name in shard.infos}
+        self._shard_of: dict[str, Shard] = {name: shard for shard in shards.values() for name in shard.infos}
         self._manifest, self._ops = manifest, ops
         self._linears = {part: name for name, linear in manifest.linears.items() for part in linear.parts}
-        self._last: tuple[str, Tensor] | None = None
+        self._latest: tuple[str, Tensor] | None = None  # a linear that may have another part
 
     def tensor(self, name: str, dtype: str) -> Iterator[Tensor]:
-        """A tensor in parts, as `dtype`."""
+        """A tensor as `dtype`, in pieces."""
         import torch
 
-        if name in self._where:
-            return pieces(self._where[name].tensor(name), getattr(torch, dtype))
+        if name in self._shard_of:
+            return pieces(self._shard_of[name].tensor(name), getattr(torch, dtype))
         prefix, _, kind = name.rpartition(".")
         if kind != "qweight" or prefix not in self._linears:
-            raise CheckpointError(f"{name} is nowhere in the converted checkpoint: convert the source anew")
+            raise CheckpointError(f"the converted checkpoint lacks {name}: convert the source again")
         return iter([self._qweight(prefix)])
 
     def _qweight(self, part: str) -> Tensor:
         name = self._linears[part]
         linear = self._manifest.linears[name]
-        if self._last is None or self._last[0] != name:
-            packed = packed_linear(name, linear, self._manifest, self._where)
-            self._last = name, self._ops.gptq_words(packed)
+        if self._latest is None or self._latest[0] != name:
+            packed = packed_linear(name, linear, self._manifest, self._shard_of)
+            self._latest = name, self._ops.gptq_words(packed)
             for tensor in packed.tensors.values():
                 release(tensor)
-        side_by_side = self._last[1].chunk(len(linear.parts), dim=1)  # each as wide as the other
-        return side_by_side[linear.parts.index(part)].contiguous()
+        parts = self._latest[1].chunk(len(linear.parts), dim=1)  # of equal width
+        return parts[linear.parts.index(part)].contiguous()
 
 
 def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
-    """One published file; returns its size."""
+    """Write one published file; returns its size."""
     header, digest = file.header.encode(), hashlib.sha256()
     entries: dict[str, Any] = json.loads(header)
     entries.pop("__metadata__", None)
@@ -106,21 +109,21 @@ def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
             dtype = dtypes[entry["dtype"]]
             written = out.append(hashed(reader.tensor(name, dtype)), dtype, tuple(entry["shape"]))
             if [written.begin, written.end] != entry["data_offsets"]:
-                raise CheckpointError(f"{name} comes out as {written}; the source had it at {entry['data_offsets']}")
+                raise CheckpointError(f"{name} was restored as {written}; the source had it at {entry['data_offsets']}")
         out.finish(header)
     if file.exact and digest.hexdigest() != file.sha256:
-        raise CheckpointError(f"{path.name} does not come out as it was: see which tensor changed with qvl verify")
+        raise CheckpointError(f"{path.name} differs from the source: find the tensor that changed with qvl verify")
     return LENGTH + len(header) + out.size
 
 
 def _small_files(source: Path, folder: Path, manifest: Manifest) -> None:
-    """Configuration and tokenizer as they are, and the index, rewritten where the files have other names now."""
+    """Copy configuration and tokenizer, and write the index, with new names where the files have new names."""
     for name in manifest.companions:
         shutil.copyfile(source / name, folder / name)
     renamed = {name: file.restored_as for name, file in manifest.sources.items()}
     for name, text in manifest.indexes.items():
-        own = json.loads(text)["weight_map"].values()
-        if set(own) <= renamed.keys() and any(renamed[file] != file for file in own):
+        files = set(json.loads(text)["weight_map"].values())
+        if files <= renamed.keys() and any(renamed[file] != file for file in files):
             index = json.loads(text)
             index["weight_map"] = {tensor: renamed[file] for tensor, file in index["weight_map"].items()}
             name, text = "model.safetensors.index.json", json.dumps(index, indent=2)

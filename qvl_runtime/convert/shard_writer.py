@@ -13,14 +13,14 @@ from qvl_runtime.weights.tensor_file import TensorFile, Written, header_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-LINE = 64  # bytes: a cache line, and the widest load of a CPU
-SHARD = 1 << 30  # bytes after which a file is closed: what a conversion that is stopped does again
-HEADER = 1 << 18  # bytes before the first tensor: a page's multiple
-ENTRY = 96  # bytes that a header says of a tensor beside its name, and some
+ALIGNMENT = 64  # bytes: a cache line, and the widest load of a CPU
+SHARD = 1 << 30  # bytes after which a file is closed: a stopped conversion repeats up to one file
+HEADER = 1 << 18  # bytes before the first tensor: a multiple of a page
+ENTRY = 96  # bytes, rounded up, of a tensor's entry in the header, without its name
 
 
 class Entry(NamedTuple):
-    """A tensor to be written."""
+    """A tensor to write."""
 
     name: str
     dtype: str
@@ -29,10 +29,12 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Entry:
+        """An entry of a whole tensor."""
         return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), [tensor])
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         import math
 
         import torch
@@ -41,20 +43,21 @@ class Entry(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file that is whole."""
+    """A complete file."""
 
     name: str
     record: ShardRecord
-    items: list[str]  # what was added
+    items: list[str]  # names of the recipes in it
     linears: dict[str, PackedLinear]
     bytes: int
 
 
 class ShardWriter:
-    """Fills files in `folder`, numbered after those that are there.
+    """Writes files to `folder`, numbered after the finished ones.
 
-    A file may hold no gaps, so tensors whose size is no multiple of 64 bytes wait in memory (they are small) and go
-    last, those whose size is a multiple of the most first: each then starts on a multiple of its element's size.
+    A file may have no gaps. Tensors whose size is not a multiple of 64 bytes are small: they wait in memory and are
+    written last, in order of the largest power of two that divides their size, so that each starts on a multiple of its
+    element size.
     """
 
     def __init__(self, folder: Path, shards: dict[str, ShardRecord]) -> None:
@@ -63,17 +66,17 @@ class ShardWriter:
         self._linears: dict[str, PackedLinear] = {}
         self._written: dict[str, Written] = {}
         self._waiting: list[Entry] = []
-        self._said = 0
+        self._header_bytes = 0
         self._file: TensorFile | None = None
 
     def add(self, item: str, entries: Iterable[Entry], linears: dict[str, PackedLinear]) -> None:
-        """Write the tensors of an item; `linears` is what they make."""
+        """Write the tensors of an item; `linears` are the packed linears that they form."""
         if self._file is None:
             self._number += 1
             self._file = TensorFile(self._folder / f"qvl-{self._number:05}.safetensors", HEADER)
         for entry in entries:
-            self._said += len(entry.name) + ENTRY
-            if entry.nbytes % LINE:
+            self._header_bytes += len(entry.name) + ENTRY
+            if entry.nbytes % ALIGNMENT:
                 self._waiting.append(entry._replace(parts=[part.clone() for part in entry.parts]))
             else:
                 self._written[entry.name] = self._file.append(entry.parts, entry.dtype, entry.shape)
@@ -82,11 +85,11 @@ class ShardWriter:
 
     @property
     def full(self) -> bool:
-        """Whether this file has enough, in bytes or in names."""
-        return self._file is not None and (self._file.size >= SHARD or self._said > HEADER // 2)
+        """Whether this file has reached its size, in bytes or in header entries."""
+        return self._file is not None and (self._file.size >= SHARD or self._header_bytes > HEADER // 2)
 
     def close(self) -> Shard:
-        """Finish the file."""
+        """Finish the file. Raises `ValueError` where nothing was added."""
         if self._file is None:
             raise ValueError("nothing was added")
         self._waiting.sort(key=lambda entry: -(entry.nbytes & -entry.nbytes))
@@ -96,6 +99,6 @@ class ShardWriter:
             front = file.finish(header_of(self._written))
         record = ShardRecord(hashlib.sha256(front).hexdigest(), {n: w.sha256 for n, w in self._written.items()})
         shard = Shard(file.path.name, record, self.items, self._linears, file.size + len(front))
-        self.items, self._linears, self._written, self._waiting, self._said = [], {}, {}, [], 0
+        self.items, self._linears, self._written, self._waiting, self._header_bytes = [], {}, {}, [], 0
         self._file = None
         return shard

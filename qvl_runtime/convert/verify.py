@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is still what was written, byte for byte."""
+"""Verify that a converted checkpoint is unchanged, byte for byte."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from qvl_runtime.weights.tensor_file import LENGTH, memory
 
 
 class Verified(NamedTuple):
+    """The result of a verification."""
+
     tensors: int
     bytes: int
-    faults: list[str]  # what is not as it was written, each with its file
+    faults: list[str]  # missing or changed files and tensors
 
 
 def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> Verified:
-    """Compare every file of a converted checkpoint with the SHA-256 in its manifest; `progress` hears of bytes read.
+    """Compare every file of a converted checkpoint with the SHA-256 in its manifest.
 
-    Raises `CheckpointError` where there is no manifest, or the manifest itself is not as it was written.
+    progress: called with the number of bytes read. Raises `CheckpointError` where the manifest is missing or changed.
     """
     folder = Path(folder)
     manifest, faults, tensors, size = Manifest.read(folder), [], 0, 0
-    for name, want in manifest.companions.items():
+    for name, sha256 in manifest.companions.items():
         if not (folder / name).is_file():
             faults.append(f"{name} is missing")
-        elif file_digest(folder / name) != want:
+        elif file_digest(folder / name) != sha256:
             faults.append(f"{name} was changed")
     for name, record in manifest.shards.items():
         if not (folder / name).is_file():
@@ -52,12 +54,12 @@ def _shard(path: Path, record: ShardRecord, faults: list[str], progress: Callabl
     if hashlib.sha256(front).hexdigest() != record.front:
         faults.append(f"the header of {path.name} was changed")
     shard, done = open_shard(path), len(front)
-    for name, want in record.tensors.items():
+    for name, sha256 in record.tensors.items():
         if name not in shard.infos:
             faults.append(f"{name} is missing in {path.name}")
             continue
         tensor = shard.tensor(name)
-        if hashlib.sha256(memory(tensor)).hexdigest() != want:
+        if hashlib.sha256(memory(tensor)).hexdigest() != sha256:
             faults.append(f"{name} in {path.name} was changed")
         release(tensor)
         done += tensor.nbytes

@@ -1,4 +1,4 @@
-"""A checkpoint folder in the Hugging Face layout: found, checked against the configuration, and loaded by mmap."""
+"""A checkpoint folder in the Hugging Face layout: open its files, check them against config.json, load by mmap."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
-    """An open checkpoint: names, shapes and mapped tensors of all its files. It holds nothing but mappings.
+    """An open checkpoint: names, shapes and mapped tensors of all its files. It holds only mappings.
 
-    Tensors stay valid when the checkpoint is gone and must not be written to.
+    Tensors stay valid after the checkpoint is gone and must not be written to.
     """
 
     def __init__(self, folder: Path, shards: dict[str, Shard], files: dict[str, str]) -> None:
@@ -45,7 +45,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         files = {name: file for file, shard in shards.items() for name in shard.infos}
         for name, file in index.items():
             if name not in shards[file].infos:
-                raise CheckpointError(f"{folder}: the index says that {name} is in {file}, which lacks it: fetch both")
+                raise CheckpointError(f"{folder}: the index lists {name} in {file}, which lacks it: fetch both again")
         checkpoint = cls(folder, shards, files | index)
         if config is not None:
             checkpoint.check(config)
@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All tensors, file by file."""
+        """Names of all tensors, file by file."""
         return tuple(self._files)
 
     def __contains__(self, name: object) -> bool:
@@ -74,6 +74,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return tuple(self.folder / name for name in self._shards)
 
     def file(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
         return self._files[name]
 
     def nbytes(self, name: str) -> int:
@@ -81,9 +82,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self.info(name).nbytes if name in self else 0
 
     def elements(self, name: str) -> int:
+        """Elements of a tensor; 0 where there is none of that name."""
         return math.prod(self.info(name).shape) if name in self else 0
 
     def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor as stored."""
         return self._shards[self._files[name]].infos[name]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -102,7 +105,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             problems.append(f"lacks {len(missing)} of {len(expected)} weights ({_few(missing)})")
         if unexpected:
             where = ", ".join(sorted({self.file(name) for name in unexpected[:3]}))
-            problems.append(f"has {len(unexpected)} that config.json does not call for ({_few(unexpected)} in {where})")
+            problems.append(f"has {len(unexpected)} that config.json does not describe ({_few(unexpected)} in {where})")
         if misfits:
             problems.append(f"has {_few(misfits)}")
         if problems:
@@ -160,7 +163,7 @@ def load_state(
 
 
 def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
-    """The index's {tensor: file} (empty without one) and the weight files, of the first format that is there."""
+    """The index's {tensor: file} (empty without one) and the weight files, in the first format that is found."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one with config.json and the weights")
     for suffix in _FORMATS:
@@ -174,7 +177,7 @@ def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
         if files:
             raise CheckpointError(
                 f"{folder} holds {len(files)} {suffix} files ({_few([path.name for path in files])}) and no index; "
-                f"expected model{suffix}.index.json beside them, or one file"
+                f"expected model{suffix}.index.json with them, or one file"
             )
     raise CheckpointError(f"{folder} holds no weights; expected model.safetensors, or shards with their index, or .bin")
 
@@ -190,7 +193,7 @@ def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:
     files = sorted({str(file) for file in weight_map.values()})
     outside = [file for file in files if Path(file).name != file]
     if outside:
-        raise CheckpointError(f"{path} names the file {outside[0]!r}; expected names of files beside it")
+        raise CheckpointError(f"{path} names the file {outside[0]!r}; expected names of files in its folder")
     shards = [path.parent / file for file in files]
     absent = [shard.name for shard in shards if not shard.exists()]
     if absent:
@@ -199,7 +202,7 @@ def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:
 
 
 def _hint(unexpected: Iterable[str], config: ModelConfig) -> str:
-    """What usually explains such names."""
+    """The usual cause of such names, as the end of an error message."""
     names = list(unexpected)
     if any(".lora_" in name for name in names):
         return ": these are LoRA weights, so merge the adapter into its base model first"

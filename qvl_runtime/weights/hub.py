@@ -1,4 +1,4 @@
-"""Where a model is: a folder, or a hub id that is in the local cache or, only when asked, downloaded into it."""
+"""Find a model: a folder, or a hub id in the local cache, which is downloaded only on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qvl_runtime.errors import CheckpointError, ConfigError, DownloadError
 
 Source = Literal["huggingface", "modelscope"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL_FILES = ("*.json", "*.tiktoken")  # no Python files, images or fonts: nothing of them is used
+_SMALL_FILES = ("*.json", "*.tiktoken")  # no Python files, images or fonts: they are not used
 _WEIGHTS = ("*.safetensors", "*.bin")  # in order of preference; never both
 
 
@@ -24,11 +24,11 @@ def resolve_model(
     revision: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """The folder of a model given as a folder or as a hub id such as "Qwen/Qwen-VL-Chat-Int4".
+    """Return the folder of a model given as a folder or as a hub id such as "Qwen/Qwen-VL-Chat-Int4".
 
-    A hub id is looked up in the client's local cache; the network is used only with `download`, and then only for what
-    the runtime reads: JSON, vocabulary, and the weights in one format. Raises `CheckpointError` for a name that is
-    neither, `DownloadError` where the model is not in the cache or cannot be fetched.
+    A hub id is looked up in the client's local cache. The network is used only with `download`, and then only for the
+    files that the runtime reads: JSON, vocabulary, and the weights in one format. Raises `CheckpointError` for a name
+    that is neither, `DownloadError` where the model is not in the cache or cannot be downloaded.
     """
     if source not in get_args(Source):
         raise ConfigError(f"source is {source!r}; supported are {', '.join(map(repr, get_args(Source)))}")
@@ -42,7 +42,7 @@ def resolve_model(
     fetch = _huggingface(progress and download) if source == "huggingface" else _modelscope()
     try:
         return _fetch_one_format(lambda patterns: fetch(name, revision, patterns, not download))
-    except Exception as error:  # both clients let the errors of several HTTP libraries through
+    except Exception as error:  # both clients raise the errors of several HTTP libraries
         raise _unavailable(name, source, download, error) from error
 
 
@@ -50,7 +50,7 @@ _Fetch = Callable[[str, "str | None", list[str], bool], str]
 
 
 def _fetch_one_format(fetch: Callable[[list[str]], str]) -> Path:
-    """Ask for the small files with each format of weights in turn, until one is there."""
+    """Fetch the small files with each format of weights in turn, until one is found."""
     for weights in _WEIGHTS:
         folder = Path(fetch([*_SMALL_FILES, weights]))
         if any(folder.glob(weights)):
@@ -85,7 +85,7 @@ def _modelscope() -> _Fetch:
 
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """huggingface_hub's bars, which only a global switch turns off."""
+    """Show or hide huggingface_hub's progress bars, which have only a global switch."""
     from huggingface_hub import utils as hub
 
     if shown or hub.are_progress_bars_disabled():  # type: ignore[attr-defined]
@@ -101,8 +101,8 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 def _unavailable(name: str, source: str, download: bool, error: Exception) -> DownloadError:
     if not download:
         return DownloadError(
-            f"{name!r} is no folder here and not in the local cache of {source}: "
-            "pass download=True (on the command line --download) to fetch it, or give the folder that holds it"
+            f"{name!r} is neither a folder nor in the local cache of {source}: pass download=True (on the command line "
+            "--download) to download it, or give the folder that holds it"
         )
     lines = str(error).strip().splitlines() or ["no details"]
     return DownloadError(

@@ -1,4 +1,4 @@
-"""Weights as a model takes them: of a converted checkpoint as its files lie, of a published one as it says."""
+"""Load the weights of a checkpoint folder, converted or published, ready for a model to bind."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ EMBEDDING = "transformer.wte.weight"
 
 
 class Weights(NamedTuple):
-    """What a model is made of."""
+    """The weights of a model."""
 
-    state: MutableMapping[str, Tensor]  # by published name
-    packed: dict[str, Packed]  # linears in their kernels' layout, by the name that the model gives them
+    state: MutableMapping[str, Tensor]  # dense tensors by published name
+    packed: dict[str, Packed]  # linears in the layout of their kernels, by the model's name
 
 
 def model_config(folder: Path) -> ModelConfig:
-    """The configuration of a checkpoint folder; a converted one runs in the dtype it was converted to."""
+    """The configuration of a checkpoint folder; the dtype of a converted one is that of its conversion."""
     config = ModelConfig.from_folder(folder)
     return replace(config, dtype=Manifest.read(folder).dtype) if is_converted(folder) else config
 
@@ -41,27 +41,28 @@ def model_config(folder: Path) -> ModelConfig:
 def load_weights(
     folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding_on_host: bool = False
 ) -> Weights:
-    """The weights of a checkpoint folder, converted or not, mapped where they are what `dtype` and `device` ask for.
+    """Load a checkpoint folder, converted or published, in `dtype` on `device`.
 
-    embedding_on_host: the embedding table stays in the host's memory, whatever the device.
-    Raises `CheckpointError` for a converted folder that lacks something, is damaged, or is meant for another device.
+    The linears of a quantized decoder are packed on any device. Tensors that already have that dtype and device are
+    mapped, not copied. embedding_on_host: the embedding table stays in the host's memory. Raises `CheckpointError` for
+    a folder that is incomplete, damaged, or converted for another device.
     """
     if not is_converted(folder):
         return _published(folder, config, dtype, device, embedding_on_host)
     manifest = Manifest.read(folder)
-    _refuse_layouts(folder, manifest, device)
+    _check_layouts(folder, manifest, device)
     shards = open_shards(folder, manifest)
-    _check(folder, manifest, shards, config)
-    where = {name: shard for shard in shards.values() for name in shard.infos}
+    _check_complete(folder, manifest, shards, config)
+    shard_of = {name: shard for shard in shards.values() for name in shard.infos}
     state: dict[str, Tensor] = {}
     for name in manifest.state:
-        tensor = where[name].tensor(name)
-        place = "cpu" if embedding_on_host and name == EMBEDDING else device
-        state[name] = tensor.to(place, dtype if tensor.is_floating_point() else tensor.dtype)
+        tensor = shard_of[name].tensor(name)
+        target = "cpu" if embedding_on_host and name == EMBEDDING else device
+        state[name] = tensor.to(target, dtype if tensor.is_floating_point() else tensor.dtype)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[EMBEDDING]
     linears = manifest.linears.items()
-    return Weights(state, {name: packed_linear(name, linear, manifest, where, device) for name, linear in linears})
+    return Weights(state, {name: packed_linear(name, linear, manifest, shard_of, device) for name, linear in linears})
 
 
 def _published(
@@ -81,61 +82,65 @@ def _published(
 
 
 def packed_linear(
-    name: str, linear: PackedLinear, manifest: Manifest, where: dict[str, Shard], device: torch.device | None = None
+    name: str, linear: PackedLinear, manifest: Manifest, shard_of: dict[str, Shard], device: torch.device | None = None
 ) -> Packed:
-    """One linear of a converted checkpoint, as its kernel takes it."""
+    """One linear of a converted checkpoint in the layout of its kernel."""
     from qvl_kernels.reference import Packed
 
-    found = {kind: f"{name}.{manifest.target}.{kind}" for kind in linear.tensors}
-    tensors = {kind: where[full].tensor(full).to(device) for kind, full in found.items()}
+    names = {kind: f"{name}.{manifest.target}.{kind}" for kind in linear.tensors}
+    tensors = {kind: shard_of[full].tensor(full).to(device) for kind, full in names.items()}
     return Packed(linear.layout, tensors, linear.fields)
 
 
 def open_shards(folder: Path, manifest: Manifest) -> dict[str, Shard]:
-    """The files of a converted checkpoint; raises `CheckpointError` for one that is missing, damaged or another's."""
+    """Open the files of a converted checkpoint. Raises `CheckpointError` for one that is missing or damaged."""
     shards = {name: open_shard(folder / name) for name in manifest.shards}
     for name, record in manifest.shards.items():
-        known, found = record.tensors.keys(), shards[name].infos.keys()
-        lacks, more = known - found, found - known
-        if lacks or more:
+        expected, stored = record.tensors.keys(), shards[name].infos.keys()
+        missing, unexpected = expected - stored, stored - expected
+        if missing or unexpected:
             raise CheckpointError(
-                f"{folder / name} lacks {len(lacks)} tensors and has {len(more)} that the manifest does not know "
-                f"({', '.join(sorted(lacks | more)[:3])}): convert the source anew"
+                f"{folder / name} lacks {len(missing)} tensors and has {len(unexpected)} that are not in the manifest "
+                f"({', '.join(sorted(missing | unexpected)[:3])}): convert the source again"
             )
     return shards
 
 
-def _refuse_layouts(folder: Path, manifest: Manifest, device: torch.device) -> None:
+def _check_layouts(folder: Path, manifest: Manifest, device: torch.device) -> None:
     from qvl_kernels import ops_for, target_on
 
     target = target_on(device)
     if manifest.target != target:
         raise CheckpointError(
-            f"{folder} is laid out for {manifest.target} and is to run on {target}: convert its source with "
+            f"{folder} was converted for {manifest.target} and cannot run on {target}: convert its source with "
             f"--target {target}, or run it with --device {manifest.target}"
         )
     readable = ops_for(device).LAYOUTS
-    strange = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))
-    if strange:
-        reads = ", ".join(map(repr, readable))
+    unknown = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))
+    if unknown:
         raise CheckpointError(
-            f"{folder} has linears in the layout {strange[0]!r}; what runs here reads {reads}: "
-            "convert its source anew with this version, or leave QVL_KERNELS out"
+            f"{folder} has linears in the layout {unknown[0]!r}; the kernels here read "
+            f"{', '.join(map(repr, readable))}: convert its source again with this version, or unset QVL_KERNELS"
         )
 
 
-def _check(folder: Path, manifest: Manifest, shards: dict[str, Shard], config: ModelConfig) -> None:
-    """Every weight that the configuration calls for is there, in its shape, as it is or inside a packed linear."""
+def _check_complete(folder: Path, manifest: Manifest, shards: dict[str, Shard], config: ModelConfig) -> None:
+    """Raise `CheckpointError` unless every weight of the configuration is stored, in its shape or packed."""
     infos = {name: info for shard in shards.values() for name, info in shard.infos.items()}
-    inside = {part for linear in manifest.linears.values() for part in linear.parts}
+    packed_parts = {part for linear in manifest.linears.values() for part in linear.parts}
     for name, spec in expected_tensors(config).items():
-        if name.rpartition(".")[0] in inside or (spec.optional and name not in infos):
+        if name.rpartition(".")[0] in packed_parts or (spec.optional and name not in infos):
             continue
         if name not in infos or name not in manifest.state:
-            raise CheckpointError(f"{folder} lacks {name}, which config.json calls for: convert the source anew")
+            raise CheckpointError(f"{folder} lacks {name}, which config.json requires: convert the source again")
         if infos[name].shape != spec.shape:
-            raise CheckpointError(f"{folder} has {name} of shape {infos[name].shape}; config.json says {spec.shape}")
-    lost = [f"{name}.{manifest.target}.{kind}" for name, linear in manifest.linears.items() for kind in linear.tensors]
-    lost = [name for name in lost if name not in infos]
-    if lost:
-        raise CheckpointError(f"{folder} lacks {len(lost)} tensors ({', '.join(lost[:3])}): convert the source anew")
+            raise CheckpointError(
+                f"{folder} has {name} of shape {infos[name].shape}; config.json requires {spec.shape}"
+            )
+    tensors = [
+        f"{name}.{manifest.target}.{kind}" for name, linear in manifest.linears.items() for kind in linear.tensors
+    ]
+    missing = [name for name in tensors if name not in infos]
+    if missing:
+        names = ", ".join(missing[:3])
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors ({names}): convert the source again")

@@ -1,4 +1,4 @@
-"""What a converted checkpoint says of itself: where it comes from, how it is laid out, and the SHA-256 of each part."""
+"""The manifest of a converted checkpoint: its source, its layout, and the SHA-256 of each part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.files import sync
 
 MANIFEST = "qvl_manifest.json"
-FORMAT = 1  # raised when an older reader would misread a newer file
+FORMAT = 1  # increased when an older reader would misread a newer file
 KEEP = "keep"
 
 
@@ -25,51 +25,54 @@ class SourceFile:
 
     bytes: int
     sha256: str  # of the whole file, as hubs publish it
-    header: str  # of the safetensors file that holds its tensors: its own, or of the one that a .bin comes back as
-    restored_as: str  # the name that it comes back under
-    exact: bool  # it comes back byte for byte; else its tensors do
+    header: str  # of the safetensors file with its tensors: its own, or that of the file that a .bin is restored as
+    restored_as: str  # file name after restoring
+    exact: bool  # restored byte for byte; otherwise only its tensors are equal
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A linear in the layout of its target's kernels; its tensors are called `{name}.{target}.{tensor}`."""
+    """A linear in the layout of its target's kernels; its tensors are named `{name}.{target}.{tensor}`."""
 
     layout: str
     tensors: list[str]
     fields: dict[str, int]
-    parts: list[str]  # the published linears that lie side by side in it
-    rounded: bool  # from floats: what was published cannot come back
+    parts: list[str]  # the published linears merged in it, along the outputs
+    rounded: bool  # from floats: the published weight cannot be restored
 
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
     """One file of the converted checkpoint."""
 
-    front: str  # SHA-256 of all that stands before the tensors
+    front: str  # SHA-256 of everything before the tensors
     tensors: dict[str, str]  # SHA-256 of each
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
+    """The content of `qvl_manifest.json`."""
+
     target: str
     dtype: str
     vision: str
     head: str
     sources: dict[str, SourceFile]
     indexes: dict[str, str]  # the source's index files
-    companions: dict[str, str]  # SHA-256 of the configuration and the tokenizer beside the weights
-    state: list[str]  # tensors that the model takes as they are
+    companions: dict[str, str]  # SHA-256 of the configuration and tokenizer files
+    state: list[str]  # dense tensors that the model loads
     cast: bool  # floats of another dtype were rounded to `dtype`
     linears: dict[str, PackedLinear] = field(default_factory=dict)
     shards: dict[str, ShardRecord] = field(default_factory=dict)
 
     @property
     def rounded(self) -> list[str]:
-        """What is no longer what was published."""
+        """Names of weights that differ from the published ones."""
         names = [name for name, linear in self.linears.items() if linear.rounded]
         return [*names, *(["weights of another dtype"] if self.cast else [])]
 
     def write(self, folder: Path) -> None:
+        """Write the manifest with its own digest, to the disk."""
         content = {"format": FORMAT, **asdict(self)}
         content["sha256"] = _digest(content)
         path = folder / MANIFEST
@@ -81,22 +84,23 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises `CheckpointError` where there is none, where it is damaged, and for another version's."""
+        """Read a folder's manifest. Raises `CheckpointError` for one that is missing, damaged or of another version."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise CheckpointError(f"{folder} is no converted checkpoint: it has no {MANIFEST}; make one: qvl convert")
+            raise CheckpointError(f"{folder} is not a converted checkpoint, as it has no {MANIFEST}: run qvl convert")
         content = read_json(path, CheckpointError)
-        found = content.pop("format", None)
-        if found != FORMAT:
-            raise CheckpointError(f"{path} has format {found!r}; this version reads {FORMAT}: convert the source anew")
+        version = content.pop("format", None)
+        if version != FORMAT:
+            raise CheckpointError(f"{path} has format {version!r}; expected {FORMAT}: convert the source again")
         if content.pop("sha256", None) != _digest({"format": FORMAT, **content}):
-            raise CheckpointError(f"{path} is not as it was written: convert the source anew")
+            raise CheckpointError(f"{path} was changed after it was written: convert the source again")
         for name, kind in (("sources", SourceFile), ("linears", PackedLinear), ("shards", ShardRecord)):
             content[name] = {key: kind(**value) for key, value in content[name].items()}
         return cls(**content)
 
 
 def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a converted checkpoint."""
     return (folder / MANIFEST).is_file()
 
 
@@ -105,7 +109,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, 16 MiB at a time."""
+    """SHA-256 of a file, read 16 MiB at a time."""
     digest, buffer = hashlib.sha256(), bytearray(16 << 20)
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

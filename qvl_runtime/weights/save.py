@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: all of it or nothing."""
+"""Write a checkpoint folder: all of it or nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _COMPANIONS = ("generation_config.json", "tokenizer_config.json", "qwen.tiktoken")
-SHARD = 2 * 10**9  # bytes of a file, about those of the published checkpoints
+SHARD = 2 * 10**9  # bytes per file, about those of the published checkpoints
 
 
 def save_checkpoint(
@@ -25,8 +25,8 @@ def save_checkpoint(
 ) -> None:
     """Write the weights and `config.json` (with `quantize_config.json` where it is quantized) as a new folder.
 
-    `companions` is a folder whose tokenizer and generation files come along. The folder appears by a rename when it is
-    complete; raises `CheckpointError` if there is one of that name already.
+    companions: a folder whose tokenizer and generation files are copied. The folder appears by a rename when it is
+    complete; raises `CheckpointError` if the name exists already.
     """
     tied = raw_config.get("tie_word_embeddings", False)
     infos = {
@@ -53,14 +53,14 @@ def write_config(folder: Path, raw_config: Mapping[str, Any]) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer and generation files that a folder has."""
+    """Copy the tokenizer and generation files of a folder, those that it has."""
     for path in (source / name for name in _COMPANIONS):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
 
 
 def quantized_config(raw_config: Mapping[str, Any], quantization: QuantizationConfig) -> dict[str, Any]:
-    """The `config.json` of a GPTQ sibling: float16, with the section that AutoGPTQ writes."""
+    """The `config.json` of a GPTQ version: float16, with the section that AutoGPTQ writes."""
     section = {
         "quant_method": "gptq",
         "bits": quantization.bits,
@@ -78,7 +78,7 @@ def write_shards(
 ) -> dict[str, int]:
     """Write tensors as safetensors files of up to `limit` bytes, with an index if several: {file: its bytes}.
 
-    tensors: the names in order, and what each looks like. read: gives a tensor in parts, which is what memory holds.
+    tensors: names in order, with shape and dtype. read: yields a tensor in pieces, so that memory holds one piece.
     """
     groups: list[list[str]] = [[]]
     filled = 0
@@ -103,17 +103,17 @@ def write_shards(
 
 
 def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Iterable[Tensor]]) -> int:
-    places: dict[str, Written] = {}
+    entries: dict[str, Written] = {}
     end = 0
     for name, info in tensors.items():
-        places[name] = Written(CODES[info.dtype], info.shape, end, end + info.nbytes, "")
+        entries[name] = Written(CODES[info.dtype], info.shape, end, end + info.nbytes, "")
         end += info.nbytes
-    header = header_of(places)
+    header = header_of(entries)
     start = -(-(LENGTH + len(header)) // LENGTH) * LENGTH
     with TensorFile(path, start, digests=False) as out:
         for name, info in tensors.items():
             written = out.append(read(name), info.dtype, info.shape)
-            if written != places[name]:
-                raise ValueError(f"{name} was written as {written}; it was said to be {places[name]}")
+            if written != entries[name]:
+                raise ValueError(f"{name} was written as {written}; expected {entries[name]}")
         out.finish(header)
     return start + end

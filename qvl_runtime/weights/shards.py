@@ -19,13 +19,14 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorInfo(NamedTuple):
-    """What a file says of one tensor; dtype in torch's spelling without the prefix, such as "bfloat16"."""
+    """Shape and dtype of a stored tensor; the dtype as torch spells it without the prefix, such as "bfloat16"."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         import torch
 
         return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
@@ -36,11 +37,13 @@ class Shard(Protocol):
 
     infos: dict[str, TensorInfo]
 
-    def tensor(self, name: str) -> Tensor: ...
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored, contiguous, on the CPU."""
+        ...
 
 
 def open_shard(path: Path) -> Shard:
-    """Open a `.safetensors` or `.bin` file, or raise `CheckpointError` with what is wrong with it."""
+    """Open a `.safetensors` or `.bin` file. Raises `CheckpointError` that names what is wrong with it."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the checkpoint again")
     try:
@@ -63,7 +66,7 @@ class _SafetensorsShard:
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(name)
-        # The header's length is free, so the data may start at any byte; kernels want whole elements.
+        # A header may have any length, so data may start at any byte; kernels need aligned elements.
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
@@ -71,7 +74,7 @@ class _TorchShard:
     def __init__(self, path: Path) -> None:
         import torch
 
-        if not zipfile.is_zipfile(path):  # torch's own words for this speak of mmap, whatever the cause
+        if not zipfile.is_zipfile(path):  # torch's own message blames mmap, whatever the cause
             raise _damaged(path, "not a zip archive as torch >= 1.6 writes it")
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -85,7 +88,7 @@ class _TorchShard:
             raise CheckpointError(f"{path} holds a {type(tensors).__name__}; expected a state_dict")
         for name, value in tensors.items():
             if not isinstance(value, torch.Tensor):
-                raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__}; expected nothing but tensors")
+                raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__}; expected only tensors")
         self._tensors: dict[str, Tensor] = tensors
         self.infos = {
             name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
@@ -96,7 +99,7 @@ class _TorchShard:
         return self._tensors[name].detach().contiguous()
 
 
-def _open_safetensors(path: Path) -> Any:  # safetensors gives its methods no types
+def _open_safetensors(path: Path) -> Any:  # safetensors has no type annotations
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -106,8 +109,8 @@ def _open_safetensors(path: Path) -> Any:  # safetensors gives its methods no ty
 
 
 def _damaged(path: Path, cause: object) -> CheckpointError:
-    words = str(cause).strip().splitlines()
-    detail = words[0] if words else type(cause).__name__
+    lines = str(cause).strip().splitlines()
+    detail = lines[0] if lines else type(cause).__name__
     return CheckpointError(
         f"{path} is damaged or truncated at {path.stat().st_size} bytes ({detail}): fetch the file again"
     )

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, made in memory: to measure speed and memory without a download."""
+"""Models of the published sizes with random weights, to measure speed and memory without a download."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SYNTHETIC = ("qwen-vl-chat", "qwen-vl-chat-int4")
-GROUP = 128  # inputs that share a scale, as in the published Int4 checkpoint
-NOISE = 1 << 22  # random numbers that all tensors are tiled from: 9.6 billion would take minutes to draw
+GROUP = 128  # inputs per scale, as in the published Int4 checkpoint
+NOISE = 1 << 22  # random numbers that tile all tensors: drawing 9.6 billion would take minutes
 
 
 def synthetic_config(name: str, vocabulary: ModelConfig) -> ModelConfig:
-    """The published sizes; the ids of images are those of `vocabulary`, whose tokenizer the model is used with."""
+    """A configuration of a published size, with the image ids of `vocabulary`, whose tokenizer the model uses."""
     if name not in SYNTHETIC:
         raise ConfigError(f"synthetic is {name!r}; supported are {' and '.join(SYNTHETIC)}")
     visual = VisionConfig(
@@ -50,10 +50,10 @@ def synthetic_config(name: str, vocabulary: ModelConfig) -> ModelConfig:
 
 
 class SyntheticState(MutableMapping[str, "Tensor"]):
-    """The tensors that a configuration calls for, each made when it is asked for: a state that needs no memory yet.
+    """The tensors of a configuration, each created when it is first read: a state that needs no memory in advance.
 
-    With `repeat_blocks` all blocks of a kind share the tensors of the first. What is read for a token is the same, and
-    a dense model of 19 GB fits where it would not; weights that kernels lay out anew are separate all the same.
+    With `repeat_blocks` all blocks of a kind share the tensors of the first. The bytes read per token are the same, and
+    a dense model of 19 GB fits into less memory; weights that kernels repack are separate nevertheless.
     """
 
     def __init__(
@@ -64,32 +64,32 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
         device: torch.device | str = "cpu",
         optional: bool = False,
     ) -> None:
-        """optional: also what a checkpoint need not hold, and published ones do, such as `g_idx`."""
+        """optional: include tensors that a checkpoint may omit and published ones contain, such as `g_idx`."""
         import torch
 
         self._specs = {name: spec for name, spec in expected_tensors(config).items() if optional or not spec.optional}
         self._dtype, self._repeat = dtype, repeat_blocks
-        self._made: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._first: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
         self._normal = torch.randn(NOISE, generator=generator).to(device)
-        self._scaled = torch.empty_like(self._normal)  # one for all: new ones left 2.2 GiB of holes in the heap
+        self._scaled = torch.empty_like(self._normal)  # reused: new ones left 2.2 GiB of holes in the heap
         self._words = torch.randint(-(2**31), 2**31, (NOISE,), generator=generator).to(device, torch.int32)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
+        if name not in self._tensors:
             kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-            found = self._first.get(kind) if self._repeat and kind != name else None
-            self._made[name] = self._make(name, self._specs[name]) if found is None else found
+            first = self._first.get(kind) if self._repeat and kind != name else None
+            self._tensors[name] = self._create(name, self._specs[name]) if first is None else first
             if self._repeat and kind != name:
-                self._first[kind] = self._made[name]
-        return self._made[name]
+                self._first[kind] = self._tensors[name]
+        return self._tensors[name]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self._made[name] = value
+        self._tensors[name] = value
 
     def __delitem__(self, name: str) -> None:
-        self._made.pop(name, None)
+        self._tensors.pop(name, None)
         self._specs.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
@@ -98,24 +98,24 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self._specs)
 
-    def looks(self, name: str) -> TensorInfo:
-        """Shape and dtype of a tensor that need not be made for it."""
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor, without creating it."""
         spec = self._specs[name]
         scales = "float16" if name.endswith(".scales") else str(self._dtype).removeprefix("torch.")
         return TensorInfo(spec.shape, "int32" if spec.packed else scales)
 
     def forget(self, name: str) -> None:
-        """Give back a tensor's memory; asked for again it is made again."""
-        self._made.pop(name, None)
+        """Free a tensor; the next read creates it again."""
+        self._tensors.pop(name, None)
 
-    def _make(self, name: str, spec: TensorSpec) -> Tensor:
-        """Values that keep activations near 1: norms of ones, no biases, weights of variance 1 / inputs."""
+    def _create(self, name: str, spec: TensorSpec) -> Tensor:
+        """Values that keep activations near 1: norms of one, biases of zero, weights of variance 1 / inputs."""
         import torch
 
         kind = name.rpartition(".")[2]
         if kind == "qzeros":
-            return self._full(spec.shape, 0x77777777, torch.int32)  # 7 stored is 8
-        if kind == "scales":  # a level's root mean square is 4.6
+            return self._full(spec.shape, 0x77777777, torch.int32)  # a stored 7 is zero point 8
+        if kind == "scales":  # the root mean square of code - zero is 4.6
             groups = spec.shape[0]
             return self._full(spec.shape, 1 / (4.6 * math.sqrt(groups * GROUP)), torch.float16)
         if kind == "g_idx":
@@ -136,9 +136,9 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
 def synthetic_weights(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, repeat_blocks: bool = False
 ) -> Weights:
-    """The weights of a random model, through the same door as a published checkpoint's: packed where it is quantized.
+    """The weights of a random model, packed where it is quantized, as `load_weights` returns those of a checkpoint.
 
-    Dense tensors are made when the model reads them.
+    Dense tensors are created when the model reads them.
     """
     from qvl_kernels import ops_for
 
@@ -151,17 +151,17 @@ def synthetic_weights(
 
 def _tiled(noise: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
-    made = _empty(count, dtype, noise.device)
+    tensor = _empty(count, dtype, noise.device)
     for start in range(0, count, len(noise)):
-        part = made[start : start + len(noise)]
+        part = tensor[start : start + len(noise)]
         part.copy_(noise[: len(part)])
-    return made.view(shape)
+    return tensor.view(shape)
 
 
 def _empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for `count` elements. On a CPU apart from the heap, as a checkpoint's tensors are views of its files.
+    """An uninitialized tensor of `count` elements; on a CPU outside the heap, like tensors mapped from files.
 
-    In the heap, what packing keeps of one tensor took the room of the next: at full size 3.6 GB while loading.
+    In the heap, small results of packing fragmented the memory of the next tensor: at full size 3.6 GB while loading.
     """
     import torch
 

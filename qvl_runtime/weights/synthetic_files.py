@@ -1,4 +1,4 @@
-"""A synthetic checkpoint on the disk, as a published one lies there: to try conversion and loading at real size."""
+"""Write a synthetic checkpoint in the published layout, to try conversion and loading at full size."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def write_synthetic(
     file_bytes: int = SHARD,
     divide: int = 1,
 ) -> dict[str, int]:
-    """Write a checkpoint of random weights of a published size as the folder `folder`: {file: bytes}.
+    """Write a checkpoint of random weights of a published size: {file: bytes}.
 
     Widths, heads and the vocabulary are divided by `divide`. Files are filled in the order of the layout up to
-    `file_bytes`. The folder appears when it is whole.
+    `file_bytes`. The folder appears when it is complete.
     """
     import torch
 
@@ -45,8 +45,8 @@ def write_synthetic(
     sizes: dict[str, int] = {}
 
     def write(partial: Path) -> None:
-        infos = {name: state.looks(name) for name in state}
-        sizes.update(write_shards(partial, infos, functools.partial(_made, state), file_bytes))
+        infos = {name: state.info(name) for name in state}
+        sizes.update(write_shards(partial, infos, functools.partial(_pieces, state), file_bytes))
         write_config(partial, _raw_config(config))
         copy_companions(like, partial)
 
@@ -54,7 +54,7 @@ def write_synthetic(
     return sizes
 
 
-def _divided(config: ModelConfig, by: int, least_vocabulary: int) -> ModelConfig:
+def _divided(config: ModelConfig, by: int, min_vocabulary: int) -> ModelConfig:
     """A narrower model with heads of the same size."""
     require_choice("divide", by, (1, 2, 4, 8, 16))
     v = config.visual
@@ -65,18 +65,18 @@ def _divided(config: ModelConfig, by: int, least_vocabulary: int) -> ModelConfig
         hidden_size=config.hidden_size // by,
         intermediate_size=config.intermediate_size // by // 256 * 256,
         num_attention_heads=config.num_attention_heads // by,
-        vocab_size=max(config.vocab_size // by, -(-least_vocabulary // 64) * 64),
+        vocab_size=max(config.vocab_size // by, -(-min_vocabulary // 64) * 64),
     )
 
 
-def _made(state: SyntheticState, name: str) -> Iterator[Tensor]:
-    """A tensor, whose memory is given back when it is written."""
+def _pieces(state: SyntheticState, name: str) -> Iterator[Tensor]:
+    """Yield a tensor, and free it once it is written."""
     yield state[name]
     state.forget(name)
 
 
 def _raw_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that reads back as this configuration."""
+    """The `config.json` of this configuration."""
     visual = asdict(config.visual)
     raw = asdict(config) | {"visual": visual, "architectures": ["QWenLMHeadModel"], "model_type": "qwen"}
     raw.pop("dtype"), raw.pop("quantization")

@@ -1,7 +1,7 @@
-"""Writing one safetensors file as its tensors come, with the SHA-256 of each; its header is written last.
+"""Write one safetensors file tensor by tensor, with the SHA-256 of each; the header is written last.
 
-A safetensors file is the length of its header (8 bytes), a JSON header, and the tensors' bytes without a gap. The
-header is padded with spaces, so that the bytes start where the writer wants them.
+A safetensors file is the length of its header (8 bytes), a JSON header, and the bytes of the tensors without gaps. The
+header is padded with spaces, so that the tensors start at a chosen offset.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ CODES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
-FLUSH = 128 << 20  # bytes after which the disk is told to start
-LENGTH = 8  # bytes that say how long the header is
+FLUSH = 128 << 20  # bytes after which a background fsync starts
+LENGTH = 8  # bytes of the header's length
 
 
 class Written(NamedTuple):
-    """A tensor in a file."""
+    """A tensor as it was written."""
 
     dtype: str  # as safetensors spells it
     shape: tuple[int, ...]
-    begin: int  # byte offsets from the first tensor's
+    begin: int  # byte offsets from the start of the first tensor
     end: int
     sha256: str
 
 
 class TensorFile:
-    """A file that appears by a rename when it is whole. Use it in a `with` block, and `finish` inside."""
+    """A file that appears by a rename when it is complete. Use it in a `with` block, and call `finish` inside."""
 
     def __init__(self, path: Path, data_start: int, digests: bool = True) -> None:
-        """data_start: where tensors begin in the file; the length and the header must fit before it."""
+        """data_start: offset of the tensors in the file; the length and the header must fit before it."""
         self._digests = digests
         self.path, self.size, self._data_start = path, 0, data_start
         self._partial = path.with_name(f"{path.name}.part")
         self._file = self._partial.open("wb", buffering=0)
         self._file.seek(data_start)
-        self._hashing = ThreadPoolExecutor(1)  # hashing 1 GB takes a second or two, and writing it as long
+        self._hashing = ThreadPoolExecutor(1)  # hashing 1 GB takes a second or two, like writing it
         self._flushing, self._flushed_to = ThreadPoolExecutor(1), 0
         self._flush: Future[None] | None = None
 
@@ -73,7 +73,7 @@ class TensorFile:
             self._partial.unlink(missing_ok=True)
 
     def append(self, parts: Iterable[Tensor], dtype: str, shape: tuple[int, ...]) -> Written:
-        """Write a tensor that comes in parts, one after another."""
+        """Write a tensor from its pieces, in order."""
         begin, digest = self.size, hashlib.sha256()
         for part in parts:
             view = memory(part)
@@ -86,25 +86,28 @@ class TensorFile:
         return Written(CODES[dtype], shape, begin, self.size, digest.hexdigest() if self._digests else "")
 
     def finish(self, header: bytes) -> bytes:
-        """Write the header and give the file its name; returns all that stands before the tensors."""
-        room = self._data_start - LENGTH
-        if len(header) > room:
-            raise ValueError(f"a header of {len(header)} bytes does not fit the {room} kept for it")
-        front = room.to_bytes(LENGTH, "little") + header.ljust(room)
+        """Write the header and rename the file; returns everything before the tensors.
+
+        Raises `ValueError` for a header that does not fit, `CheckpointError` for a full disk.
+        """
+        reserved = self._data_start - LENGTH
+        if len(header) > reserved:
+            raise ValueError(f"a header of {len(header)} bytes does not fit into the {reserved} reserved for it")
+        front = reserved.to_bytes(LENGTH, "little") + header.ljust(reserved)
         self._file.seek(0)
         self._write(memoryview(front))
-        with self._room():
+        with self._full_disk_error():
             if self._flush is not None:
-                self._flush.result()  # a disk says once that it is full
+                self._flush.result()  # the system reports a full disk only once
             os.fsync(self._file.fileno())
             self._file.close()
         self._partial.replace(self.path)
         return front
 
     def _flush_behind(self) -> None:
-        """Keep the disk busy while more is written, so that `finish` need not wait for a gigabyte."""
+        """Keep the disk busy while more is written, so that `finish` does not wait for a gigabyte."""
         if self._flush is not None and self._flush.done():
-            with self._room():
+            with self._full_disk_error():
                 self._flush.result()
             self._flush = None
         if self._flush is None and self.size - self._flushed_to >= FLUSH:
@@ -112,25 +115,25 @@ class TensorFile:
             self._flush = self._flushing.submit(os.fsync, self._file.fileno())
 
     def _write(self, view: memoryview) -> None:
-        with self._room():
+        with self._full_disk_error():
             while view:
                 view = view[self._file.write(view) :]
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _full_disk_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise CheckpointError(
-                f"the disk is full at byte {self.size:,} of {self.path.name} in {self.path.parent}: make room and give "
-                "the same command again"
+                f"the disk is full at byte {self.size:,} of {self.path.name} in {self.path.parent}: make room and "
+                "rerun the same command"
             ) from error
 
 
 def header_of(tensors: dict[str, Written]) -> bytes:
-    """The JSON header of a file with these tensors, in their order."""
+    """The JSON header of a file with these tensors, in order."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     for name, t in tensors.items():
         entries[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.begin, t.end]}
@@ -138,13 +141,13 @@ def header_of(tensors: dict[str, Written]) -> bytes:
 
 
 def read_header(path: Path) -> bytes:
-    """The JSON header of a safetensors file that is known to be one, with its padding."""
+    """The JSON header of a valid safetensors file, with its padding."""
     with path.open("rb") as file:
         return file.read(int.from_bytes(file.read(LENGTH), "little"))
 
 
 def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, not copied where it is contiguous."""
+    """The bytes of a tensor on the CPU; a contiguous one is not copied."""
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)

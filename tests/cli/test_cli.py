@@ -137,7 +137,7 @@ def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image
         (["generate", "x", "--draw", "no/such/out.png"], "error: cannot draw to no/such/out.png: the folder no/such"),
         (["chat", "--image", "no/such.png"], "error: file no/such.png does not exist"),
         (["info", "--model", "no such model"], "error: 'no such model' is neither a folder nor a hub id"),
-        (["info", "--model", "a/b"], "error: 'a/b' is no folder here and not in the local cache"),
+        (["info", "--model", "a/b"], "error: 'a/b' is neither a folder nor in the local cache"),
     ],
 )
 def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str], said: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.convert.convert import ConvertOptions, convert, outline
+from qvl_runtime.convert.convert import ConvertOptions, convert, estimate
 from qvl_runtime.convert.restore import restore
 from qvl_runtime.convert.verify import verify
 from qvl_runtime.errors import CheckpointError
@@ -87,9 +87,9 @@ def test_tensors_that_nothing_reads_come_back_too(
     same_files(source, tmp_path / "back")
 
 
-def test_outline_writes_nothing_and_is_close(int4: Path, tmp_path: Path) -> None:
-    said = outline(int4, tmp_path / "new")
+def test_estimate_writes_nothing_and_is_close(int4: Path, tmp_path: Path) -> None:
+    estimated = estimate(int4, tmp_path / "new")
     assert not list(tmp_path.glob("*new*"))
     convert(int4, tmp_path / "new")
     made = sum(path.stat().st_size for path in (tmp_path / "new").glob("*.safetensors"))
-    assert abs(made - (1 << 18) - said.bytes) < 0.05 * said.bytes and said.packed == 8
+    assert abs(made - (1 << 18) - estimated.bytes) < 0.05 * estimated.bytes and estimated.packed == 8

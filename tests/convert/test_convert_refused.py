@@ -49,7 +49,7 @@ def test_a_converted_one_is_not_converted_again(int4: Path, tmp_path: Path) -> N
     convert(int4, tmp_path / "converted")
     with pytest.raises(CheckpointError, match="is converted already"):
         convert(tmp_path / "converted", tmp_path / "twice")
-    with pytest.raises(CheckpointError, match="is no converted checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a converted checkpoint"):
         verify(int4)
 
 

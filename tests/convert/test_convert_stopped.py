@@ -33,7 +33,7 @@ def test_a_disk_that_fills_up(int4: Path, tmp_path: Path, monkeypatch: pytest.Mo
         before(handle)
 
     monkeypatch.setattr(tensor_file.os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"the disk is full .* make room and give the same command again"):
+    with pytest.raises(CheckpointError, match=r"the disk is full .* make room and rerun the same command"):
         convert(int4, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     monkeypatch.undo()

@@ -212,7 +212,7 @@ def test_a_folder_made_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert kernels["head linears"].startswith("int8") and "x int8" in kernels["vision linears"]
         pixels = torch.randn(1, 3, whole.image_size, whole.image_size, generator=torch.Generator().manual_seed(0))
         found[target, dtype] = oracle.model.encode_images(pixels), in_chunks(oracle, [5, 6, 7], 3)
-    with pytest.raises(CheckpointError, match="is laid out for cpu and is to run on cuda"):
+    with pytest.raises(CheckpointError, match="was converted for cpu and cannot run on cuda"):
         Oracle(tmp_path, "cpu", torch.float16)
     (_, plain), (_, exact), (_, ours) = found.items()
     for part, name in enumerate(("features", "text")):

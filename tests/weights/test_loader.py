@@ -103,19 +103,19 @@ def test_flipped_bytes_are_found_and_named(int4: Path, tmp_path: Path) -> None:
     assert verify(folder).faults == ["config.json was changed", f"{file} is missing"]
     text = (folder / MANIFEST).read_text()
     (folder / MANIFEST).write_text(text.replace('"bits": 4', '"bits": 8', 1))
-    with pytest.raises(CheckpointError, match="is not as it was written"):
+    with pytest.raises(CheckpointError, match="was changed after it was written"):
         verify(folder)
 
 
 def test_a_folder_for_another_device_or_version(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, config = tmp_path / "converted", ModelConfig.from_folder(int4)
     convert(int4, folder)
-    with pytest.raises(CheckpointError, match="laid out for cpu and is to run on cuda"):
+    with pytest.raises(CheckpointError, match="was converted for cpu and cannot run on cuda"):
         load_weights(folder, config, torch.float16, torch.device("cuda"))
     monkeypatch.setenv("QVL_KERNELS", "reference")
-    with pytest.raises(CheckpointError, match="in the layout 'cpu-1'; what runs here reads 'gptq'"):
+    with pytest.raises(CheckpointError, match="in the layout 'cpu-1'; the kernels here read 'gptq'"):
         load_weights(folder, config, torch.float16, torch.device("cpu"))
     content = json.loads((folder / MANIFEST).read_text()) | {"format": 99}
     (folder / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="has format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99; expected 1"):
         Manifest.read(folder)
