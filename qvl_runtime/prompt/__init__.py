@@ -1,4 +1,4 @@
-"""Text and images to tokens and back; knows no weights."""
+"""Prompts of text and images to token ids, and generated ids back to text; independent of weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Boxes in the model's words: `<ref>label</ref><box>(x1,y1),(x2,y2)</box>` to data.
+"""Parse boxes in the model's output, `<ref>label</ref><box>(x1,y1),(x2,y2)</box>`.
 
-Coordinates are per mille of the width and height of the *original* image. What the model writes may be broken (an
-unclosed box, corners the wrong way round, a box repeated without end); the tolerant parser makes the best of it, the
-strict one raises.
+Coordinates are on a 0-1000 grid over the width and height of the *original* image. The model's output may be malformed
+(an unclosed box, swapped corners, a box repeated endlessly); the tolerant parser reads what it can, the strict one
+raises.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from dataclasses import dataclass, field
 from qvl_runtime.errors import PromptError
 
 SCALE = 1000
-"""Coordinates run from 0 to this, whatever the image's size."""
+"""Coordinates run from 0 to this, whatever the size of the image."""
 
 Point = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle in an image, in per mille of its sides; always 0 <= x1 <= x2 <= 1000, and so for y."""
+    """A rectangle on the 0-1000 grid of an image; 0 <= x1 <= x2 <= 1000 and 0 <= y1 <= y2 <= 1000."""
 
     label: str | None
     x1: int
     y1: int
     x2: int
     y2: int
-    image_index: int | None = None  # which image of the prompt, from 0; None: not known
+    image_index: int | None = None  # index of the image in the prompt; None: unknown
     score: float | None = None  # 0 to 1; None: not computed
-    quad: tuple[Point, ...] | None = None  # the four corners, where the model gave a <quad>
-    span: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # characters of the text it came from
+    quad: tuple[Point, ...] | None = None  # the four corners, if the model wrote a <quad>
+    span: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # its characters in the text
 
     def __post_init__(self) -> None:
         if not (0 <= self.x1 <= self.x2 <= SCALE and 0 <= self.y1 <= self.y2 <= SCALE):
             raise PromptError(
-                f"box ({self.x1},{self.y1}),({self.x2},{self.y2}) is not a rectangle in an image; "
+                f"box ({self.x1},{self.y1}),({self.x2},{self.y2}) is not a rectangle on the grid; "
                 f"expected 0 <= x1 <= x2 <= {SCALE} and 0 <= y1 <= y2 <= {SCALE}"
             )
 
     def pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Corners (left, top, right, bottom) in pixels of an image of that size, rounded down as the original does."""
+        """Corners (left, top, right, bottom) in pixels of an image of this size, rounded down as in the original."""
         (left, top), (right, bottom) = (_to_pixels(p, width, height) for p in ((self.x1, self.y1), (self.x2, self.y2)))
         return left, top, right, bottom
 
     def corners(self, width: int, height: int) -> list[Point]:
-        """Four corner points in pixels: those of the quad where there is one, else clockwise from the top left."""
+        """Four corner points in pixels: those of the quad if it has one, else clockwise from the top left."""
         x1, y1, x2, y2 = self.x1, self.y1, self.x2, self.y2
         points = self.quad or ((x1, y1), (x2, y1), (x2, y2), (x1, y2))
         return [_to_pixels(point, width, height) for point in points]
@@ -59,7 +59,7 @@ _TAG = re.compile(
     r"<(?P<name>ref|box|quad)>(?P<text>.*?)(?:(?P<end></(?P=name)>)|(?=<(?:ref|box|quad)>)|\Z)", re.DOTALL
 )
 _STRAY = re.compile(r"</?(?:ref|box|quad)>")
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")  # \d takes full-width digits, and so does float()
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")  # \d matches full-width digits, which float() reads
 _COORDINATES = re.compile(r"[\s\d.,;()\[\]（），；+-]*")
 _STRICT_POINTS = re.compile(r"\([0-9]+,[0-9]+\)(?:,\([0-9]+,[0-9]+\))*")
 _NUMBERS = {"box": 4, "quad": 8}
@@ -68,10 +68,10 @@ _NUMBERS = {"box": 4, "quad": 8}
 def parse_boxes(text: str, strict: bool = False, image_index: int | None = None) -> list[Box]:
     """All boxes of an answer in order, each with the label of the last `<ref>` before it.
 
-    Tolerant by default: white space, full-width digits and decimals are read, corners put the right way round,
-    coordinates clipped to 0..1000, a box without an end tag is taken if its numbers are all there, one that cannot be
-    read is left out, and an exact repetition counts once. With `strict` every one of these raises `PromptError` but
-    the repetition, which is kept. A quad becomes its bounding box and keeps its corners.
+    Tolerant by default: whitespace, full-width digits and decimals are accepted, corners sorted, coordinates clipped
+    to 0..1000; a box without an end tag is accepted if its numbers are complete, an unreadable one is skipped, and
+    exact repetitions are dropped. With `strict`, each of these raises `PromptError`, except repetitions, which are
+    kept. A quad becomes its bounding box and keeps its corners.
     """
     if strict:
         _require_closed_tags(text)
@@ -88,12 +88,12 @@ def parse_boxes(text: str, strict: bool = False, image_index: int | None = None)
 
 
 def _read_tolerantly(tag: re.Match[str]) -> list[int] | None:
-    """Coordinates clipped to the image, or None where they cannot be told."""
+    """Coordinates clipped to the grid, or None if they cannot be read."""
     content = tag["text"]
     readable = _COORDINATES.match(content)
     if readable is None or (tag["end"] and readable.end() < len(content)):
         return None
-    # Through float, which unlike int takes the endless nines that a runaway answer writes.
+    # Unlike int, float accepts the endless digits of a runaway answer.
     values = [int(min(max(float(number), 0), SCALE)) for number in _NUMBER.findall(readable[0])]
     if len(values) != _NUMBERS[tag["name"]]:
         return None
@@ -108,7 +108,7 @@ def _read_strictly(tag: re.Match[str], label: str | None, image_index: int | Non
     values = [int(number[:9]) for number in _NUMBER.findall(content)] if _STRICT_POINTS.fullmatch(content) else []
     if len(values) != expected:
         points = ",".join(f"(x{n},y{n})" for n in range(1, expected // 2 + 1))
-        raise PromptError(f"{tag['name']} {content[:60]!r} cannot be read; expected {points} in whole numbers")
+        raise PromptError(f"{tag['name']} {content[:60]!r} is malformed; expected {points} in whole numbers")
     return _box(values, label, image_index, tag.span())
 
 
@@ -123,4 +123,6 @@ def _box(values: list[int], label: str | None, image_index: int | None, span: tu
 def _require_closed_tags(text: str) -> None:
     rest = _TAG.sub(lambda tag: "" if tag["end"] else tag[0], text)
     if stray := _STRAY.search(rest):
-        raise PromptError(f"{stray[0]} before {rest[stray.end() :][:40]!r} has no partner; every tag needs its end tag")
+        raise PromptError(
+            f"{stray[0]} before {rest[stray.end() :][:40]!r} has no matching tag; every start tag needs an end tag"
+        )

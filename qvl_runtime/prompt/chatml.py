@@ -1,4 +1,4 @@
-"""A prompt of any form to token ids and images, in ChatML for chat checkpoints and raw for base ones.
+"""Encode a prompt of any form as token ids and images: ChatML for chat checkpoints, raw text for base ones.
 
 Source: docs/model.md sections 8 and 9.
 """
@@ -32,33 +32,33 @@ Prompt: TypeAlias = "str | Sequence[Part] | Mapping[str, Any]"
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Where an image's rows stand among the token ids."""
+    """The position of an image among the token ids."""
 
     start: int  # index of the first pad id
-    length: int  # pad ids, as many as the model makes rows of an image
+    length: int  # number of pad ids, one per image feature
     image: LoadedImage
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """What the model is fed, and where it is to stop."""
+    """The model's input, and where generation must stop."""
 
     token_ids: list[int]
     spans: tuple[ImageSpan, ...]
-    stop_ids: frozenset[int]  # an answer ends at any of these, which are no part of it
-    stop_sequences: tuple[tuple[int, ...], ...] = ()  # or where its ids end with one of these
-    dropped_turns: int = 0  # oldest turns that did not fit the window
+    stop_ids: frozenset[int]  # any of these ends the answer and is not part of it
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # sequences that end the answer, too
+    dropped_turns: int = 0  # number of oldest turns that did not fit the window
 
 
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
-    """Encodes prompts for one checkpoint; holds no state between them."""
+    """Encodes prompts for one checkpoint; stateless."""
 
     tokenizer: Tokenizer
     image_size: int  # S: images become S x S
     chat_format: str = "chatml"  # "raw" for a base model
-    max_window_size: int = 6144  # tokens that system text and history may take
-    system: str = DEFAULT_SYSTEM  # where the messages bring none
+    max_window_size: int = 6144  # tokens that system message and history may occupy
+    system: str = DEFAULT_SYSTEM  # for messages without a system message
     limits: ImageLimits = field(default_factory=ImageLimits)
 
     def __post_init__(self) -> None:
@@ -66,17 +66,17 @@ class PromptEncoder:
             raise ConfigError(f"chat_format is {self.chat_format!r}; supported are {' and '.join(CHAT_FORMATS)}")
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Encode a prompt of any form; the tags in a string, and only there, are honoured.
+        """Encode a prompt of any form. Tags are interpreted only in a plain string, not in parts or messages.
 
-        Raises `PromptError`, `ImageError` or `DownloadError`, each naming the fault.
+        Raises `PromptError`, `ImageError` or `DownloadError`.
         """
         if isinstance(prompt, str):
             segment = self.tokenizer.encode_tagged(prompt)
         elif isinstance(prompt, Mapping):
             segment = ids_segment(self.tokenizer, prompt)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-            kind = type(prompt).__name__
-            raise PromptError(f"a prompt cannot be of type {kind}; expected a string, a list of parts or messages")
+            type_name = type(prompt).__name__
+            raise PromptError(f"the prompt has type {type_name}; expected a string, a list of parts or messages")
         elif is_messages(prompt):
             return self.encode_chat(cast("Sequence[Mapping[str, Any]]", prompt))
         else:
@@ -84,15 +84,18 @@ class PromptEncoder:
         return self._finish(segment)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> EncodedPrompt:
-        """Encode OpenAI-style messages up to where the assistant's answer begins.
+        """Encode OpenAI-style messages up to the start of the assistant's answer.
 
-        The oldest turns that the window cannot hold are left out whole, with their images unread, and counted in
-        `dropped_turns`. A base model takes the last question alone, as in the original; what that drops is logged.
+        The oldest turns that do not fit the window are dropped whole, their images unread, and counted in
+        `dropped_turns`. A base model gets only the last question, as in the original; a warning is logged if that drops
+        anything.
         """
         conversation = Conversation.from_messages(self.tokenizer, messages)
         if self.chat_format == "raw":
             if conversation.turns or conversation.system is not None:
-                _log.warning("a base model (chat_format raw) takes no system text and no history: they are left out")
+                _log.warning(
+                    "a base model (chat_format raw) supports neither a system message nor history: both are dropped"
+                )
             human = tuple(self.tokenizer.encode("Human:", "none"))
             return self._finish(conversation.query, len(conversation.turns), (human,))
         system = conversation.system
@@ -106,10 +109,10 @@ class PromptEncoder:
     def _finish(
         self, segment: Segment, dropped_turns: int = 0, stop_sequences: tuple[tuple[int, ...], ...] = ()
     ) -> EncodedPrompt:
-        """Check the whole, and read its images."""
+        """Validate a complete prompt and read its images."""
         tokens, count, limit = self.tokenizer, len(segment.slots), self.limits.max_images
         if not segment.ids:
-            raise PromptError("the prompt is empty: write some text or give an image")
+            raise PromptError("the prompt is empty: add text or an image")
         if count > limit:
             raise PromptError(f"the prompt has {count} images, over the limit of {limit}: raise max_images")
         images = [
@@ -126,10 +129,10 @@ class PromptEncoder:
 def chatml_segment(
     tokenizer: Tokenizer, system: Segment, turns: Sequence[Turn], query: Segment, max_window_size: int
 ) -> tuple[Segment, int]:
-    """The ChatML form of a conversation, and how many of its oldest turns were left out.
+    """The ChatML form of a conversation, and the number of oldest turns that were dropped.
 
-    Turns are taken from the newest back while system text and turns together stay below `max_window_size` tokens; the
-    first that does not fit ends it. The question is always there, and not counted.
+    Turns are added from the newest back while system message and turns stay below `max_window_size` tokens; the first
+    that does not fit ends this. The question is always included and does not count.
     """
     newline = tokenizer.encode("\n", "none")
 
@@ -138,30 +141,30 @@ def chatml_segment(
         return Segment().extend(head, content, [tokenizer.im_end])
 
     start = block("system", system)
-    kept: list[Segment] = []
-    room = max_window_size - len(start)
+    blocks: list[Segment] = []
+    remaining = max_window_size - len(start)
     for turn in reversed(turns):
-        # After a question without an answer the original leaves the newline that would have led to one.
+        # After a question without an answer, the original keeps the newline that would precede one.
         answer = Segment() if turn.answer is None else block("assistant", turn.answer)
         piece = Segment().extend(newline, block("user", turn.question), newline, answer)
-        if len(piece) >= room:
+        if len(piece) >= remaining:
             break
-        room -= len(piece)
-        kept.append(piece)
+        remaining -= len(piece)
+        blocks.append(piece)
     reply = [tokenizer.im_start, *tokenizer.encode("assistant", "none"), *newline]
-    whole = start.extend(*reversed(kept), newline, block("user", query), newline, reply)
-    return whole, len(turns) - len(kept)
+    whole = start.extend(*reversed(blocks), newline, block("user", query), newline, reply)
+    return whole, len(turns) - len(blocks)
 
 
 def ids_segment(tokenizer: Tokenizer, prompt: Mapping[str, Any]) -> Segment:
-    """A prompt of `{"token_ids": [...], "images": [...]}`: what stands in an image span becomes that image's pads."""
+    """Encode `{"token_ids": [...], "images": [...]}`: the content of each image span becomes pad ids."""
     if "token_ids" not in prompt or not set(prompt) <= {"token_ids", "images"}:
         keys = ", ".join(map(repr, prompt)) or "nothing"
         raise PromptError(f'the prompt is a dict with {keys}; expected {{"token_ids": [...], "images": [...]}}')
     try:
         ids = [index(token) for token in prompt["token_ids"]]
     except TypeError as error:
-        raise PromptError(f"token_ids cannot be read ({error}); expected a list of whole numbers") from None
+        raise PromptError(f"token_ids is not a list of whole numbers ({error}); expected token ids") from None
     if outside := [token for token in ids if not 0 <= token < tokenizer.n_vocab]:
         raise PromptError(f"token_ids holds {outside[0]}; expected ids from 0 to {tokenizer.n_vocab - 1}")
     sources = list(prompt.get("images") or ())
@@ -179,10 +182,10 @@ def ids_segment(tokenizer: Tokenizer, prompt: Mapping[str, Any]) -> Segment:
 
 
 def decode_answer(tokenizer: Tokenizer, ids: Sequence[int], stop_ids: frozenset[int]) -> str:
-    """The text of the generated ids up to the first stop id, without the white space around it.
+    """The text of the generated ids up to the first stop id, with surrounding whitespace stripped.
 
-    Grounding tags stay, as `parse_boxes` and the next turn's history need them. Unlike the original's `decode_tokens`
-    this keeps the last token of an answer that was cut by length, and loses none of its first characters.
+    Grounding tags stay: `parse_boxes` and the history of the next turn need them. Unlike the original's
+    `decode_tokens`, this keeps the last token of an answer that reached the length limit, and all first characters.
     """
     decoder = StreamDecoder(tokenizer)
     answer = takewhile(lambda token: token not in stop_ids, ids)

@@ -1,10 +1,10 @@
-"""Conversations in Qwen-VL's own fine-tuning format: a JSON list, each with its turns, images as tags in the text.
+"""Read conversations in Qwen-VL's fine-tuning format: a JSON list of records, with images as tags in the text.
 
     [{"id": "1", "conversations": [
         {"from": "user", "value": "Picture 1: <img>dog.jpg</img>\\nBox the dog."},
         {"from": "assistant", "value": "<ref>The dog</ref><box>(221,425),(511,889)</box>"}]}]
 
-Source: the TUTORIAL of the published code, "Fine-tuning"; docs/model.md section 8 for the template.
+Source: the published code's TUTORIAL, "Fine-tuning"; docs/model.md section 8 for the template.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 ROLES = ("user", "assistant")
-_SPACE = re.compile(r"\s*")
-_PICTURE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
+_WHITESPACE = re.compile(r"\s*")
+_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
 
 
-class Said(NamedTuple):
+class Message(NamedTuple):
     """One message of a conversation."""
 
     role: str  # "user" or "assistant"
@@ -33,32 +33,32 @@ class Said(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """A record of a fine-tuning file."""
+    """One record of a fine-tuning file."""
 
-    where: str  # for messages: "data.json line 12 (record 3, id 'x')"
-    said: tuple[Said, ...]
+    where: str  # for error messages: "data.json line 12 (record 3)"
+    messages: tuple[Message, ...]
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Read a fine-tuning file. Pictures with a relative path are looked for beside it, else in the current folder.
+    """Read a fine-tuning file. Relative image paths are resolved against its folder, then the current folder.
 
-    Raises `PromptError` that names the line and the record for what is not of that format, and for a missing image.
+    Raises `PromptError`, naming line and record, for a wrong format or a missing image.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} cannot be read ({error}); expected a JSON list of conversations") from error
-    found = [_conversation(raw, where, path.parent) for where, raw in _records(text, str(path))]
-    if not found:
+    conversations = [_conversation(raw, where, path.parent) for where, raw in _records(text, str(path))]
+    if not conversations:
         raise PromptError(f"{path} holds no conversation; expected at least one")
-    return found
+    return conversations
 
 
 def conversation_segment(tokenizer: Tokenizer, conversation: Conversation, system: str = DEFAULT_SYSTEM) -> Segment:
-    """The whole conversation in ChatML as the original fine-tunes on it, tags honoured, answers included."""
+    """A whole conversation in ChatML, answers included and tags interpreted, as the original fine-tunes on it."""
     newline = tokenizer.encode("\n", "none")
     segment = Segment()
-    for role, text in (Said("system", system), *conversation.said):
+    for role, text in (Message("system", system), *conversation.messages):
         try:
             content = tokenizer.encode_tagged(text)
         except PromptError as error:
@@ -69,52 +69,58 @@ def conversation_segment(tokenizer: Tokenizer, conversation: Conversation, syste
 
 
 def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON list, each with its place; read one by one, since `json` forgets lines."""
+    """The elements of a JSON list with their positions; parsed one by one, since `json.loads` does not keep lines."""
     decoder, number = json.JSONDecoder(), 0
-    at = _skip(text, 0)
-    if text[at : at + 1] != "[":
-        raise PromptError(f"{name} starts with {text[at : at + 20]!r}; expected a JSON list of conversations")
-    at = _skip(text, at + 1)
-    while text[at : at + 1] != "]":
+    position = _skip_whitespace(text, 0)
+    if text[position : position + 1] != "[":
+        raise PromptError(
+            f"{name} starts with {text[position : position + 20]!r}; expected a JSON list of conversations"
+        )
+    position = _skip_whitespace(text, position + 1)
+    while text[position : position + 1] != "]":
         number += 1
-        where = f"{name} line {text.count(chr(10), 0, at) + 1} (record {number})"
+        where = f"{name} line {text.count(chr(10), 0, position) + 1} (record {number})"
         try:
-            raw, at = decoder.raw_decode(text, at)
+            raw, position = decoder.raw_decode(text, position)
         except ValueError as error:
-            raise PromptError(f"{where} is not JSON ({error}): mend it") from error
+            raise PromptError(f"{where} is not valid JSON ({error}): fix it") from error
         yield where, raw
-        at = _skip(text, at)
-        if text[at : at + 1] not in (",", "]"):
-            raise PromptError(f"{where} is followed by {text[at : at + 20]!r}; expected a comma or the list's end")
-        at = _skip(text, at + 1) if text[at] == "," else at
+        position = _skip_whitespace(text, position)
+        following = text[position : position + 20]
+        if following[:1] not in (",", "]"):
+            raise PromptError(f"{where} is followed by {following!r}; expected a comma or the end of the list")
+        if following[0] == ",":
+            position = _skip_whitespace(text, position + 1)
 
 
-def _skip(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    return at if match is None else match.end()
+def _skip_whitespace(text: str, position: int) -> int:
+    match = _WHITESPACE.match(text, position)
+    return position if match is None else match.end()
 
 
 def _conversation(raw: Any, where: str, folder: Path) -> Conversation:
     turns = raw.get("conversations") if isinstance(raw, dict) else None
     if not isinstance(turns, list) or not turns:
-        found = ", ".join(map(repr, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise PromptError(f"{where} has {found}; expected an object with a list of 'conversations'")
-    said = []
+        content = ", ".join(map(repr, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise PromptError(f"{where} has {content}; expected an object with a list of 'conversations'")
+    messages = []
     for turn in turns:
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if role not in ROLES or not isinstance(text, str):
             raise PromptError(
                 f"{where} has the turn {turn!r:.80}; expected {{'from': 'user' or 'assistant', 'value': TEXT}}"
             )
-        said.append(Said(role, _PICTURE.sub(lambda match: f"<img>{_located(match[1], where, folder)}</img>", text)))
-    return Conversation(where, tuple(said))
+        messages.append(
+            Message(role, _IMAGE.sub(lambda match: f"<img>{_resolve(match[1], where, folder)}</img>", text))
+        )
+    return Conversation(where, tuple(messages))
 
 
-def _located(source: str, where: str, folder: Path) -> str:
-    """Where an image is; addresses and data URLs as they are."""
+def _resolve(source: str, where: str, folder: Path) -> str:
+    """The path of an image; URLs and data URLs are returned unchanged."""
     if re.match(r"(https?:|data:)", source):
         return source
     for path in (folder / source, Path(source)):
         if path.is_file():
             return str(path)
-    raise PromptError(f"{where} names the image {source!r}, which is neither in {folder} nor here: put it there")
+    raise PromptError(f"{where} names the image {source!r}, which exists neither in {folder} nor in the current folder")

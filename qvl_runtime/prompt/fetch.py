@@ -1,4 +1,4 @@
-"""The bytes of an image from where its name points: a file, a data URL or an http(s) address, within limits."""
+"""Read the bytes of an image from a file, a data URL or an http(s) URL, within limits."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 
 
 def is_data_url(source: object) -> bool:
+    """Whether the source is a string that starts with `data:`."""
     return isinstance(source, str) and source[:5].lower() == "data:"
 
 
 def is_http_url(source: object) -> bool:
+    """Whether the source is a string that starts with `http://` or `https://`."""
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
-    """At most `limits.max_bytes` bytes of an image file, not yet decoded.
+    """Read an encoded image of at most `limits.max_bytes` bytes.
 
-    `described` names the image in messages. Raises `ImageError` for a file or data URL that cannot be read or is too
-    large, `DownloadError` for an address that cannot or may not be fetched.
+    `described` names the image in error messages. Raises `ImageError` for a file or data URL that cannot be read or is
+    too large, and `DownloadError` for a URL that cannot or may not be fetched.
     """
     if isinstance(source, str):
         if is_data_url(source):
@@ -48,17 +50,17 @@ def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: s
 
 def _read_file(path: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
     if not limits.allow_files:
-        raise ImageError(f"{described} names a file, and files may not be read here: send the image as a data URL")
+        raise ImageError(f"{described} is a file path, which is not allowed here: send the image as a data URL")
     try:
-        status = os.stat(path)  # first: opening a pipe would wait for its writer
+        status = os.stat(path)  # before opening: a pipe would wait for its writer
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{described} is not a file; expected the path of an image")
+            raise ImageError(f"{described} is not a regular file; expected the path of an image")
         check_size(status.st_size, limits, described)
         with open(path, "rb") as file:
             return file.read(limits.max_bytes)
     except FileNotFoundError:
-        raise ImageError(f"{described} does not exist; relative paths start at {os.getcwd()}") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise ImageError(f"{described} does not exist; relative paths are resolved against {os.getcwd()}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         if isinstance(error, QVLError):
             raise
         raise ImageError(f"{described} cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -77,7 +79,7 @@ def _read_data_url(url: str, limits: ImageLimits, described: str) -> bytes:
 
 
 def check_size(size: int, limits: ImageLimits, described: str) -> None:
-    """Raise `ImageError` for an encoded image of more bytes than allowed."""
+    """Raise `ImageError` if an encoded image has more bytes than allowed."""
     if size > limits.max_bytes:
         raise ImageError(
             f"{described} has {size:,} bytes, over the limit of {limits.max_bytes:,}: "
@@ -86,15 +88,15 @@ def check_size(size: int, limits: ImageLimits, described: str) -> None:
 
 
 def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
-    """Download in a thread of its own, since neither name look-up nor slow headers obey a socket's timeout."""
+    """Download in a separate thread, since a socket's timeout bounds neither name lookup nor slow headers."""
     if not limits.allow_urls:
-        raise DownloadError(f"{described} may not be fetched (allow_urls is off): give a file, bytes or a data URL")
+        raise DownloadError(f"{described} may not be fetched (allow_urls is off): pass a file, bytes or a data URL")
     result: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
     def work() -> None:
         try:
             result.put(_download(url, limits, described))
-        except Exception as error:  # raised again below, in the thread that waits
+        except Exception as error:  # re-raised below, in the waiting thread
             result.put(error)
 
     threading.Thread(target=work, name="fetch-image", daemon=True).start()
@@ -108,7 +110,7 @@ def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
         raise outcome
     if isinstance(outcome, TimeoutError) or isinstance(getattr(outcome, "reason", None), TimeoutError):
         raise DownloadError(
-            f"{described} took longer than {limits.timeout_s:g} s: try again, raise image_timeout_s or give a file"
+            f"{described} took longer than {limits.timeout_s:g} s: try again, raise image_timeout_s or pass a file"
         )
     cause = " ".join(str(outcome).split()) or type(outcome).__name__
     raise DownloadError(f"{described} cannot be fetched: {cause}") from outcome
@@ -118,37 +120,37 @@ def _download(url: str, limits: ImageLimits, described: str) -> bytes:
     import urllib.request
 
     deadline = time.monotonic() + limits.timeout_s
-    ascii_url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # a browser's address bar shows 图.png; the wire wants %E5...
+    ascii_url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # a browser shows 图.png; the request needs %E5...
     headers = {"User-Agent": "qvl-runtime", "Accept": "image/*"}
     with _opener().open(urllib.request.Request(ascii_url, headers=headers), timeout=limits.timeout_s) as response:
         declared = response.headers.get("Content-Length", "")
         if declared.isdecimal():
             check_size(int(declared), limits, described)
         data = bytearray()
-        while chunk := response.read1(_CHUNK):  # one read of the socket at a time, so that the clock is looked at
+        while chunk := response.read1(_CHUNK):  # one socket read at a time, to check the deadline
             data += chunk
             check_size(len(data), limits, described)
             if time.monotonic() > deadline:
                 raise TimeoutError
     if declared.isdecimal() and len(data) != int(declared):
-        raise ConnectionError(f"the connection broke off after {len(data):,} of {int(declared):,} bytes")
+        raise ConnectionError(f"the connection closed after {len(data):,} of {int(declared):,} bytes")
     return bytes(data)
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """http and https with proxies and redirects between the two, and, unlike urllib's default, nothing else."""
+    """An opener for http and https, with proxies and redirects; unlike urllib's default, for no other scheme."""
     import urllib.request as lib
 
     opener = lib.OpenerDirector()
     for handler in (lib.ProxyHandler(), lib.HTTPHandler(), lib.HTTPSHandler(), lib.HTTPRedirectHandler()):
         opener.add_handler(handler)
-    for fault in (lib.HTTPErrorProcessor(), lib.HTTPDefaultErrorHandler(), lib.UnknownHandler()):
-        opener.add_handler(fault)
+    for error_handler in (lib.HTTPErrorProcessor(), lib.HTTPDefaultErrorHandler(), lib.UnknownHandler()):
+        opener.add_handler(error_handler)
     return opener
 
 
 def short_name(source: str | os.PathLike[str]) -> str:
-    """A path, data URL or address for people, on one line; an address without its query and password."""
+    """A path or URL for messages, on one line; without the query and password of a URL."""
     if is_data_url(source):
         return f"a data URL of {len(str(source)):,} characters"
     name = os.fspath(source)

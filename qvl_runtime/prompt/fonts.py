@@ -1,4 +1,4 @@
-"""A font that has the glyphs of a label, found among the installed ones when first needed; nothing is downloaded."""
+"""Find an installed font that has the glyphs of a label, when first needed; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 
 INSTALL_HINT = "install one (Debian and Ubuntu: apt install fonts-noto-cjk) or pass font=PATH"
 
-# File names, best first: fonts that cover Chinese in a plain upright style, then wide ones for the other scripts.
+# File names, best first: fonts that cover Chinese in a plain upright style, then ones for other scripts.
 _PREFERRED = (
     r"NotoSansCJK.*Regular|NotoSansCJKsc-Regular|NotoSansSC[-\[]",
     r"SourceHanSans.*Regular|SourceHanSansSC-Regular",
@@ -33,47 +33,49 @@ _PREFERRED = (
 )
 _SUFFIXES = (".ttf", ".ttc", ".otf")
 _SIMPLIFIED = re.compile(r"\b(SC|CN|GB)\b")
-_NO_CHARACTER = "\U0010ffff"  # no font has it, so it draws as the font's missing-glyph box
+_NO_CHARACTER = "\U0010ffff"  # in no font, so it renders as the missing-glyph box
 
 
 def pick_font(text: str, size: int) -> tuple[Font, str]:
-    """A font for a text at a size in pixels, and the characters of the text that it lacks (none in the best case).
+    """A font for a text at a size in pixels, and the characters of the text that it lacks (ideally none).
 
-    Pillow's own font serves plain Latin text; for anything else the installed fonts are asked, best first, and the one
-    that lacks the fewest characters is taken.
+    Pillow's built-in font is used for plain Latin text; otherwise the installed font that lacks the fewest characters.
     """
     from PIL import ImageFont
 
     best: Font = ImageFont.load_default(size)
-    lacking = missing_glyphs(best, text)
-    for path in installed_fonts() if lacking else ():
+    missing = missing_glyphs(best, text)
+    for path in installed_fonts() if missing else ():
         try:
             font = open_font(path, size)
         except ConfigError:
             continue
-        if len(still := missing_glyphs(font, text)) < len(lacking):
-            best, lacking = font, still
-        if not lacking:
+        if len(still_missing := missing_glyphs(font, text)) < len(missing):
+            best, missing = font, still_missing
+        if not missing:
             break
-    return best, lacking
+    return best, missing
 
 
 def open_font(path: str | os.PathLike[str], size: int) -> ImageFont.FreeTypeFont:
-    """A font file at a size in pixels; of a collection the face with simplified Chinese forms, where it has one."""
+    """Open a font file at a size in pixels; of a collection, the face with simplified Chinese forms if there is one.
+
+    Raises `ConfigError` if the file cannot be opened.
+    """
     from PIL import ImageFont
 
     faces: list[ImageFont.FreeTypeFont] = []
     try:
         while len(faces) < (16 if str(path).lower().endswith((".ttc", ".otc")) else 1):
             faces.append(ImageFont.truetype(os.fspath(path), size, index=len(faces)))
-    except OSError as error:  # also how the end of a collection shows
+    except OSError as error:  # also raised at the end of a collection
         if not faces:
             raise ConfigError(f"font {os.fspath(path)} cannot be opened: {error}") from error
     return next((face for face in faces if _SIMPLIFIED.search(str(face.getname()[0]))), faces[0])
 
 
 def missing_glyphs(font: Font, text: str) -> str:
-    """The characters of a text, in order, that a font would draw as its missing-glyph box."""
+    """The characters of a text, in order, that a font renders as its missing-glyph box."""
     box = bytes(font.getmask(_NO_CHARACTER))
     visible = dict.fromkeys(char for char in text if unicodedata.category(char)[0] in "LNPS")
     return "".join(char for char in visible if bytes(font.getmask(char)) == box)
@@ -81,7 +83,7 @@ def missing_glyphs(font: Font, text: str) -> str:
 
 @lru_cache(maxsize=1)
 def installed_fonts() -> tuple[Path, ...]:
-    """The preferred fonts that are installed, best first; the search runs once a process."""
+    """The preferred fonts that are installed, best first; searched once per process."""
     ranked = []
     for path in _font_files():
         rank = next((rank for rank, names in enumerate(_PREFERRED) if re.match(names, path.name, re.IGNORECASE)), None)

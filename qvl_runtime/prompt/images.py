@@ -1,7 +1,7 @@
-"""Pictures from anywhere to what the model sees: S x S RGB, known by its SHA-256.
+"""Load images from any source as S x S RGB, the model's input, identified by their SHA-256.
 
-The original's steps, to the byte: open without turning by EXIF, `convert("RGB")` (alpha dropped, not composited),
-PIL's bicubic resize to a square whatever the aspect ratio. Source: docs/model.md section 3.
+The steps are the original's, to the byte: open without EXIF rotation, `convert("RGB")` (alpha dropped, not
+composited), PIL's bicubic resize to a square whatever the aspect ratio. Source: docs/model.md section 3.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndar
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# What PIL reads by itself. Its list is longer: for EPS, say, it would start Ghostscript on a stranger's file.
+# The formats that PIL decodes itself. It supports more, but for EPS, say, it would run Ghostscript on untrusted input.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# What PIL's decoders raise for damaged files.
-_BUGS = (TypeError, LookupError, ArithmeticError)  # PIL's plugins trust the file's numbers
+# Exceptions of PIL's decoders for damaged files.
+_BUGS = (TypeError, LookupError, ArithmeticError)  # from plugins that trust the numbers in the file
 _DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, *_BUGS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedImage:
-    """An image as the model sees it, with the original to draw on."""
+    """An image as the model sees it, and the original to draw on."""
 
-    source: str  # short name for people: a path, an address, "12,345 bytes"
+    source: str  # for messages: a path, a URL, "12,345 bytes"
     rgb: np.ndarray[Any, Any]  # uint8 [S, S, 3], read-only
     digest: bytes  # SHA-256 of S and the bytes of `rgb`: the image's identity
     original: Image.Image  # RGB, width x height
@@ -56,8 +56,8 @@ def load_image(
 ) -> LoadedImage:
     """Read an image and resize it to size x size.
 
-    `name` ("Picture 2") goes before the source in messages. Raises `ImageError` for an image that cannot be read or is
-    over a limit, `DownloadError` for an address that cannot or may not be fetched.
+    `name` ("image 2") precedes the source in error messages. Raises `ImageError` for an image that cannot be read or
+    exceeds a limit, and `DownloadError` for a URL that cannot or may not be fetched.
     """
     described = describe(source)
     original = _open(source, limits or ImageLimits(), f"{name} ({described})" if name else described)
@@ -67,7 +67,7 @@ def load_image(
 
 
 def to_pixels(rgb: np.ndarray[Any, Any]) -> torch.Tensor:
-    """What the visual tower takes: uint8 [N, S, S, 3] to float32 [N, 3, S, S], scaled to 0..1 and normalized."""
+    """The vision encoder's input: uint8 [N, S, S, 3] to float32 [N, 3, S, S], scaled to 0..1 and normalized."""
     import torch
 
     scaled = torch.tensor(rgb).permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
@@ -76,17 +76,17 @@ def to_pixels(rgb: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def describe(source: ImageSource) -> str:
-    """A short name for an image, on one line."""
+    """A short name for an image, on one line, for messages."""
     if isinstance(source, (str, os.PathLike)):
         return short_name(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source):,} bytes"
-    kind, shape = type(source).__name__, getattr(source, "shape", None) or getattr(source, "size", None)
-    return f"{kind} {' x '.join(map(str, shape))}" if isinstance(shape, tuple) else kind
+    type_name, shape = type(source).__name__, getattr(source, "shape", None) or getattr(source, "size", None)
+    return f"{type_name} {' x '.join(map(str, shape))}" if isinstance(shape, tuple) else type_name
 
 
 def _open(source: ImageSource, limits: ImageLimits, described: str) -> Image.Image:
-    """The image in RGB at its own size."""
+    """The image in RGB at its original size."""
     import numpy as np
     from PIL import Image
 
@@ -109,13 +109,13 @@ def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
     except UnidentifiedImageError:
-        kinds = ", ".join(FORMATS)
-        raise ImageError(f"{described} starts with {data[:8]!r}, which is no image; readable are {kinds}") from None
+        formats = ", ".join(FORMATS)
+        raise ImageError(f"{described} starts with {data[:8]!r}, which is not an image; expected {formats}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # PIL's own guard, at 179 million pixels, speaks before the size can be asked; its message has the count.
+        # PIL's own guard, at 179 million pixels, raises before the size can be read; its message has the count.
         count = re.search(r"\d+", str(error))
-        found = f" with {int(count[0]):,}" if count else ""
-        raise ImageError(f"{described} is over the limit of {limits.max_pixels:,} pixels{found}: shrink it") from error
+        pixels = f" with {int(count[0]):,}" if count else ""
+        raise ImageError(f"{described} is over the limit of {limits.max_pixels:,} pixels{pixels}: shrink it") from error
     except _DAMAGE as error:
         raise ImageError(f"{described} is damaged: {error}; send the image again") from error
     with image:
@@ -124,7 +124,7 @@ def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, described: str) -> Image.Image:
-    """A copy of its own in RGB; this is where PIL decodes."""
+    """An independent copy in RGB; PIL decodes the file here."""
     from PIL import Image
 
     try:
@@ -154,7 +154,7 @@ def _check_pixels(image: Image.Image, limits: ImageLimits, described: str) -> No
             "shrink it or raise max_image_pixels"
         )
     if width * height == 0:
-        raise ImageError(f"{described} is {width} x {height}: there is nothing to see in it")
+        raise ImageError(f"{described} is {width} x {height}: it has no pixels")
 
 
 def _resize(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
@@ -163,8 +163,8 @@ def _resize(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
     from PIL import Image
 
     resized = image.resize((size, size), Image.Resampling.BICUBIC)
-    # A request keeps its images until it is answered. In the heap they would lie between the activations of steps,
-    # and leave holes there that no other step fits.
+    # A request keeps its images until it finishes. On the heap they would sit between the activations of steps and
+    # leave holes that no later step fits.
     pixels = np.frombuffer(mmap.mmap(-1, 3 * size * size), dtype=np.uint8)
     pixels[:] = np.frombuffer(resized.tobytes(), dtype=np.uint8)
     pixels.flags.writeable = False

@@ -1,7 +1,7 @@
-"""The original tokenizer's list format: a text with tags to a list of parts and back, quirks included.
+"""The original tokenizer's list format: convert text with tags to a list of parts and back, quirks included.
 
-For code that comes from Qwen-VL and for comparing with it. For answers prefer `boxes.parse_boxes`: here only the first
-of several boxes carries its label, and a broken box raises. Source: docs/model.md section 7.
+For code written for Qwen-VL, and for comparison with it. To read answers, prefer `boxes.parse_boxes`: here only the
+first of several boxes carries its label, and a malformed box raises. Source: docs/model.md section 7.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _CHAT_CONTROLS = frozenset(token for token in SPECIAL_TOKENS if token.startswith
 
 
 def from_list_format(parts: Iterable[Mapping[str, Any]]) -> str:
-    """A text with tags from parts `{"image": path}`, `{"text": ...}` or `{"box": [[x1, y1, x2, y2], ...], "ref": ...}`.
+    """Text with tags from parts `{"image": path}`, `{"text": ...}` or `{"box": [[x1, y1, x2, y2], ...], "ref": ...}`.
 
-    Pictures are numbered from 1 in this call. Of several keys in one part, image comes before text before box.
+    Images are numbered from 1 in each call. Of several keys in one part, image takes precedence over text over box.
     """
     text, images = "", 0
     for part in parts:
@@ -36,17 +36,17 @@ def from_list_format(parts: Iterable[Mapping[str, Any]]) -> str:
             text += f"<ref>{part['ref']}</ref>" if "ref" in part else ""
             text += "".join(f"<box>{box_text(box)}</box>" for box in part["box"])
         else:
-            raise PromptError(f"part {dict(part)!r:.80} cannot be written; expected a key 'image', 'text' or 'box'")
+            raise PromptError(f"part {dict(part)!r:.80} has no known key; expected 'image', 'text' or 'box'")
     return text
 
 
 def image_heading(number: int) -> str:
-    """What the model was taught to see before an image; no space after the colon, as `from_list_format` writes it."""
+    """The text before an image, as in training; no space after the colon, as in the original's `from_list_format`."""
     return f"Picture {number}:"
 
 
 def whole_numbers(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """The four coordinates of a box, cut to whole numbers as `%d` would."""
+    """The four coordinates of a box, truncated to whole numbers as by `%d`. Raises `PromptError`."""
     try:
         x1, y1, x2, y2 = map(math.trunc, box)
     except (TypeError, ValueError, OverflowError):
@@ -55,13 +55,13 @@ def whole_numbers(box: Sequence[float]) -> tuple[int, int, int, int]:
 
 
 def box_text(box: Sequence[float]) -> str:
-    """What stands between `<box>` and `</box>`."""
+    """The text between `<box>` and `</box>`."""
     x1, y1, x2, y2 = whole_numbers(box)
     return f"({x1},{y1}),({x2},{y2})"
 
 
 def to_list_format(text: str) -> list[dict[str, str]]:
-    """The parts of a text with tags: each closed img, ref, box and quad with its content, and the text between.
+    """Split text with tags into parts: the content of each img, ref, box and quad element, and the text between them.
 
     A start tag pairs with the next end tag of its kind; stray end tags are text. Raises `PromptError` for an unclosed
     start tag and for chat control strings.
@@ -69,7 +69,9 @@ def to_list_format(text: str) -> list[dict[str, str]]:
     rest = unicodedata.normalize("NFC", text)
     for control in _CHAT_CONTROLS:
         if control in rest:
-            raise PromptError(f"the text holds the control string {control}; it has no place in a list of parts")
+            raise PromptError(
+                f"the text contains the control string {control}, which a list of parts cannot hold: remove it"
+            )
     parts: list[dict[str, str]] = []
     while start := _START.search(rest):
         content, end, after = rest[start.end() :].partition(f"</{start[1]}>")
@@ -82,8 +84,8 @@ def to_list_format(text: str) -> list[dict[str, str]]:
 
 
 def fetch_all_box_with_ref(text: str) -> list[dict[str, Any]]:
-    """Each box as `{"box": (x1, y1, x2, y2)}`, with its "ref" if that stands immediately before; strict as `int` is."""
-    found: list[dict[str, Any]] = []
+    """Each box as `{"box": (x1, y1, x2, y2)}`, with "ref" if that immediately precedes it; parsed by `int`."""
+    boxes: list[dict[str, Any]] = []
     parts = to_list_format(text)
     for previous, part in zip([{}, *parts], parts, strict=False):
         if "box" not in part:
@@ -92,14 +94,5 @@ def fetch_all_box_with_ref(text: str) -> list[dict[str, Any]]:
             x1, y1, x2, y2 = (int(number) for number in part["box"].replace("(", "").replace(")", "").split(","))
         except ValueError:
             raise PromptError(f"box {part['box'][:60]!r} cannot be read; expected four whole numbers") from None
-        found.append({"box": (x1, y1, x2, y2)} | ({"ref": previous["ref"].strip()} if "ref" in previous else {}))
-    return found
-
-
-def fetch_latest_picture(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
-    """The path of the last image in the response, else in the newest question that has one; None without any."""
-    for text in (response, *(question for question, _ in reversed(history or ()))):
-        images = [part["image"] for part in to_list_format(text) if "image" in part]
-        if images:
-            return images[-1]
-    return None
+        boxes.append({"box": (x1, y1, x2, y2)} | ({"ref": previous["ref"].strip()} if "ref" in previous else {}))
+    return boxes

@@ -1,4 +1,4 @@
-"""OpenAI-style messages to a conversation: system text, finished turns, and the question that wants an answer."""
+"""Parse OpenAI-style messages into a conversation: system message, finished turns, and the open question."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qvl_runtime.prompt.tokenizer import Allowed, Tokenizer
 
 
 class Turn(NamedTuple):
-    """A question and its answer; None where another question followed without one."""
+    """A question and its answer; None if another question followed instead."""
 
     question: Segment
     answer: Segment | None
@@ -21,7 +21,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, encoded but without the chat format around them."""
+    """Encoded messages in order, without the chat format around them."""
 
     system: Segment | None
     turns: Sequence[Turn]
@@ -29,11 +29,11 @@ class Conversation:
 
     @classmethod
     def from_messages(cls, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Conversation:
-        """Read messages of the roles system (first only), user and assistant; the last one is the user's.
+        """Parse messages of the roles system (first only), user and assistant; the last is the user's.
 
-        Pictures are numbered through the conversation. Text is plain text, but for the grounding tags in the
-        assistant's messages: the model wrote them as special tokens, and history must be what it saw. Raises
-        `PromptError` for another order, role or content.
+        Images are numbered across the conversation. Text is plain text, except for the grounding tags in assistant
+        messages: the model generated them as special tokens, and history must equal what it saw. Raises `PromptError`
+        for any other order, role or content.
         """
         system: Segment | None = None
         turns: list[Turn] = []
@@ -43,7 +43,9 @@ class Conversation:
             role, content, where = _read(message, index)
             if role == "system":
                 if index:
-                    raise PromptError(f"{where} is not the first; a conversation has one system message, at its start")
+                    raise PromptError(
+                        f"{where} is not the first message; expected at most one system message, at the start"
+                    )
                 system = _encode(tokenizer, content, where, "none")
             elif role == "user":
                 if query is not None:
@@ -51,14 +53,14 @@ class Conversation:
                 query = content_segment(tokenizer, content, where, first_image=images + 1)
                 images += len(query.slots)
             elif query is None:
-                raise PromptError(f"{where} does not answer anything; expected a user message before it")
+                raise PromptError(f"{where} follows no question; expected a user message before it")
             else:
                 turns.append(Turn(query, _encode(tokenizer, content, where, "grounding")))
                 query = None
         if query is None:
             raise PromptError("the messages end without a question; expected a user message last")
         if not query.ids:
-            raise PromptError("the last user message is empty: write a question or give an image")
+            raise PromptError("the last user message is empty: add a question or an image")
         return cls(system, turns, query)
 
 

@@ -1,4 +1,4 @@
-"""A stretch of a prompt: token ids, and the places among them where images go."""
+"""A piece of a prompt: token ids, and the positions of images among them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ImageSlot(NamedTuple):
-    """An image that is named but not yet read, so that a turn which the window drops costs no download."""
+    """The position of an image that is not read yet, so that a turn dropped from the window costs no download."""
 
     start: int  # index of the first pad id, counted from the start of the segment
     source: ImageSource
@@ -19,7 +19,7 @@ class ImageSlot(NamedTuple):
 
 @dataclass(slots=True)
 class Segment:
-    """Token ids with their image slots, built up piece by piece; `extend` moves the slots along."""
+    """Token ids with their image slots, built piece by piece; `extend` shifts the slots of what it appends."""
 
     ids: list[int] = field(default_factory=list)
     slots: list[ImageSlot] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Segment:
         return len(self.ids)
 
     def extend(self, *pieces: Segment | Iterable[int]) -> Segment:
-        """Append other segments or bare ids in order; returns itself."""
+        """Append other segments or bare ids in order; returns self."""
         for piece in pieces:
             if isinstance(piece, Segment):
                 base = len(self.ids)

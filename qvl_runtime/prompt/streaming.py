@@ -1,4 +1,4 @@
-"""Text as it comes out of the model, one token at a time: whole characters only, and nothing past a stop string."""
+"""Decode generated tokens one at a time: whole characters only, and nothing past a stop string."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from qvl_runtime.prompt.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """Turns token ids into text deltas that never cut a character.
+    """Decodes token ids to text deltas that never split a character.
 
-    A token may end in the middle of a UTF-8 sequence: its bytes are held back until the rest arrives, and `flush`
-    gives U+FFFD for what never did. The deltas joined are `Tokenizer.decode(ids)`, with three differences that keep a
-    stream from failing half-way: an id without a token (a padding row that the model picked) and each id in `skip`
-    give no text, and `<img>`, closed or not, is shown as it is.
+    If a token ends in the middle of a UTF-8 sequence, its bytes are held back until the rest arrives; `flush` returns
+    U+FFFD for an incomplete one. The joined deltas equal `Tokenizer.decode(ids)`, except where that could fail in
+    mid-stream: an id without a token (a padding row that the model picked) and the ids in `skip` produce no text, and
+    `<img>`, closed or not, is shown verbatim.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip: Collection[int] = ()) -> None:
@@ -25,30 +25,30 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
+        """The text that this token completes; empty while a character is incomplete."""
         if token_id in self._skip or not 0 <= token_id < self._tokenizer.n_vocab:
             return ""
         return self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, else nothing. The decoder starts afresh."""
+        """U+FFFD for an incomplete character at the end, else nothing. Resets the decoder."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
 
 
 class StopResult(NamedTuple):
-    """What may be shown now, and whether a stop string was reached."""
+    """Text that can be shown now, and whether a stop string was reached."""
 
     emit: str
     stopped: bool
 
 
 class StopMatcher:
-    """Cuts a text at the first stop string to be completed, however the text is split into pieces.
+    """Truncates streamed text at the first stop string to complete, however the text is split into pieces.
 
-    A tail that may still grow into a stop string is held back; the stop string itself is never emitted. Of two that
-    are complete at the same character the longer one counts. `matched` is the one found, or None.
+    A tail that may still grow into a stop string is held back; the stop string itself is never emitted. If two
+    complete at the same character, the longer one counts. `matched` is the stop string reached, or None.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -59,13 +59,13 @@ class StopMatcher:
         self.matched: str | None = None
 
     def feed(self, text: str) -> StopResult:
-        """Take the next piece; text after a stop is swallowed."""
+        """Process the next piece of text; text after a stop string is dropped."""
         if self.matched is not None:
             return StopResult("", True)
         pending = self._held + text
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := pending.find(stop)) >= 0]
-        if found:
-            _, start, self.matched = min(found)
+        matches = [(start + len(stop), start, stop) for stop in self._stops if (start := pending.find(stop)) >= 0]
+        if matches:
+            _, start, self.matched = min(matches)
             self._held = ""
             return StopResult(pending[:start], True)
         hold = max((_overlap(pending, stop) for stop in self._stops), default=0)
@@ -73,11 +73,11 @@ class StopMatcher:
         return StopResult(pending[: len(pending) - hold], False)
 
     def flush(self) -> str:
-        """The text still held back, when generation ended for another reason than a stop string."""
+        """The text still held back, for generation that ended without a stop string."""
         rest, self._held = self._held, ""
         return rest
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest tail of `text` that begins `stop` without completing it."""
+    """Length of the longest tail of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,8 +1,7 @@
-"""Qwen's tokenizer: byte-level BPE over `qwen.tiktoken`, with the chat and image tags after the ranks.
+"""Qwen's tokenizer: byte-level BPE over `qwen.tiktoken`, with special tokens for chat, images and boxes.
 
-The vocabulary file may hold any number of ranks R; the special tokens take the ids from R on, in a fixed order. What
-stands between `<img>` and `</img>` becomes `n_queries` pad ids, whatever the image is called.
-Source: docs/model.md section 7.
+The vocabulary file may hold any number of ranks R; the special tokens have the ids from R on, in a fixed order. The
+source between `<img>` and `</img>` becomes `n_queries` pad ids, whatever it is. Source: docs/model.md section 7.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 VOCABULARY_FILE = "qwen.tiktoken"
 
 Allowed = Literal["all", "image_tags", "grounding", "none"]
-"""Which special strings in a text become special tokens; the rest stays plain text."""
+"""Which special strings in a text become special tokens; the others stay plain text."""
 
 GROUNDING_TAGS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 IMAGE_TAGS = (*GROUNDING_TAGS, "<img>", "</img>", "<imgpad>")
@@ -38,7 +37,7 @@ _ALLOWED: Mapping[Allowed, frozenset[str]] = {
     "none": frozenset(),
 }
 
-# How text is cut into words before the merges; the order of the alternatives matters.
+# Splits text into words before the merges; the order of the alternatives matters.
 WORD_PATTERN = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -53,10 +52,10 @@ WORD_PATTERN = "|".join(
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    `ranks` maps the bytes of each token to its id, 0 to R-1; `n_queries` is how many pad ids an image takes. The
-    ids of the special tokens are attributes: `endoftext`, `im_start`, `im_end`, `ref_start`, ... `img_pad`.
+    `ranks` maps the bytes of each token to its id, 0 to R-1; `n_queries` is the number of pad ids per image. The ids
+    of the special tokens are attributes: `endoftext`, `im_start`, `im_end`, `ref_start`, ... `img_pad`.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], n_queries: int = 256) -> None:
@@ -81,14 +80,14 @@ class Tokenizer:
     def from_folder(cls, folder: str | Path, n_queries: int = 256, image_start_id: int | None = None) -> Tokenizer:
         """Read `qwen.tiktoken` from a model folder.
 
-        `image_start_id`, where given, is what the model's configuration says the id of `<img>` is; a vocabulary that
-        puts it elsewhere belongs to another model and raises `CheckpointError`, as a damaged file does.
+        `image_start_id`, if given, is the id of `<img>` in the model's configuration; a vocabulary in which it differs
+        belongs to another model and raises `CheckpointError`, as a damaged file does.
         """
         path = Path(folder) / VOCABULARY_FILE
         tokenizer = cls(read_ranks(path), n_queries)
         if image_start_id is not None and image_start_id != tokenizer.img_start:
             raise CheckpointError(
-                f"{path} holds {tokenizer.n_ranks} ranks, which puts <img> at id {tokenizer.img_start}, but config.json"
+                f"{path} holds {tokenizer.n_ranks} ranks, which makes <img> id {tokenizer.img_start}, but config.json"
                 f" has visual.image_start_id {image_start_id}: take both files from one checkpoint"
             )
         return tokenizer
@@ -96,13 +95,13 @@ class Tokenizer:
     def encode(self, text: str, allowed: Allowed = "all") -> list[int]:
         """Token ids of a text, NFC-normalized; no begin or end token is added.
 
-        An image in the text (where `allowed` honours `<img>`) becomes its span of pad ids; raises `PromptError` for
-        an unclosed `<img>` or a tag inside one.
+        If `allowed` includes `<img>`, an image in the text becomes a span of pad ids. Raises `PromptError` for an
+        unclosed `<img>` or a tag inside one.
         """
         return self.encode_tagged(text, allowed).ids
 
     def encode_tagged(self, text: str, allowed: Allowed = "all") -> Segment:
-        """Like `encode`, and keeps what stands between `<img>` and `</img>`, letter for letter, as image sources."""
+        """Like `encode`, but keeps the verbatim text between `<img>` and `</img>` as image sources."""
         segment, rest, tags = Segment(), text, _ALLOWED[allowed]
         while "<img>" in tags and "<img>" in rest:
             before, _, after = rest.partition("<img>")
@@ -115,33 +114,22 @@ class Tokenizer:
         return segment.extend(self._encode_text(rest, allowed))
 
     def image_span(self, source: ImageSource) -> Segment:
-        """`<img>`, `n_queries` pad ids, `</img>`: the place of one image, n_queries + 2 ids."""
+        """`<img>`, `n_queries` pad ids and `</img>`: the n_queries + 2 ids of one image."""
         ids = [self.img_start, *[self.img_pad] * self.n_queries, self.img_end]
         return Segment(ids, [ImageSlot(1, source)])
 
-    def spell_path(self, path: str) -> list[int]:
-        """The ids that the *original* puts inside an image span: the bytes of the path, then pads up to n_queries.
-
-        Nothing in this package feeds them to the model; they serve to compare with ids made by the original, and
-        `decode` reads them back. Raises `PromptError` for a path of more than n_queries bytes, as the original does.
-        """
-        spelled = unicodedata.normalize("NFC", path).encode("utf-8")
-        if len(spelled) > self.n_queries:
-            raise PromptError(f"{path[:60]!r} has {len(spelled)} bytes; the original spells at most {self.n_queries}")
-        return [*spelled, *[self.img_pad] * (self.n_queries - len(spelled))]
-
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id stands for; an id beyond the vocabulary (a padding row of the model) raises."""
+        """The bytes of one token. Raises `PromptError` for an id past the vocabulary (a padding row of the model)."""
         if not 0 <= token_id < self.n_vocab:
-            raise PromptError(f"token id {token_id} stands for no text; this vocabulary ends at {self.n_vocab - 1}")
+            raise PromptError(f"token id {token_id} has no text; the ids of this vocabulary end at {self.n_vocab - 1}")
         return self._bpe.decode_single_token_bytes(token_id)
 
     def decode(self, ids: Sequence[int], errors: str = "replace", skip_special_tokens: bool = False) -> str:
-        """Text of complete ids; `errors` is that of `bytes.decode`.
+        """The text of a complete list of ids; `errors` is that of `bytes.decode`.
 
-        An image span is written `<img>path</img>`, where the path is the bytes before the first pad: none in spans
-        of ours. `skip_special_tokens` drops every id from `<|endoftext|>` on, padding rows too. Raises `PromptError`
-        for an id without a token or a malformed span. For ids as they come out of the model use `StreamDecoder`.
+        An image span becomes `<img>path</img>`, where the path is the bytes before the first pad; spans of this
+        package have none. `skip_special_tokens` drops every id from `<|endoftext|>` on, padding rows included. Raises
+        `PromptError` for an id without a token or a malformed span. To decode while generating, use `StreamDecoder`.
         """
         text, position = bytearray(), 0
         while position < len(ids):
@@ -153,31 +141,31 @@ class Tokenizer:
                 end = _find(ids, self.img_end, position)
                 if end is None:
                     raise PromptError(f"the image span at index {position - 1} has no </img> (id {self.img_end})")
-                text += self._spelled_path(ids[position:end])
+                text += self._image_path(ids[position:end])
                 position = end
         return text.decode("utf-8", errors)
 
-    def _spelled_path(self, span: Sequence[int]) -> bytes:
+    def _image_path(self, span: Sequence[int]) -> bytes:
         end = _find(span, self.img_pad, 0)
         if end is None or not all(0 <= value < 256 for value in span[:end]):
             raise PromptError(f"an image span starts with ids {list(span[:8])}; expected bytes of a path, then pad ids")
-        spelled = bytes(span[:end])
-        spelled.decode("utf-8")  # raises UnicodeDecodeError whatever `errors` says: half a path names nothing
-        return spelled
+        path = bytes(span[:end])
+        path.decode("utf-8")  # raises UnicodeDecodeError whatever `errors` is: a partial path is useless
+        return path
 
     def _encode_text(self, text: str, allowed: Allowed) -> list[int]:
         normal = unicodedata.normalize("NFC", text)
         try:
             return self._bpe.encode(normal, allowed_special=set(_ALLOWED[allowed]), disallowed_special=())
-        except ValueError as error:  # the word pattern backtracks: a few 100,000 spaces in a row exhaust its stack
+        except ValueError as error:  # the word pattern backtracks: some 100,000 spaces in a row exhaust its stack
             raise PromptError(
-                f"{text[:60]!r}... ({len(text)} characters) cannot be cut into words ({error}): "
+                f"{text[:60]!r}... ({len(text)} characters) cannot be split into words ({error}): "
                 "shorten its longest run of white space"
             ) from error
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read a vocabulary file, lines of `base64(token bytes) rank`; every byte and every rank must be there once."""
+    """Read a vocabulary file, lines of `base64(token bytes) rank` with every byte and every rank exactly once."""
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
@@ -196,10 +184,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if set(ranks.values()) != set(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise CheckpointError(
             f"{path} holds {len(ranks)} tokens; expected all 256 single bytes and the ranks 0 to {len(ranks) - 1}, "
-            "each once: the file is cut or damaged, fetch it again"
+            "each once: the file is truncated or damaged, download it again"
         )
     return ranks
 
 
-def _find(ids: Sequence[int], wanted: int, start: int) -> int | None:
-    return next((index for index in range(start, len(ids)) if ids[index] == wanted), None)
+def _find(ids: Sequence[int], token: int, start: int) -> int | None:
+    return next((index for index in range(start, len(ids)) if ids[index] == token), None)

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvl_runtime.prompt.conversations import Conversation, Said
+from qvl_runtime.prompt.conversations import Conversation, Message
 from qvl_runtime.prompt.listformat import box_text
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ def sample_conversations(count: int) -> list[Conversation]:
         where = f"built-in conversation {number + 1}"
         if number % TEXT_EVERY == TEXT_EVERY - 1:
             text = texts[number // TEXT_EVERY % len(texts)]
-            turns = [Said("user", text["question"]), Said("assistant", text["answer"])]
+            turns = [Message("user", text["question"]), Message("assistant", text["answer"])]
         else:
             turns = _about_an_image(random.Random(number), chinese=number % 2 == 1)
         conversations.append(Conversation(where, tuple(turns)))
     return conversations
 
 
-def _about_an_image(rng: random.Random, chinese: bool) -> list[Said]:
+def _about_an_image(rng: random.Random, chinese: bool) -> list[Message]:
     image, shapes, word, bars = _draw(rng)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)  # five times as fast, and not stored
@@ -88,7 +88,7 @@ def _about_an_image(rng: random.Random, chinese: bool) -> list[Said]:
     turns = []
     for number, task in enumerate(chosen):
         heading = f"Picture 1: <img>{url}</img>\n" if number == 0 else ""
-        turns += [Said("user", heading + tasks[task][chinese]), Said("assistant", tasks[task][2])]
+        turns += [Message("user", heading + tasks[task][chinese]), Message("assistant", tasks[task][2])]
     return turns
 
 

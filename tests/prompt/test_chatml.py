@@ -77,7 +77,7 @@ class TestChat:
     @pytest.mark.parametrize(
         ("messages", "message"),
         [
-            ([assistant("hello"), user("q")], r"message 0 \(assistant\) does not answer anything"),
+            ([assistant("hello"), user("q")], r"message 0 \(assistant\) follows no question"),
             ([user("q"), assistant("a")], "end without a question"),
             ([user("q"), assistant("a"), assistant("b"), user("q")], "message 2"),
             ([user("")], "last user message is empty"),
@@ -116,7 +116,7 @@ class TestChat:
             encoded = base.encode_chat([user("q1"), assistant("a1"), user("q2")])
         assert toy.decode(encoded.token_ids) == "q2"
         assert encoded.dropped_turns == 1
-        assert "no history" in caplog.text
+        assert "nor history" in caplog.text
 
     def test_stop_ids_of_a_plain_prompt(self, toy: Tokenizer, encoder: PromptEncoder) -> None:
         assert encoder.encode("x").stop_ids == {toy.endoftext, toy.im_end, toy.im_start}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qvl_runtime.errors import PromptError
-from qvl_runtime.prompt.conversations import Conversation, Said, conversation_segment, read_conversations
+from qvl_runtime.prompt.conversations import Conversation, Message, conversation_segment, read_conversations
 from qvl_runtime.prompt.images import load_image
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.quantize.sample_conversations import sample_conversations
@@ -35,7 +35,7 @@ def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
     file = write(tmp_path / "data.json", [record(f"Picture 1: <img>a.png</img>\n<img>{url}</img>", "好"), record("hi")])
     first, second = read_conversations(file)
     asked = f"Picture 1: <img>{tmp_path / 'a.png'}</img>\n<img>{url}</img>"
-    assert first.said == (Said("user", asked), Said("assistant", "好"))
+    assert first.messages == (Message("user", asked), Message("assistant", "好"))
     assert "line 2 (record 1)" in first.where and "(record 2)" in second.where
 
 
@@ -49,7 +49,7 @@ def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
         ('[\n\n"a"]', r"line 3 \(record 1\) has str"),
         ('[{"conversations": [{"from": "gpt", "value": "a"}]}]', "expected {'from': 'user' or 'assistant'"),
         ('[{"conversations": [{"from": "user", "value": 1}]}]', "expected {'from'"),
-        ('[{"conversations": [{"from": "user", "value": "a"}]},\n {"conv', r"line 2 \(record 2\) is not JSON"),
+        ('[{"conversations": [{"from": "user", "value": "a"}]},\n {"conv', r"line 2 \(record 2\) is not valid JSON"),
         ('[{"conversations": [{"from": "user", "value": "a"}]}\n {}]', "expected a comma"),
         ('[{"conversations": [{"from": "user", "value": "a"}]}', "expected a comma"),
         ('[\n{"conversations": [{"from": "user", "value": "<img>no.png</img>"}]}]', r"line 2 \(record 1\).*'no.png'"),
@@ -68,7 +68,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_the_segment_is_the_original_fine_tuning_template() -> None:
-    said = (Said("user", "<img>a.png</img>?"), Said("assistant", "<ref>a</ref>"))
+    said = (Message("user", "<img>a.png</img>?"), Message("assistant", "<ref>a</ref>"))
     segment = conversation_segment(TOKENIZER, Conversation("here", said), system="S")
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<img>a.png</img>?<|im_end|>\n"
     assert segment.ids == TOKENIZER.encode(text + "<|im_start|>assistant\n<ref>a</ref><|im_end|>\n")
@@ -78,7 +78,7 @@ def test_the_segment_is_the_original_fine_tuning_template() -> None:
 
 def test_a_broken_tag_names_the_record() -> None:
     with pytest.raises(PromptError, match="record 7: <img>"):
-        conversation_segment(TOKENIZER, Conversation("record 7", (Said("user", "<img>a"),)))
+        conversation_segment(TOKENIZER, Conversation("record 7", (Message("user", "<img>a"),)))
 
 
 def test_built_in_conversations_can_all_be_read_and_do_not_change() -> None:

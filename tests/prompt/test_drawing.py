@@ -101,7 +101,7 @@ def test_chinese_labels_use_a_font_that_has_them(chinese_font: Path) -> None:
 
 def test_without_a_font_the_number_is_drawn_and_said(no_fonts: None) -> None:
     image = Image.new("RGB", (400, 300), "white")
-    with pytest.warns(UserWarning, match="no font here has the glyphs of '狗'.*drawn as '2'.*fonts-noto-cjk"):
+    with pytest.warns(UserWarning, match="no font here has the glyphs '狗'.*drawn as '2'.*fonts-noto-cjk"):
         drawn = draw_boxes(image, [Box("cat", *LEFT), Box("狗", *RIGHT)])
     assert np.array_equal(np.asarray(drawn), np.asarray(draw_boxes(image, [Box("cat", *LEFT), Box("2", *RIGHT)])))
 

@@ -122,8 +122,8 @@ def test_fetches(site: str, path: str) -> None:
         ("/to_ftp", DownloadError, "unknown url type: ftp"),
         ("/declared_huge", ImageError, "1,000,000,000,000 bytes, over the limit"),
         ("/endless", ImageError, "over the limit of 20,971,520"),
-        ("/cut", DownloadError, "broke off after 50"),
-        ("/page", ImageError, "no image"),
+        ("/cut", DownloadError, "closed after 50"),
+        ("/page", ImageError, "not an image"),
     ],
 )
 def test_faults(site: str, path: str, error: type[Exception], message: str) -> None:

