@@ -33,7 +33,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where the suite takes minutes")
 @pytest.mark.timeout(600)
 def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
-    done = python("benchmarks.gpu_suite", "--out", str(tmp_path))
+    done = python("benchmarks.gpu.suite", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     suite: dict[str, Any] = json.loads((tmp_path / "suite.json").read_text())
     parts = suite["parts"]
@@ -116,5 +116,5 @@ def test_the_page() -> None:
 
 
 def test_an_unknown_part_is_refused() -> None:
-    done = python("benchmarks.gpu_suite", "--only", "kernals")
+    done = python("benchmarks.gpu.suite", "--only", "kernals")
     assert done.returncode == 2 and "there is no part 'kernals'; there are bounds, launches" in done.stderr

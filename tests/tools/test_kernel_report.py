@@ -10,11 +10,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from tools.kernel_report import complain, main, page
-from tools.report import sass
-from tools.report.judging import Row
-from tools.report.machines import MACHINES
-from tools.report.tables import decode_step, text
+from tools.kernel_report import sass
+from tools.kernel_report.__main__ import complain, main
+from tools.kernel_report.judge import Row
+from tools.kernel_report.machines import MACHINES
+from tools.kernel_report.tables import decode_step, page, text
 
 pytestmark = pytest.mark.unit
 HERE = find_spec("triton") is not None
@@ -34,9 +34,9 @@ LISTING = """
 
 
 def test_machine_code_is_read() -> None:
-    code = sass.parsed(LISTING)
+    code = sass.parse(LISTING)
     assert len(code.instructions) == 8 and code.loops == [range(1, 6)]
-    assert [sass.classified(line).name for line in code.instructions] == [
+    assert [sass.classify(line).name for line in code.instructions] == [
         "int",
         "ldg",
         "ldg",
@@ -85,7 +85,7 @@ def test_the_worst_fault_gives_the_status(capsys: pytest.CaptureFixture[str]) ->
     assert complain([slow, spilling]) == 2
     assert complain([spilling, broken]) == 1
     said = capsys.readouterr().err
-    assert "int4 qkv, 1 row sm_80 is over the ratio: 0.70, bar 0.6" in said
+    assert "int4 qkv, 1 row sm_80 exceeds the ratio: 0.70, bar 0.6" in said
     assert "loads 50% of its bytes 128 bits at a time, bar 90%" in said
     assert "spills 8 bytes" in said and "x sm_90 does not compile: CompilationError: no" in said
 
@@ -100,7 +100,7 @@ def test_tables() -> None:
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("tools.kernel_report.find_spec", lambda name: None)
+    monkeypatch.setattr("tools.kernel_report.__main__.find_spec", lambda name: None)
     assert main([]) == 4
     assert "make triton" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
 """How the int4 kernels are cut up: a plain function of capability and shape, so that nothing is tuned at start.
 
-`QVL_KERNEL_CONFIGS` may name a JSON file that `tools/tune_kernels.py` wrote on a GPU; what it holds goes first:
+`QVL_KERNEL_CONFIGS` may name a JSON file that `benchmarks/gpu/tune.py` wrote on a GPU; what it holds goes first:
 {"80": {"small_m 4096 12288": [16, 256, 4, 3, 4]}}, by capability, then regime, inputs and outputs.
 """
 

@@ -1,12 +1,12 @@
-"""What the report prints: a table for people, the same in Markdown, and a decode step added up."""
+"""The report's output: a table for a terminal, the same table in Markdown, and the sum of a decode step."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-from tools.report.judging import Row
-from tools.report.machines import MACHINES
+from tools.kernel_report.judge import Row
+from tools.kernel_report.machines import MACHINES
 
 HEAD = [
     "kernel",
@@ -23,11 +23,23 @@ HEAD = [
     "bar",
 ]
 LAYERS = 32
+DECODE_ROWS = (1, 16)  # batch sizes whose decode steps are added up
 HEAD_BYTES = 151936 * 4096 * 2  # the output matrix, dense 16-bit: torch's own product
 REACHED = (0.4, 0.6)  # of their bound is what the best published runtimes reach on these GPUs
 
 
+def page(rows: Sequence[Row]) -> str:
+    """The whole report as Markdown: all kernels, then the decode steps of each GPU."""
+    parts = [markdown(HEAD, map(cells, rows))]
+    for target in dict.fromkeys(row.target for row in rows):
+        for batch in DECODE_ROWS:
+            title = f"### A decode step of {batch} row{'s'[: batch > 1]}, {MACHINES[target].label}"
+            parts += [title, decode_step(rows, target, batch)]
+    return "\n\n".join(parts)
+
+
 def cells(row: Row) -> list[str]:
+    """The table cells of one kernel; three cells where it does not compile."""
     if row.error:
         return [row.kernel, row.target, f"FAILED: {row.error}"]
     return [
@@ -47,7 +59,7 @@ def cells(row: Row) -> list[str]:
 
 
 def text(rows: Iterable[Row]) -> str:
-    """Columns in line, then what each main loop is made of."""
+    """Aligned columns, then the instruction mix of each main loop."""
     rows = list(rows)
     lines = [HEAD, *map(cells, rows)]
     whole = [line for line in lines if len(line) == len(HEAD)]
@@ -62,6 +74,7 @@ def text(rows: Iterable[Row]) -> str:
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
@@ -84,7 +97,7 @@ def decode_step(rows: Iterable[Row], target: str, batch: int) -> str:
     head = HEAD_BYTES / machine.bandwidth * 1e6
     step = bound * LAYERS + head
     low, high = (batch * 1e6 / step * part for part in REACHED)
-    table = markdown(["launch", "a layer", "KB moved", "of these weights, keys, values", "us at the least"], lines)
+    table = markdown(["launch", "a layer", "KB moved", "of these weights, keys, values", "us at least"], lines)
     return (
         f"{table}\n\nBound on a decode step of {batch} row{'s'[: batch > 1]} on {machine.label}: {LAYERS} x {bound:.1f}"
         f" us + {head:.0f} us for the output matrix = {step / 1000:.2f} ms, {batch * 1e6 / step:.0f} tokens/s. At"

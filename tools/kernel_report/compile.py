@@ -1,4 +1,4 @@
-"""From a launch to machine code without a GPU: Triton's wheel brings NVIDIA's assembler and disassembler along."""
+"""Compile a launch to machine code without a GPU: Triton's wheel includes NVIDIA's assembler and disassembler."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-ALIGNED = [["tt.divisibility", 16]]  # without this promise not one load is of 128 bits
+ALIGNED = [["tt.divisibility", 16]]  # without this no load is 128 bits wide
 
 
 @dataclass(frozen=True, slots=True)
-class Machined:
-    """A kernel's machine code and what it occupies."""
+class MachineCode:
+    """A kernel's machine code and the resources it occupies."""
 
     sass: str
     registers: int  # a thread
@@ -39,8 +39,8 @@ class Machined:
     warps: int
 
 
-def compiled(launch: Launch, capability: int) -> Machined:
-    """Compile as the JIT would for these arguments; whatever the compiler raises comes through."""
+def compile_launch(launch: Launch, capability: int) -> MachineCode:
+    """Compile as the JIT would for these arguments; the compiler's exceptions propagate."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -48,16 +48,16 @@ def compiled(launch: Launch, capability: int) -> Machined:
     kernel = launch.kernel
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError("interpreted kernels cannot be compiled: unset TRITON_INTERPRET before triton is imported")
-    signature, constants, attributes = specialised(launch)
+    signature, constants, attributes = specialize(launch)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack, sass = disassembled(made.asm["cubin"])
-    return Machined(sass, registers, stack, made.metadata.shared, made.metadata.num_warps)
+    registers, stack, sass = disassemble(made.asm["cubin"])
+    return MachineCode(sass, registers, stack, made.metadata.shared, made.metadata.num_warps)
 
 
-def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes by Triton's own rules: 1 is a constant, multiples of 16 are promised."""
+def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes by Triton's own rules: 1 is a constant, multiples of 16 are marked."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int], Any] = {}
@@ -83,7 +83,7 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return signature, constants, attributes
 
 
-def disassembled(cubin: bytes) -> tuple[int, int, str]:
+def disassemble(cubin: bytes) -> tuple[int, int, str]:
     """Registers, stack bytes and the text of a binary."""
     import triton
 
@@ -92,12 +92,12 @@ def disassembled(cubin: bytes) -> tuple[int, int, str]:
         file.write(cubin)
         file.flush()
 
-        def tool(name: str, flag: str) -> str:
+        def run_tool(name: str, flag: str) -> str:
             done = subprocess.run([tools / name, flag, file.name], check=True, capture_output=True, text=True)
             return done.stdout
 
-        usage, sass = tool("cuobjdump", "--dump-resource-usage"), tool("nvdisasm", "-c")
+        usage, sass = run_tool("cuobjdump", "--dump-resource-usage"), run_tool("nvdisasm", "-c")
     registers, stack = (re.search(rf"{what}:(\d+)", usage) for what in ("REG", "STACK"))
     if registers is None or stack is None:
-        raise ValueError(f"cuobjdump says nothing of registers and stack: {usage[:200]!r}")
+        raise ValueError(f"cuobjdump reports no registers and stack: {usage[:200]!r}")
     return int(registers[1]), int(stack[1]), sass

@@ -1,4 +1,4 @@
-"""Reading NVIDIA machine code: instructions, loops, which pipe each instruction occupies and what it moves."""
+"""Parse NVIDIA machine code (SASS): instructions, loops, the pipe of each instruction and the bytes it moves."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tools.report.machines import Machine
+from tools.kernel_report.machines import Machine
 
 
 class Class(NamedTuple):
+    """A class of instructions that occupy the same pipe."""
+
     name: str  # as the report shows it
-    pipe: str | None  # what it occupies besides an issue slot
+    pipe: str | None  # occupied besides an issue slot
     stem: re.Pattern[str]
 
 
@@ -45,11 +47,13 @@ WIDTHS = ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8"
 
 
 class Code(NamedTuple):
+    """The instructions of a kernel and the index ranges of its loops."""
+
     instructions: list[str]  # predicates left out
     loops: list[range]  # of indices
 
 
-def parsed(text: str) -> Code:
+def parse(text: str) -> Code:
     """The instructions of a disassembly and its backward branches."""
     code: list[str] = []
     labels: dict[str, int] = {}
@@ -68,7 +72,8 @@ def parsed(text: str) -> Code:
     return Code(code, loops)
 
 
-def classified(instruction: str) -> Class:
+def classify(instruction: str) -> Class:
+    """The first class whose pattern matches the opcode."""
     opcode = instruction.split()[0]
     return next((kind for kind in CLASSES if kind.stem.match(opcode)), OTHER)
 
@@ -83,11 +88,11 @@ def access_bytes(instruction: str) -> int:
 
 def loads(instructions: Iterable[str]) -> list[int]:
     """Bytes a thread, of each load from global memory."""
-    return [access_bytes(text) for text in instructions if classified(text).name == "ldg"]
+    return [access_bytes(text) for text in instructions if classify(text).name == "ldg"]
 
 
 def main_loop(code: Code) -> list[str]:
-    """The innermost loop that loads most from global memory; nothing where there is no loop."""
+    """The innermost loop that loads the most bytes from global memory; empty if there is no loop."""
     inner = [a for a in code.loops if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in code.loops)]
     bodies = [[code.instructions[i] for i in loop] for loop in inner]
     return max(bodies, key=lambda body: (sum(loads(body)), len(body)), default=[])
@@ -97,7 +102,7 @@ def pipe_cycles(machine: Machine, instructions: Iterable[str]) -> dict[str, floa
     """Cycles of a quarter of an SM that each pipe needs for these warp instructions; "issue" is one of the pipes."""
     cycles: defaultdict[str, float] = defaultdict(float)
     for text in instructions:
-        pipe = classified(text).pipe
+        pipe = classify(text).pipe
         cycles["issue"] += 1
         if pipe == "mma":
             cycles["mma"] += machine.mma_cycles  # of an m16n8k16; a wgmma is longer

@@ -1,10 +1,10 @@
-"""Search on this GPU how the int4 kernels are best cut up, and write the file that QVL_KERNEL_CONFIGS names.
+"""Search for the fastest int4 kernel configurations on this GPU and write the file that QVL_KERNEL_CONFIGS names.
 
-    python -m tools.tune_kernels kernels.json           # the published model's linears: minutes, most of them compiling
+    python -m benchmarks.gpu.tune kernels.json      # the published model's linears: minutes, mostly compilation
     QVL_KERNEL_CONFIGS=kernels.json qvl chat ...
 
-Every configuration must give the right numbers before it is timed. What is there already for other GPUs stays in the
-file. Exit status 2: there is no GPU that the kernels run on.
+Every configuration must compute the right numbers before it is timed. Entries of other GPUs already in the file are
+kept. Exit status 2: no GPU here runs the kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qvl_kernels.layouts.gpu import PackedInt4
     from qvl_kernels.triton.linear.configs import Config, Regime
 
-Cost = Callable[["Config"], float | None]  # seconds; None where the GPU has not the shared memory for it
+Cost = Callable[["Config"], float | None]  # seconds; None if the GPU has too little shared memory
 ROWS: dict[Regime, int] = {"small_m": 1, "gemm": 256}  # that each kernel is timed with
 GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and stages to try
     "small_m": ((16,), (128, 256), (4, 8), (2, 3, 4, 5)),
@@ -37,7 +37,7 @@ WRONG = 2**-7  # of the largest output: sixteen roundings of float16
 
 
 def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iterator[Config]:
-    """The built-in configuration, then the others, each with the built-in splits and up to twice as many or half."""
+    """The built-in configuration, then the others, each with half to twice the built-in number of splits."""
     from qvl_kernels.layouts.gpu import TILE
     from qvl_kernels.triton.linear.configs import Config, config
 
@@ -53,15 +53,15 @@ def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iter
 
 
 def fastest(tried: Iterable[Config], cost: Cost) -> tuple[Config, float]:
-    """The first of those that cost least; raises RuntimeError where the GPU runs none of them."""
+    """The configuration with the lowest cost; raises RuntimeError if the GPU runs none of them."""
     costs = [(made, seconds) for made in tried if (seconds := cost(made)) is not None]
     if not costs:
-        raise RuntimeError("no configuration runs on this GPU: each asks for more shared memory than it has")
+        raise RuntimeError("no configuration runs on this GPU: each needs more shared memory than it has")
     return min(costs, key=lambda found: found[1])
 
 
 def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: tuple[int, str]) -> Cost:
-    """What a linear costs, and the reading of its partial sums by the next kernel, through the way a file takes."""
+    """The cost of a linear plus the read of its partial sums by the next kernel, configured as a file would be."""
     from triton.runtime.errors import OutOfResources
 
     from qvl_kernels.layouts.repack import dequantize
@@ -88,7 +88,7 @@ def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: t
 
 
 def search(place: Place) -> tuple[int, dict[str, list[int]]]:
-    """The capability that configurations go by, and the best of each kernel and linear."""
+    """The capability that selects configurations, and the best one of each kernel and linear."""
     from qvl_kernels.triton.launch import capability
     from qvl_kernels.triton.linear import configs
     from qvl_kernels.triton.linear.int4_shapes import DECODER
@@ -98,7 +98,7 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
     for kind, name in product(ROWS, DECODER):
         inputs, outputs = DECODER[name]
         label = f"{kind} {inputs} {outputs}"
-        configs.overrides().pop((here, label), None)  # what a file in use says must not pass for what is built in
+        configs.overrides().pop((here, label), None)  # a file in use must not pass for the built-in configuration
         tried = [*candidates(kind, here, inputs, outputs)]
         weight = random_weight(inputs, outputs, place.device)
         best, seconds = fastest(tried, timed(place, ceiling, kind, weight, (here, label)))
@@ -108,7 +108,7 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
 
 
 def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4:
-    """Of random levels, symmetric, in groups of 128."""
+    """A symmetric weight of random values in groups of 128."""
     from qvl_kernels.layouts.gpu import TILE, PackedInt4
     from qvl_kernels.layouts.interleave import WORDS
 
@@ -118,19 +118,20 @@ def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4
 
 
 def write(path: Path, capability: int, found: dict[str, list[int]]) -> None:
-    """Into the file, beside what it holds of other GPUs."""
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**held, str(capability): found}, indent=1) + "\n", encoding="utf-8")
+    """Write the configurations of one capability into the file and keep those of other GPUs."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**entries, str(capability): found}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the search; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the JSON file to write")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(
-            "error: tune_kernels times kernels on a GPU, and torch finds none here; without one `make kernel-report`"
-            " says what the built-in configurations cost",
+            "error: the tuner times kernels on a GPU, and torch finds none here; without one, `make kernel-report`"
+            " shows what the built-in configurations cost",
             file=sys.stderr,
         )
         return 2
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UnsupportedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write(asked.file, *search(place))
+    write(options.file, *search(place))
     return 0
 
 

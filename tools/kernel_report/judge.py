@@ -1,4 +1,4 @@
-"""A kernel on a machine: what its code holds, the least time it can take, and whether that meets its bars.
+"""Judge a kernel on a GPU: its instruction counts, the lower bounds on its time, and whether it meets its bars.
 
 Three lower bounds on the time of a launch: memory (bytes_moved over the published bandwidth), issue slots (all warp
 instructions over four a clock and SM) and the busiest execution pipe. They are necessary, not sufficient: latency,
@@ -14,23 +14,25 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qvl_kernels.triton.launch import Spec
-from tools.report import sass
-from tools.report.compiling import Machined, compiled
-from tools.report.machines import MACHINES, Machine
+from tools.kernel_report import sass
+from tools.kernel_report.compile import MachineCode, compile_launch
+from tools.kernel_report.machines import MACHINES, Machine
 
 
 class Fault(NamedTuple):
+    """A reason why a kernel fails the report."""
+
     status: int  # of the report's exit: 1 does not compile, 2 spills, 3 misses a bar
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All that is known of one kernel on one target; sizes in bytes, times in microseconds."""
+    """Everything the report knows about one kernel on one target; sizes in bytes, times in microseconds."""
 
     kernel: str
     target: str
-    error: str = ""  # the compiler's; nothing else is known then
+    error: str = ""  # the compiler's message; the other fields are then unset
     registers: int = 0
     spilled: int = 0  # a thread
     shared: int = 0  # a program
@@ -56,37 +58,37 @@ class Row:
 
     @property
     def bound_us(self) -> float:
-        """The least time that the model allows one launch."""
+        """The lower bound on the time of one launch, in microseconds."""
         return max(self.memory_us, self.issue_us, self.pipe_us)
 
     @property
     def faults(self) -> list[Fault]:
-        """What keeps the kernel from passing."""
+        """Why the kernel fails; empty if it passes."""
         if self.error:
             return [Fault(1, f"does not compile: {self.error}")]
-        found = []
+        faults = []
         if self.spilled:
-            found.append(Fault(2, f"spills {self.spilled} bytes of registers a thread"))
+            faults.append(Fault(2, f"spills {self.spilled} bytes of registers a thread"))
         if self.max_ratio is not None and self.ratio > self.max_ratio:
-            found.append(Fault(3, f"is over the ratio: {self.ratio:.2f}, bar {self.max_ratio}"))
+            faults.append(Fault(3, f"exceeds the ratio: {self.ratio:.2f}, bar {self.max_ratio}"))
         if self.wide < self.min_wide:
-            found.append(Fault(3, f"loads {self.wide:.0%} of its bytes 128 bits at a time, bar {self.min_wide:.0%}"))
-        return found
+            faults.append(Fault(3, f"loads {self.wide:.0%} of its bytes 128 bits at a time, bar {self.min_wide:.0%}"))
+        return faults
 
 
-def judged(spec: Spec, target: str) -> tuple[Row, str]:
-    """The row of a kernel on a target, and its disassembly."""
+def judge(spec: Spec, target: str) -> tuple[Row, str]:
+    """Compile a kernel for a target; returns its row and its disassembly."""
     machine = MACHINES[target]
     try:
-        code = compiled(spec.launch, machine.capability)
-    except Exception as fault:  # the compiler raises many kinds; all of them are this row's answer
+        code = compile_launch(spec.launch, machine.capability)
+    except Exception as fault:  # the compiler raises many kinds; each becomes the row's error
         lines = str(fault).strip().splitlines() or [""]
         return Row(spec.name, target, error=f"{type(fault).__name__}: {lines[-1][:200]}"), ""
     return _row(spec, target, machine, code), code.sass
 
 
-def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
-    text = sass.parsed(code.sass)
+def _row(spec: Spec, target: str, machine: Machine, code: MachineCode) -> Row:
+    text = sass.parse(code.sass)
     loop = sass.main_loop(text)
     loaded = sass.loads(loop or text.instructions)
     resident, limit = machine.occupancy(code.registers, code.shared, code.warps)
@@ -94,7 +96,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
     issue = pipes.pop("issue")
     pipe = max(pipes, key=lambda name: pipes[name])
     memory = spec.bytes_moved / machine.bandwidth
-    classes = [sass.classified(line).name for line in text.instructions]
+    classes = [sass.classify(line).name for line in text.instructions]
     return Row(
         kernel=spec.name,
         target=target,
@@ -106,7 +108,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
         limit=limit,
         instructions=len(text.instructions),
         loop=len(loop),
-        mix=dict(Counter(sass.classified(line).name for line in loop or text.instructions).most_common()),
+        mix=dict(Counter(sass.classify(line).name for line in loop or text.instructions).most_common()),
         widest=8 * max(loaded, default=0),
         wide=sum(n for n in loaded if n == 16) / max(sum(loaded), 1),
         bytes_moved=spec.bytes_moved,
@@ -124,7 +126,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: Machined) -> Row:
 
 
 def _pipe_times(spec: Spec, machine: Machine, instructions: list[str], loop: list[str], warps: int) -> dict[str, float]:
-    """Seconds that each pipe needs for one launch; what lies outside the main loop counts once a warp."""
+    """Seconds that each pipe needs for one launch; instructions outside the main loop count once per warp."""
     programs = math.prod(spec.launch.grid)
     once, each = sass.pipe_cycles(machine, instructions), sass.pipe_cycles(machine, loop)
     loop_bytes = sum(sass.loads(loop)) * 32 * warps

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.place import Place
-from tools.tune_kernels import candidates, fastest, main, random_weight, timed, write
+from benchmarks.gpu.tune import candidates, fastest, main, random_weight, timed, write
 
 pytestmark = pytest.mark.unit
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make triton`")
@@ -68,7 +68,7 @@ def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind, count", [("small_m", 3), ("gemm", 2)])
 def test_costs_are_taken_of_right_numbers_only(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.tune_kernels.ROWS", {"small_m": 2, "gemm": 20})
+    monkeypatch.setattr("benchmarks.gpu.tune.ROWS", {"small_m": 2, "gemm": 20})
     weight, key = random_weight(256, 256, CPU.device), (80, f"{kind} 256 256")
     cost = timed(CPU, 1e9, kind, weight, key)  # type: ignore[arg-type]
     for made in islice(candidates(kind, 80, 256, 256), count):  # type: ignore[arg-type]

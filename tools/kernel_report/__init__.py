@@ -1,0 +1,1 @@
+"""Compile the Triton kernels on a machine without a GPU and judge their machine code."""
