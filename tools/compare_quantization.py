@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from qvl_runtime import Engine
-from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
+from qvl_runtime.quantize.options import QuantizeOptions
+from qvl_runtime.quantize.quantizer import Quantizer
 from tools.eval_nano import PACKAGE, ask
 from tools.nano.conversations import write_conversations
 from tools.nano.dialogue import turns

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qvl_runtime.quantize.block import LinearError, Method
-    from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
+    from qvl_runtime.quantize.options import QuantizeOptions
+    from qvl_runtime.quantize.quantizer import Quantizer
     from qvl_runtime.quantize.solver import Order
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -63,7 +64,7 @@ class QuantizationOptions:
 
     def resolve(self) -> QuantizeOptions:
         """The library's options. Raises `ConfigError` for a value out of range."""
-        from qvl_runtime.quantize.quantizer import QuantizeOptions
+        from qvl_runtime.quantize.options import QuantizeOptions
 
         return QuantizeOptions(
             method=cast("Method", self.method),

@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
+from qvl_runtime.quantize.options import QuantizeOptions
+from qvl_runtime.quantize.quantizer import Quantizer
 
 FEW = QuantizeOptions(samples=8, group_size=32)
 

@@ -18,7 +18,8 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import PromptError
 from qvl_runtime.quantize import quantizer as quantize
 from qvl_runtime.quantize.calibration import _cut
-from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
+from qvl_runtime.quantize.options import QuantizeOptions
+from qvl_runtime.quantize.quantizer import Quantizer
 from qvl_runtime.weights.checkpoint import load_state
 from tests.gptq_checkpoints import quantize_state
 from tests.quantize.quantized import FEW, digest, run

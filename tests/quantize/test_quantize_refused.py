@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qvl_runtime.errors import CapacityError, CheckpointError, ConfigError
-from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
+from qvl_runtime.quantize.options import QuantizeOptions
+from qvl_runtime.quantize.quantizer import Quantizer
 from tests.quantize.quantized import FEW
 
 pytestmark = pytest.mark.cpu

@@ -64,6 +64,14 @@ def test_packed_linears_come_through_one_door(
         assert not [name for name in weights.state if name.endswith(tuple(f".{kind}" for kind in GPTQ_TENSORS[:4]))]
 
 
+def test_linears_are_packed_on_their_device(int4: Path) -> None:
+    config = ModelConfig.from_folder(int4)
+    weights = load_weights(int4, config, torch.float16, torch.device("meta"))
+    assert set(weights.packed) == {name for name, _ in decoder_groups(config)}
+    tensors = [tensor for packed in weights.packed.values() for tensor in packed.tensors.values()]
+    assert {tensor.device.type for tensor in [*tensors, *weights.state.values()]} == {"meta"}
+
+
 def test_dense_weights_are_merged_for_a_gpu_only(raw: dict[str, Any], make_state: MakeState, write: Write) -> None:
     config = ModelConfig.from_dict(raw)
     folder = write(raw, make_state(config))

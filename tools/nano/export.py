@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.quantize.quantizer import QuantizeOptions, Quantizer
+from qvl_runtime.quantize.options import QuantizeOptions
+from qvl_runtime.quantize.quantizer import Quantizer
 from qvl_runtime.weights.save import save_checkpoint
 
 from .conversations import write_conversations
