@@ -1,8 +1,8 @@
-"""qvl_runtime: a slim runtime for Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4.
+"""A self-contained inference runtime for Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4.
 
     from qvl_runtime import Engine, SamplingParams
 
-The names below are loaded when they are first used, so that importing the package costs next to nothing.
+The names below are loaded on first use, so that importing the package costs next to nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "AsyncEngine": "qvl_runtime.engine.async_engine",
     "Engine": "qvl_runtime.engine.engine",
     "Score": "qvl_runtime.engine.engine",
@@ -35,13 +35,13 @@ _HOMES = {
     "StreamPiece": "qvl_runtime.schedule.api",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [*sorted(_MODULES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,39 +1,39 @@
-"""What can go wrong, by name. Every message says what was found, what was wanted and the way out.
+"""Exceptions. Each message says what was found, what was expected, and how to fix it.
 
-All errors that a user can cause or mend derive from `QVLError`, so that a program can catch one class and the command
-line can print one line. Most are also `ValueError`, which is what they are.
+All errors that a user can cause or fix derive from `QVLError`, so that a program can catch one class and the command
+line can print one line. Most are `ValueError`s, too.
 """
 
 from __future__ import annotations
 
 
 class QVLError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
 
 class ConfigError(QVLError, ValueError):
-    """A configuration file or an option asks for something that does not exist or is not supported."""
+    """A configuration file or an option has a value that does not exist or is not supported."""
 
 
 class CheckpointError(QVLError, ValueError):
-    """A checkpoint is missing, incomplete, damaged or does not fit its configuration."""
+    """A checkpoint is missing, incomplete or damaged, or does not match its configuration."""
 
 
 class DownloadError(QVLError):
-    """A hub or an http(s) address could not be read, or reading it was not allowed."""
+    """A hub or an http(s) URL could not be read, or reading it was not allowed."""
 
 
 class PromptError(QVLError, ValueError):
-    """A prompt, a message list or a box string cannot be understood."""
+    """A prompt, a message list or a box string is malformed."""
 
 
 class ImageError(QVLError, ValueError):
-    """An image cannot be read, or is over a limit on bytes, pixels or time."""
+    """An image cannot be read, or exceeds a limit on bytes, pixels or time."""
 
 
 class SamplingError(QVLError, ValueError):
-    """A sampling parameter is out of its range."""
+    """A sampling parameter is out of range."""
 
 
 class CapacityError(QVLError, ValueError):
-    """A request is longer than the context, or needs more memory than there is."""
+    """A request is longer than the context, or needs more memory than is available."""

@@ -1,4 +1,4 @@
-"""An engine without a model, and `qvl` around it: it answers by rule, at a speed that is asked for."""
+"""A fake engine that answers by rule, at a given speed, and helpers to run `qvl` with it."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ BOXED = "<ref>dog</ref><box>(100,200),(300,400)</box>"
 
 
 class FakeEngine:
-    """Repeats what it was asked, word by word; `Box …` is answered with one box. Keeps what it was given."""
+    """Echoes the prompt, word by word; answers `Box …` with one box. Records its calls."""
 
     def __init__(self, pause_s: float = 0.0, words: int | None = None) -> None:
         self.pause_s = pause_s
-        self.words = words  # this many words whatever was asked; None: an echo
-        self.asked: list[tuple[Any, SamplingParams]] = []
+        self.words = words  # this many words whatever the prompt; None: an echo
+        self.calls: list[tuple[Any, SamplingParams]] = []
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, *, stream: bool = False
     ) -> Iterator[StreamPiece]:
         assert stream, "the command line streams"
-        self.asked.append((list(messages), params))
+        self.calls.append((list(messages), params))
         content = messages[-1]["content"]
         images = [part["image"] for part in content if part["type"] == "image"]
         return self._answer(content[-1]["text"], images)
 
     def stream(self, prompt: Any, params: SamplingParams) -> Iterator[StreamPiece]:
-        self.asked.append((prompt, params))
+        self.calls.append((prompt, params))
         return self._answer(str(prompt), [])
 
     def defaults_note(self, params: SamplingParams) -> str | None:
@@ -67,9 +67,9 @@ class FakeEngine:
             "memory": {"weights": 3 * 2**20, "kv_reserved": 512},
         }
 
-    def _answer(self, asked: str, images: list[str]) -> Iterator[StreamPiece]:
+    def _answer(self, prompt: str, images: list[str]) -> Iterator[StreamPiece]:
         loaded = tuple(_read(image) for image in images)
-        text = BOXED if asked.startswith("Box") else f"you said {asked}"
+        text = BOXED if prompt.startswith("Box") else f"you said {prompt}"
         pieces = [text] if self.words is None else [f"word{i} " for i in range(self.words)]
         for piece in pieces:
             time.sleep(self.pause_s)
@@ -106,7 +106,7 @@ def qvl(*arguments: str, stdin: str | None = None) -> Result:
 
 
 def start(arguments: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
-    """`qvl` as a process, on a fake engine that is made with these arguments."""
+    """`qvl` as a process, with a fake engine made with these arguments."""
     script = SCRIPT.format(arguments=arguments)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", script, *argv], text=True, **(pipes | options))

@@ -54,6 +54,7 @@ class LogLines(logging.Handler):
     """Prints the library's log records to standard error, as `warning: …`."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
         say(f"{record.levelname.lower()}: {record.getMessage()}")
 
 

@@ -1,4 +1,4 @@
-"""What the process itself costs beside a model: its memory, and the memory bandwidth of this CPU."""
+"""Measure the memory of the process without its model, and the memory bandwidth of this CPU."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ READ_SECONDS = 0.25
 
 
 def process_bytes(folder: Path, dtype: str = "auto", synthetic: str | None = None) -> int:
-    """Bytes that a process holds in addition to a folder's model once it has run; 0 where the OS does not report it.
+    """Bytes that a process holds in addition to a folder's model once it has run; 0 if the OS does not report it.
 
     Measured by running a checkpoint that ships with the package once and releasing it. Importing torch alone shows
     30 of 250 MiB less, because code pages are read in when they are first called. The small checkpoint runs in the
-    model's dtype, since float32 calls other GEMMs; its Int4 version runs where packed weights are repacked at load,
+    model's dtype, since float32 calls other GEMMs; its Int4 version runs if packed weights are repacked at load,
     which calls 8 MiB of torch code that nothing else does. Code generated for the shapes of the small model is
     subtracted, as every model has its own. The folder's tokenizer counts: the published one takes 59 MiB.
 

@@ -1,4 +1,4 @@
-"""Bad input, as a user meets it at the command line: one line that names the fault and the way out, and exit code 2."""
+"""Bad input on the command line: one line that names the problem and the fix, and exit code 2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpu
 
 
 def error_of(*arguments: object) -> str:
-    """What `qvl generate` says: one line on standard error, nothing on standard output, exit code 2."""
+    """The error of `qvl generate`: one line on standard error, nothing on standard output, exit code 2."""
     result = CliRunner().invoke(app, ["generate", "--quiet", *map(str, arguments)], env={"NO_COLOR": "1"})
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -30,7 +30,7 @@ def error_of(*arguments: object) -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the shipped checkpoint, to be spoiled."""
+    """A copy of the shipped checkpoint, to damage."""
     return Path(shutil.copytree(NANO, tmp_path / "model"))
 
 
@@ -38,31 +38,31 @@ def test_truncated_weights(copy: Path) -> None:
     weights = copy / "model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size - 1000)
-    said = error_of("Hello", "--model", copy)
-    assert "model.safetensors" in said and "truncated" in said
+    message = error_of("Hello", "--model", copy)
+    assert "model.safetensors" in message and "truncated" in message
 
 
 def test_missing_shard(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    said = error_of("Hello", "--model", copy)
-    assert "model-00002-of-00002.safetensors" in said and "fetch" in said
+    message = error_of("Hello", "--model", copy)
+    assert "model-00002-of-00002.safetensors" in message and "fetch" in message
 
 
 def test_unknown_architecture(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config |= {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"}
     (copy / "config.json").write_text(json.dumps(config))
-    said = error_of("Hello", "--model", copy)
-    assert "qwen2_vl" in said and "Qwen-VL-Chat-Int4" in said
+    message = error_of("Hello", "--model", copy)
+    assert "qwen2_vl" in message and "Qwen-VL-Chat-Int4" in message
 
 
 def test_misshapen_weight(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
-    said = error_of("Hello", "--model", copy)
-    assert "transformer.h.0.mlp.w1.weight" in said and "expected (256, 256)" in said
+    message = error_of("Hello", "--model", copy)
+    assert "transformer.h.0.mlp.w1.weight" in message and "expected (256, 256)" in message
 
 
 def test_no_such_model() -> None:
@@ -84,8 +84,8 @@ def test_enormous_image(tmp_path: Path) -> None:
     empty = b"IDAT" + zlib.compress(b"")
     chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, empty, b"IEND"))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
-    said = error_of("What is this?", "--image", path)
-    assert "enormous.png" in said and "over the limit of 40,000,000 pixels with 400,000,000" in said
+    message = error_of("What is this?", "--image", path)
+    assert "enormous.png" in message and "over the limit of 40,000,000 pixels with 400,000,000" in message
 
 
 def test_empty_prompt() -> None:
@@ -94,25 +94,25 @@ def test_empty_prompt() -> None:
 
 
 def test_unclosed_image_tag() -> None:
-    said = error_of("<img>cat.jpg What is this?", "--raw")
-    assert "<img>" in said and "</img>" in said
+    message = error_of("<img>cat.jpg What is this?", "--raw")
+    assert "<img>" in message and "</img>" in message
 
 
 def test_prompt_longer_than_the_context() -> None:
-    said = error_of("word " * 10_000)
-    assert "8192" in said and "tokens" in said
+    message = error_of("word " * 10_000)
+    assert "8192" in message and "tokens" in message
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "wanted"),
+    ("option", "value", "expected"),
     [("--max-tokens", 0, "at least 1"), ("--temperature", -1, "0 (greedy) or more"), ("--top-p", 2, "at most 1")],
 )
-def test_sampling_out_of_range(option: str, value: float, wanted: str) -> None:
-    said = error_of("Hello", option, value)
-    assert str(value) in said and wanted in said
+def test_sampling_out_of_range(option: str, value: float, expected: str) -> None:
+    message = error_of("Hello", option, value)
+    assert str(value) in message and expected in message
 
 
 def test_kernels_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QVL_KERNELS", "refernce")
-    said = error_of("Hello")
-    assert "'refernce'" in said and "expected 'reference'" in said
+    message = error_of("Hello")
+    assert "'refernce'" in message and "expected 'reference'" in message

@@ -1,4 +1,4 @@
-"""`qvl batch`: order, errors as lines, going on after a stop."""
+"""`qvl batch`: order, errors as lines, resuming after an interruption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Eight records: long and short, with and without images, one that is no JSON and two that are refused."""
+    """Eight records: long and short, with and without images, one that is not JSON and two that are invalid."""
     image = str(make_image(tmp_path / "dog.png"))
     records: list[Any] = [
         {"id": "long", "prompt": "Describe it", "images": [image], "params": {"max_tokens": 40, "ignore_eos": True}},
@@ -51,19 +51,19 @@ def answers(path: Path) -> list[dict[str, Any]]:
 def test_answers_come_in_order_and_errors_are_lines(engine: Engine, source: Path) -> None:
     target = source.with_name("out.jsonl")
     *_, last = run_batch(engine, source, target, PARAMS)
-    said = answers(target)
-    assert [line["index"] for line in said] == list(range(8))
-    assert [line["id"] for line in said] == ["long", "short", None, "gone", None, 7, "odd", "last"]
-    assert [i for i, line in enumerate(said) if "error" in line] == [2, 3, 6]
-    assert "no/such.png" in said[3]["error"] and "max_tokns" in said[6]["error"]
+    lines = answers(target)
+    assert [line["index"] for line in lines] == list(range(8))
+    assert [line["id"] for line in lines] == ["long", "short", None, "gone", None, 7, "odd", "last"]
+    assert [i for i, line in enumerate(lines) if "error" in line] == [2, 3, 6]
+    assert "no/such.png" in lines[3]["error"] and "max_tokns" in lines[6]["error"]
     assert (last.done, last.errors) == (8, 3)
-    assert (said[0]["usage"]["completion_tokens"], said[1]["usage"]["completion_tokens"]) == (40, 1)
-    assert len(said[5]["alternatives"]) == 1
+    assert (lines[0]["usage"]["completion_tokens"], lines[1]["usage"]["completion_tokens"]) == (40, 1)
+    assert len(lines[5]["alternatives"]) == 1
     greeting = engine.chat([{"role": "user", "content": "Hello!"}], PARAMS)
-    assert said[4]["text"] == greeting.text
+    assert lines[4]["text"] == greeting.text
 
 
-def test_a_stopped_run_goes_on_where_it_was(engine: Engine, source: Path) -> None:
+def test_an_interrupted_run_resumes(engine: Engine, source: Path) -> None:
     whole, target = source.with_name("whole.jsonl"), source.with_name("out.jsonl")
     list(run_batch(engine, source, whole, PARAMS))
     for stop in (1, 3, 6):
@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_where_it_was(engine: Engine, source: Path) -> Non
     assert pool.available == pool.num_blocks
 
 
-def test_answers_to_something_else_are_not_touched(engine: Engine, source: Path) -> None:
+def test_answers_to_other_requests_are_left_unchanged(engine: Engine, source: Path) -> None:
     target = source.with_name("other.jsonl")
     target.write_text('{"index": 0, "id": "another", "text": ""}\n')
     with pytest.raises(PromptError, match=r"line 1 of .*other\.jsonl does not answer .*in\.jsonl"):
@@ -107,7 +107,7 @@ def test_the_command(engine: Engine, source: Path, monkeypatch: pytest.MonkeyPat
     assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
 
 
-def test_what_is_no_file_of_answers_is_left_as_it_is(tmp_path: Path) -> None:
+def test_a_file_without_answers_is_left_unchanged(tmp_path: Path) -> None:
     requests = tmp_path / "in.jsonl"
     requests.write_text('{"prompt": "Hello!"}')  # no newline at its end
     with pytest.raises(PromptError, match="holds the requests"):

@@ -1,4 +1,4 @@
-"""`qvl chat` around a fake engine: through a pipe, and at a terminal of its own."""
+"""`qvl chat` with a fake engine, through a pipe and at a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def test_chat_through_a_pipe(engine: FakeEngine, image: str, tmp_path: Path) -> 
     assert result.exit_code == 0
     assert result.stdout == f"you said Hello\n{BOXED}\nyou said And now?\nyou said /etc\n"
     assert out.stat().st_size > 0
-    histories = [[message["role"] for message in messages] for messages, _ in engine.asked]
+    histories = [[message["role"] for message in messages] for messages, _ in engine.calls]
     assert histories == [
         ["system", "user"],
         ["system", "user", "assistant", "user"],
         ["system", "user", "assistant", "user", "assistant", "user"],
         ["system", "user"],
     ]
-    assert engine.asked[2][0][3] == {
+    assert engine.calls[2][0][3] == {
         "role": "user",
         "content": [{"type": "image", "image": image}, {"type": "text", "text": "Box the dog"}],
     }
-    assert engine.asked[2][0][4] == {"role": "assistant", "content": BOXED}
+    assert engine.calls[2][0][4] == {"role": "assistant", "content": BOXED}
 
 
 def test_chat_ends_with_its_input_and_shows_images_given_up_front(engine: FakeEngine, image: str) -> None:
     assert qvl("chat", "--image", image, stdin="Look").exit_code == 0
-    assert engine.asked[0][0][0]["content"][0] == {"type": "image", "image": image}
+    assert engine.calls[0][0][0]["content"][0] == {"type": "image", "image": image}
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("/image", "error: /image needs a file or a URL"),
         ("/image no/such.png", "error: file no/such.png does not exist"),
@@ -68,11 +68,11 @@ def test_chat_ends_with_its_input_and_shows_images_given_up_front(engine: FakeEn
         ("/imgae x", "error: unknown command /imgae; /help lists them"),
     ],
 )
-def test_chat_through_a_pipe_stops_at_an_error(engine: FakeEngine, line: str, said: str) -> None:
+def test_chat_through_a_pipe_stops_at_an_error(engine: FakeEngine, line: str, message: str) -> None:
     result = qvl("chat", stdin=f"{line}\nHello\n")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert result.stderr.splitlines()[-1].startswith(said)
+    assert result.stderr.splitlines()[-1].startswith(message)
 
 
 def test_chat_ctrl_c_through_a_pipe_ends_with_130() -> None:

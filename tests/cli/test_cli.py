@@ -1,4 +1,4 @@
-"""The command line around a fake engine, and where it matters as a process of its own."""
+"""The command line with a fake engine, in process and as a separate process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_help_explains_every_option(command: str) -> None:
     assert "Usage:" in result.stdout
     options = [line for line in result.stdout.splitlines() if "│ --" in line]
     assert options
-    assert all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without a word of help"
+    assert all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without help"
 
 
 def test_generate_streams_the_answer_and_nothing_else_to_stdout(engine: FakeEngine) -> None:
@@ -57,7 +57,7 @@ def test_quiet_keeps_notes_to_itself(engine: FakeEngine) -> None:
 def test_images_come_before_the_text_in_order(engine: FakeEngine, image: str, tmp_path: Path) -> None:
     other = str(make_image(tmp_path / "cat.png"))
     assert qvl("generate", "Compare", "--image", image, "-i", other, "--system", "Be brief.").exit_code == 0
-    ((messages, _),) = engine.asked
+    ((messages, _),) = engine.calls
     assert messages == [
         {"role": "system", "content": "Be brief."},
         {
@@ -75,9 +75,9 @@ def test_sampling_options_reach_the_engine_and_absent_ones_stay_unset(engine: Fa
     flags = "--max-tokens=7 --temperature=0.5 --top-p=0.9 --top-k=3 --seed=11 --stop=END --stop=STOP"
     assert qvl("generate", "x", *flags.split()).exit_code == 0
     assert qvl("generate", "x").exit_code == 0
-    given, absent = (params for _, params in engine.asked)
-    assert (given.max_tokens, given.temperature, given.top_p, given.top_k, given.seed) == (7, 0.5, 0.9, 3, 11)
-    assert given.stop == ("END", "STOP")
+    chosen, absent = (params for _, params in engine.calls)
+    assert (chosen.max_tokens, chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed) == (7, 0.5, 0.9, 3, 11)
+    assert chosen.stop == ("END", "STOP")
     assert (absent.max_tokens, absent.temperature, absent.top_p, absent.top_k, absent.seed) == (None,) * 5
 
 
@@ -85,7 +85,7 @@ def test_raw_hands_the_string_over_with_its_tags(engine: FakeEngine, image: str)
     tagged = f"<img>{image}</img>Describe:"
     assert qvl("generate", tagged, "--raw").exit_code == 0
     assert qvl("generate", "Describe:", "--raw", "--image", image).exit_code == 0
-    assert [prompt for prompt, _ in engine.asked] == [tagged, [{"image": image}, {"text": "Describe:"}]]
+    assert [prompt for prompt, _ in engine.calls] == [tagged, [{"image": image}, {"text": "Describe:"}]]
 
 
 def test_prompt_from_standard_input(engine: FakeEngine) -> None:
@@ -127,7 +127,7 @@ def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["generate", "x", "--image", "no/such.png"], "error: image no/such.png does not exist; give the path"),
         (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0; expected 0 (greedy) or more"),
@@ -140,13 +140,13 @@ def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image
         (["info", "--model", "a/b"], "error: 'a/b' is neither a folder nor in the local cache"),
     ],
 )
-def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str], said: str) -> None:
+def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str], message: str) -> None:
     result = qvl(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     error = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
     assert len(error) == 1
-    assert error[0].startswith(said)
+    assert error[0].startswith(message)
 
 
 def test_a_broken_image_is_one_line(engine: FakeEngine, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_wrong_flag_names_it_and_the_way_to_the_help() -> None:
     assert "--tempreature" in result.stderr and "--help" in result.stderr
 
 
-def test_a_fault_of_the_program_is_one_line_unless_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_one_line_unless_debug(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: ModelOptions) -> None:
         raise RuntimeError("shapes differ:\n[1] and [2]")
 
@@ -174,7 +174,7 @@ def test_a_fault_of_the_program_is_one_line_unless_debug(monkeypatch: pytest.Mon
     assert isinstance(qvl("generate", "x", "--debug").exception, RuntimeError)
 
 
-def test_ctrl_c_keeps_what_has_come_and_ends_with_130() -> None:
+def test_ctrl_c_keeps_the_partial_text_and_exits_with_130() -> None:
     process = start("pause_s=0.05, words=10_000", "generate", "count", "--quiet")
     assert process.stdout is not None
     head = process.stdout.read(12)
@@ -188,7 +188,7 @@ def test_ctrl_c_keeps_what_has_come_and_ends_with_130() -> None:
 def test_ctrl_c_with_json_still_gives_one_object() -> None:
     process = start("pause_s=0.01, words=10_000", "generate", "count", "--json", "--quiet")
     assert process.stderr is not None and process.stderr.readline() == "ready\n"
-    time.sleep(0.5)  # some fifty words; nothing is written before the end that could be waited for
+    time.sleep(0.5)  # some fifty words; nothing is written before the end to wait for
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
@@ -197,7 +197,7 @@ def test_ctrl_c_with_json_still_gives_one_object() -> None:
     assert answer["text"].startswith("word0 word1 ")
 
 
-def test_a_reader_that_leaves_ends_it_in_silence() -> None:
+def test_a_closed_pipe_ends_it_silently() -> None:
     process = start("pause_s=0.001, words=100_000", "generate", "count", "--quiet")
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(12)

@@ -28,15 +28,15 @@ def plan_folder(folder: Path, plan: dict[str, Any]) -> Path:
 def test_demo_asks_three_questions_draws_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine, out = FakeEngine(), tmp_path / "out.png"
     run(engine, out, DemoPlan.from_folder(plan_folder(tmp_path, PLAN)))  # type: ignore[arg-type]
-    asked = [(len(messages), messages[0]["content"][-1]["text"]) for messages, _ in engine.asked]
-    assert asked == [(1, "Describe"), (1, "How many?"), (1, "Box the dog")]
-    assert all(params.temperature == 0 for _, params in engine.asked), "a demo must not depend on luck"
-    said = capsys.readouterr().out
-    assert "you said Describe" in said
-    assert f"wrote    {out}, with 1 box drawn" in said
-    assert re.search(r"ran on +nothing \(a fake\), words", said)
-    assert re.search(r"memory +3.0 MiB of weights, 512 B of KV cache", said)
-    assert re.search(r"box +10 +1 +30 ms +200 tok/s +2.0 tok/s +80 ms", said)
+    prompts = [(len(messages), messages[0]["content"][-1]["text"]) for messages, _ in engine.calls]
+    assert prompts == [(1, "Describe"), (1, "How many?"), (1, "Box the dog")]
+    assert all(params.temperature == 0 for _, params in engine.calls), "a demo must not depend on luck"
+    output = capsys.readouterr().out
+    assert "you said Describe" in output
+    assert f"wrote    {out}, with 1 box drawn" in output
+    assert re.search(r"ran on +nothing \(a fake\), words", output)
+    assert re.search(r"memory +3.0 MiB of weights, 512 B of KV cache", output)
+    assert re.search(r"box +10 +1 +30 ms +200 tok/s +2.0 tok/s +80 ms", output)
     with Image.open(out) as drawn:
         assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white image"
 

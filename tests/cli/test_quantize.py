@@ -1,4 +1,4 @@
-"""`qvl quantize` as it is met: what it says, what it writes, and how it refuses; the table and the plot."""
+"""`qvl quantize`: its output, its errors, its table and its plot."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (["--damping", "0"], "damping is 0.0; expected a positive number"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_exit_code_2(arguments: list[str], fault: str, tmp_path: Path) -> None:
+def test_an_invalid_option_is_one_line_and_exit_code_2(arguments: list[str], fault: str, tmp_path: Path) -> None:
     result = qvl(str(NANO), str(tmp_path / "out"), *arguments)
     assert result.exit_code == 2 and fault in result.stderr and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -73,15 +73,15 @@ def test_the_table_is_whole_at_any_width(width: int) -> None:
     lines = console.export_text().splitlines()
     assert all(len(line) <= width for line in lines) and not any("…" in line for line in lines)
     words = " ".join(lines).split()
-    wanted = {"3.00": 5, "6.00": 5, "9.00": 5, "15.2": 5, "(13.2)": 15, "(20.5)": 5, "132": 3, "10": 1}
-    assert {number: words.count(number) for number in wanted} == wanted
+    counts = {"3.00": 5, "6.00": 5, "9.00": 5, "15.2": 5, "(13.2)": 15, "(20.5)": 5, "132": 3, "10": 1}
+    assert {number: words.count(number) for number in counts} == counts
     if width >= 80:
         rows = {cells[0]: cells[1:] for cells in map(str.split, lines) if cells}
         assert rows["31"] == [*["15.2", "(20.5)"] * 5, "10"]
         assert rows["mean"] == [*["8.29", "(15.0)"] * 5, "406"]
 
 
-def test_piped_the_table_is_as_wide_as_it_wants(capsys: pytest.CaptureFixture[str]) -> None:
+def test_piped_the_table_has_its_natural_width(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(error_table([e._replace(error=1.5, rtn_error=2.5) for e in ERRORS]))  # 82 columns
     lines = capsys.readouterr().out.splitlines()
     assert sum("150.0 (250.0)  150.0 (250.0)" in line for line in lines) == 4

@@ -1,4 +1,4 @@
-"""What ships with the package, met as a stranger meets it: through the command line."""
+"""The checkpoints and the demo that ship with the package, through the command line."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_the_demo_runs_on_the_shipped_checkpoint(tmp_path: Path) -> None:
     qvl = [sys.executable, "-c", "from qvl_runtime.cli.app import main; main()", "demo", "--out", "boxed.png"]
     ran = subprocess.run(qvl, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert (ran.returncode, ran.stderr) == (0, "")
-    found = re.search(r"wrote    boxed.png, with (\d+) box", ran.stdout)
-    assert found and int(found[1]) >= 1, ran.stdout
+    match = re.search(r"wrote    boxed.png, with (\d+) box", ran.stdout)
+    assert match and int(match[1]) >= 1, ran.stdout
     with Image.open(tmp_path / "boxed.png") as drawn, Image.open(DemoPlan.from_folder().image) as plain:
         assert drawn.size == plain.size
         assert drawn.convert("RGB").tobytes() != plain.convert("RGB").tobytes()

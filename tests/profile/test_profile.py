@@ -1,4 +1,4 @@
-"""What `qvl profile` measures, on the shipped nano: that it counts what it says it counts."""
+"""`qvl profile` on the shipped nano: its figures count what they claim to."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def engine() -> Engine:
 
 
 def test_a_spread_is_that_of_its_samples_and_a_rate_turns_it_round() -> None:
-    found = Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found.median == 3 and found.p10 == pytest.approx(1.4) and found.p90 == pytest.approx(4.6)
-    rate = found.rate(6.0)
+    spread = Spread.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert spread.median == 3 and spread.p10 == pytest.approx(1.4) and spread.p90 == pytest.approx(4.6)
+    rate = spread.rate(6.0)
     assert (rate.median, rate.p10) == (2.0, pytest.approx(6 / 4.6)) and rate.p10 < rate.median < rate.p90
     assert percentiles([]) == {} and percentiles([7.0]) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
     with pytest.raises(ValueError, match="at least one sample"):
@@ -49,15 +49,15 @@ def test_a_slope_is_what_a_line_rises_by() -> None:
 def test_a_decode_step_leaves_the_engine_as_it_was(engine: Engine) -> None:
     cache = engine.loop.runner.cache
     before = cache.free_tokens
-    taken = steps.decode(engine, [16, 500], batch=3, rounds=2)
-    assert [s.samples for s in taken.values()] == [2, 2] and all(s.median > 0 for s in taken.values())
+    spreads = steps.decode(engine, [16, 500], batch=3, rounds=2)
+    assert [s.samples for s in spreads.values()] == [2, 2] and all(s.median > 0 for s in spreads.values())
     assert cache.free_tokens == before
     cache.check_integrity()
 
 
 def test_a_step_at_a_written_context_sees_that_many_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(engine.loop.runner, "graphs", None)  # a replay calls no function that could be watched
+    monkeypatch.setattr(engine.loop.runner, "graphs", None)  # a replay calls no Python function to observe
     model = engine.loop.runner.model
     forward = model.forward
 
@@ -73,7 +73,7 @@ def test_a_step_at_a_written_context_sees_that_many_tokens(engine: Engine, monke
     assert seen == [41, 8, 41, 8]
 
 
-def test_what_does_not_fit_the_cache_is_refused_with_the_numbers(engine: Engine) -> None:
+def test_a_batch_beyond_the_cache_is_an_error_with_the_numbers(engine: Engine) -> None:
     with pytest.raises(CapacityError, match=r"64 sequences of 500 tokens need 32768 slots"):
         steps.decode(engine, [500], batch=64)
     with pytest.raises(ConfigError, match=r"tokens is 5000; expected 2 to"):
@@ -128,14 +128,14 @@ def test_encoding_takes_as_many_tokens_as_it_says(engine: Engine) -> None:
     assert encode(engine, span - 1) == "text, computed"
 
 
-def test_ceilings_are_measured_and_said() -> None:
-    found = Ceilings.measure(CPU, torch.bfloat16, rounds=1)
-    assert 0.1 < found.read_gb_s.median < 1e4 and found.gemm_gop_s.median > 0.1 and "read" in found.how
+def test_ceilings_are_measured_and_described() -> None:
+    ceilings = Ceilings.measure(CPU, torch.bfloat16, rounds=1)
+    assert 0.1 < ceilings.read_gb_s.median < 1e4 and ceilings.gemm_gop_s.median > 0.1 and "read" in ceilings.how
 
 
-def test_the_machine_says_where_and_when() -> None:
-    here = RunInfo.collect(CPU)
-    assert here.device.startswith("cpu (") and here.torch_version == torch.__version__ and len(here.date) == 16
+def test_run_info_has_device_and_date() -> None:
+    info = RunInfo.collect(CPU)
+    assert info.device.startswith("cpu (") and info.torch_version == torch.__version__ and len(info.date) == 16
 
 
 def test_the_command_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,5 +146,5 @@ def test_the_command_prints_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert report["cases"][1]["peak"] > report["base"] / 2
     load, encode_, generate_ = (case["planned"] for case in report["cases"])
     assert load is None and report["base"] < encode_ < generate_, "the cache fills up meanwhile"
-    refused = CliRunner().invoke(app, ["profile", "speed", "--batch", "two"])
-    assert refused.exit_code == 2 and "expected whole numbers" in refused.output
+    invalid = CliRunner().invoke(app, ["profile", "speed", "--batch", "two"])
+    assert invalid.exit_code == 2 and "expected whole numbers" in invalid.output

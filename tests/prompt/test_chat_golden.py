@@ -1,4 +1,4 @@
-"""Token ids, stop words and answers as the original's chat code gives them."""
+"""Token ids, stop words and answers equal those of the original's chat code."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def make_context(tokenizer: Tokenizer, case: dict[str, Any]) -> list[int]:
 class TestGoldens:
     def test_make_context(self, oracle: Oracle) -> None:
         for case in oracle.chat["make_context"]:
-            found = answer(make_context, oracle.tokenizer, case)
-            assert found == case.get("ids", "error"), case["name"]
+            ours = answer(make_context, oracle.tokenizer, case)
+            assert ours == case.get("ids", "error"), case["name"]
 
     def test_messages_give_the_same_ids(self, oracle: Oracle) -> None:
         """Every case without tags in its texts, and without what messages cannot say, once more through messages."""
@@ -99,9 +99,9 @@ class TestGoldens:
             tokens = oracle.tokenizer
             chat = {tokens.im_end, tokens.im_start} if case["chat_format"] == "chatml" else set()
             generated = case["tokens"][case["context_length"] :]
-            found = decode_answer(tokens, generated, frozenset({tokens.endoftext} | chat))
+            ours = decode_answer(tokens, generated, frozenset({tokens.endoftext} | chat))
             golden = case["output"][0] if isinstance(case["output"], list) else case["output"]
             same = DEPARTURES.get(case["name"], lambda ours, theirs: bool(ours == theirs))
-            assert same(found, golden), (case["name"], found, golden)
+            assert same(ours, golden), (case["name"], ours, golden)
             seen.add(case["name"])
         assert seen >= set(DEPARTURES)

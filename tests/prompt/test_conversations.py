@@ -34,8 +34,8 @@ def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
     url = "https://example.org/b.png"
     file = write(tmp_path / "data.json", [record(f"Picture 1: <img>a.png</img>\n<img>{url}</img>", "好"), record("hi")])
     first, second = read_conversations(file)
-    asked = f"Picture 1: <img>{tmp_path / 'a.png'}</img>\n<img>{url}</img>"
-    assert first.messages == (Message("user", asked), Message("assistant", "好"))
+    question = f"Picture 1: <img>{tmp_path / 'a.png'}</img>\n<img>{url}</img>"
+    assert first.messages == (Message("user", question), Message("assistant", "好"))
     assert "line 2 (record 1)" in first.where and "(record 2)" in second.where
 
 
@@ -68,8 +68,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_the_segment_is_the_original_fine_tuning_template() -> None:
-    said = (Message("user", "<img>a.png</img>?"), Message("assistant", "<ref>a</ref>"))
-    segment = conversation_segment(TOKENIZER, Conversation("here", said), system="S")
+    messages = (Message("user", "<img>a.png</img>?"), Message("assistant", "<ref>a</ref>"))
+    segment = conversation_segment(TOKENIZER, Conversation("here", messages), system="S")
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<img>a.png</img>?<|im_end|>\n"
     assert segment.ids == TOKENIZER.encode(text + "<|im_start|>assistant\n<ref>a</ref><|im_end|>\n")
     (slot,) = segment.slots
@@ -82,9 +82,9 @@ def test_a_broken_tag_names_the_record() -> None:
 
 
 def test_built_in_conversations_can_all_be_read_and_do_not_change() -> None:
-    found = sample_conversations(12)
-    assert found == sample_conversations(12)
-    segments = [conversation_segment(TOKENIZER, conversation) for conversation in found]
+    conversations = sample_conversations(12)
+    assert conversations == sample_conversations(12)
+    segments = [conversation_segment(TOKENIZER, conversation) for conversation in conversations]
     assert [len(segment.slots) for segment in segments] == [1, 1, 1, 0] * 3
     for segment in segments:
         for slot in segment.slots:

@@ -48,8 +48,8 @@ def test_the_outline_is_where_the_box_is(ground: str) -> None:
     drawn = np.asarray(draw_boxes(image, [Box(None, *LEFT)]))
     changed = np.argwhere((drawn != np.array(GROUNDS[ground])).any(axis=2))
     (top, left), (bottom, right) = changed.min(axis=0), changed.max(axis=0)
-    for found, exact in ((left, 40), (top, 90), (right, 160), (bottom, 210)):
-        assert abs(found - exact) <= 3, "half a line and its rim"
+    for measured, exact in ((left, 40), (top, 90), (right, 160), (bottom, 210)):
+        assert abs(measured - exact) <= 3, "half a line and its rim"
     assert (drawn[150, 100] == GROUNDS[ground]).all(), "the inside stays as it is"
     assert np.asarray(image).min() == np.asarray(image).max(), "the image itself is not drawn on"
 

@@ -41,8 +41,8 @@ class TestGoldens:
             tags_only = case.get("ids_allowed_image_tags_only", default)
             none = case.get("ids_allowed_none", tags_only)
             for allowed, golden in (("all", default), ("image_tags", tags_only), ("none", none)):
-                found = answer(spelled, oracle.tokenizer, case["text"], allowed)
-                assert found == expected(golden), (allowed, case["text"])
+                result = answer(spelled, oracle.tokenizer, case["text"], allowed)
+                assert result == expected(golden), (allowed, case["text"])
 
     def test_decode_of_encoded(self, oracle: Oracle) -> None:
         for case in oracle.tokens["encode"]:
@@ -50,8 +50,8 @@ class TestGoldens:
                 continue
             without_special = case.get("decoded_skip_special", case["decoded"])
             for skip, golden in ((False, case["decoded"]), (True, without_special)):
-                found = answer(oracle.tokenizer.decode, case["ids"], skip_special_tokens=skip)
-                assert found == expected(golden), case["text"]
+                result = answer(oracle.tokenizer.decode, case["ids"], skip_special_tokens=skip)
+                assert result == expected(golden), case["text"]
 
     @pytest.mark.parametrize(
         ("key", "errors", "skip"),
@@ -65,8 +65,8 @@ class TestGoldens:
     )
     def test_decode(self, oracle: Oracle, key: str, errors: str, skip: bool) -> None:
         for case in oracle.tokens["decode"]:
-            found = answer(oracle.tokenizer.decode, case["ids"], errors=errors, skip_special_tokens=skip)
-            assert found == expected(case[key]), case["ids"][:12]
+            result = answer(oracle.tokenizer.decode, case["ids"], errors=errors, skip_special_tokens=skip)
+            assert result == expected(case[key]), case["ids"][:12]
 
     def test_special_ids(self, oracle: Oracle) -> None:
         tokenizer, constants = oracle.tokenizer, oracle.tokens["constants"]
@@ -94,13 +94,13 @@ class TestEncode:
         ids = toy.encode("<|im_start|><ref>x</ref><img>p</img>", allowed)
         special = {token for token in ids if token >= toy.n_ranks}
         grounding, image = {toy.ref_start, toy.ref_end}, {toy.img_start, toy.img_pad, toy.img_end}
-        wanted = {
+        allowed_tags = {
             "all": {toy.im_start} | grounding | image,
             "image_tags": grounding | image,
             "grounding": grounding,
             "none": set(),
         }
-        assert special == wanted[allowed]
+        assert special == allowed_tags[allowed]
 
     def test_span_holds_pads_and_keeps_the_source_to_the_letter(self, toy: Tokenizer) -> None:
         decomposed = "e\u0301.png"
