@@ -124,6 +124,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(source: Path) -> Path:
-    """`source` quantized as FEW says, never interrupted."""
+    """`source` quantized with FEW, without interruption."""
     run(source, source.parent / "whole")
     return source.parent / "whole"

@@ -1,4 +1,4 @@
-"""Checkpoints to convert: GPTQ of every kind, made of a random state."""
+"""GPTQ checkpoints of every kind, from a random state."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quantize_state(
 
 
 def gptq(raw: dict[str, Any], state: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """The state rounded as `GPTQ[name]` says; act-order deals the inputs of each linear to groups at random."""
+    """The state rounded as `GPTQ[name]` says; act-order assigns the inputs of each linear to groups at random."""
     kind = GPTQ[name]
     packed = quantize_state(state, ModelConfig.from_dict(raw), kind)
     if kind.desc_act:

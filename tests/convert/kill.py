@@ -1,4 +1,4 @@
-"""A conversion in a process of its own, for a test that kills it."""
+"""A conversion in its own process, for a test that kills it."""
 
 from __future__ import annotations
 

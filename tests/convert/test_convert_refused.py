@@ -1,4 +1,4 @@
-"""What a conversion refuses before it writes anything."""
+"""Errors that a conversion raises before it writes anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Towers and heads that a conversion rounds, to the same levels for every target."""
+"""Vision encoders and heads rounded by a conversion, to the same codes for every target."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def test_rounded_vision_and_head(raw: dict[str, Any], make_state: MakeState, wri
 
 
 @pytest.mark.parametrize("head", ["int4", "int8"])
-def test_both_targets_round_to_the_same_levels(int4: Path, tmp_path: Path, head: str) -> None:
+def test_both_targets_round_to_the_same_codes(int4: Path, tmp_path: Path, head: str) -> None:
     from qvl_kernels import packing_for
 
-    words: dict[str, dict[str, torch.Tensor]] = {}
+    codes: dict[str, dict[str, torch.Tensor]] = {}
     for target in ("cpu", "cuda"):
         options = ConvertOptions(target=target, vision="int8", head=head)
         manifest = convert(int4, tmp_path / target, options)
         shards = open_shards(tmp_path / target, manifest)
         where = {name: shard for shard in shards.values() for name in shard.infos}
-        words[target] = {
+        codes[target] = {
             name: packing_for(target).gptq_words(packed_linear(name, linear, manifest, where))
             for name, linear in manifest.linears.items()
         }
-    assert words["cpu"].keys() == words["cuda"].keys()
-    assert all(torch.equal(found, words["cuda"][name]) for name, found in words["cpu"].items())
+    assert codes["cpu"].keys() == codes["cuda"].keys()
+    assert all(torch.equal(found, codes["cuda"][name]) for name, found in codes["cpu"].items())
     kinds = {name: linear.layout for name, linear in manifest.linears.items() if linear.rounded}
     assert kinds.pop("lm_head") == {"int4": "gpu-1", "int8": "gpu-int8-1"}[head]
     assert len(kinds) > 4 and set(kinds.values()) == {"gpu-int8-1"}

@@ -1,4 +1,4 @@
-"""A conversion that is stopped, by a full disk or by kill -9: nothing that only looks whole, and it goes on."""
+"""A conversion stopped by a full disk or by kill -9: no incomplete destination, and it resumes."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_a_disk_that_is_small(int4: Path, small_disk: Path, monkeypatch: pytest.
 
 
 def test_kill_nine_at_ten_moments(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever moment a conversion dies at: no destination that is not whole, and the same bytes in the end."""
+    """Whenever a conversion is killed: no incomplete destination, and the same bytes in the end."""
     monkeypatch.setattr("qvl_runtime.convert.shard_writer.SHARD", SHARD)
     began = time.perf_counter()
     convert(int4, tmp_path / "whole")
     span = 1.5 * (time.perf_counter() - began)  # within which it dies; follows how fast the machine is just now
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.convert.kill"])
-    generator, kills, went_on = random.Random(0), 0, 0
+    generator, kills, resumed = random.Random(0), 0, 0
     goal = tmp_path / "goal"
     for _ in range(40):
         started = context.Event()
@@ -89,11 +89,11 @@ def test_kill_nine_at_ten_moments(int4: Path, tmp_path: Path, monkeypatch: pytes
         else:
             journal = tmp_path / ".goal.partial" / "journal.jsonl"
             further = journal.is_file() and len(journal.read_text().splitlines()) > 0
-            went_on += further
+            resumed += further
             span *= 1 if further else 1.25
         if kills == 10:
             break
-    assert kills == 10 and went_on > 0
+    assert kills == 10 and resumed > 0
     converting(int4, goal)
     same_files(goal, tmp_path / "whole")
     assert not (tmp_path / ".goal.partial").exists()

@@ -1,4 +1,4 @@
-"""Work that is done ahead comes in order, a few items at most, and leaves torch's threads as they were."""
+"""Prefetched items come in order, at most a few at a time, and torch's thread count is restored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.fixture
 def cores() -> Iterator[int]:
-    """Torch believes in three of them."""
+    """Three cores for torch, on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield 3

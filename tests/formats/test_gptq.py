@@ -18,11 +18,13 @@ from tests.gptq_checkpoints import quantize_state
 HALF = 2.0**-11  # float16's rounding, relative
 
 
-def unpack_rows(words: torch.Tensor, bits: int) -> np.ndarray:
-    """Value i of a column: bits `bits * s` and up of word r, where i = r * (32 / bits) + s."""
-    unsigned = words.numpy().view(np.uint32)
-    per_word = 32 // bits
-    rows = [(unsigned[i // per_word] >> (bits * (i % per_word))) & (2**bits - 1) for i in range(len(words) * per_word)]
+def unpack_rows(packed: torch.Tensor, bits: int) -> np.ndarray:
+    """Value i of a column: bits `bits * s` and up of int32 r, where i = r * (32 / bits) + s."""
+    unsigned = packed.numpy().view(np.uint32)
+    per_int32 = 32 // bits
+    rows = [
+        (unsigned[i // per_int32] >> (bits * (i % per_int32))) & (2**bits - 1) for i in range(len(packed) * per_int32)
+    ]
     return np.stack(rows).astype(np.int64)
 
 
@@ -47,13 +49,13 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> torch.T
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_fills_words_from_the_lowest_bits(bits: int) -> None:
-    per_word = 32 // bits
-    values = torch.zeros(per_word, 2, dtype=torch.int64)
+def test_packing_fills_int32_from_the_lowest_bits(bits: int) -> None:
+    per_int32 = 32 // bits
+    values = torch.zeros(per_int32, 2, dtype=torch.int64)
     values[0, 0], values[1, 0], values[-1, 1] = 1, 2, 2**bits - 1
-    words = pack_rows(values, bits)
-    assert words.dtype is torch.int32 and words.shape == (1, 2)
-    assert words[0].tolist() == [1 + (2 << bits), -(2 ** (32 - bits))]
+    packed = pack_rows(values, bits)
+    assert packed.dtype is torch.int32 and packed.shape == (1, 2)
+    assert packed[0].tolist() == [1 + (2 << bits), -(2 ** (32 - bits))]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -171,7 +173,7 @@ def test_index_outside_the_groups(stray: int) -> None:
         record(g_idx, desc_act=True)
 
 
-def test_published_tensors_come_back_as_they_were() -> None:
+def test_published_tensors_are_restored() -> None:
     bias = random_weight(1, 32)[0].to(torch.float16)
     linear = quantize_rtn(random_weight(32, 192), 4, 128, sym=False, bias=bias)
     tensors = linear.tensors("x")
@@ -211,7 +213,7 @@ def test_state_is_quantized_written_and_loaded(
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_what_is_no_number_is_not_rounded(wrong: float, dtype: torch.dtype) -> None:
+def test_nan_and_infinity_are_not_rounded(wrong: float, dtype: torch.dtype) -> None:
     weight = torch.full((32, 64), 2.0, dtype=dtype)
     given = weight.clone()
     quantize_rtn(weight, 8, 32, sym=True)

@@ -67,8 +67,8 @@ def test_zero_points_pack_as_autogptq_packs_them(
     assert torch.equal(pack_rows(stored, settings[case]["bits"]).t(), tensors[f"{case}.qzeros"])
 
 
-def test_rounding_to_nearest_gives_autogptqs_words(tensors: dict[str, torch.Tensor]) -> None:
-    """Its own quantizer made the symmetric layer from this weight: scales, zero points and words are equal."""
+def test_rounding_to_nearest_gives_autogptqs_codes(tensors: dict[str, torch.Tensor]) -> None:
+    """Its own quantizer made the symmetric layer from this weight: scales, zero points and codes are equal."""
     linear = quantize_rtn(tensors["g128_sym.weight"], bits=4, group_size=128, sym=True)
     for key in ("qweight", "qzeros", "scales"):
         assert torch.equal(getattr(linear, key), tensors[f"g128_sym.{key}"]), key

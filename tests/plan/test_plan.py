@@ -89,7 +89,7 @@ tells_its_peak = pytest.mark.skipif(
 @tells_its_peak
 @pytest.mark.parametrize("name, precision", [("nano", "exact"), ("nano_int4", "exact"), ("nano_int4", "fast")])
 def test_nano_takes_what_is_planned(name: str, precision: str) -> None:
-    """Within 3 %, beside a process without a model, which is measured in another."""
+    """Within 3 %, with the memory of a process without a model, which is measured in another process."""
     workload, folder = Workload(tokens=1502, prompt=1500), NANO.with_name(name)
     base = printed(f"""
 from pathlib import Path
@@ -110,16 +110,16 @@ print(peak_memory(torch.device("cpu")))""")
 @tells_its_peak
 @pytest.mark.parametrize("options", ["", "--dtype float32", f"--model {NANO.with_name('nano_int4')}"])
 def test_profiled_memory_is_what_is_planned(options: str) -> None:
-    """Within 3 %, an image among 2048 tokens, then a full cache: as people are told.
+    """Within 3 %, an image among 2048 tokens, then a full cache, as `qvl profile memory` shows them.
 
     It was 4 % in bfloat16, and 6.6 in float32, before tensors of a step fitted the holes that others left.
     """
-    said = printed(f"""
+    report = printed(f"""
 import sys
 from qvl_runtime.cli.app import main
 sys.argv = ["qvl", "profile", "memory", "--json", *{options.split()!r}]
 main()""")["memory"]
-    for case in said["cases"][1:]:
+    for case in report["cases"][1:]:
         assert case["planned"] == pytest.approx(case["peak"], rel=0.03), case["name"]
 
 

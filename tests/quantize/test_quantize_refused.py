@@ -1,4 +1,4 @@
-"""What cannot be quantized is said before the work, and nothing is written."""
+"""Errors that a quantization raises before the work; nothing is written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_sources_and_destinations_that_cannot_be(source: Path, whole: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes while it is made and its disk has 1,000 free"):

@@ -1,4 +1,4 @@
-"""A quantization that is stopped or killed at any moment goes on and gives the same bytes."""
+"""A quantization that is stopped or killed at any moment resumes and produces the same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stopped(BaseException):
     pass
 
 
-def test_stopped_after_any_linear_it_goes_on_and_gives_the_same_bytes(
+def test_stopped_after_any_linear_it_resumes_and_gives_the_same_bytes(
     source: Path, whole: Path, tmp_path: Path
 ) -> None:
     def stop_at(linear: int) -> Callable[[int], None]:

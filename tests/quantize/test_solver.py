@@ -1,4 +1,4 @@
-"""The solver against the paper's own form of GPTQ, and what it does with statistics that are no help."""
+"""The solver against the paper's own form of GPTQ, and with unusable statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = (1.0,)  # grids as the paper has them
 
 
 def inputs(rows: int, width: int) -> Tensor:
-    """Correlated channels of different size with a mean: what activations are like."""
+    """Correlated channels of different size with a mean, like activations."""
     generator = torch.Generator().manual_seed(width)
     mix = torch.randn(width, width, generator=generator) / width**0.5
     size = torch.rand(width, generator=generator) * 2 + 0.1
@@ -38,25 +38,25 @@ def dense(linear: GPTQLinear) -> Tensor:
 
 
 def paper(weight: Tensor, x: Tensor, q: QuantizationConfig, damping: float) -> Tensor:
-    """Algorithm 1 of the paper with one column a block: levels [in, out]. Grids from the weights as they are then."""
+    """Algorithm 1 of the paper with one column per block: codes [in, out]. Grids from the weights at that step."""
     w, width = weight.double().clone(), weight.shape[1]
     hessian = x.double().t() @ x.double()
     hessian += damping * hessian.diagonal().mean() * torch.eye(width)
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
     size = width if q.group_size == -1 else q.group_size
-    levels = torch.empty(width, len(w))
+    codes = torch.empty(width, len(w))
     for i in range(width):
         if i % size == 0:
             group = w[:, i : i + size].float()
             grid = grid_between(group.amin(1), group.amax(1), q.bits, q.sym, q.zero_offset)
-        levels[i] = grid.quantize(w[:, i].float())
-        error = (w[:, i] - grid.dequantize(levels[i])) / upper[i, i]
+        codes[i] = grid.quantize(w[:, i].float())
+        error = (w[:, i] - grid.dequantize(codes[i])) / upper[i, i]
         w[:, i:] -= error[:, None] * upper[i, i:]
-    return levels
+    return codes
 
 
 @pytest.mark.parametrize(("bits", "group", "sym"), [*product((4, 8), (32, 64, -1), (True, False))])
-def test_solver_gives_the_papers_levels(bits: int, group: int, sym: bool) -> None:
+def test_solver_gives_the_papers_codes(bits: int, group: int, sym: bool) -> None:
     q, x, weight = QuantizationConfig(bits, group, sym=sym), inputs(400, 96), weights(96)  # 96: one group and a half
     solver = Solver(q, order="none", shrinks=WHOLE)
     found = solver.solve(weight, solver.factor(x))
@@ -68,8 +68,8 @@ def test_full_order_is_the_paper_on_inputs_sorted_by_their_size() -> None:
     solver = Solver(q, order="full", shrinks=WHOLE)
     found = solver.solve(weight, solver.factor(x))
     order = torch.argsort(x.square().sum(0), descending=True)
-    levels = unpack_rows(found.qweight, 4)[order].float()
-    assert torch.equal(levels, paper(weight[:, order], x[:, order], q, 0.01))
+    codes = unpack_rows(found.qweight, 4)[order].float()
+    assert torch.equal(codes, paper(weight[:, order], x[:, order], q, 0.01))
     assert found.g_idx is not None
     assert torch.equal(found.g_idx[order], torch.arange(96, dtype=torch.int32) // 32)
 
@@ -81,23 +81,23 @@ def drifted(x: Tensor) -> Tensor:
     return x + 0.05 * mixed + 0.02 * torch.randn(x.shape, generator=generator)
 
 
-def toward(weight: Tensor, x: Tensor, meant: Tensor, share: float, damping: float) -> Tensor:
-    """The weight that on x [n, in] best gives, by least squares, what `weight` gives on `meant`; a share of the way."""
-    x, meant, w = x.double(), meant.double(), weight.double()
+def toward(weight: Tensor, x: Tensor, float_x: Tensor, share: float, damping: float) -> Tensor:
+    """The weight whose outputs on x [n, in] are closest to those of `weight` on `float_x`; a share of the way there."""
+    x, float_x, w = x.double(), float_x.double(), weight.double()
     hessian = x.t() @ x
     hessian += damping * hessian.diagonal().mean() * torch.eye(x.shape[1])
-    return w + share * torch.linalg.solve(hessian, x.t() @ (meant - x) @ w.t()).t()
+    return w + share * torch.linalg.solve(hessian, x.t() @ (float_x - x) @ w.t()).t()
 
 
 @pytest.mark.parametrize(("order", "share"), [*product(("none", "full"), (0.5, 1.0))])
-def test_drift_is_the_paper_on_the_weight_that_makes_up_for_it(order: str, share: float) -> None:
+def test_drift_is_the_paper_on_the_weight_that_compensates_it(order: str, share: float) -> None:
     q, x, weight = QuantizationConfig(4, 32, desc_act=order == "full"), inputs(400, 96), weights(96)
     solver = Solver(q, order=order, drift=share, shrinks=WHOLE)  # type: ignore[arg-type]
     found = solver.solve(weight, solver.factor(x, drifted(x)))
     by_size = torch.argsort(x.square().sum(0), descending=True) if order == "full" else torch.arange(96)
     wished = toward(weight, x, drifted(x), share, 0.01)
-    levels = unpack_rows(found.qweight, 4)[by_size].float()
-    assert torch.equal(levels, paper(wished[:, by_size], x[:, by_size], q, 0.01))
+    codes = unpack_rows(found.qweight, 4)[by_size].float()
+    assert torch.equal(codes, paper(wished[:, by_size], x[:, by_size], q, 0.01))
     plain = solver.solve(weight, solver.factor(x))
     assert not torch.equal(found.qweight, plain.qweight)
 
@@ -106,18 +106,18 @@ def test_drift_is_the_paper_on_the_weight_that_makes_up_for_it(order: str, share
 def test_outputs_are_closer_to_the_float_models_with_drift(order: str) -> None:
     x, held_out = inputs(2000, 192).split(1000)
     weight, solver = weights(192), Solver(QuantizationConfig(4, 64), order=order)  # type: ignore[arg-type]
-    meant = drifted(torch.cat([x, held_out]))
-    wanted = meant[1000:] @ weight.t()
+    float_x = drifted(torch.cat([x, held_out]))
+    wanted = float_x[1000:] @ weight.t()
     errors = [
         float((wanted - held_out @ dense(solver.solve(weight, factor)).t()).norm())
-        for factor in (solver.factor(x, meant[:1000]), solver.factor(x))
+        for factor in (solver.factor(x, float_x[:1000]), solver.factor(x))
     ]
     assert errors[0] < 0.9 * errors[1]
 
 
 def test_without_drift_nothing_changes() -> None:
     x, weight, solver = inputs(400, 64), weights(64), Solver(QuantizationConfig(4, 32))
-    found, plain = (solver.solve(weight, solver.factor(x, meant)) for meant in (x.clone(), None))
+    found, plain = (solver.solve(weight, solver.factor(x, float_x)) for float_x in (x.clone(), None))
     assert torch.equal(found.qweight, plain.qweight) and torch.equal(found.scales, plain.scales)
 
 
@@ -148,7 +148,7 @@ def test_a_grid_is_the_closest_of_those_tried(bits: int, sym: bool) -> None:
     found = closest_grid(rows, SHRINKS, bits, sym, 1)
     error = (rows - found.dequantize(found.quantize(rows))).square().sum(0)
     assert torch.equal(error, torch.stack(tried).amin(0))
-    assert (error.mean() < 0.95 * tried[0].mean()) == (bits == 4), "8 bits have levels to spare for the whole range"
+    assert (error.mean() < 0.95 * tried[0].mean()) == (bits == 4), "8 bits have codes to spare for the whole range"
 
 
 def test_without_correlation_it_is_rounding_to_nearest() -> None:

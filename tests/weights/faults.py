@@ -1,4 +1,4 @@
-"""What tests of damaged checkpoints share."""
+"""Helpers of the tests of damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.checkpoint import Checkpoint
 
 
-def fails(folder: Path, config: ModelConfig, *words: str) -> None:
-    """Opening raises one line that says all these words."""
+def fails(folder: Path, config: ModelConfig, *parts: str) -> None:
+    """Opening raises an error of one line that contains all `parts`."""
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(folder, config)
     message = str(caught.value)
     assert "\n" not in message and "\x1b" not in message
-    assert all(word in message for word in words), message
+    assert all(part in message for part in parts), message

@@ -53,7 +53,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "parts"),
     [
         ({"model": Harmful()}, ["more than tensors"]),
         ({"epoch": 3}, ["'epoch'", "int"]),
@@ -61,10 +61,10 @@ class Harmful:
         ([torch.ones(1)], ["list", "state_dict"]),
     ],
 )
-def test_bin_files_hold_tensors_only(raw: dict[str, Any], write: Fixture, content: object, words: list[str]) -> None:
+def test_bin_files_hold_tensors_only(raw: dict[str, Any], write: Fixture, content: object, parts: list[str]) -> None:
     folder = write(raw, {}, ".bin")
     torch.save(content, folder / "pytorch_model.bin")
-    fails(folder, ModelConfig.from_dict(raw), "pytorch_model.bin", *words)
+    fails(folder, ModelConfig.from_dict(raw), "pytorch_model.bin", *parts)
 
 
 def test_bin_files_of_old_torch_are_refused(raw: dict[str, Any], write: Fixture) -> None:
@@ -90,7 +90,7 @@ def test_index_naming_a_shard_that_lacks_the_tensor(raw: dict[str, Any], make_st
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "parts"),
     [
         (lambda index: index.pop("weight_map"), ["weight_map"]),
         (lambda index: index["weight_map"].update({"a": "../secret.safetensors"}), ["'../secret.safetensors'"]),
@@ -98,12 +98,12 @@ def test_index_naming_a_shard_that_lacks_the_tensor(raw: dict[str, Any], make_st
     ],
 )
 def test_broken_index(
-    raw: dict[str, Any], make_state: Fixture, write: Fixture, change: Callable[[dict[str, Any]], None], words: list[str]
+    raw: dict[str, Any], make_state: Fixture, write: Fixture, change: Callable[[dict[str, Any]], None], parts: list[str]
 ) -> None:
     config = ModelConfig.from_dict(raw)
     folder = write(raw, make_state(config), shards=2)
     break_index(folder, change)
-    fails(folder, config, *words)
+    fails(folder, config, *parts)
 
 
 def test_unreadable_index(raw: dict[str, Any], make_state: Fixture, write: Fixture) -> None:

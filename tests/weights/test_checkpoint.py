@@ -164,7 +164,7 @@ def test_other_dtypes_are_named(raw: dict[str, Any], make_state: Fixture, write:
     fails(write(raw, state, ".bin"), config, "transformer.ln_f.weight of dtype float64", "expected float32 or bfloat16")
 
 
-def test_packed_words_must_be_int32(raw: dict[str, Any], make_state: Fixture, write: Fixture) -> None:
+def test_packed_codes_must_be_int32(raw: dict[str, Any], make_state: Fixture, write: Fixture) -> None:
     raw["quantization_config"] = {"bits": 4, "group_size": 64}
     config = ModelConfig.from_dict(raw)
     state = make_state(config, torch.float16)

@@ -20,7 +20,7 @@ from qvl_runtime.weights.hub import resolve_model
 
 NAME = "Qwen/Qwen-VL-Chat"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# What a published repository holds beside the weights.
+# The files of a published repository apart from the weights.
 REPOSITORY = ("config.json", "generation_config.json", "qwen.tiktoken", "modeling_qwen.py", "assets/demo.png")
 
 

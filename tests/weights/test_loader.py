@@ -1,4 +1,4 @@
-"""A converted folder: mapped as it lies, verified byte by byte, refused where it does not belong."""
+"""Loading: a converted folder is mapped, verified byte by byte, and refused on another device; one way of packing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved checkpoints: they load again, they are whole or not there, and they never replace another."""
+"""Saved checkpoints: they load again, are complete or absent, and never replace another."""
 
 from __future__ import annotations
 

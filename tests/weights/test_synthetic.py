@@ -1,4 +1,4 @@
-"""Random models: every tensor that the configuration calls for, of its shape, and a forward pass that stays finite."""
+"""Random models: every tensor of the configuration, of its shape, and a forward pass that stays finite."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_blocks_that_are_repeated_share_their_memory(small: ModelConfig) -> None
 def test_a_small_one_runs(small: ModelConfig, precision: str, cache_dtype: torch.dtype) -> None:
     state, packed = synthetic_weights(small, torch.bfloat16, torch.device("cpu"))
     model = QwenVL(small, state, precision, packed)  # type: ignore[arg-type]
-    assert not list(state), "a state is emptied as its weights are laid out"
+    assert not list(state), "a state is emptied as its weights are bound"
     cache = KVCache(small, 64, cache_dtype, torch.device("cpu"))
     runner = Runner(model, cache, ImageCache(1 << 20))
     with cache.sequence(1.0) as sequence:
