@@ -101,8 +101,11 @@ def make_image(path: Path, size: tuple[int, int] = (60, 40)) -> Path:
     return path
 
 
-def qvl(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, list(arguments), input=stdin, env={"NO_COLOR": "1", "COLUMNS": "100"})
+def qvl(*arguments: object, stdin: str | None = None) -> Result:
+    """Run `qvl` in this process."""
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], input=stdin, env={"NO_COLOR": "1", "COLUMNS": "100"}
+    )
 
 
 def start(arguments: str, *argv: str, **options: Any) -> subprocess.Popen[str]:

@@ -155,7 +155,7 @@ def this_machine(folder: Path, dtype: str, measure: bool = True) -> Device:
 def _peak(plan: Plan, workload: Workload, device: Device) -> dict[str, Any]:
     from qvl_runtime.plan.fit import suggest
 
-    peak, found = plan.peak(workload, device), suggest(plan, workload, device)
+    peak, suggestion = plan.peak(workload, device), suggest(plan, workload, device)
     fits = peak.total <= device.memory
-    suggestion = found.options if found is not None else None if fits else "a larger machine"
-    return {**peak._asdict(), "total": peak.total, "fits": fits, "suggestion": suggestion}
+    change = None if fits else "a larger machine" if suggestion is None else suggestion.options
+    return {**peak._asdict(), "total": peak.total, "fits": fits, "suggestion": change}

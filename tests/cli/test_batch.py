@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.cli.app import app
 from qvl_runtime.cli.batch import resume_at, run_batch
 from qvl_runtime.cli.options import ModelOptions
 from qvl_runtime.errors import PromptError
-from tests.fakes import make_image
+from tests.fakes import make_image, qvl
 
 pytestmark = pytest.mark.cpu
 PARAMS = SamplingParams(max_tokens=6, temperature=0)
@@ -90,10 +88,6 @@ def test_answers_to_other_requests_are_left_unchanged(engine: Engine, source: Pa
     with pytest.raises(PromptError, match=r"line 1 of .*other\.jsonl does not answer .*in\.jsonl"):
         list(run_batch(engine, source, target, PARAMS))
     assert "another" in target.read_text()
-
-
-def qvl(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"NO_COLOR": "1", "COLUMNS": "100"})
 
 
 def test_the_command(engine: Engine, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,25 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from qvl_runtime.cli.options import ModelOptions
-from tests.fakes import BOXED, FakeEngine, make_image, qvl, start
+from tests.fakes import BOXED, FakeEngine, qvl, start
 
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    engine = FakeEngine()
-    monkeypatch.setattr(ModelOptions, "open", lambda self: engine)
-    return engine
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    return str(make_image(tmp_path / "dog.png"))
-
-
-def test_chat_through_a_pipe(engine: FakeEngine, image: str, tmp_path: Path) -> None:
+def test_chat_through_a_pipe(fake_engine: FakeEngine, image: str, tmp_path: Path) -> None:
     out = tmp_path / "out.jpg"
     first = ["Hello", "", f"/image '{image}'", "Box the dog", f"/draw {out}", "And now?"]
     lines = [*first, "/reset", " /etc", "/quit", "never sent"]
@@ -39,23 +26,23 @@ def test_chat_through_a_pipe(engine: FakeEngine, image: str, tmp_path: Path) -> 
     assert result.exit_code == 0
     assert result.stdout == f"you said Hello\n{BOXED}\nyou said And now?\nyou said /etc\n"
     assert out.stat().st_size > 0
-    histories = [[message["role"] for message in messages] for messages, _ in engine.calls]
+    histories = [[message["role"] for message in messages] for messages, _ in fake_engine.calls]
     assert histories == [
         ["system", "user"],
         ["system", "user", "assistant", "user"],
         ["system", "user", "assistant", "user", "assistant", "user"],
         ["system", "user"],
     ]
-    assert engine.calls[2][0][3] == {
+    assert fake_engine.calls[2][0][3] == {
         "role": "user",
         "content": [{"type": "image", "image": image}, {"type": "text", "text": "Box the dog"}],
     }
-    assert engine.calls[2][0][4] == {"role": "assistant", "content": BOXED}
+    assert fake_engine.calls[2][0][4] == {"role": "assistant", "content": BOXED}
 
 
-def test_chat_ends_with_its_input_and_shows_images_given_up_front(engine: FakeEngine, image: str) -> None:
+def test_chat_ends_with_its_input_and_shows_images_given_up_front(fake_engine: FakeEngine, image: str) -> None:
     assert qvl("chat", "--image", image, stdin="Look").exit_code == 0
-    assert engine.calls[0][0][0]["content"][0] == {"type": "image", "image": image}
+    assert fake_engine.calls[0][0][0]["content"][0] == {"type": "image", "image": image}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +55,7 @@ def test_chat_ends_with_its_input_and_shows_images_given_up_front(engine: FakeEn
         ("/imgae x", "error: unknown command /imgae; /help lists them"),
     ],
 )
-def test_chat_through_a_pipe_stops_at_an_error(engine: FakeEngine, line: str, message: str) -> None:
+def test_chat_through_a_pipe_stops_at_an_error(fake_engine: FakeEngine, line: str, message: str) -> None:
     result = qvl("chat", stdin=f"{line}\nHello\n")
     assert result.exit_code == 2
     assert result.stdout == ""

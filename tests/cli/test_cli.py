@@ -21,18 +21,6 @@ from tests.fakes import BOXED, FakeEngine, make_image, qvl, start
 pytestmark = pytest.mark.unit
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    engine = FakeEngine()
-    monkeypatch.setattr(ModelOptions, "open", lambda self: engine)
-    return engine
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> str:
-    return str(make_image(tmp_path / "dog.png"))
-
-
 @pytest.mark.parametrize("command", ["", "generate", "chat", "batch", "info", "demo"])
 def test_help_explains_every_option(command: str) -> None:
     result = qvl(*command.split(), "--help")
@@ -43,21 +31,21 @@ def test_help_explains_every_option(command: str) -> None:
     assert all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without help"
 
 
-def test_generate_streams_the_answer_and_nothing_else_to_stdout(engine: FakeEngine) -> None:
+def test_generate_streams_the_answer_and_nothing_else_to_stdout(fake_engine: FakeEngine) -> None:
     result = qvl("generate", "Hello there")
     assert (result.exit_code, result.stdout) == (0, "you said Hello there\n")
     assert "note: from generation_config.json: top_p 0.5" in result.stderr
 
 
-def test_quiet_keeps_notes_to_itself(engine: FakeEngine) -> None:
+def test_quiet_keeps_notes_to_itself(fake_engine: FakeEngine) -> None:
     result = qvl("generate", "Hello", "--quiet")
     assert (result.stdout, result.stderr) == ("you said Hello\n", "")
 
 
-def test_images_come_before_the_text_in_order(engine: FakeEngine, image: str, tmp_path: Path) -> None:
+def test_images_come_before_the_text_in_order(fake_engine: FakeEngine, image: str, tmp_path: Path) -> None:
     other = str(make_image(tmp_path / "cat.png"))
     assert qvl("generate", "Compare", "--image", image, "-i", other, "--system", "Be brief.").exit_code == 0
-    ((messages, _),) = engine.calls
+    ((messages, _),) = fake_engine.calls
     assert messages == [
         {"role": "system", "content": "Be brief."},
         {
@@ -71,28 +59,28 @@ def test_images_come_before_the_text_in_order(engine: FakeEngine, image: str, tm
     ]
 
 
-def test_sampling_options_reach_the_engine_and_absent_ones_stay_unset(engine: FakeEngine) -> None:
+def test_sampling_options_reach_the_engine_and_absent_ones_stay_unset(fake_engine: FakeEngine) -> None:
     flags = "--max-tokens=7 --temperature=0.5 --top-p=0.9 --top-k=3 --seed=11 --stop=END --stop=STOP"
     assert qvl("generate", "x", *flags.split()).exit_code == 0
     assert qvl("generate", "x").exit_code == 0
-    chosen, absent = (params for _, params in engine.calls)
+    chosen, absent = (params for _, params in fake_engine.calls)
     assert (chosen.max_tokens, chosen.temperature, chosen.top_p, chosen.top_k, chosen.seed) == (7, 0.5, 0.9, 3, 11)
     assert chosen.stop == ("END", "STOP")
     assert (absent.max_tokens, absent.temperature, absent.top_p, absent.top_k, absent.seed) == (None,) * 5
 
 
-def test_raw_hands_the_string_over_with_its_tags(engine: FakeEngine, image: str) -> None:
+def test_raw_hands_the_string_over_with_its_tags(fake_engine: FakeEngine, image: str) -> None:
     tagged = f"<img>{image}</img>Describe:"
     assert qvl("generate", tagged, "--raw").exit_code == 0
     assert qvl("generate", "Describe:", "--raw", "--image", image).exit_code == 0
-    assert [prompt for prompt, _ in engine.calls] == [tagged, [{"image": image}, {"text": "Describe:"}]]
+    assert [prompt for prompt, _ in fake_engine.calls] == [tagged, [{"image": image}, {"text": "Describe:"}]]
 
 
-def test_prompt_from_standard_input(engine: FakeEngine) -> None:
+def test_prompt_from_standard_input(fake_engine: FakeEngine) -> None:
     assert qvl("generate", "-", stdin="from a pipe\n").stdout == "you said from a pipe\n"
 
 
-def test_json_is_one_object_with_everything(engine: FakeEngine, image: str, tmp_path: Path) -> None:
+def test_json_is_one_object_with_everything(fake_engine: FakeEngine, image: str, tmp_path: Path) -> None:
     out = tmp_path / "boxed.png"
     result = qvl("generate", "Box the dog", "--image", image, "--json", "--draw", str(out))
     assert result.exit_code == 0
@@ -119,7 +107,7 @@ def test_json_is_one_object_with_everything(engine: FakeEngine, image: str, tmp_
         assert drawn.convert("L").getextrema()[0] < 255, "nothing is drawn on the white image"
 
 
-def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image: str, tmp_path: Path) -> None:
+def test_draw_without_a_box_says_so_and_writes_nothing(fake_engine: FakeEngine, image: str, tmp_path: Path) -> None:
     result = qvl("generate", "Describe", "--image", image, "--draw", str(tmp_path / "out.png"))
     assert result.exit_code == 0
     assert "the answer has no box" in result.stderr
@@ -140,7 +128,7 @@ def test_draw_without_a_box_says_so_and_writes_nothing(engine: FakeEngine, image
         (["info", "--model", "a/b"], "error: 'a/b' is neither a folder nor in the local cache"),
     ],
 )
-def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str], message: str) -> None:
+def test_an_error_is_one_line_and_code_2(fake_engine: FakeEngine, arguments: list[str], message: str) -> None:
     result = qvl(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -149,7 +137,7 @@ def test_an_error_is_one_line_and_code_2(engine: FakeEngine, arguments: list[str
     assert error[0].startswith(message)
 
 
-def test_a_broken_image_is_one_line(engine: FakeEngine, tmp_path: Path) -> None:
+def test_a_broken_image_is_one_line(fake_engine: FakeEngine, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff\xe0 no image")
     result = qvl("generate", "x", "--image", str(broken), "--quiet")

@@ -10,18 +10,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner, Result
 
-from qvl_runtime.cli.app import app
 from qvl_runtime.cli.demo import ASSETS, DemoPlan
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
+from tests.fakes import qvl
 
 pytestmark = pytest.mark.cpu
-
-
-def qvl(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments), env={"NO_COLOR": "1", "COLUMNS": "100"})
 
 
 def test_the_shipped_plan_is_whole() -> None:
@@ -32,8 +27,8 @@ def test_the_shipped_plan_is_whole() -> None:
 
 
 def test_the_demo_runs_on_the_shipped_checkpoint(tmp_path: Path) -> None:
-    qvl = [sys.executable, "-c", "from qvl_runtime.cli.app import main; main()", "demo", "--out", "boxed.png"]
-    ran = subprocess.run(qvl, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-c", "from qvl_runtime.cli.app import main; main()", "demo", "--out", "boxed.png"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert (ran.returncode, ran.stderr) == (0, "")
     match = re.search(r"wrote    boxed.png, with (\d+) box", ran.stdout)
     assert match and int(match[1]) >= 1, ran.stdout
