@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,18 +57,15 @@ def chat(
     return converse(session)
 
 
-@dataclass
 class ChatSession:
     """The conversation so far, and the images attached to the next message."""
 
-    engine: Engine
-    params: SamplingParams
-    system: str | None = None
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    pending_images: list[str] = field(default_factory=list)
-    last: Completion | None = None
+    messages: list[dict[str, Any]]
+    pending_images: list[str]
+    last: Completion | None
 
-    def __post_init__(self) -> None:
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
+        self.engine, self.params, self.system = engine, params, system
         self.reset()
 
     def reset(self) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -37,8 +36,7 @@ def demo(*, out: Out = Path("out/demo.png"), models: ModelOptions, debug: Debug 
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class DemoPlan:
+class DemoPlan(NamedTuple):
     """An image and three prompts about it."""
 
     image: Path

@@ -38,8 +38,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def colours(image: Image.Image) -> set[tuple[int, ...]]:
-    return {colour for _, colour in image.getcolors(image.width * image.height)}
+def colors(image: Image.Image) -> set[tuple[int, ...]]:
+    return {color for _, color in image.getcolors(image.width * image.height)}
 
 
 @pytest.mark.parametrize("ground", GROUNDS)
@@ -62,7 +62,7 @@ def test_tags_can_be_read(ground: str, number: int) -> None:
     labels = [Box(f"n{index}", 0, 0, 1, 1) for index in range(number)]
     drawn = draw_boxes(image, [*labels, Box("label", *LEFT)])
     tag = PALETTE[number]
-    assert tag in colours(drawn)
+    assert tag in colors(drawn)
     crop = np.asarray(drawn)[65:90, 38:100].reshape(-1, 3)
     inks = [ink for ink in ((0, 0, 0), (255, 255, 255)) if (crop == ink).all(axis=1).sum() > 20]
     assert any(contrast(tag, ink) >= 3 for ink in inks)
@@ -71,20 +71,20 @@ def test_tags_can_be_read(ground: str, number: int) -> None:
 def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
     """WCAG 2 contrast ratio, 1 to 21."""
     values = []
-    for colour in (one, other):
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
+    for color in (one, other):
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in color)]
         values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(values) + 0.05) / (min(values) + 0.05)
 
 
-def test_a_label_has_one_colour_and_others_have_others() -> None:
+def test_a_label_has_one_color_and_others_have_others() -> None:
     image = Image.new("RGB", (400, 300), "white")
     same = draw_boxes(image, [Box("cat", *LEFT), Box("cat", *RIGHT)])
     two = draw_boxes(image, [Box("cat", *LEFT), Box("dog", *RIGHT)])
     unnamed = draw_boxes(image, [Box(None, *LEFT), Box(None, *RIGHT)])
-    assert PALETTE[0] in colours(same) and PALETTE[1] not in colours(same)
+    assert PALETTE[0] in colors(same) and PALETTE[1] not in colors(same)
     for drawn in (two, unnamed):
-        assert {PALETTE[0], PALETTE[1]} <= colours(drawn)
+        assert {PALETTE[0], PALETTE[1]} <= colors(drawn)
     assert len(set(PALETTE)) == len(PALETTE) == 12
 
 
@@ -125,7 +125,7 @@ def test_a_font_of_the_callers(tmp_path: Path) -> None:
 def test_tags_stay_inside_and_apart() -> None:
     image = Image.new("RGB", (300, 200), "white")
     boxes = [Box(f"label {index}", 0, 0, 1000, 1000) for index in range(4)] + [Box("corner", 990, 990, 1000, 1000)]
-    drawn = colours(draw_boxes(image, boxes))
+    drawn = colors(draw_boxes(image, boxes))
     assert set(PALETTE[:5]) <= drawn, "no tag hides another"
 
 
