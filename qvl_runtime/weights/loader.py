@@ -72,7 +72,8 @@ def _published(
     from qvl_kernels import ops_for
 
     checkpoint = Checkpoint.open(folder, config)
-    packed = pack_decoder(checkpoint, config, ops_for(device), device)
+    # Mapped for packing alone: unmapping drops the pages of scales and zero points, 0.14 GB at full size.
+    packed = pack_decoder(Checkpoint.open(folder), config, ops_for(device), device)
     skipped = {part for _, parts in decoder_groups(config) for part in parts} if packed else ()
     on_host = (EMBEDDING,) if embedding_on_host else ()
     state = checkpoint.load(config, dtype, device, skipped, on_host)
