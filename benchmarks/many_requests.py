@@ -73,7 +73,7 @@ def equal(args: argparse.Namespace) -> int:
             requests=args.requests,
             answered=sum(a is not None for a in got),
             differ=differ,
-            steps=engine.loop.steps,
+            steps=engine.core.steps,
             preemptions=said["requests"]["preemptions"],
             hit_tokens=0 if hits is None else hits["hit_tokens"],
             drafts=said["drafts"],
@@ -95,7 +95,7 @@ def soak(args: argparse.Namespace) -> int:
         if done % (args.requests // 10) == 0:
             gc.collect()
             marks.append(resident_memory() / 2**20)
-            images = engine.loop.runner.images
+            images = engine.core.runner.images
             note(
                 args,
                 requests=done,
@@ -104,7 +104,7 @@ def soak(args: argparse.Namespace) -> int:
                 images=len(images),
                 image_bytes=images.bytes,
             )
-    cache = engine.loop.runner.cache
+    cache = engine.core.runner.cache
     cache.check_integrity()
     leaked = cache.pool.num_blocks - cache.pool.available
     growth = max(marks[1:]) - marks[0]
@@ -200,11 +200,11 @@ def throughput(args: argparse.Namespace) -> int:
         for many, seconds in spent.items():
             prompts = [engine.encode({"token_ids": [i, 1, 2, 3]}) for i in range(many)]
             requests = [engine.submit(prompt, greedy(args.steps + 2)) for prompt in prompts]
-            engine.loop.step()
-            engine.loop.step()
+            engine.core.step()
+            engine.core.step()
             began = time.perf_counter()
             while not all(request.done for request in requests):
-                engine.loop.step()
+                engine.core.step()
             seconds.append((time.perf_counter() - began) / args.steps)
     one = median(spent[1])
     for many, seconds in spent.items():
@@ -225,7 +225,7 @@ def throughput(args: argparse.Namespace) -> int:
 def drafts(args: argparse.Namespace) -> int:
     """Prompt lookup on and off in turns, on a caption of noise and on a prompt whose text repeats."""
     engine = of_size(args, speculative_tokens=args.drafts)
-    drafter = engine.loop.drafter
+    drafter = engine.core.drafter
     prompts: dict[str, Any] = {
         "caption": [{"image": image(5, 144)}, {"text": "Generate the caption in English with grounding:"}],
         "repeated text": {"token_ids": [*range(60)] * 3},
@@ -236,7 +236,7 @@ def drafts(args: argparse.Namespace) -> int:
         proposed, accepted = (drafter.proposed, drafter.accepted) if drafter else (0, 0)
         for _ in range(args.repeats + 1):
             for on in spent:
-                engine.loop.drafter = engine.loop.scheduler._drafter = drafter if on else None
+                engine.core.drafter = engine.core.scheduler._drafter = drafter if on else None
                 answer = engine.generate([prompt], greedy(args.steps))[0]
                 spent[on].append(answer.timings.decode_s / answer.timings.decoded_tokens)
                 said[on] = answer.token_ids

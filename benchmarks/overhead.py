@@ -51,42 +51,42 @@ def watched(engine: Engine) -> Parts:
 
     A decode step that is replayed from a recording is one call.
     """
-    parts, loop = Parts(), engine.loop
+    parts, core = Parts(), engine.core
     parts.watch(library(), "replay", "kernels")
     for kernel in vars(library().kernels):
         parts.watch(library().kernels, kernel, "kernels")
     parts.watch(F, "linear", "kernels")
     parts.watch(F, "scaled_dot_product_attention", "kernels")
-    parts.watch(loop.runner.model, "forward", "model")
-    parts.watch(loop.runner.model, "logits", "model")
-    parts.watch(loop.runner, "_step", "layout")
-    parts.watch(loop.scheduler, "schedule", "schedule")
-    if loop.runner.graphs is not None:
-        parts.watch(loop.runner.graphs, "run", "layout")
-    parts.watch(loop, "_sampler", "sampler")
-    parts.watch(loop, "step", "loop")
+    parts.watch(core.runner.model, "forward", "model")
+    parts.watch(core.runner.model, "logits", "model")
+    parts.watch(core.runner, "_step", "layout")
+    parts.watch(core.scheduler, "schedule", "schedule")
+    if core.runner.graphs is not None:
+        parts.watch(core.runner.graphs, "run", "layout")
+    parts.watch(core, "_sampler", "sampler")
+    parts.watch(core, "step", "loop")
     return parts
 
 
 def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int, temperature: float) -> None:
     """Medians over the steps of so many requests of about `context` tokens, whose beginnings are shared."""
     params = SamplingParams(max_tokens=10**4, temperature=temperature, ignore_eos=True, seed=0)
-    loop, requests = engine.loop, []
+    core, requests = engine.core, []
     for i in range(running):
         ids = [(7 * j) % 200 for j in range(context - 1)]
         requests.append(engine.submit(engine.encode({"token_ids": [*ids, i]}), params))
-        loop.step()  # the others find all but their last token
-    while any(task.pending > 1 for task in loop.scheduler.running) or len(loop.scheduler.running) < running:
-        loop.step()
-    loop.step()  # is recorded
+        core.step()  # the others find all but their last token
+    while any(branch.pending > 1 for branch in core.scheduler.running) or len(core.scheduler.running) < running:
+        core.step()
+    core.step()  # is recorded
     found: list[Counter[str]] = []
     for _ in range(steps):
         parts.spent.clear()
         parts.calls.clear()
-        loop.step()
+        core.step()
         found.append(Counter(parts.spent))
     for request in requests:
-        loop.cancel(request)
+        core.cancel(request)
     ms = {name: 1000 * median(spent[name] for spent in found) for name in found[0]}
     step = sum(ms.values())
     calls = parts.calls["kernels"]

@@ -73,7 +73,7 @@ def graphs(place: Place) -> Iterator[Row]:
                 **options,
             )
             found.append([out.token_ids for out in engine.generate(prompts, greedy)])
-            used = engine.loop.runner.graphs
+            used = engine.core.runner.graphs
             replays += used.replays if used is not None else 0
             place.settle()
         same = found[0] == found[1] == found[2]

@@ -72,11 +72,11 @@ def _answer(engine: Engine, requests: int, context: int, tokens: int, image: boo
         {"token_ids": [r + 1, *ids[1:]] if not image else ids, "images": images} for r in range(requests)
     ]
     submitted = [engine.submit(engine.encode(prompt), params) for prompt in prompts]
-    while any(not request.tasks or not request.tasks[0].answer.token_ids for request in submitted):
-        engine.loop.step()
+    while any(not request.branches or not request.branches[0].output.token_ids for request in submitted):
+        engine.core.step()
     began = time.perf_counter()
-    made = -sum(len(request.tasks[0].answer.token_ids) for request in submitted)
-    while engine.loop.step():
+    made = -sum(len(request.branches[0].output.token_ids) for request in submitted)
+    while engine.core.step():
         pass
     made += sum(len(request.completion().token_ids) for request in submitted)
     return made / (time.perf_counter() - began)
@@ -106,7 +106,7 @@ def _memory(place: Place, engine: Engine, kind: str, context: int, longest: int)
     """Peak of what was allocated, with a KV cache for `context` tokens: what the cache has beyond is taken off."""
     if place.tiny:
         return {"what": "memory", "model": kind, "tokens": context, "gb": None}
-    cache = engine.loop.runner.cache
+    cache = engine.core.runner.cache
     peak = torch.cuda.max_memory_allocated() - (cache.num_slots - context) * cache.bytes_per_token
     documented = MEMORY[kind, context]
     return {

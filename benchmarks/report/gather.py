@@ -90,7 +90,7 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
         "note": model.note,
         "summary": engine.summary(),
         "kernels": engine.report()["kernels"],
-        "machine": jsonable(RunInfo.collect(engine.loop.runner.model.device)),
+        "machine": jsonable(RunInfo.collect(engine.core.runner.model.device)),
         "speed": jsonable(speed),
         "growth": jsonable(curves),
         "memory": memory,

@@ -54,7 +54,7 @@ def speed(
 
     engine = models.open()
     report = profile_speed(engine, tokens, batches=sizes, progress=_progress)
-    run_info = RunInfo.collect(engine.loop.runner.model.device)
+    run_info = RunInfo.collect(engine.core.runner.model.device)
     if as_json:
         print(json.dumps({"machine": jsonable(run_info), "speed": jsonable(report)}, indent=2))
     else:

@@ -92,11 +92,11 @@ class AsyncEngine:
 
         def ask() -> None:
             try:
-                said = self.engine.report()
+                report = self.engine.report()
             except Exception as error:
-                home.call_soon_threadsafe(refuse, answer, error)
+                home.call_soon_threadsafe(set_exception, answer, error)
             else:
-                home.call_soon_threadsafe(resolve, answer, said)
+                home.call_soon_threadsafe(set_result, answer, report)
 
         self._order(ask)
         return await answer
@@ -158,7 +158,7 @@ class AsyncEngine:
                 if reader.request is not None:
                     reader.request.held = reader.sent - reader.taken > self.max_unread
             try:
-                idle = not self.engine.loop.step()
+                idle = not self.engine.core.step()
             except Exception as error:  # whatever it is, it goes to everyone who waits for this step
                 self._fail(error)
             self._deliver()
@@ -186,7 +186,7 @@ class AsyncEngine:
     def _end(self, reader: Reader) -> None:
         self._readers.discard(reader)
         if reader.request is not None:
-            self.engine.loop.cancel(reader.request)
+            self.engine.core.cancel(reader.request)
 
     def _deliver(self) -> None:
         """Send every reader what its request has made; one whose request is done is done as well."""
@@ -217,13 +217,13 @@ class AsyncEngine:
             reader.home.call_soon_threadsafe(put)
 
 
-def resolve(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> None:
+def set_result(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> None:
     """Answer a future whose asker may have gone."""
     if not future.done():
         future.set_result(value)
 
 
-def refuse(future: asyncio.Future[dict[str, Any]], error: Exception) -> None:
+def set_exception(future: asyncio.Future[dict[str, Any]], error: Exception) -> None:
     """Fail a future whose asker may have gone."""
     if not future.done():
         future.set_exception(error)

@@ -27,7 +27,7 @@ from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
-from qvl_runtime.schedule.core import Loop
+from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.request import Request
@@ -121,7 +121,7 @@ class Engine:
         runner = Runner(network, cache, ImageCache(asked.image_cache_bytes))
         capture_graphs(runner, asked, self.max_model_len)
         drafter = Drafter(asked.speculative_tokens) if asked.speculative_tokens else None
-        self.loop = Loop(runner, self.tokenizer, self.max_model_len, steps, drafter)
+        self.core = EngineCore(runner, self.tokenizer, self.max_model_len, steps, drafter)
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())
         kernels = self.report()["kernels"]
@@ -149,7 +149,7 @@ class Engine:
                 self._advance()
         finally:
             for request in requests:
-                self.loop.cancel(request)
+                self.core.cancel(request)
         return [request.completion() for request in requests]
 
     def as_completed(
@@ -178,14 +178,14 @@ class Engine:
                     yield request.tag, request.completion()
         finally:
             for request in open_requests:
-                self.loop.cancel(request)
+                self.core.cancel(request)
 
     def submit(
         self, encoded: Encoded, params: SamplingParams | None = None, streamed: bool = False, tag: Any = None
     ) -> Request:
         """Put a request in the queue of `loop`, whose steps answer it. For those who drive the loop themselves."""
         resolved = (params or SamplingParams()).resolve(self.defaults)
-        return self.loop.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
+        return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece, whole characters only; the last piece carries the completion.
@@ -217,11 +217,11 @@ class Engine:
         """The log probability of each token of a prompt after the first, pad ids of images included."""
         encoded = self._prompts.encode(prompt)
         ids = encoded.token_ids
-        self.loop.refuse(len(ids))
-        runner = self.loop.runner
+        self.core.check_length(len(ids))
+        runner = self.core.runner
         features = runner.features([span.image for span in encoded.spans])
         spans = [Span(span.start, rows) for span, rows in zip(encoded.spans, features, strict=True)]
-        self.loop.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
+        self.core.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
         with runner.cache.sequence(ntk_alpha(self.config, len(ids))) as sequence:
             x = runner.run([Chunk(sequence, ids, spans)])
         rows = len(ids) if return_logits else max(1, SCORED_AT_ONCE // (4 * self.config.vocab_size))
@@ -235,7 +235,7 @@ class Engine:
 
     def report(self) -> dict[str, Any]:
         """What runs: model, device, dtype, kernels and why those, memory in bytes, caches and their hit rates."""
-        return describe(self.folder, self.loop, self._load_s)
+        return describe(self.folder, self.core, self._load_s)
 
     def summary(self) -> str:
         """The report in one line."""
@@ -277,7 +277,7 @@ class Engine:
                 if not request.done:
                     self._advance()
         finally:
-            self.loop.cancel(request)
+            self.core.cancel(request)
 
     def _encoded(self, encode: Any, prompt: Any) -> Encoded:
         began = time.perf_counter()
@@ -287,7 +287,7 @@ class Engine:
         return Encoded(encoded, time.perf_counter() - began)
 
     def _advance(self) -> None:
-        if not self.loop.step():
+        if not self.core.step():
             raise RuntimeError("there are unanswered requests, but none of them can go on")
 
 

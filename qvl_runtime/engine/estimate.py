@@ -12,7 +12,7 @@ from qvl_runtime.plan.plan import Plan
 
 def plan_of(engine: Engine) -> Plan:
     """The plan of the running model, as it was made before loading; synthetic weights are entirely in memory."""
-    config, model = engine.engine_config, engine.loop.runner.model
+    config, model = engine.engine_config, engine.core.runner.model
     dtype = str(model.dtype).removeprefix("torch.")
     options = checkpoint_options(engine.folder, dtype, config.precision, config.kv_dtype)
     if config.synthetic is not None:

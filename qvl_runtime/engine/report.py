@@ -9,13 +9,13 @@ import torch
 
 from qvl_kernels import report as kernel_report
 from qvl_runtime.host import device_name
-from qvl_runtime.schedule.core import Loop
+from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.kv_cache import KVCache
 
 
-def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
+def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
     """Return the content of `Engine.report()`. Memory in bytes, time in seconds."""
-    model, cache, images = loop.runner.model, loop.runner.cache, loop.runner.images
+    model, cache, images = core.runner.model, core.runner.cache, core.runner.images
     c = model.config
     looked_up = images.hits + images.misses
     return {
@@ -46,27 +46,32 @@ def describe(folder: Path, loop: Loop, load_s: float) -> dict[str, Any]:
                 "dtype": str(cache.layers[0].k.dtype).removeprefix("torch."),
                 "slots": cache.num_slots,
                 "free": cache.free_tokens,
-                "kept": cache.pool.kept,
+                "kept": cache.pool.evictable,
                 "evictions": cache.pool.evictions,
             },
             "prefixes": describe_prefixes(cache),
             "images": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
         },
         "requests": {
-            "running": len(loop.scheduler.running),
-            "waiting": len(loop.scheduler.waiting),
-            "steps": loop.steps,
-            "preemptions": loop.scheduler.preemptions,
+            "running": len(core.scheduler.running),
+            "waiting": len(core.scheduler.waiting),
+            "steps": core.steps,
+            "preemptions": core.scheduler.preemptions,
         },
-        "graphs": loop.runner.graphs and loop.runner.graphs.report(),
-        "drafts": loop.drafter and {"proposed": loop.drafter.proposed, "accepted": loop.drafter.accepted},
+        "graphs": core.runner.graphs and core.runner.graphs.report(),
+        "drafts": core.drafter and {"proposed": core.drafter.proposed, "accepted": core.drafter.accepted},
     }
 
 
 def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
     """Return how much of the prompts was found in the KV cache; None without prefix caching."""
-    known = cache.prefixes
-    if known is None:
+    prefixes = cache.prefixes
+    if prefixes is None:
         return None
-    asked, hit = known.asked_tokens, known.hit_tokens
-    return {"blocks": len(known.blocks), "asked_tokens": asked, "hit_tokens": hit, "hit_rate": hit / max(1, asked)}
+    queried, hit = prefixes.asked_tokens, prefixes.hit_tokens
+    return {
+        "blocks": len(prefixes.blocks),
+        "asked_tokens": queried,
+        "hit_tokens": hit,
+        "hit_rate": hit / max(1, queried),
+    }

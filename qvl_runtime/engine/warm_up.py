@@ -12,7 +12,7 @@ from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.schedule.sampler import Draws, Row, sample
+from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
 from qvl_runtime.schedule.scheduler import StepLimits
 
 # Of the device, left alone: graphs (100 MB of logits and 64 rows of activations for the full model), kernels that are
@@ -52,7 +52,7 @@ def workspace_bytes(model: QwenVL, kept: torch.dtype, steps: StepLimits, meter: 
     with cache.sequence(1.0) as sequence:
         logits_of = Runner(model, cache, ImageCache(1)).compute([Chunk(sequence, [0] * steps.tokens)])
         greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
-        row = Row(Draws(greedy, (), model.config.vocab_size, model.device), 0)
+        row = SamplingRow(SamplingState(greedy, (), model.config.vocab_size, model.device), 0)
         sample(logits_of([*range(steps.running)]), [row] * steps.running)
     held = sum(tensor.nbytes for layer in cache.layers for tensor in layer)
     return max(images, meter.grown() - held)

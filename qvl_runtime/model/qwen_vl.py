@@ -17,7 +17,7 @@ from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
 from qvl_runtime.model.linear import LinearBuilder
 from qvl_runtime.model.rotary import positions_of
-from qvl_runtime.model.vision import VisualTower
+from qvl_runtime.model.vision import VisionEncoder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ class QwenVL:
                 )
             state["transformer.wte.weight"] = state["transformer.wte.weight"].cpu()
         self.decoder = Decoder(config, linears)
-        self.visual = VisualTower(config.visual, linears)
+        self.visual = VisionEncoder(config.visual, linears)
         here = {name: tensor for name, tensor in state.items() if tensor.device == self.device}
         self.bytes_by_part = _bytes_by_part(here, linears.bound, tied)
         self.kernels = _kernels_by_part(linears.bound)
@@ -84,13 +84,13 @@ class QwenVL:
 
     def _embedded(self, step: Step, observe: Observer) -> Tensor:
         """The rows [n, D] that the decoder begins with, which alone holds them: they go with its first block."""
-        x = self.look_up(step.token_ids) if step.embedded is None else step.embedded
+        x = self.embed_tokens(step.token_ids) if step.embedded is None else step.embedded
         if step.image_rows is not None and step.image_features is not None:
             x[step.image_rows] = step.image_features.to(x.dtype)
         observe("embed", x)
         return x
 
-    def look_up(self, token_ids: Tensor) -> Tensor:
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """The embeddings [n, D] of ids int64 [n] that are where the table is, on the model's device."""
         table = self.decoder.embedding
         if self.embedding_on_host:

@@ -71,7 +71,7 @@ class Resampler:
         return self._out_proj(self._ops.cross_attention(self._queries, k, v, self._heads))
 
 
-class VisualTower:
+class VisionEncoder:
     def __init__(self, config: VisionConfig, linears: LinearBuilder) -> None:
         root = "transformer.visual"
         self.config = config

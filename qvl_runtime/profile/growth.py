@@ -49,7 +49,7 @@ def growth(
 
     The curves of prompts and images end at the first size that takes more than `max_seconds`.
     """
-    slots = min(engine.loop.runner.cache.num_slots, engine.max_model_len)
+    slots = min(engine.core.runner.cache.num_slots, engine.max_model_len)
     contexts = [n for n in CONTEXTS if n + 32 <= slots][: 2 if quick else None]
     progress("decode against context")
     decoded = steps.decode(engine, contexts, rounds=3)
@@ -58,7 +58,7 @@ def growth(
     progress("prefill against length")
     prefilled = _measure_rising(prompts, lambda n, rounds: steps.prefill(engine, n, rounds=rounds), max_seconds)
     curves.append(Curve("prefill", "prompt, tokens", _points(prefilled), _prefill_bound(engine, prefilled, ceilings)))
-    max_batch = engine.loop.runner.cache.num_slots // (BATCH_CONTEXT + 32)
+    max_batch = engine.core.runner.cache.num_slots // (BATCH_CONTEXT + 32)
     sizes = [n for n in BATCHES if n <= min(max_batch, engine.engine_config.max_running)][: 2 if quick else None]
     progress("decode against batch")
     context = min(BATCH_CONTEXT, slots - 32)
@@ -105,7 +105,7 @@ def slope(spreads: dict[int, Spread]) -> float:
 
 
 def _decode_bound(engine: Engine, decoded: dict[int, Spread], ceilings: Ceilings) -> str:
-    per_token = engine.loop.runner.cache.bytes_per_token
+    per_token = engine.core.runner.cache.bytes_per_token
     first, growth_s = min(decoded), slope(decoded)
     rate = steps.bytes_read(engine, first) / decoded[first].median / 1e9
     context_rate = f"{per_token / growth_s / 1e9:.1f} GB/s" if growth_s > 0 else "a rate below the noise"

@@ -64,7 +64,7 @@ def profile_memory(
     progress("load")
     reset_peak_memory()
     engine = open_engine()
-    device, cache = engine.loop.runner.model.device, engine.loop.runner.cache
+    device, cache = engine.core.runner.model.device, engine.core.runner.cache
     cases = [Case("load", 0, peak_memory(device), None, None, "")]
     process_bytes = base if device.type == "cpu" else 0
     max_tokens = min(engine.max_model_len, cache.num_slots)
@@ -91,7 +91,7 @@ def profile_memory(
         weights,
         counted,
         base,
-        dict(engine.loop.runner.model.bytes_by_part),
+        dict(engine.core.runner.model.bytes_by_part),
         cache.bytes_per_token,
         tuple(cases),
         tuple(notes),

@@ -62,7 +62,7 @@ def _answer_once(engine: Engine) -> int:
     encoded = engine.encode([{"image": np.zeros((32, 32, 3), np.uint8)}, {"text": "What is it?"}])
     request = engine.submit(encoded, SamplingParams(max_tokens=4, temperature=0))
     while not request.done:
-        engine.loop.step()
+        engine.core.step()
     return generated_code_bytes(engine, len(encoded.prompt.token_ids), images=1)
 
 

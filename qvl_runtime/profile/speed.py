@@ -87,9 +87,9 @@ def profile_speed(
     generated are estimated from steps at `NUM_CONTEXTS` contexts along them, and marked so. Raises `ConfigError` if
     nothing fits the model's context.
     """
-    model = engine.loop.runner.model
+    model = engine.core.runner.model
     start = engine.config.visual.n_queries + 2
-    capacity = min(engine.max_model_len, engine.loop.runner.cache.num_slots) - start - 1
+    capacity = min(engine.max_model_len, engine.core.runner.cache.num_slots) - start - 1
     fitting = [length for length in lengths if length <= capacity]
     notes = [f"{length} tokens do not fit: the limit is {capacity}" for length in lengths if length > capacity]
     if tokens is None:
@@ -107,7 +107,7 @@ def profile_speed(
         means.append(_mean(engine, start, length, gaps, ceilings, rounds))
     groups = []
     for size in batches:
-        if size * (start + 2) > engine.loop.runner.cache.num_slots or size > engine.engine_config.max_running:
+        if size * (start + 2) > engine.core.runner.cache.num_slots or size > engine.engine_config.max_running:
             notes.append(f"a batch of {size} does not fit the KV cache")
             continue
         progress(f"batch of {size}")
@@ -121,7 +121,7 @@ def weight_format(engine: Engine) -> str:
     quantization = engine.config.quantization
     if quantization is not None:
         return f"int{quantization.bits}"
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(engine.loop.runner.model.dtype).split(".")[1]]
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(engine.core.runner.model.dtype).split(".")[1]]
 
 
 def _answer(engine: Engine, tokens: int) -> tuple[TimedAnswer, list[float]]:
@@ -136,12 +136,12 @@ def _answer(engine: Engine, tokens: int) -> tuple[TimedAnswer, list[float]]:
     first, arrivals = None, []
     try:
         while not request.done:
-            engine.loop.step()
-            if request.tasks and len(request.tasks[0].token_ids) > len(request.prompt.token_ids):
+            engine.core.step()
+            if request.branches and len(request.branches[0].token_ids) > len(request.prompt.token_ids):
                 arrivals.append(time.perf_counter())
                 first = first or arrivals[0] - began
     finally:
-        engine.loop.cancel(request)
+        engine.core.cancel(request)
     completion = request.completion()
     gaps = [after - before for before, after in pairwise(arrivals)]
     ttft = first if first is not None else completion.timings.ttft_s

@@ -21,7 +21,7 @@ from qvl_runtime.profile.spread import Spread
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.runner import Chunk
-from qvl_runtime.schedule.sampler import Draws, Row
+from qvl_runtime.schedule.sampler import SamplingRow, SamplingState
 from qvl_runtime.schedule.sequence import Sequence
 
 
@@ -47,14 +47,14 @@ def decoding(engine: Engine, max_context: int, batch: int = 1) -> Iterator[Calla
 
     Raises `CapacityError` if the KV cache is too small.
     """
-    runner = engine.loop.runner
+    runner = engine.core.runner
     blocks = batch * -(-(max_context + 1) // BLOCK_SIZE)
     if blocks * BLOCK_SIZE > runner.cache.num_slots:
         raise CapacityError(
             f"{batch} sequences of {max_context} tokens need {blocks * BLOCK_SIZE} slots of KV cache, which has "
             f"{runner.cache.num_slots}: use shorter ones or raise kv_cache_bytes"
         )
-    engine.loop.scheduler.make_room(blocks)
+    engine.core.scheduler.make_room(blocks)
     with ExitStack() as stack:
         sequences = [stack.enter_context(runner.cache.sequence(1.0)) for _ in range(batch)]
         for sequence in sequences:
@@ -62,7 +62,7 @@ def decoding(engine: Engine, max_context: int, batch: int = 1) -> Iterator[Calla
         params = SamplingParams(temperature=0.0).resolve(engine.defaults)
         device, vocabulary = runner.model.device, engine.config.vocab_size
         sample = sampler_for(runner.model.ops)
-        rows = [Row(Draws(params, [1], vocabulary, device, 0), 0) for _ in sequences]
+        rows = [SamplingRow(SamplingState(params, [1], vocabulary, device, 0), 0) for _ in sequences]
 
         def step(context: int) -> None:
             for sequence in sequences:
@@ -78,8 +78,8 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
 
     Several rounds are preceded by a warm-up; a single round is cold.
     """
-    runner, chunk = engine.loop.runner, engine.engine_config.max_step_tokens
-    engine.loop.scheduler.make_room(-(-(before + tokens) // BLOCK_SIZE))
+    runner, chunk = engine.core.runner, engine.engine_config.max_step_tokens
+    engine.core.scheduler.make_room(-(-(before + tokens) // BLOCK_SIZE))
     samples = []
     with runner.cache.sequence(1.0) as sequence:
         _write(engine, sequence, before)
@@ -97,7 +97,7 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
 
 def images(engine: Engine, count: int, rounds: int = 3) -> Spread:
     """Seconds that the vision encoder takes for `count` images in one pass; `rounds` as in `prefill`."""
-    model, size = engine.loop.runner.model, engine.config.visual.image_size
+    model, size = engine.core.runner.model, engine.config.visual.image_size
     pixels = torch.randn(count, 3, size, size)
     samples = []
     for round_ in range(rounds + (rounds > 1)):
@@ -111,7 +111,7 @@ def images(engine: Engine, count: int, rounds: int = 3) -> Spread:
 
 def bytes_read(engine: Engine, context: int, batch: int = 1) -> int:
     """The least a decode step must read: the weights of decoder and head once, and each sequence's KV cache."""
-    runner = engine.loop.runner
+    runner = engine.core.runner
     weights = sum(runner.model.bytes_by_part[part] for part in ("language", "head"))
     return weights + batch * context * runner.cache.bytes_per_token
 
@@ -120,7 +120,7 @@ def _write(engine: Engine, sequence: Sequence, tokens: int) -> None:
     """Extend a sequence to `tokens` tokens whose keys and values are zero."""
     sequence.append(tokens + 1)
     sequence.length = tokens
-    blocks = torch.tensor(sequence.blocks, device=engine.loop.runner.model.device)
-    for layer in engine.loop.runner.cache.layers:
+    blocks = torch.tensor(sequence.blocks, device=engine.core.runner.model.device)
+    for layer in engine.core.runner.cache.layers:
         for tensor in layer:
             tensor.index_fill_(0, blocks, 0)

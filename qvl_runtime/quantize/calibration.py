@@ -17,7 +17,7 @@ from qvl_kernels import ops_for
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError, ImageError, PromptError
 from qvl_runtime.model.linear import LinearBuilder
-from qvl_runtime.model.vision import VisualTower
+from qvl_runtime.model.vision import VisionEncoder
 from qvl_runtime.prompt.conversations import Conversation, conversation_segment, read_conversations
 from qvl_runtime.prompt.images import LoadedImage, load_image, to_pixels
 from qvl_runtime.prompt.limits import ImageLimits
@@ -91,7 +91,7 @@ def embed(config: ModelConfig, checkpoint: Checkpoint, calibration: Calibration,
         return
     prefix = "transformer.visual."
     state = {name: checkpoint.tensor(name).to(x) for name in checkpoint.names if name.startswith(prefix)}
-    encoder = VisualTower(config.visual, LinearBuilder(ops_for(x.device), state, "exact"))
+    encoder = VisionEncoder(config.visual, LinearBuilder(ops_for(x.device), state, "exact"))
     for first in range(0, len(images), IMAGES_AT_ONCE):
         batch = images[first : first + IMAGES_AT_ONCE]
         pixels = torch.cat([to_pixels(image.rgb[None]) for image in batch]).to(x.device)

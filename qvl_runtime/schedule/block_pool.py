@@ -19,26 +19,26 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.evictions = 0
         self.on_evict: Callable[[int], None] = lambda block: None  # told of a kept block before it is taken
-        self._holders = [0] * num_blocks
+        self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._published: set[int] = set()
-        self._kept: OrderedDict[int, None] = OrderedDict()
+        self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
         """Blocks that `allocate` can give, kept ones among them."""
-        return len(self._free) + len(self._kept)
+        return len(self._free) + len(self._evictable)
 
     @property
-    def kept(self) -> int:
-        return len(self._kept)
+    def evictable(self) -> int:
+        return len(self._evictable)
 
     def allocate(self) -> int:
         """A block of undefined content, held once. Raises `CapacityError` where all are held."""
         if self._free:
             block = self._free.pop()
-        elif self._kept:
-            block, _ = self._kept.popitem(last=False)
+        elif self._evictable:
+            block, _ = self._evictable.popitem(last=False)
             self._published.discard(block)
             self.evictions += 1
             self.on_evict(block)
@@ -47,13 +47,13 @@ class BlockPool:
                 f"all {self.num_blocks} blocks of the KV cache are held by running requests: "
                 "wait for one to end, or raise kv_cache_bytes"
             )
-        self._holders[block] = 1
+        self._ref_counts[block] = 1
         return block
 
-    def hold(self, block: int) -> None:
+    def acquire(self, block: int) -> None:
         """One more holder, for a block that is held or kept."""
-        self._kept.pop(block, None)
-        self._holders[block] += 1
+        self._evictable.pop(block, None)
+        self._ref_counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less for each block of a table, given in its order.
@@ -61,10 +61,10 @@ class BlockPool:
         The last block goes first, so that of the blocks kept a child is always given up before its parent.
         """
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block] == 0:
                 if block in self._published:
-                    self._kept[block] = None
+                    self._evictable[block] = None
                 else:
                     self._free.append(block)
 
@@ -77,7 +77,7 @@ class BlockPool:
 
     def is_exclusive(self, block: int) -> bool:
         """Whether its one holder may write into it."""
-        return self._holders[block] == 1 and block not in self._published
+        return self._ref_counts[block] == 1 and block not in self._published
 
     def check_integrity(self, tables: Iterable[Sequence[int]], published: Iterable[int]) -> None:
         """Compare the books with the block tables of all sequences and the blocks that can be found by prefix.
@@ -90,8 +90,8 @@ class BlockPool:
             raise RuntimeError(f"published {sorted(self._published)}, but by prefix {sorted(published)} are found")
         if len(set(self._free)) != len(self._free):
             raise RuntimeError("a block is free twice")
-        free, kept = set(self._free), set(self._kept)
-        for block, holders in enumerate(self._holders):
+        free, kept = set(self._free), set(self._evictable)
+        for block, holders in enumerate(self._ref_counts):
             if holders != held[block]:
                 raise RuntimeError(f"block {block} counts {holders} holders, and {held[block]} tables hold it")
             expected = (holders == 0 and block not in self._published, holders == 0 and block in self._published)

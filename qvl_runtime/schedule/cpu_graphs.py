@@ -35,17 +35,17 @@ class RecordedStep:
 
     def __init__(self, function: Callable[[], Tensor], arena: Arena) -> None:
         self._function, self._arena = function, arena
-        self._found: Recording | None = None
+        self._cached_recording: Recording | None = None
 
     @property
-    def refused(self) -> str | None:
+    def fallback_reason(self) -> str | None:
         recording = self._recording
         return None if recording is None else recording.refused
 
     def __call__(self) -> Tensor:
         recording = self._recording
         if recording is None:
-            self._found, output = Recording.of(self._function, self._arena)
+            self._cached_recording, output = Recording.of(self._function, self._arena)
             return output
         if recording.refused is not None:
             return self._function()
@@ -54,4 +54,8 @@ class RecordedStep:
     @property
     def _recording(self) -> Recording | None:
         """What was recorded, unless with other kernels than those in use."""
-        return self._found if self._found is not None and self._found.library is library() else None
+        return (
+            self._cached_recording
+            if self._cached_recording is not None and self._cached_recording.library is library()
+            else None
+        )

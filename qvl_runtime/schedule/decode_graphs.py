@@ -4,7 +4,7 @@ A decode step of the full model is some 300 launches; queued one by one from Pyt
 4 microseconds each on an A100, against 6 for a layer's smaller kernels). A graph holds them all and is queued at once.
 On a CPU Python's part is 18 ms of 230, and the graph a list of calls.
 It repeats addresses and shapes as they were, so a step fills the buffers of the smallest bucket that holds it. Rows
-without a request are padding: they read and write the cache's spare block, which belongs to nobody, and are ignored.
+without a request are padding: they read and write the cache's null block, which no sequence uses, and are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qvl_runtime.schedule.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; the most rows that are allowed have one of their own
+BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; max_batch_size has a bucket of its own
 COLUMNS = 5  # numbers that a row has beside its block table
 
 
@@ -35,7 +35,7 @@ class Graph(Protocol):
     """A function over static buffers; each call computes its result anew, and in place of that of any other."""
 
     @property
-    def refused(self) -> str | None:
+    def fallback_reason(self) -> str | None:
         """Why it is not captured but runs op by op; known when it has run."""
         ...
 
@@ -49,7 +49,7 @@ class Captured(NamedTuple):
     output: Tensor
 
     @property
-    def refused(self) -> str | None:
+    def fallback_reason(self) -> str | None:
         return None
 
     def __call__(self) -> Tensor:
@@ -68,12 +68,14 @@ class Capture(Protocol):
         ...
 
 
-class HostRows:
+class HostEmbedding:
     """Rows of an embedding table in the host's memory, gathered there and copied to where graphs read them."""
 
-    def __init__(self, table: Tensor, most: int, device: torch.device) -> None:
+    def __init__(self, table: Tensor, max_batch_size: int, device: torch.device) -> None:
         self._table = table
-        self._gathered = torch.empty(most, table.shape[1], dtype=table.dtype, pin_memory=device.type == "cuda")
+        self._gathered = torch.empty(
+            max_batch_size, table.shape[1], dtype=table.dtype, pin_memory=device.type == "cuda"
+        )
         self._sent = self._gathered.to(device)  # on a CPU the same
 
     def rows(self, count: int) -> Tensor:
@@ -88,14 +90,14 @@ class HostRows:
             self._sent[:n].copy_(self._gathered[:n], non_blocking=True)
 
 
-class Inputs:
+class DecodeInputs:
     """What a decode step of `rows` rows reads: int64 packed so that one copy brings it to the device; and embeddings
     where their table is on the host."""
 
-    def __init__(self, rows: int, host: Tensor, device: Tensor, looked_up: HostRows | None = None) -> None:
+    def __init__(self, rows: int, host: Tensor, device: Tensor, host_embedding: HostEmbedding | None = None) -> None:
         """host, device: flat buffers of the same size, for rows * (COLUMNS + blocks of a table) numbers."""
-        self.rows, self._host, self._device, self._looked_up = rows, host, device, looked_up
-        self.embedded = None if looked_up is None else looked_up.rows(rows)
+        self.rows, self._host, self._device, self._host_embedding = rows, host, device, host_embedding
+        self.embedded = None if host_embedding is None else host_embedding.rows(rows)
         self._ids = self._parts(host)[0][0]
         self._columns, self._tables = (part.numpy() for part in self._parts(host))
         columns, self.block_tables = self._parts(device)  # which on a CPU is `host` itself
@@ -106,8 +108,10 @@ class Inputs:
         end = COLUMNS * self.rows
         return buffer[:end].view(COLUMNS, self.rows), buffer[end:].view(self.rows, -1)
 
-    def send(self, sequences: Items[Sequence], token_ids: Items[int], frequency_rows: Items[int], spare: int) -> None:
-        """Fill with the last token of each sequence, and with padding that lives in block `spare`; copy to the device.
+    def send(
+        self, sequences: Items[Sequence], token_ids: Items[int], frequency_rows: Items[int], null_block: int
+    ) -> None:
+        """Fill with the last token of each sequence, and with padding that uses block `null_block`; copy to the device.
 
         The last copy must have arrived: it has, where the tokens of the last step have been read.
         """
@@ -118,22 +122,23 @@ class Inputs:
             self._columns[:, row] = token, at, slot, sequence.length, factor
             self._tables[row, : len(blocks)] = blocks
         for row in range(n, self.rows):
-            self._columns[:, row] = 0, 0, spare * BLOCK_SIZE + row % BLOCK_SIZE, 1, 0
-        self._tables[n:, 0] = spare
+            self._columns[:, row] = 0, 0, null_block * BLOCK_SIZE + row % BLOCK_SIZE, 1, 0
+        self._tables[n:, 0] = null_block
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
-        if self._looked_up is not None:
-            self._looked_up.send(self._ids)
+        if self._host_embedding is not None:
+            self._host_embedding.send(self._ids)
 
 
 class Bucket(NamedTuple):
-    inputs: Inputs
-    graph: Graph  # gives logits, or without the head hidden states
-    whole: bool  # with the head
+    inputs: DecodeInputs
+    graph: Graph  # returns logits, or hidden states without the head
+    with_head: bool
 
 
 class DecodeGraphs:
-    """The decode steps of a model over one KV cache, for up to `most` sequences of up to `longest` tokens.
+    """The decode steps of a model over one KV cache, for up to `max_batch_size` sequences of up to
+    `max_seq_len` tokens.
 
     More than the last bucket of sequences are decoded without a graph. Where a capture refuses a step, it is tried once
     more without the head: a dense one may run in torch's GEMM from a few rows on, whatever the blocks are made of.
@@ -145,8 +150,8 @@ class DecodeGraphs:
         cache: KVCache,
         frequencies: Frequencies,
         capture: Capture,
-        most: int,
-        longest: int,
+        max_batch_size: int,
+        max_seq_len: int,
         buckets: Items[int] | None = None,
     ) -> None:
         """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use.
@@ -155,64 +160,72 @@ class DecodeGraphs:
         """
         self.replays = 0
         buckets = BUCKETS if buckets is None else buckets
-        most = min(most, buckets[-1])
+        max_batch_size = min(max_batch_size, buckets[-1])
         self._model, self._cache, self._frequencies, self._capture = model, cache, frequencies, capture
-        self._most = most
-        width = COLUMNS + -(-longest // BLOCK_SIZE)
+        self._max_batch_size = max_batch_size
+        width = COLUMNS + -(-max_seq_len // BLOCK_SIZE)
         on_gpu = model.device.type == "cuda"
-        host = torch.zeros(most * width, dtype=torch.int64, pin_memory=on_gpu)  # pinned, or the copy would wait
+        host = torch.zeros(
+            max_batch_size * width, dtype=torch.int64, pin_memory=on_gpu
+        )  # pinned, or the copy would wait
         device = host.to(model.device)
-        looked_up = HostRows(model.decoder.embedding, most, model.device) if model.embedding_on_host else None
-        self.buckets = (*buckets[: bisect_left(buckets, most)], most)
+        host_embedding = (
+            HostEmbedding(model.decoder.embedding, max_batch_size, model.device) if model.embedding_on_host else None
+        )
+        self.buckets = (*buckets[: bisect_left(buckets, max_batch_size)], max_batch_size)
         self._buckets: dict[int, Bucket] = {}
         frequencies.row(1.0)  # row 0, which padding reads
         for rows in reversed(self.buckets):
             on_host = host[: rows * width]
-            inputs = Inputs(rows, on_host, on_host if device is host else device[: rows * width], looked_up)
-            inputs.send((), (), (), cache.spare)
+            inputs = DecodeInputs(rows, on_host, on_host if device is host else device[: rows * width], host_embedding)
+            inputs.send((), (), (), cache.null_block)
             self._buckets[rows] = self._captured(inputs)
 
-    def take(self, rows: int) -> bool:
+    def can_run(self, rows: int) -> bool:
         """Whether a decode step of so many rows has a graph, or is to be tried."""
-        return rows <= self._most and self._bucket(rows).graph.refused is None
+        return rows <= self._max_batch_size and self._bucket(rows).graph.fallback_reason is None
 
     def run(self, sequences: Items[Sequence], token_ids: Items[int]) -> Tensor:
         """Compute the last token of each sequence: logits [n, vocab], which hold until the next call."""
-        inputs, graph, whole = bucket = self._bucket(len(sequences))
+        inputs, graph, with_head = bucket = self._bucket(len(sequences))
         rows = [self._frequencies.row(sequence.alpha) for sequence in sequences]
-        inputs.send(sequences, token_ids, rows, self._cache.spare)
-        found = graph()
-        if graph.refused is None:
+        inputs.send(sequences, token_ids, rows, self._cache.null_block)
+        result = graph()
+        if graph.fallback_reason is None:
             self.replays += 1
         else:
-            self._settle_for_less(bucket, graph.refused)
-        return (found if whole else self._model.logits(found))[: len(sequences)]
+            self._retry_without_head(bucket, graph.fallback_reason)
+        return (result if with_head else self._model.logits(result))[: len(sequences)]
 
     def report(self) -> dict[str, Any]:
         """Rows of the graphs, how often they ran, the bytes that they hold, and the rows that have none and why."""
-        refused = {rows: bucket.graph.refused for rows, bucket in self._buckets.items() if bucket.graph.refused}
+        fallback_reasons = {
+            rows: bucket.graph.fallback_reason for rows, bucket in self._buckets.items() if bucket.graph.fallback_reason
+        }
         return {
-            "rows": [rows for rows in self.buckets if rows not in refused],
-            "without_head": [rows for rows in self.buckets if rows not in refused and not self._buckets[rows].whole],
+            "rows": [rows for rows in self.buckets if rows not in fallback_reasons],
+            "without_head": [
+                rows for rows in self.buckets if rows not in fallback_reasons and not self._buckets[rows].with_head
+            ],
             "replays": self.replays,
             "bytes": self._capture.nbytes,
-            "refused": refused,
+            "refused": fallback_reasons,
         }
 
     def _bucket(self, rows: int) -> Bucket:
         return self._buckets[self.buckets[bisect_left(self.buckets, rows)]]
 
-    def _captured(self, inputs: Inputs, whole: bool = True) -> Bucket:
-        return Bucket(inputs, self._capture(self._step(inputs, whole)), whole)
+    def _captured(self, inputs: DecodeInputs, with_head: bool = True) -> Bucket:
+        return Bucket(inputs, self._capture(self._step(inputs, with_head)), with_head)
 
-    def _settle_for_less(self, bucket: Bucket, reason: str) -> None:
+    def _retry_without_head(self, bucket: Bucket, reason: str) -> None:
         rows = bucket.inputs.rows
-        if bucket.whole:
-            self._buckets[rows] = self._captured(bucket.inputs, whole=False)
+        if bucket.with_head:
+            self._buckets[rows] = self._captured(bucket.inputs, with_head=False)
         else:
             _log.info("decode steps of %d rows have no graph: %s", rows, reason)
 
-    def _step(self, inputs: Inputs, whole: bool) -> Callable[[], Tensor]:
+    def _step(self, inputs: DecodeInputs, with_head: bool) -> Callable[[], Tensor]:
         model, table, layers = self._model, self._frequencies.table, self._cache.layers
         layout = Layout(inputs.slots, inputs.block_tables, inputs.query_starts, inputs.context_lens)
 
@@ -220,6 +233,6 @@ class DecodeGraphs:
             frequencies = model.ops.embedding(inputs.frequency_rows, table)
             rows = Step(inputs.token_ids, inputs.positions, frequencies, layout, embedded=inputs.embedded)
             hidden = model.forward(rows, layers)
-            return model.logits(hidden) if whole else hidden
+            return model.logits(hidden) if with_head else hidden
 
         return step

@@ -26,7 +26,7 @@ class KVCache:
     """A pool of blocks for keys and values, [blocks, H, BLOCK_SIZE, d] for each layer.
 
     Memory is reserved at once and touched as it is used: on a CPU pages that no token reached cost nothing. One block
-    more, `spare`, is in no sequence: what pads a step to a fixed size may write there.
+    more, `null_block`, is in no sequence: what pads a step to a fixed size may write there.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class KVCache:
         blocks = max(1, -(-tokens // BLOCK_SIZE))
         shape = (blocks + 1, config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
         self.layers = [
-            LayerCache(_room(shape, dtype, device), _room(shape, dtype, device))
+            LayerCache(_allocate_blocks(shape, dtype, device), _allocate_blocks(shape, dtype, device))
             for _ in range(config.num_hidden_layers)
         ]
-        self.device, self.spare = device, blocks
+        self.device, self.null_block = device, blocks
         for layer in self.layers:
             for tensor in layer:
-                tensor[self.spare].zero_()  # padding reads it before it writes it
+                tensor[self.null_block].zero_()  # padding reads it before it writes it
         self.pool = BlockPool(blocks)
         self.prefixes = PrefixCache(self.pool, BLOCK_SIZE) if prefixes else None
         self._sequences: WeakSet[Sequence] = WeakSet()
@@ -68,7 +68,7 @@ class KVCache:
         self._sequences.add(sequence)
         return sequence
 
-    def refuse_beyond(self, tokens: int) -> None:
+    def check_fits_cache(self, tokens: int) -> None:
         """Raise `CapacityError` for a sequence that would not fit if it were alone."""
         if tokens > self.num_slots:
             raise CapacityError(
@@ -90,9 +90,11 @@ class KVCache:
             self.prefixes.check_integrity()
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized tensor of blocks. On a CPU in huge pages, with which decoding reads a long context 1.13 times as
-    fast; not the spare block at the end, nor small blocks: a page of 2 MiB would hold thousands of tokens of nano."""
+def _allocate_blocks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialized tensor of blocks, on a CPU in huge pages: decoding reads a long context 1.13x as fast.
+
+    The null block at the end and small blocks use normal pages: a page of 2 MiB would hold thousands of nano's tokens.
+    """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     block = math.prod(shape[1:]) * dtype.itemsize

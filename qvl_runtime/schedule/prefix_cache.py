@@ -86,7 +86,7 @@ class PrefixCache:
                 length = span.start
         del blocks[-(-length // size) :]
         for block in blocks:
-            self._pool.hold(block)
+            self._pool.acquire(block)
         return Hit(length, blocks, parents[: length // size + 1])
 
     def publish(
@@ -103,7 +103,7 @@ class PrefixCache:
         siblings = self._children.setdefault(parent, {})
         node = siblings.get(key)
         if node is not None:
-            self._pool.hold(node.block)
+            self._pool.acquire(node.block)
             self._pool.release([block])
             return node
         self._made += 1

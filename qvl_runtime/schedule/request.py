@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from qvl_runtime.prompt.chatml import EncodedPrompt, ImageSpan
-from qvl_runtime.schedule.answer import Answer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, Timings, Usage
+from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.runner import Span
-from qvl_runtime.schedule.sampler import Draws, Sample
+from qvl_runtime.schedule.sampler import Sample, SamplingState
 from qvl_runtime.schedule.sequence import Sequence
 
 
@@ -56,7 +56,7 @@ class Request:
     streamed: bool = False
     held: bool = False  # by a reader that is too far behind: it keeps its place and takes no part in steps
     cached_tokens: int = 0
-    tasks: list[Task] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
     completions: dict[int, Completion] = field(default_factory=dict)  # by answer
     pieces: deque[StreamPiece] = field(default_factory=deque)
 
@@ -76,12 +76,14 @@ class Request:
         return replace(first, alternatives=tuple(others))
 
 
-class Task:
+class Branch:
     """One answer: the tokens known so far, and the sequence that holds those computed."""
 
-    def __init__(self, request: Request, index: int, sequence: Sequence, answer: Answer, draws: Draws) -> None:
+    def __init__(
+        self, request: Request, index: int, sequence: Sequence, output: OutputBuilder, sampling_state: SamplingState
+    ) -> None:
         self.request, self.index = request, index
-        self.sequence, self.answer, self.draws = sequence, answer, draws
+        self.sequence, self.output, self.sampling_state = sequence, output, sampling_state
         self.running = False  # the scheduler's: it has blocks and takes part in steps
         self.token_ids: list[int] = list(request.prompt.token_ids)
         self.features: dict[int, Tensor] = {}  # of the images that are being prefilled, by the span's number
@@ -127,24 +129,24 @@ class Task:
         if clock.first_token is None:
             clock.first_token = time.perf_counter()
         self.token_ids.append(sample.token_id)
-        text = self.answer.add(sample)
+        text = self.output.add(sample)
         if self.request.streamed:
             self.request.pieces.append(StreamPiece(text, (sample.token_id,)))
 
     def complete(self, finish_reason: str) -> None:
         """Hand the answer over; what was computed for it stays to be found."""
         self.sequence.publish(self.token_ids, self.spans, tail=True)
-        request, made = self.request, len(self.answer.token_ids)
+        request, made = self.request, len(self.output.token_ids)
         spans, prompt = request.prompt.spans, len(request.prompt.token_ids)
         images = tuple(span.image for span in spans)
         completion = Completion(
-            text=self.answer.text,
-            token_ids=tuple(self.answer.token_ids),
+            text=self.output.text,
+            token_ids=tuple(self.output.token_ids),
             finish_reason=finish_reason,
             usage=Usage(prompt, made, sum(span.length for span in spans), len(spans), request.cached_tokens),
             timings=request.clock.timings(prompt - request.cached_tokens, made),
-            boxes=self.answer.boxes(len(images)),
-            logprobs=None if request.params.logprobs is None else tuple(self.answer.logprobs),
+            boxes=self.output.boxes(len(images)),
+            logprobs=None if request.params.logprobs is None else tuple(self.output.logprobs),
             images=images,
         )
         request.completions[self.index] = completion

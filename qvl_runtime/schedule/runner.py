@@ -55,9 +55,13 @@ class Runner:
         self.images_at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
         self._passes = 0
 
-    def capture(self, capture: Capture, most: int, longest: int, buckets: Items[int] | None = None) -> None:
-        """From now on, decode up to `most` sequences of up to `longest` tokens by graphs, captured here."""
-        self.graphs = DecodeGraphs(self.model, self.cache, self._frequencies, capture, most, longest, buckets)
+    def capture(
+        self, capture: Capture, max_batch_size: int, max_seq_len: int, buckets: Items[int] | None = None
+    ) -> None:
+        """Capture graphs for decoding up to `max_batch_size` sequences of up to `max_seq_len` tokens, and use them."""
+        self.graphs = DecodeGraphs(
+            self.model, self.cache, self._frequencies, capture, max_batch_size, max_seq_len, buckets
+        )
 
     def features(self, images: Items[LoadedImage]) -> list[Tensor]:
         """Features [queries, D] of each image; those not cached go through the tower together, each once."""
@@ -88,7 +92,7 @@ class Runner:
         What that gives holds until the next step.
         """
         decoding = all(len(chunk.token_ids) == 1 and not chunk.spans for chunk in chunks)
-        if self.graphs is None or not decoding or not self.graphs.take(len(chunks)):
+        if self.graphs is None or not decoding or not self.graphs.can_run(len(chunks)):
             hidden = self.run(chunks)
             return lambda at: self.model.logits(hidden[torch.tensor(at, device=hidden.device)])
         with _grown(chunks):

@@ -1,4 +1,4 @@
-"""The choice of the next token for all rows of a step at once, each by its own parameters and its own dice."""
+"""The choice of the next token for all rows of a step at once, each by its own parameters and its own uniforms."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Sample(NamedTuple):
     logprob: TokenLogprob
 
 
-class Draws:
+class SamplingState:
     """What choosing the tokens of one answer needs to know.
 
-    The dice are a function of seed and position in the answer: nothing else in the process moves them, so an answer
+    The uniforms are a function of seed and position in the answer: nothing else in the process moves them, so an answer
     does not depend on its neighbors, on being interrupted, or on drafts.
     """
 
@@ -58,14 +58,14 @@ class Draws:
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-class Row(NamedTuple):
+class SamplingRow(NamedTuple):
     """A row of logits: the answer it is for, and the position there of the token that it gives."""
 
-    draws: Draws
+    state: SamplingState
     position: int
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sample]:
     """One token for each row of logits [m, vocab] of any dtype.
 
     Order: repetition penalty, bias, temperature, top-k, top-p, min-p, draw. Temperature 0 takes the likeliest.
@@ -73,7 +73,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
     raw = logits.float()
     scores = _shaped(raw, rows)
     tokens = scores.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.draws.params.temperature]
+    drawn = [i for i, row in enumerate(rows) if row.state.params.temperature]
     if drawn:
         at = torch.tensor(drawn, device=raw.device)
         tokens[at] = _draw(scores[at], [rows[i] for i in drawn])
@@ -81,8 +81,8 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
     chosen = (raw.gather(1, tokens[:, None])[:, 0] - normalizer).tolist()
     token_ids = tokens.tolist()
     for row, token in zip(rows, token_ids, strict=True):
-        if row.draws.seen is not None:
-            row.draws.seen[token] = True
+        if row.state.seen is not None:
+            row.state.seen[token] = True
     tops = likeliest(raw, normalizer, rows)
     return [
         Sample(token, TokenLogprob(token, logprob, top))
@@ -90,26 +90,26 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
     ]
 
 
-def _shaped(raw: Tensor, rows: Sequence[Row]) -> Tensor:
+def _shaped(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Scores after penalties and biases; `raw` itself where no row asks for any."""
     scores = raw
-    punished = [i for i, row in enumerate(rows) if row.draws.seen is not None]
+    punished = [i for i, row in enumerate(rows) if row.state.seen is not None]
     if punished:  # Keskar et al. 2019, with the sign as transformers has it
         at = torch.tensor(punished, device=raw.device)
-        penalty = raw.new_tensor([rows[i].draws.penalty for i in punished])[:, None]
-        seen = torch.stack([seen for row in rows if (seen := row.draws.seen) is not None])
+        penalty = raw.new_tensor([rows[i].state.penalty for i in punished])[:, None]
+        seen = torch.stack([seen for row in rows if (seen := row.state.seen) is not None])
         own = raw[at]
         scores = raw.index_copy(0, at, torch.where(seen, torch.where(own > 0, own / penalty, own * penalty), own))
     for i, row in enumerate(rows):
-        if row.draws.bias is not None:
+        if row.state.bias is not None:
             scores = scores.clone() if scores is raw else scores
-            scores[i] += row.draws.bias
+            scores[i] += row.state.bias
     return scores
 
 
-def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Tokens [m] drawn from scores [m, vocab] of rows that have a temperature."""
-    params = [row.draws.params for row in rows]
+    params = [row.state.params for row in rows]
     vocab = scores.shape[1]
     temperature = scores.new_tensor([p.temperature or 1.0 for p in params])
     # relative to the likeliest, which stays finite however small the temperature
@@ -117,20 +117,20 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=scores.device)
     top_p = scores.new_tensor([1.0 if p.top_p is None else p.top_p for p in params])
     min_p = scores.new_tensor([p.min_p for p in params])
-    dice = scores.new_tensor([row.draws.uniform(row.position) for row in rows], dtype=torch.float64)
+    uniforms = scores.new_tensor([row.state.uniform(row.position) for row in rows], dtype=torch.float64)
     values, ids = probs.topk(min(CANDIDATES, vocab))
     nucleus = (top_p < 1) & (values.sum(-1) >= top_p)
     enough = (top_k <= values.shape[1]) | ((top_k == vocab) & (nucleus | (values[:, -1] < min_p * values[:, 0])))
-    tokens = ids.gather(1, _pick(values, top_k, top_p, min_p, dice)[:, None])[:, 0]
+    tokens = ids.gather(1, _pick(values, top_k, top_p, min_p, uniforms)[:, None])[:, 0]
     if not bool(enough.all()):
         wide = (~enough).nonzero()[:, 0]
         values, ids = probs[wide].sort(descending=True)
-        picked = _pick(values, top_k[wide], top_p[wide], min_p[wide], dice[wide])
+        picked = _pick(values, top_k[wide], top_p[wide], min_p[wide], uniforms[wide])
         tokens[wide] = ids.gather(1, picked[:, None])[:, 0]
     return tokens
 
 
-def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, dice: Tensor) -> Tensor:
+def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
     """Ranks [m] drawn from probabilities [m, candidates], the likeliest first; that one is never ruled out.
 
     top-p (Holtzman et al. 2020) keeps the likeliest tokens until their share, after top-k, reaches p; the one that
@@ -144,13 +144,13 @@ def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, dice: Tens
     before = kept.cumsum(-1) - kept
     kept = torch.where((before < (top_p * mass)[:, None]) & (probs >= min_p[:, None] * probs[:, :1]), kept, 0.0)
     cumulative = kept.cumsum(-1)
-    ranked = torch.searchsorted(cumulative, (dice * cumulative[:, -1])[:, None], right=True)[:, 0]
+    ranked = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
     return torch.minimum(ranked, (kept > 0).sum(-1) - 1)
 
 
-def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[Row]) -> list[tuple[tuple[int, float], ...]]:
+def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[tuple[int, float], ...]]:
     """The alternatives that each row asks for, with their log probabilities."""
-    wanted = [min(row.draws.params.logprobs or 0, raw.shape[1]) for row in rows]
+    wanted = [min(row.state.params.logprobs or 0, raw.shape[1]) for row in rows]
     if not any(wanted):
         return [()] * len(rows)
     values, ids = raw.topk(max(wanted))

@@ -107,7 +107,7 @@ class Sequence:
         twin.length, twin.blocks = self.length, self.blocks[: -(-self.length // self._size)]
         twin._parents = self._parents.copy()
         for block in twin.blocks:
-            self._store.pool.hold(block)
+            self._store.pool.acquire(block)
         return twin
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ def test_an_interrupted_run_resumes(engine: Engine, source: Path) -> None:
             mine.get("usage", {}).pop("cached_tokens", 0), expected.get("usage", {}).pop("cached_tokens", 0)
             assert mine == expected
     assert list(run_batch(engine, source, target, PARAMS)) == []
-    pool = engine.loop.runner.cache.pool
+    pool = engine.core.runner.cache.pool
     assert pool.available == pool.num_blocks
 
 

@@ -24,10 +24,10 @@ def engine() -> Engine:
 @pytest.fixture(autouse=True)
 def nothing_is_left(engine: Engine) -> Iterator[None]:
     yield
-    cache = engine.loop.runner.cache
+    cache = engine.core.runner.cache
     cache.check_integrity()
     assert cache.pool.available == cache.pool.num_blocks
-    assert not engine.loop.scheduler.running and not engine.loop.scheduler.waiting
+    assert not engine.core.scheduler.running and not engine.core.scheduler.waiting
 
 
 def run(engine: Engine, body: Callable[[AsyncEngine], Awaitable[None]], **options: Any) -> None:
@@ -64,14 +64,14 @@ def test_streams_side_by_side_are_what_generate_gives(engine: Engine) -> None:
 
 def test_closing_the_iterator_or_cancelling_the_task_frees_the_blocks(engine: Engine) -> None:
     async def body(served: AsyncEngine) -> None:
-        pool = engine.loop.runner.cache.pool
+        pool = engine.core.runner.cache.pool
         stream = served.stream(PROMPT, greedy(8000))
         await anext(stream)
         task = asyncio.create_task(served.generate({"token_ids": [4, 5]}, greedy(8000)))
-        await until(lambda: len(engine.loop.scheduler.running) == 2)
+        await until(lambda: len(engine.core.scheduler.running) == 2)
         await stream.aclose()
         task.cancel()
-        await until(lambda: pool.available == pool.num_blocks and not engine.loop.scheduler.running)
+        await until(lambda: pool.available == pool.num_blocks and not engine.core.scheduler.running)
         assert (await served.generate(PROMPT, greedy(3))).usage.completion_tokens == 3
 
     run(engine, body)
@@ -82,8 +82,8 @@ def test_a_reader_that_lags_is_held_and_others_go_on(engine: Engine) -> None:
         slow = served.stream(PROMPT, greedy(60))
         first = await anext(slow)
         assert (await served.generate({"token_ids": [7]}, greedy(100))).usage.completion_tokens == 100
-        (request,) = [task.request for task in engine.loop.scheduler.running]
-        made = len(request.tasks[0].answer.token_ids)
+        (request,) = [branch.request for branch in engine.core.scheduler.running]
+        made = len(request.branches[0].output.token_ids)
         assert request.held and made <= 8 + 2, "the limit, and what was on its way"
         rest = [piece async for piece in slow]
         assert sum(len(piece.token_ids) for piece in [first, *rest]) == 60
@@ -116,7 +116,7 @@ def test_errors_go_to_whom_they_belong(engine: Engine, monkeypatch: pytest.Monke
         with pytest.raises(PromptError, match="n is 2"):
             await anext(served.stream(PROMPT, SamplingParams(n=2)))
         with monkeypatch.context() as patched:
-            patched.setattr(engine.loop.runner, "compute", lambda chunks: 1 / 0)
+            patched.setattr(engine.core.runner, "compute", lambda chunks: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await served.generate(PROMPT, greedy(2))
         assert (await served.generate(PROMPT, greedy(2))).usage.completion_tokens == 2

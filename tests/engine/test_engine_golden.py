@@ -25,7 +25,7 @@ def engine_of(golden: Path, name: str, **options: Any) -> Engine:
     """An engine that knows the features of what stands in for the photos where they are not committed."""
     engine = Engine(golden / name, **options)
     for digest, features in recorded_features(golden, engine.config.visual.image_size).items():
-        engine.loop.runner.images.put(digest, features)
+        engine.core.runner.images.put(digest, features)
     return engine
 
 

@@ -12,7 +12,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.qwen_vl import QwenVL
-from qvl_runtime.schedule.decode_graphs import HostRows
+from qvl_runtime.schedule.decode_graphs import HostEmbedding
 from qvl_runtime.weights.loader import load_weights
 
 pytestmark = pytest.mark.cpu
@@ -27,13 +27,13 @@ def test_it_alone_stays_on_the_host() -> None:
     model = QwenVL(config, state, embedding_on_host=True)
     assert model.device == META and model.bytes_by_part["embedding"] == 0 < model.bytes_by_part["head"]
     assert model.kernels["embedding"] == "rows sent from the host"
-    rows = model.look_up(torch.tensor([3, 1, 3]))
+    rows = model.embed_tokens(torch.tensor([3, 1, 3]))
     assert rows.device == META and rows.shape == (3, config.hidden_size) and rows.dtype == table.dtype
 
 
 def test_rows_arrive_where_a_graph_reads_them() -> None:
     table = torch.randn(9, 4).half()
-    rows = HostRows(table, 3, torch.device("cpu"))
+    rows = HostEmbedding(table, 3, torch.device("cpu"))
     where = rows.rows(2)
     for ids in ([8, 0], [1, 1]):
         rows.send(torch.tensor(ids))
@@ -51,7 +51,7 @@ def test_the_same_tokens(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for on_host in (False, True):
         engine = Engine(NANO, device="cpu", max_model_len=512, embedding_on_host=on_host)
         found.append([answer.token_ids for answer in engine.generate(prompts, params)])
-        graphs = engine.loop.runner.graphs
+        graphs = engine.core.runner.graphs
         assert kernels or (graphs is not None and graphs.replays > 5 and graphs.report()["refused"] == {})
     assert found[0] == found[1]
 

@@ -47,7 +47,7 @@ def test_a_slope_is_what_a_line_rises_by() -> None:
 
 
 def test_a_decode_step_leaves_the_engine_as_it_was(engine: Engine) -> None:
-    cache = engine.loop.runner.cache
+    cache = engine.core.runner.cache
     before = cache.free_tokens
     spreads = steps.decode(engine, [16, 500], batch=3, rounds=2)
     assert [s.samples for s in spreads.values()] == [2, 2] and all(s.median > 0 for s in spreads.values())
@@ -57,8 +57,8 @@ def test_a_decode_step_leaves_the_engine_as_it_was(engine: Engine) -> None:
 
 def test_a_step_at_a_written_context_sees_that_many_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(engine.loop.runner, "graphs", None)  # a replay calls no Python function to observe
-    model = engine.loop.runner.model
+    monkeypatch.setattr(engine.core.runner, "graphs", None)  # a replay calls no Python function to observe
+    model = engine.core.runner.model
     forward = model.forward
 
     def watched(step: object, *rest: object) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_a_batch_beyond_the_cache_is_an_error_with_the_numbers(engine: Engine) -
 
 
 def test_bytes_of_a_step_are_weights_and_cache(engine: Engine) -> None:
-    parts, per_token = engine.report()["memory"], engine.loop.runner.cache.bytes_per_token
+    parts, per_token = engine.report()["memory"], engine.core.runner.cache.bytes_per_token
     weights = parts["language"] + parts["head"]
     assert steps.bytes_read(engine, 100, 2) == weights + 200 * per_token
 

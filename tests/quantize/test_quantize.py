@@ -81,7 +81,7 @@ def test_blocks_are_calibrated_on_what_the_quantized_model_computes(source: Path
             start += len(rows)
             images = [image.original for _, image in sample.images]
             found = engine.score({"token_ids": sample.token_ids, "images": images}, return_logits=True).logits
-            decoder = engine.loop.runner.model.decoder
+            decoder = engine.core.runner.model.decoder
             expected = decoder.logits(decoder._ops.rms_norm(rows, decoder._ln_f, decoder._eps))
             assert found is not None
             assert (found - expected).abs().max() <= ROUNDING * expected.abs().max()

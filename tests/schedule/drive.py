@@ -79,7 +79,7 @@ def all_together(
 
     preempt: now and then some of those that run lose their blocks, as if there were no more.
     """
-    dice, loop = random.Random(seed), engine.loop
+    dice, core = random.Random(seed), engine.core
     coming, running = list(enumerate(wanted)), dict[int, Request]()
     answers: list[tuple[int, ...] | None] = [None] * len(wanted)
     while coming or running:
@@ -88,20 +88,20 @@ def all_together(
                 index, want = coming.pop(0)
                 running[index] = engine.submit(engine.encode(want.prompt), greedy(want.max_tokens))
         if preempt and dice.random() < 0.2:
-            loop.scheduler.make_room(loop.runner.cache.pool.available + dice.randrange(1, 40))
-        loop.step()
-        if loop.steps % 7 == 0:
-            loop.runner.cache.check_integrity()
+            core.scheduler.make_room(core.runner.cache.pool.available + dice.randrange(1, 40))
+        core.step()
+        if core.steps % 7 == 0:
+            core.runner.cache.check_integrity()
         for index, request in list(running.items()):
-            limit, made = wanted[index].cancelled_after, len(request.tasks[0].answer.token_ids)
+            limit, made = wanted[index].cancelled_after, len(request.branches[0].output.token_ids)
             if request.done:
                 answers[index] = request.completion().token_ids
             elif limit is not None and made >= limit:
-                loop.cancel(request)
+                core.cancel(request)
             else:
                 continue
             del running[index]
-    cache = loop.runner.cache
+    cache = core.runner.cache
     cache.check_integrity()
     assert cache.pool.available == cache.pool.num_blocks, "a block is still held"
     return answers

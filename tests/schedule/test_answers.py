@@ -16,14 +16,14 @@ def test_answers_of_one_prompt_share_its_blocks() -> None:
     engine = Engine(dtype="float32", prefix_caching=False)
     params = SamplingParams(max_tokens=20, temperature=2.0, seed=5, n=4, ignore_eos=True)
     request = engine.submit(engine.encode({"token_ids": list(range(100))}), params)
-    pool = engine.loop.runner.cache.pool
-    engine.loop.step()
+    pool = engine.core.runner.cache.pool
+    engine.core.step()
     assert pool.num_blocks - pool.available == 7
-    engine.loop.step()
+    engine.core.step()
     assert pool.num_blocks - pool.available == 10, "six in common, and each its own copy of the last"
-    engine.loop.runner.cache.check_integrity()
+    engine.core.runner.cache.check_integrity()
     while not request.done:
-        engine.loop.step()
+        engine.core.step()
     for i, answer in enumerate(request.completion().answers):
         single = SamplingParams(max_tokens=20, temperature=2.0, seed=5 + i, ignore_eos=True)
         assert engine.generate([{"token_ids": list(range(100))}], single)[0].token_ids == answer.token_ids
@@ -47,5 +47,5 @@ def test_drafts_are_accepted_where_the_text_repeats_itself() -> None:
     assert engine.generate([prompt], params)[0].token_ids == plain.generate([prompt], params)[0].token_ids
     drafts = engine.report()["drafts"]
     assert drafts["proposed"] >= drafts["accepted"] > 0
-    assert engine.loop.steps < plain.loop.steps
-    engine.loop.runner.cache.check_integrity()
+    assert engine.core.steps < plain.core.steps
+    engine.core.runner.cache.check_integrity()

@@ -219,4 +219,4 @@ def test_the_same_prompt_computed_twice_at_once_is_kept_once() -> None:
 def test_a_cache_that_is_too_small_says_so_with_numbers() -> None:
     cache = KVCache(small_config(), 64, torch.float32, torch.device("cpu"))
     with pytest.raises(CapacityError, match=r"needs 65 tokens of KV cache, 0 MiB; the cache holds 64: .*int8"):
-        cache.refuse_beyond(65)
+        cache.check_fits_cache(65)

@@ -51,7 +51,7 @@ def nano() -> Engine:
 @pytest.fixture
 def graphs(engine: Engine) -> Iterator[DecodeGraphs]:
     """The engine's graphs, there again after the test."""
-    runner = engine.loop.runner
+    runner = engine.core.runner
     assert runner.graphs is not None
     yield (found := runner.graphs)
     runner.graphs = found
@@ -68,7 +68,7 @@ def test_the_same_tokens_with_graphs_and_without(make: Callable[..., Engine]) ->
 
 def test_the_same_logits_while_tables_grow(engine: Engine, graphs: DecodeGraphs) -> None:
     """Over many blocks, for one request and for two of different length; recorded when the tables were short."""
-    runner = engine.loop.runner
+    runner = engine.core.runner
     with runner.cache.sequence(1.0) as first, runner.cache.sequence(3.0) as second:
         for sequence, length in ((first, 3), (second, 120)):
             runner.run([Chunk(sequence, list(range(length)))])
@@ -91,7 +91,7 @@ def test_a_step_that_needs_torch_is_computed_and_said(engine: Engine, graphs: De
     before = graphs.report()["replays"]
     answers = [out.token_ids for out in engine.generate(prompts, greedy(6))]
     report = engine.report()["graphs"]
-    model = engine.loop.runner.model
+    model = engine.core.runner.model
     tiles = model.dtype == torch.bfloat16 and cpu_library.library().instruction_set == "amx"
     if model.precision == "fast" or tiles:
         assert report["refused"] == {} and report["without_head"] == [] and report["replays"] == before + 5
@@ -99,13 +99,13 @@ def test_a_step_that_needs_torch_is_computed_and_said(engine: Engine, graphs: De
         assert report["refused"] == {} and MOST in report["without_head"] and report["replays"] >= before + 4
     else:
         assert report["refused"][MOST].endswith(" runs in torch") and MOST not in report["rows"]
-    engine.loop.runner.graphs = None
+    engine.core.runner.graphs = None
     assert [out.token_ids for out in engine.generate(prompts, greedy(6))] == answers
 
 
 def test_memory_is_shared_by_all_numbers_of_rows(nano: Engine) -> None:
     """Counted, and not much more than what the most rows need."""
-    graphs = nano.loop.runner.graphs
+    graphs = nano.core.runner.graphs
     assert graphs is not None and graphs.report()["bytes"] == 0
     nano.generate([prompt_of(nano, [r, 1, 2]) for r in range(8)], greedy(4))
     most = graphs.report()["bytes"]
@@ -118,7 +118,7 @@ def test_memory_is_shared_by_all_numbers_of_rows(nano: Engine) -> None:
 def test_other_kernels_are_recorded_anew(nano: Engine, name: str) -> None:
     prompt = prompt_of(nano, [5, 6], image(1), [7])
     found = [nano.generate([prompt], greedy(12))[0].token_ids]
-    graphs = nano.loop.runner.graphs
+    graphs = nano.core.runner.graphs
     assert graphs is not None
     graph: Any = graphs._bucket(1).graph
     with cpu_library.instruction_set(name) as library:
@@ -130,12 +130,12 @@ def test_other_kernels_are_recorded_anew(nano: Engine, name: str) -> None:
 
 def test_it_is_switched_off_by_the_engine_s_option() -> None:
     engine = Engine(device="cpu", max_model_len=64, graphs=False)
-    assert engine.loop.runner.graphs is None and engine.report()["graphs"] is None
+    assert engine.core.runner.graphs is None and engine.report()["graphs"] is None
 
 
 def test_plain_torch_has_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QVL_KERNELS", "reference")
-    assert Engine(device="cpu", max_model_len=64).loop.runner.graphs is None
+    assert Engine(device="cpu", max_model_len=64).core.runner.graphs is None
 
 
 def test_an_interrupted_recording_is_made_again(nano: Engine) -> None:
@@ -146,11 +146,11 @@ def test_an_interrupted_recording_is_made_again(nano: Engine) -> None:
         if interrupted:
             interrupted.clear()
             raise KeyboardInterrupt
-        return nano.loop.runner.model.ops.gelu(x)
+        return nano.core.runner.model.ops.gelu(x)
 
     graph = CpuCapture()(function)
     with pytest.raises(KeyboardInterrupt):
         graph()
     want = graph().clone()
     x.mul_(2)
-    assert graph.refused is None and not torch.equal(graph(), want)
+    assert graph.fallback_reason is None and not torch.equal(graph(), want)

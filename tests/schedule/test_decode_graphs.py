@@ -31,7 +31,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def graphs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> DecodeGraphs:
     """The engine decodes by graphs until the test is over."""
-    runner = engine.loop.runner
+    runner = engine.core.runner
     runner.capture(FakeCapture(reference, monkeypatch), MOST, LONGEST)
     assert runner.graphs is not None
     monkeypatch.setattr(runner, "graphs", runner.graphs)
@@ -43,7 +43,7 @@ def test_the_same_tokens_with_graphs_and_without(engine: Engine, graphs: DecodeG
     wanted = [w._replace(max_tokens=2 * w.max_tokens) for w in random_requests(engine, 16, 80)]
     by_graphs = all_together(engine, wanted, preempt=True)
     assert graphs.replays > 10
-    replays, engine.loop.runner.graphs = graphs.replays, None
+    replays, engine.core.runner.graphs = graphs.replays, None
     alone = one_at_a_time(engine, wanted)
     assert graphs.replays == replays
     for got, want, w in zip(by_graphs, alone, wanted, strict=True):
@@ -53,7 +53,7 @@ def test_the_same_tokens_with_graphs_and_without(engine: Engine, graphs: DecodeG
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 11])
 def test_padding_changes_no_logit_and_no_cache(engine: Engine, graphs: DecodeGraphs, rows: int) -> None:
     """Each bucket full and with a rest, by graph and eagerly, from the same cache: the same logits and keys."""
-    runner = engine.loop.runner
+    runner = engine.core.runner
     sequences = [runner.cache.sequence(1.0 if r % 2 else 3.0) for r in range(rows)]
     found = []
     for by_graph in (True, False):
@@ -85,7 +85,7 @@ def test_buckets(engine: Engine, graphs: DecodeGraphs) -> None:
     assert graphs.buckets == (1, 2, 4, 8, 11)
     assert all(a < b <= 2 * a for a, b in pairwise(BUCKETS))
     assert max(b - a for a, b in pairwise(BUCKETS)) <= BLOCK_SIZE, "padding has a slot each"
-    assert graphs.take(MOST) and not graphs.take(MOST + 1)
+    assert graphs.can_run(MOST) and not graphs.can_run(MOST + 1)
     before = graphs.replays
     out = engine.generate([prompt_of(engine, [1, 2], image(7), [3])], greedy(4))[0]
     assert graphs.replays == before + len(out.token_ids) - 1, "the first token comes from the prefill, the rest do not"

@@ -11,7 +11,7 @@ import torch
 from qvl_kernels import reference
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.device_sampler import sample_by, sampler_for
-from qvl_runtime.schedule.sampler import Draws, Row, sample
+from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -20,8 +20,10 @@ pytestmark = [
 VOCAB = 97
 
 
-def rows(*asked: SamplingParams) -> list[Row]:
-    return [Row(Draws(params, (3, 5, 8), VOCAB, torch.device("cpu")), i) for i, params in enumerate(asked)]
+def rows(*asked: SamplingParams) -> list[SamplingRow]:
+    return [
+        SamplingRow(SamplingState(params, (3, 5, 8), VOCAB, torch.device("cpu")), i) for i, params in enumerate(asked)
+    ]
 
 
 def params(**given: Any) -> SamplingParams:
@@ -54,8 +56,8 @@ def test_as_in_torch(asked: tuple[SamplingParams, ...]) -> None:
             assert mine.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-5)
             assert [token for token, _ in mine.logprob.top] == [token for token, _ in other.logprob.top]
     for mine, other in zip(ours, plain, strict=True):
-        assert (mine.draws.seen is None) == (other.draws.seen is None)
-        assert mine.draws.seen is None or torch.equal(mine.draws.seen, other.draws.seen)
+        assert (mine.state.seen is None) == (other.state.seen is None)
+        assert mine.state.seen is None or torch.equal(mine.state.seen, other.state.seen)
 
 
 def test_ops_without_a_kernel_sample_in_torch() -> None:

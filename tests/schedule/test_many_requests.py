@@ -67,13 +67,13 @@ def test_one_batch_of_short_and_long_prompts(nano: Engine) -> None:
 def test_images_of_a_step_are_seen_together_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(dtype="float32")
     passes: list[int] = []
-    encode = engine.loop.runner.model.encode_images
+    encode = engine.core.runner.model.encode_images
 
     def counted(pixels: object) -> object:
         passes.append(len(pixels))  # type: ignore[arg-type]
         return encode(pixels)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine.loop.runner.model, "encode_images", counted)
+    monkeypatch.setattr(engine.core.runner.model, "encode_images", counted)
     prompts = [prompt_of(engine, [i], image(i % 2), [1]) for i in range(4)]
     engine.generate(prompts, greedy(1))
     assert passes == [2]
@@ -83,15 +83,15 @@ def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch: pytest.Monke
     engine = Engine(dtype="float32")
     want = engine.generate([{"token_ids": [1, 2, 3]}], greedy(6))[0].token_ids
     request = engine.submit(engine.encode({"token_ids": [1, 2, 3]}), greedy(6))
-    engine.loop.step()
+    engine.core.step()
     several = engine.submit(engine.encode({"token_ids": [4, 5]}), greedy(3, n=3))
     for name in ("forward", "logits"):
         with monkeypatch.context() as patched:
-            patched.setattr(engine.loop.runner.model, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patched.setattr(engine.core.runner.model, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                engine.loop.step()
-        engine.loop.runner.cache.check_integrity()
+                engine.core.step()
+        engine.core.runner.cache.check_integrity()
     while not (request.done and several.done):
-        engine.loop.step()
+        engine.core.step()
     assert request.completion().token_ids == want
     assert len({answer.token_ids for answer in several.completion().answers}) == 1

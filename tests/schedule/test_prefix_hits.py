@@ -65,16 +65,16 @@ def test_alpha_is_that_of_the_whole_prompt(nano: Engine, length: int, alpha: int
     tokens = [length % 256, length // 256, *(i % 251 for i in range(length - 2))][:length]
     for hit in (False, True):
         request = nano.submit(nano.encode({"token_ids": tokens}), greedy(4))
-        task = request.tasks[0]
+        branch = request.branches[0]
         seen = set()
         while not request.done:
-            if len(task.answer.token_ids) == 2 and task in nano.loop.scheduler.running:
-                nano.loop.scheduler.make_room(nano.loop.runner.cache.pool.num_blocks)
-            nano.loop.step()
-            seen.add(task.sequence.alpha)
+            if len(branch.output.token_ids) == 2 and branch in nano.core.scheduler.running:
+                nano.core.scheduler.make_room(nano.core.runner.cache.pool.num_blocks)
+            nano.core.step()
+            seen.add(branch.sequence.alpha)
         assert seen == {float(alpha)}
         assert (request.cached_tokens == length - 1) == hit or length == 1
-    nano.loop.runner.cache.check_integrity()
+    nano.core.runner.cache.check_integrity()
 
 
 def test_prompts_of_different_alpha_share_no_block(nano: Engine) -> None:
@@ -119,4 +119,4 @@ def test_a_request_that_fills_the_cache_alone_can_still_use_it() -> None:
     first = engine.generate([prompt], greedy(8))[0]
     again = engine.generate([prompt], greedy(8))[0]
     assert again.token_ids == first.token_ids and len(again.token_ids) == 8
-    engine.loop.runner.cache.check_integrity()
+    engine.core.runner.cache.check_integrity()

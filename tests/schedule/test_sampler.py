@@ -17,7 +17,7 @@ from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.device_sampler import sampler_for
-from qvl_runtime.schedule.sampler import CANDIDATES, Draws, Row, Sample, sample
+from qvl_runtime.schedule.sampler import CANDIDATES, Sample, SamplingRow, SamplingState, sample
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -25,19 +25,19 @@ PLAIN = GenerationDefaults(do_sample=False)
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, -3.0])
 
 
-def draws(params: SamplingParams, prompt: tuple[int, ...] = (), vocab: int = 5) -> Draws:
-    return Draws(params.resolve(PLAIN), prompt, vocab, CPU)
+def draws(params: SamplingParams, prompt: tuple[int, ...] = (), vocab: int = 5) -> SamplingState:
+    return SamplingState(params.resolve(PLAIN), prompt, vocab, CPU)
 
 
 def sampler(params: SamplingParams, prompt: tuple[int, ...] = ()) -> Callable[[Tensor], Sample]:
     """One answer by itself, token after token."""
     own, positions = draws(params, prompt), count()
-    return lambda logits: sample(logits[None], [Row(own, next(positions))])[0]
+    return lambda logits: sample(logits[None], [SamplingRow(own, next(positions))])[0]
 
 
 def drawn(logits: Tensor, params: SamplingParams, times: int = 2000) -> list[int]:
     """Tokens of as many answers with different seeds, all in one call."""
-    rows = [Row(draws(replace(params, seed=i), vocab=len(logits)), 0) for i in range(times)]
+    rows = [SamplingRow(draws(replace(params, seed=i), vocab=len(logits)), 0) for i in range(times)]
     return [s.token_id for s in sample(logits.expand(times, -1), rows)]
 
 
@@ -58,7 +58,8 @@ def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPa
         passes.clear()
         plain, other = SamplingParams(temperature=0), params
         found, want = (
-            how(logits, [Row(draws(p, (1, 2), 1000), 0) for p in (plain, other, plain)]) for how in (choose, sample)
+            how(logits, [SamplingRow(draws(p, (1, 2), 1000), 0) for p in (plain, other, plain)])
+            for how in (choose, sample)
         )
         assert passes == expected
         assert [s.token_id for s in found] == [s.token_id for s in want]
@@ -80,8 +81,8 @@ def test_a_row_does_not_feel_its_neighbors() -> None:
         SamplingParams(temperature=1.0, min_p=0.5, seed=5, logit_bias={7: 3.0}),
     ]
 
-    def rows(order: list[int]) -> list[Row]:
-        return [Row(draws(kinds[i], (1, 2, 3), vocab), 11) for i in order]
+    def rows(order: list[int]) -> list[SamplingRow]:
+        return [SamplingRow(draws(kinds[i], (1, 2, 3), vocab), 11) for i in order]
 
     alone = [sample(logits[i : i + 1], rows([i]))[0] for i in range(6)]
     for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4]):

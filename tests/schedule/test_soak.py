@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule.request import Task
+from qvl_runtime.schedule.request import Branch
 from tests.schedule.drive import image, prompt_of
 
 pytestmark = pytest.mark.cpu
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cpu
 def test_what_is_held_does_not_grow() -> None:
     engine = Engine(kv_cache_bytes=2 * 2**20, image_cache_bytes=2**18, max_running=8)
     dice = random.Random(0)
-    cache, images = engine.loop.runner.cache, engine.loop.runner.images
+    cache, images = engine.core.runner.cache, engine.core.runner.images
 
     def requests() -> Iterator[tuple[int, Any, SamplingParams]]:
         for i in range(80):
@@ -37,7 +37,7 @@ def test_what_is_held_does_not_grow() -> None:
     assert cache.prefixes is not None and len(cache.prefixes.blocks) <= cache.pool.num_blocks
     del done
     gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is Task]
+    assert not [o for o in gc.get_objects() if type(o) is Branch]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the heap of glibc")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu
 def submitted(engine: Engine, prompt: object, **params: object) -> Request:
     """A request that has been through one step."""
     request = engine.submit(engine.encode(prompt), greedy(1, **params))  # type: ignore[arg-type]
-    engine.loop.step()
+    engine.core.step()
     return request
 
 
@@ -25,13 +25,13 @@ def test_a_long_prompt_does_not_stall_those_that_decode(nano: Engine) -> None:
     """While 2,000 tokens are prefilled in chunks of 512, a running answer gets a token in every step."""
     running = submitted(nano, {"token_ids": [5, 4, 3]}, min_p=0.0)
     running = nano.submit(nano.encode({"token_ids": [9, 8, 7]}), greedy(12))
-    nano.loop.step()
+    nano.core.step()
     long = nano.submit(nano.encode({"token_ids": [(i * 11) % 239 for i in range(2000)]}), greedy(1))
     for made in range(2, 6):
-        nano.loop.step()
-        assert len(running.tasks[0].answer.token_ids) == made
+        nano.core.step()
+        assert len(running.branches[0].output.token_ids) == made
     assert long.done
-    nano.loop.cancel(running)
+    nano.core.cancel(running)
 
 
 def test_who_came_first_is_served_first_and_the_latest_gives_way() -> None:
@@ -39,7 +39,7 @@ def test_who_came_first_is_served_first_and_the_latest_gives_way() -> None:
     requests = [engine.submit(engine.encode({"token_ids": [i] * 40}), greedy(60)) for i in range(6)]
     done: list[int] = []
     while len(done) < len(requests):
-        assert engine.loop.step()
+        assert engine.core.step()
         done += [r.number for r in requests if r.done and r.number not in done]
     assert done == sorted(done)
     assert engine.report()["requests"]["preemptions"] > 0
@@ -62,15 +62,15 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
 
 
 def test_cancelling_frees_everything_at_once(nano: Engine) -> None:
-    pool = nano.loop.runner.cache.pool
+    pool = nano.core.runner.cache.pool
     requests = [nano.submit(nano.encode({"token_ids": [i, 2, 3] * 300}), greedy(50)) for i in range(4)]
     for steps in range(4):
-        nano.loop.cancel(requests[steps])
-        nano.loop.runner.cache.check_integrity()
+        nano.core.cancel(requests[steps])
+        nano.core.runner.cache.check_integrity()
         if steps < 3:
-            assert nano.loop.step()
+            assert nano.core.step()
     assert pool.available == pool.num_blocks
-    assert not nano.loop.step()
+    assert not nano.core.step()
 
 
 def test_a_deadline_ends_an_answer_with_what_it_has(nano: Engine) -> None:
@@ -79,5 +79,5 @@ def test_a_deadline_ends_an_answer_with_what_it_has(nano: Engine) -> None:
     assert out.text == nano.tokenizer.decode(out.token_ids)
     late = nano.generate([{"token_ids": [1, 2, 3]}], greedy(5, timeout_s=1e-9, n=3))[0]
     assert [c.token_ids for c in late.answers] == [()] * 3
-    pool = nano.loop.runner.cache.pool
+    pool = nano.core.runner.cache.pool
     assert pool.available == pool.num_blocks

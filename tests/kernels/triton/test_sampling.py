@@ -9,7 +9,7 @@ import torch
 
 from qvl_kernels.triton.sampling.sample import SamplingRows, sample
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.sampler import Draws, Row
+from qvl_runtime.schedule.sampler import SamplingRow, SamplingState
 from qvl_runtime.schedule.sampler import sample as sample_on_cpu
 
 pytestmark = pytest.mark.interpreter
@@ -21,23 +21,23 @@ def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**(plain | changes))
 
 
-def device_rows(rows: list[Row], vocab: int) -> SamplingRows:
+def device_rows(rows: list[SamplingRow], vocab: int) -> SamplingRows:
     """What a runner keeps on the device for these rows, each answer in the slot of its place, from the last on."""
-    m, own = len(rows), [row.draws.params for row in rows]
+    m, own = len(rows), [row.state.params for row in rows]
     slots = torch.arange(m - 1, -1, -1)
     seen, bias = torch.zeros(m, vocab, dtype=torch.bool), torch.zeros(m, vocab)
     for slot, row in zip(slots.tolist(), rows, strict=True):
-        if row.draws.seen is not None:
-            seen[slot] = row.draws.seen
-        if row.draws.bias is not None:
-            bias[slot] = row.draws.bias
+        if row.state.seen is not None:
+            seen[slot] = row.state.seen
+        if row.state.bias is not None:
+            bias[slot] = row.state.bias
     return SamplingRows(
         temperature=torch.tensor([p.temperature for p in own]),
         top_k=torch.tensor([p.top_k for p in own], dtype=torch.int32),
         top_p=torch.tensor([p.top_p for p in own]),
         min_p=torch.tensor([p.min_p for p in own]),
-        dice=torch.tensor([row.draws.uniform(row.position) for row in rows], dtype=torch.float64),
-        penalty=torch.tensor([row.draws.penalty for row in rows]),
+        dice=torch.tensor([row.state.uniform(row.position) for row in rows], dtype=torch.float64),
+        penalty=torch.tensor([row.state.penalty for row in rows]),
         slots=slots,
         seen=seen,
         bias=bias,
@@ -64,7 +64,9 @@ MANY = [
 @pytest.mark.parametrize(("vocab", "seed"), [(17, 0), (2050, 1), (5000, 2)])
 def test_the_tokens_are_those_of_the_sampler(poisoned: None, rng: torch.Generator, vocab: int, seed: int) -> None:
     logits = torch.randn(len(MANY), vocab, generator=rng) * 4
-    rows = [Row(Draws(p, [1, 2, 9], vocab, DEVICE, index=seed * 1000 + i), i) for i, p in enumerate(MANY)]
+    rows = [
+        SamplingRow(SamplingState(p, [1, 2, 9], vocab, DEVICE, index=seed * 1000 + i), i) for i, p in enumerate(MANY)
+    ]
     state = device_rows(rows, vocab)
     got = sample(logits, state)
     want = sample_on_cpu(logits, rows)  # marks what it chooses, so it comes second
@@ -72,8 +74,8 @@ def test_the_tokens_are_those_of_the_sampler(poisoned: None, rng: torch.Generato
     torch.testing.assert_close(got.logprobs, torch.tensor([s.logprob.logprob for s in want]), rtol=1e-6, atol=1e-5)
     assert state.seen is not None and state.slots is not None
     for row, slot in zip(rows, state.slots.tolist(), strict=True):
-        if row.draws.seen is not None:
-            assert torch.equal(state.seen[slot], row.draws.seen)
+        if row.state.seen is not None:
+            assert torch.equal(state.seen[slot], row.state.seen)
 
 
 def test_many_throws_fall_as_the_probabilities_say(poisoned: None, rng: torch.Generator) -> None:
@@ -104,8 +106,8 @@ def test_the_likeliest_is_the_first_of_equals(poisoned: None, dtype: torch.dtype
 
 def test_an_answer_without_a_slot_is_neither_punished_nor_marked(poisoned: None, rng: torch.Generator) -> None:
     vocab = 40
-    draws = Draws(params(temperature=0.0, repetition_penalty=9.0), range(vocab), vocab, DEVICE)
-    rows = device_rows([Row(draws, 0)], vocab)
+    draws = SamplingState(params(temperature=0.0, repetition_penalty=9.0), range(vocab), vocab, DEVICE)
+    rows = device_rows([SamplingRow(draws, 0)], vocab)
     logits = torch.randn(1, vocab, generator=rng)
     assert rows.seen is not None
     rows.seen.zero_()
@@ -114,7 +116,7 @@ def test_an_answer_without_a_slot_is_neither_punished_nor_marked(poisoned: None,
 
 
 def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:
-    rows = device_rows([Row(Draws(params(), [], 8, DEVICE), 0)], 8)
+    rows = device_rows([SamplingRow(SamplingState(params(), [], 8, DEVICE), 0)], 8)
     with pytest.raises(ValueError, match=r"dice is float32 \[1\]; expected contiguous float64 \[1\]"):
         sample(torch.zeros(1, 8), rows._replace(dice=torch.zeros(1)))
     with pytest.raises(ValueError, match="one of penalty and seen is None"):

@@ -14,7 +14,7 @@ from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 from qvl_runtime.schedule.sampler import Sample
 
 
-class Answer:
+class OutputBuilder:
     """Takes one sample after another; `finish_reason` is None while there is more to come."""
 
     def __init__(self, prompt: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer, room: int) -> None:
