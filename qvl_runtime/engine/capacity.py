@@ -28,15 +28,14 @@ from qvl_runtime.schedule.scheduler import StepLimits
 _log = logging.getLogger(__name__)
 
 
-def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, free: int, spare: int | None = None) -> int:
-    """How many tokens the KV cache is to hold at `per_token` bytes each.
+def kv_cache_tokens(config: EngineConfig, per_token: int, context: int, free: int, spare: int | None = None) -> int:
+    """Return how many tokens the KV cache holds at `per_token` bytes each.
 
-    That of the budget asked for; all of the `spare` bytes that a GPU has left; or on a CPU, which others use too,
-    half of the `free` bytes. Raises `ConfigError` for a budget below a block; warns where no request reaches `context`
-    tokens.
+    They fill `kv_cache_bytes` if it is set; otherwise the `spare` bytes of a GPU; on a CPU half of the `free` bytes, up
+    to four contexts. Raises `ConfigError` if not even a block fits; warns if fewer than `context` tokens fit.
     """
-    if asked.kv_cache_bytes is not None:
-        tokens, budget = asked.kv_cache_bytes // per_token, asked.kv_cache_bytes
+    if config.kv_cache_bytes is not None:
+        tokens, budget = config.kv_cache_bytes // per_token, config.kv_cache_bytes
     elif spare is not None:
         tokens, budget = spare // per_token, spare
     else:
@@ -58,44 +57,44 @@ def kv_cache_tokens(asked: EngineConfig, per_token: int, context: int, free: int
     return tokens
 
 
-def spare_bytes(model: QwenVL, asked: EngineConfig, kept: torch.dtype) -> int | None:
-    """Bytes of a GPU that nothing but the KV cache will need, found by a warm-up; None on a CPU."""
-    if model.device.type != "cuda" or asked.kv_cache_bytes is not None:
+def spare_bytes(model: QwenVL, config: EngineConfig, kv_dtype: torch.dtype) -> int | None:
+    """Return the bytes of a GPU that the KV cache may use, measured by a warm-up; None on a CPU."""
+    if model.device.type != "cuda" or config.kv_cache_bytes is not None:
         return None
     meter = CudaMeter(model.device)
-    workspace = workspace_bytes(model, kept, StepLimits(asked.max_step_tokens, asked.max_running), meter)
+    workspace = workspace_bytes(model, kv_dtype, StepLimits(config.max_step_tokens, config.max_running), meter)
     free = meter.free()
-    spare = free - workspace - asked.image_cache_bytes - MARGIN
+    spare = free - workspace - config.image_cache_bytes - MARGIN
     if spare <= 0:
         raise ConfigError(
-            f"{device_name(model.device)} has {free / 2**20:,.0f} MiB left beside the weights; a step needs "
-            f"{workspace / 2**20:,.0f}, images {asked.image_cache_bytes / 2**20:,.0f} and the rest {MARGIN >> 20}: "
+            f"{device_name(model.device)} has {free / 2**20:,.0f} MiB left after loading the weights; a step needs "
+            f"{workspace / 2**20:,.0f}, images {config.image_cache_bytes / 2**20:,.0f} and the rest {MARGIN >> 20}: "
             "lower max_step_tokens or image_cache_bytes, or use the Int4 checkpoint"
         )
     return spare
 
 
-def capture_graphs(runner: Runner, asked: EngineConfig, context: int) -> None:
-    """Have decode steps replayed as graphs, where the ops can be captured and it is not refused."""
-    model, longest = runner.model, min(context, runner.cache.num_slots)
-    if not asked.graphs or model.ops is reference:
+def capture_graphs(runner: Runner, config: EngineConfig, context: int) -> None:
+    """Replay decode steps as graphs, unless the config disables it or the ops cannot be captured."""
+    model, max_seq_len = runner.model, min(context, runner.cache.num_slots)
+    if not config.graphs or model.ops is reference:
         return
     if model.device.type == "cuda":
-        runner.capture(CudaCapture(model.device), asked.max_running, longest)
+        runner.capture(CudaCapture(model.device), config.max_running, max_seq_len)
     elif model.ops is cpu:
-        runner.capture(CpuCapture(), asked.max_running, longest, cpu_graphs.BUCKETS)
+        runner.capture(CpuCapture(), config.max_running, max_seq_len, cpu_graphs.BUCKETS)
 
 
-def room_beside(
-    asked: EngineConfig, config: ModelConfig, dtype: torch.dtype, folder: Path, device: torch.device
+def memory_after_loading(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, folder: Path, device: torch.device
 ) -> int:
-    """Bytes that are free beside a model that is not loaded yet, by its plan.
+    """Estimate from the plan how many bytes stay free on the device once the model is loaded.
 
-    Raises `CapacityError` where not even a step's workspace and the cache that was asked for fit.
+    Raises `CapacityError` if not even the workspace of a step and the requested KV cache fit.
     """
     name, free = str(dtype).removeprefix("torch."), free_memory(device)
-    plan = Plan(config, checkpoint_options(folder, name, asked.precision, asked.kv_dtype), device.type)
-    tokens = BLOCK_SIZE if asked.kv_cache_bytes is None else asked.kv_cache_bytes // plan.kv_per_token
-    workload = Workload(tokens, min(asked.max_step_tokens, config.context_limit), 1)
+    plan = Plan(model_config, checkpoint_options(folder, name, config.precision, config.kv_dtype), device.type)
+    tokens = BLOCK_SIZE if config.kv_cache_bytes is None else config.kv_cache_bytes // plan.kv_per_token
+    workload = Workload(tokens, min(config.max_step_tokens, model_config.context_limit), 1)
     check_fits(plan, workload, Device(device_name(device), free, None))
     return free - plan.peak(workload._replace(tokens=0)).total

@@ -1,4 +1,4 @@
-"""What a model needs beside its weights and caches: measured by running the largest step once, before there are any."""
+"""Measure the workspace of a model, beyond its weights and caches, by running the largest step once before serving."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Meter(Protocol):
         ...
 
 
-def workspace_bytes(model: QwenVL, kept: torch.dtype, steps: StepLimits, meter: Meter) -> int:
-    """The memory of a step at its peak: as many images as are encoded at once, then a prefill of the most tokens.
+def workspace_bytes(model: QwenVL, kv_dtype: torch.dtype, steps: StepLimits, meter: Meter) -> int:
+    """Return the peak workspace of a step: as many images as are encoded at once, then a prefill of the most tokens.
 
-    kept: the KV cache's dtype. The cache that the step runs on is temporary and not counted. Running it also compiles
-    the kernels of prefill, so that the first request does not wait for that.
+    The KV cache in `kv_dtype` that the step runs on is temporary and not counted. Running it also compiles the kernels
+    of prefill, so that the first request does not wait for them.
     """
     meter.begin()
     visual = model.config.visual
@@ -48,7 +48,7 @@ def workspace_bytes(model: QwenVL, kept: torch.dtype, steps: StepLimits, meter: 
     model.encode_images(torch.zeros(many, 3, visual.image_size, visual.image_size))
     images = meter.grown()
     meter.begin()
-    cache = KVCache(model.config, steps.tokens, kept, model.device, prefixes=False)
+    cache = KVCache(model.config, steps.tokens, kv_dtype, model.device, prefixes=False)
     with cache.sequence(1.0) as sequence:
         logits_of = Runner(model, cache, ImageCache(1)).compute([Chunk(sequence, [0] * steps.tokens)])
         greedy = SamplingParams(temperature=0.0, repetition_penalty=1.0)
