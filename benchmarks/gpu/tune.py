@@ -66,10 +66,10 @@ def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: t
 
     from qvl_kernels.layouts.repack import dequantize
     from qvl_kernels.triton.linear.configs import overrides
-    from qvl_kernels.triton.linear.int4_gemm import int4_gemm
-    from qvl_kernels.triton.linear.int4_small_m import int4_small_m
+    from qvl_kernels.triton.linear.gemm import gemm
+    from qvl_kernels.triton.linear.small_m import small_m
 
-    op = int4_small_m if kind == "small_m" else int4_gemm
+    op = small_m if kind == "small_m" else gemm
     x = torch.randn(ROWS[kind], weight.inputs, device=place.device, dtype=torch.float16)
     want = x.float() @ dequantize(weight).T
 
@@ -91,12 +91,12 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
     """The capability that selects configurations, and the best one of each kernel and linear."""
     from qvl_kernels.triton.launch import capability
     from qvl_kernels.triton.linear import configs
-    from qvl_kernels.triton.linear.int4_shapes import DECODER
+    from qvl_kernels.triton.linear.published_shapes import DECODER, SHAPES
 
     here, ceiling = configs.known(capability(place.device)), place.copy_ceiling()
     found: dict[str, list[int]] = {}
     for kind, name in product(ROWS, DECODER):
-        inputs, outputs = DECODER[name]
+        inputs, outputs = SHAPES[name]
         label = f"{kind} {inputs} {outputs}"
         configs.overrides().pop((here, label), None)  # a file in use must not pass for the built-in configuration
         tried = [*candidates(kind, here, inputs, outputs)]

@@ -37,12 +37,12 @@ def test_without_a_gpu_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
 @needs_triton
 @pytest.mark.parametrize("inputs, outputs", [(4096, 12288), (11008, 4096), (256, 384)])
 def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None:
-    from qvl_kernels.triton.linear.configs import _sound, config
+    from qvl_kernels.triton.linear.configs import _valid, config
 
     few, many = ([*candidates(kind, 80, inputs, outputs)] for kind in ("small_m", "gemm"))
     assert few[0] == config(80, "small_m", 1, inputs, outputs)
     assert len(few) > 8 and len(many) > 8 and len({*few}) == len(few)
-    assert all(_sound([*made]) and outputs % made.columns == 0 for made in few + many)
+    assert all(_valid([*made]) and outputs % made.columns == 0 for made in few + many)
     assert all(-(-inputs // 128) % made.splits == 0 for made in many)
 
 

@@ -1,4 +1,4 @@
-"""SwiGLU of the decoder's fused up | gate projection and the visual tower's GELU."""
+"""SwiGLU of the decoder's fused up | gate projection and GELU of the vision encoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
-from qvl_kernels.triton.linear.int4_shapes import decode_splits
-from qvl_kernels.triton.to_float32 import widened
+from qvl_kernels.triton.linear.published_shapes import decode_splits
+from qvl_kernels.triton.to_float32 import to_float32
 
 MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
 LOWEST = tl.constexpr(-40.0)  # silu(-40) is -2e-16; (1 + exp(40))^2 is still a float32
@@ -18,11 +18,11 @@ BLOCK = 256  # of SwiGLU, of one warp: 8 values a lane, and 11008 is a whole num
 
 
 @triton.jit
-def _half(x_ptr, at, splits_apart, inside, dtype: tl.constexpr, SPLITS: tl.constexpr):
-    """Values at `at`; of SPLITS partial sums `splits_apart` from one another (0: whole), the sum, rounded to dtype."""
+def _load_sum(x_ptr, at, split_stride, inside, dtype: tl.constexpr, SPLITS: tl.constexpr):
+    """Values at `at`; for SPLITS > 0 the sum of partial sums `split_stride` elements from one another, in dtype."""
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):
-        x += tl.load(x_ptr + split * splits_apart + at, inside, 0.0)
+        x += tl.load(x_ptr + split * split_stride + at, inside, 0.0)
     return x.to(dtype).to(tl.float32) if SPLITS > 0 else x
 
 
@@ -36,13 +36,13 @@ def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constex
     """
     dtype = y_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
-    apart = rows.to(tl.int64) * 2 * F
+    split_stride = rows.to(tl.int64) * 2 * F
     first = tl.program_id(1) * 2 * BLOCK + tl.arange(0, BLOCK)
     second = first + BLOCK
-    gate_1 = _half(x_ptr, row * 2 * F + F + first, apart, first < F, dtype, SPLITS)
-    gate_2 = _half(x_ptr, row * 2 * F + F + second, apart, second < F, dtype, SPLITS)
-    up_1 = _half(x_ptr, row * 2 * F + first, apart, first < F, dtype, SPLITS)
-    up_2 = _half(x_ptr, row * 2 * F + second, apart, second < F, dtype, SPLITS)
+    gate_1 = _load_sum(x_ptr, row * 2 * F + F + first, split_stride, first < F, dtype, SPLITS)
+    gate_2 = _load_sum(x_ptr, row * 2 * F + F + second, split_stride, second < F, dtype, SPLITS)
+    up_1 = _load_sum(x_ptr, row * 2 * F + first, split_stride, first < F, dtype, SPLITS)
+    up_2 = _load_sum(x_ptr, row * 2 * F + second, split_stride, second < F, dtype, SPLITS)
     below_1 = 1.0 + tl.exp2(tl.maximum(gate_1, LOWEST) * MINUS_LOG2E)
     below_2 = 1.0 + tl.exp2(tl.maximum(gate_2, LOWEST) * MINUS_LOG2E)
     root = tl.rsqrt(below_1 * below_2)
@@ -63,7 +63,7 @@ def gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     long as memory, now they take half of that.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = widened(tl.load(x_ptr + at, at < n, 0.0))
+    x = to_float32(tl.load(x_ptr + at, at < n, 0.0))
     a = tl.minimum(tl.abs(x), 64.0)  # Phi(-64) is 0, and infinity times 0 is not
     log = -1.6904018e-06 * a + 2.5083309e-05
     log = log * a - 1.1446269e-04
@@ -78,7 +78,7 @@ def gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`reference.swiglu`: up_gate [n, 2F], or float32 partial sums [S, n, 2F] that are taken as `dtype`."""
+    """`reference.swiglu`: up_gate [n, 2F], or float32 partial sums [S, n, 2F] that are rounded to `dtype`."""
     checks.device("swiglu", up_gate)
     y = up_gate.new_empty((*up_gate.shape[up_gate.dim() == 3 : -1], up_gate.shape[-1] // 2), dtype=dtype)
     _swiglu_plan(up_gate, y).run()

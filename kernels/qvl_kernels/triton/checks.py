@@ -1,4 +1,4 @@
-"""What a launch must not be given: said in one line, before a kernel would read past an end."""
+"""Validate the tensors of a launch before a kernel could read past their end; each error is one line."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ def tensor(op: str, name: str, value: Tensor, shape: tuple[int | None, ...], *dt
     fits = value.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, value.shape, strict=True))
     if fits and value.dtype in (dtypes or FLOATS) and value.is_contiguous():
         return
-    wanted = f"{' or '.join(_short(dtype) for dtype in dtypes or FLOATS)} {_shape(shape)}"
+    expected = f"{' or '.join(_short(dtype) for dtype in dtypes or FLOATS)} {_shape(shape)}"
     found = f"{_short(value.dtype)} {_shape(tuple(value.shape))}{'' if value.is_contiguous() else ', strided'}"
-    raise ValueError(f"{op}: {name} is {found}; expected contiguous {wanted}")
+    raise ValueError(f"{op}: {name} is {found}; expected contiguous {expected}")
+
+
+def dtype(op: str, value: torch.dtype) -> None:
+    """Raises ValueError unless an output's dtype is a float that the kernels write."""
+    if value not in FLOATS:
+        raise ValueError(f"{op}: the output is {_short(value)}; expected {' or '.join(map(_short, FLOATS))}")
 
 
 def device(op: str, *tensors: Tensor | None) -> None:
-    """Raises ValueError unless all tensors lie on one device, a CUDA one or, in the interpreter, any."""
+    """Raises ValueError unless all tensors are on one device, a CUDA one or, in the interpreter, any."""
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"{op}: tensors on {' and '.join(sorted(map(str, devices)))}; expected one device")
-    kinds = {found.type for found in devices}
-    if kinds - {"cuda"} and not interpreted():
+    types = {device.type for device in devices}
+    if types - {"cuda"} and not interpreted():
         raise ValueError(
-            f"{op}: tensors on {kinds.pop()}; Triton kernels run on cuda, or anywhere with TRITON_INTERPRET=1 set"
+            f"{op}: tensors on {types.pop()}; Triton kernels run on cuda, or anywhere with TRITON_INTERPRET=1 set"
             " before triton is imported"
         )
 

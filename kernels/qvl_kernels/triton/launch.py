@@ -1,4 +1,4 @@
-"""A kernel with all it is called with, as a value: it can be run, or compiled ahead of time and judged."""
+"""A kernel with all its arguments, as a value: it can be run, or compiled ahead of time and judged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CAPABILITIES = (80, 86, 89, 90)  # what configurations are written for: A100, RTX 30 and A10, RTX 40 and L4, H100
+CAPABILITIES = (80, 86, 89, 90)  # that have configurations: A100, RTX 30 and A10, RTX 40 and L4, H100
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,8 +25,12 @@ class Launch:
     warps: int = 4
     stages: int = 3  # of the software pipeline
 
+    def with_arguments(self, **arguments: Tensor | int | float | None) -> Launch:
+        """The same launch with further arguments."""
+        return Launch(self.kernel, self.grid, {**self.arguments, **arguments}, self.constants, self.warps, self.stages)
+
     def run(self) -> None:
-        """Queue it on the current stream of the current device; a grid without programs is no launch."""
+        """Queue it on the current stream of the current device; an empty grid launches nothing."""
         if all(self.grid):
             options = {"num_warps": self.warps, "num_stages": self.stages}
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
@@ -36,19 +40,19 @@ class Spec(NamedTuple):
     """A launch for the static report, and the bars that it must pass."""
 
     name: str  # "int4 qkv, 1 row": the kernel, the place in the model, the rows
-    launch: Launch  # its tensors may lie on the meta device
-    bytes_moved: int  # at the least, between DRAM and the chip
+    launch: Launch  # its tensors may be on the meta device
+    bytes_moved: int  # at least, between DRAM and the chip
     max_ratio: float | None = None  # busiest pipe or issue time / memory time; None for kernels that compute bounds
     min_wide: float = 0.0  # share of loaded bytes that must come in 128-bit loads
     loop_trips: float | None = None  # of the main loop in one program; None: inferred from bytes_moved
     flops: int = 0
     per_layer: int = 0  # launches in one decoder layer of a decode step with this many rows; 0: not part of one
-    least_bytes: int = 0  # of bytes_moved: weights, keys and values, which no fusion of kernels would save
+    least_bytes: int = 0  # of bytes_moved: weights, keys and values, which no kernel fusion would save
 
 
 @cache
 def capability(device: torch.device) -> int:
-    """10 * major + minor of a CUDA device; of any other 80, so that the interpreter runs what an A100 would."""
+    """10 * major + minor of a CUDA device; 80 for any other, so that the interpreter runs what an A100 would."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, alone or after the residual stream takes an update: a program holds a row in registers."""
+"""RMSNorm and LayerNorm, alone or after adding an update to the residual stream: a program holds a row in registers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
-from qvl_kernels.triton.linear.int4_shapes import decode_splits
-from qvl_kernels.triton.to_float32 import widened
+from qvl_kernels.triton.linear.published_shapes import decode_splits
+from qvl_kernels.triton.to_float32 import to_float32
 
-WIDEST = 16384  # channels of a row that registers hold on 16 warps
+MAX_WIDTH = 16384  # channels of a row that registers hold on 16 warps
 LAYER_NORM_ROWS = 2  # of a program: one leaves half of a warp idle where a chunk is 128 channels
 
 
@@ -71,21 +71,21 @@ def layer_norm_kernel(
         if UPDATE:
             x = (x.to(tl.float32) + tl.load(update_ptr + at, inside, 0.0).to(tl.float32)).to(x.dtype)
             tl.store(total_ptr + at, x, inside)
-        x = widened(x)
+        x = to_float32(x)
         total += x
         chunks = chunks + (x,)  # type: ignore[assignment]  # noqa: RUF005 - a star is not in the language
     mean = (tl.sum(total, 1) / WIDTH)[:, None]
     total = tl.zeros([ROWS, CHUNK], tl.float32)
     for i in tl.static_range(CHUNKS):
-        centred = chunks[i] - mean
+        centered = chunks[i] - mean
         if RAGGED:
-            centred = tl.where(column + i * CHUNK < WIDTH, centred, 0.0)
-        total += centred * centred
+            centered = tl.where(column + i * CHUNK < WIDTH, centered, 0.0)
+        total += centered * centered
     factor = tl.rsqrt(tl.sum(total, 1) / WIDTH + eps)[:, None]
     for i in tl.static_range(CHUNKS):
         at = tl.broadcast_to(i * CHUNK + column, [ROWS, CHUNK])
-        weight = widened(tl.load(weight_ptr + at, at < WIDTH, 0.0))
-        bias = widened(tl.load(bias_ptr + at, at < WIDTH, 0.0))
+        weight = to_float32(tl.load(weight_ptr + at, at < WIDTH, 0.0))
+        bias = to_float32(tl.load(bias_ptr + at, at < WIDTH, 0.0))
         y = (chunks[i] - mean) * factor * weight + bias
         tl.store(y_ptr + row * WIDTH + at, y.to(y_ptr.dtype.element_ty), (row < rows) & (at < WIDTH))
 
@@ -96,7 +96,7 @@ class Configuration(NamedTuple):
 
 
 def configuration(rows: int, width: int) -> Configuration:
-    """RMSNorm's. Few rows leave most of the GPU idle, so that a row gets many warps; many fill it with few each."""
+    """RMSNorm's. With few rows the GPU is mostly idle, so a row gets many warps; many rows fill it with few each."""
     block = triton.next_power_of_2(width)
     per_lane = 8 if rows < 128 else 16  # values: one or two loads of 128 bits
     return Configuration(block, max(1, min(16, block // (32 * per_lane))))
@@ -177,11 +177,11 @@ def _layer_plan(
 
 
 def _check(op: str, x: Tensor, *vectors: Tensor) -> tuple[int, int]:
-    """Rows and channels of x [.., D], when all is as it must be."""
+    """Validate x [.., D] and its vectors [D]; returns rows and channels."""
     checks.tensor(op, "x", x, tuple(x.shape))
     width = x.shape[-1]
-    if not 0 < width <= WIDEST:
-        raise ValueError(f"{op}: x has {width} channels; a program holds rows of 1 to {WIDEST} in registers")
+    if not 0 < width <= MAX_WIDTH:
+        raise ValueError(f"{op}: x has {width} channels; a program holds rows of 1 to {MAX_WIDTH} in registers")
     for name, vector in zip(("weight", "bias"), vectors, strict=False):
         checks.tensor(op, name, vector, (width,), x.dtype)
     return x.numel() // width, width

@@ -12,8 +12,7 @@ from qvl_kernels.layouts import gpu as gpu_weight
 from qvl_kernels.layouts import repack
 from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.launch import interpreted
-from qvl_kernels.triton.linear.int4_dequantize import int4_dequantize
-from qvl_kernels.triton.linear.int8_dequantize import int8_dequantize
+from qvl_kernels.triton.linear.dequantize import dequantize
 from tests.kernels.compare import EPSILON, as_good_as_torch
 from tests.kernels.gptq import checkpoint
 from tests.kernels.triton import test_attention as attention
@@ -106,7 +105,6 @@ def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, grou
     plain = torch.nn.functional.linear(x, exact.to(B16))
     as_good_as_torch(ops.prepare_gptq(*tensors, bits, 1)(x), plain, x.double() @ exact.double().t())
     weight = repack.packed(gpu_weight.KINDS[bits], *tensors, 1)
-    dequantize = {4: int4_dequantize, 8: int8_dequantize}[bits]
     assert torch.equal(dequantize(weight, B16), repack.dequantize(weight).to(B16))
 
 

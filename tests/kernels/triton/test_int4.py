@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="triton is not installed: `make triton`")
 pytestmark = pytest.mark.interpreter
 
 from qvl_kernels import triton as ops  # noqa: E402
-from qvl_kernels.triton.linear import configs, int4_dequantize, int4_gemm, int4_small_m  # noqa: E402
+from qvl_kernels.triton.linear import configs, dequantize, gemm, small_m  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -82,15 +82,15 @@ def test_dequantized_weights_are_rounded_once(
     inputs: int, outputs: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     weight = repack.packed_int4(*checkpoint(inputs, outputs, group, symmetric=symmetric), 1)
-    assert torch.equal(int4_dequantize.int4_dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
+    assert torch.equal(dequantize.dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
 
 
 def test_very_many_rows_and_float32_take_the_dequantized_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
-    for kernel in (int4_small_m, int4_gemm):
-        monkeypatch.delattr(kernel, f"{kernel.__name__.rpartition('.')[2]}_kernel")
-    for x in (activations(configs.MANY, 192), activations(2, 192, torch.float32)):
+    for module in (small_m, gemm):
+        monkeypatch.delattr(module, f"int4_{module.__name__.rpartition('.')[2]}_kernel")
+    for x in (activations(configs.DEQUANTIZE_M[4], 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
 
 
@@ -113,7 +113,7 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
 @pytest.mark.parametrize("act_order", [False, True])
 def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
     """Few rows: tiles that do not divide evenly among the splits. The bias is in one of them."""
-    inputs = 128 * (13 if rows <= configs.FEW else 12)
+    inputs = 128 * (13 if rows <= configs.SMALL_M[4] else 12)
     tensors, x = checkpoint(inputs, 128, 128, act_order=act_order), activations(rows, inputs)
     bias = activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
@@ -127,7 +127,7 @@ def test_any_split_gives_the_sum() -> None:
     tensors, x = checkpoint(640, 128, 128), activations(2, 640)
     weight = repack.packed_int4(*tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
-        out = int4_small_m.int4_small_m(x, weight, splits=splits)
+        out = small_m.small_m(x, weight, splits=splits)
         check(ops.summed(out, x.dtype), x, tensors)
 
 
@@ -157,7 +157,7 @@ def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     weight = repack.packed_int4(*checkpoint(128, 24, 32), 1)
     with pytest.raises(ValueError, match=message):
-        int4_small_m.int4_small_m(spoil(activations(2, 128)), weight)
+        small_m.small_m(spoil(activations(2, 128)), weight)
 
 
 def test_what_has_no_kernel_runs_in_plain_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +180,7 @@ def test_the_report_says_what_is_held() -> None:
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512])
 @pytest.mark.parametrize("inputs, outputs", [(4096, 12288), (11008, 4096), (128, 128), (320, 384)])
 def test_configurations_cover_what_they_are_given(capability: int, rows: int, inputs: int, outputs: int) -> None:
-    kind = configs.regime(rows)
+    kind = configs.regime(4, rows, torch.float16)
     made = configs.config(capability, kind, rows, inputs, outputs)
     assert outputs % made.columns == 0 and made.rows & (made.rows - 1) == 0
     assert 1 <= made.splits <= max(1, inputs // 128 // configs.LEAST_TILES)

@@ -20,8 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed: `make triton`")
 pytestmark = pytest.mark.interpreter
 
 from qvl_kernels import triton as ops  # noqa: E402
-from qvl_kernels.triton.linear import int8_dequantize, int8_small_m  # noqa: E402
-from qvl_kernels.triton.linear.int8_small_m import FEW  # noqa: E402
+from qvl_kernels.triton.linear import configs, dequantize, small_m  # noqa: E402
 
 SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial tile; a partial group; one group for all
     (64, 128, 64),
@@ -45,7 +44,7 @@ def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | No
     as_good_as_torch(got, plain, want)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 16, 17, FEW])
+@pytest.mark.parametrize("rows", [1, 7, 16, 17, configs.SMALL_M[8]])
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
 def test_symmetric(poisoned: None, inputs: int, outputs: int, group: int, rows: int) -> None:
     tensors = checkpoint(inputs, outputs, group, bits=8, symmetric=True)
@@ -72,14 +71,14 @@ def test_dequantized_weights_are_rounded_once(
 ) -> None:
     tensors = checkpoint(inputs, outputs, group, bits=8, symmetric=symmetric)
     weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
-    assert torch.equal(int8_dequantize.int8_dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
+    assert torch.equal(dequantize.dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
 
 
 def test_many_rows_and_float32_take_the_dequantized_weight(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, bits=8, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
-    monkeypatch.delattr(int8_small_m, "int8_small_m_kernel")
-    for x in (activations(FEW + 1, 192), activations(2, 192, torch.float32)):
+    monkeypatch.delattr(small_m, "int8_small_m_kernel")
+    for x in (activations(configs.SMALL_M[8] + 1, 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
 
 
@@ -114,7 +113,7 @@ def test_any_split_gives_the_sum(poisoned: None) -> None:
     tensors, x = checkpoint(320, 128, 64, bits=8), activations(2, 320)
     weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
-        out = int8_small_m.int8_small_m(x, weight, splits=splits)
+        out = small_m.small_m(x, weight, splits=splits)
         check(ops.summed(out, x.dtype), x, tensors)
 
 
@@ -144,7 +143,7 @@ def test_leading_axes_are_kept(poisoned: None, shape: tuple[int, ...]) -> None:
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
     weight = repack.packed(gpu_weight.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
     with pytest.raises(ValueError, match=message):
-        int8_small_m.int8_small_m(spoil(activations(2, 128)), weight)
+        small_m.small_m(spoil(activations(2, 128)), weight)
 
 
 def test_a_zero_point_of_256_runs_in_plain_torch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

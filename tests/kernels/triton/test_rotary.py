@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:
         rotary_to_cache(qkv, *tables, cache, cache, slots.int())
     with pytest.raises(ValueError, match="multiple of 4"):
         rotary_to_cache(qkv, *tables, _cache(1, 10, torch.int8), _cache(1, 10, torch.int8), slots)
-    with pytest.raises(ValueError, match="12 channels turn; expected 2 to the 10"):
+    with pytest.raises(ValueError, match="12 rotary channels; expected 2 to the 10"):
         rotary_to_cache(qkv, *_tables(rng, 2, 12), cache, cache, slots)
 
 

@@ -10,50 +10,53 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.reference import cache_width
-from qvl_kernels.triton.attention.decode_kv_fp16 import decode_floats_kernel
-from qvl_kernels.triton.attention.decode_kv_int8 import decode_levels_kernel
+from qvl_kernels.triton.attention.decode_kv_fp16 import decode_kv_fp16_kernel
+from qvl_kernels.triton.attention.decode_kv_int8 import decode_kv_int8_kernel
 from qvl_kernels.triton.attention.softmax import LOG2E
 from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
 
 PROGRAMS = 1024  # one warp each: 8 to 10 on an SM of the GPUs that this is for, with 8 KB under way each
 MOST_SPLITS = 32
-MERGED = 8  # partial results of a program that merges, at the least
+MERGED = 8  # partial results of a program that merges, at least
 LEAST_BLOCKS = 4  # of a split: fewer cost more in merging than they gain
 
 
 @triton.jit
 def merge_kernel(
     partial_ptr, lse_ptr, queries_ptr, out_ptr, H,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, WHOLE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr, EVEN_HEADS: tl.constexpr,
     LISTED: tl.constexpr,
 ):  # fmt: skip
     """out = sum of 2^(lse - max lse) * partial over the splits, normalized; zeros for a row without keys.
 
     partial float32 [m, H, SPLITS, D], lse float32 [m, H, SPLITS]; out [n, H, D]; queries as in
-    `decode_floats_kernel`. One warp for HEADS heads of a row: each thread has a few channels of all their partial
-    results, and their lse, which lie side by side. WHOLE: HEADS divides H, and none is masked.
+    `decode_kv_fp16_kernel`. One warp for HEADS heads of a row: each thread has a few channels of all their partial
+    results, and their lse, which are contiguous. EVEN_HEADS: HEADS divides H, and no head is masked.
     """
     query = tl.program_id(1)
     heads, part, column = tl.arange(0, HEADS), tl.arange(0, HEADS * SPLITS), tl.arange(0, BLOCK_D)
     first = tl.program_id(0) * HEADS
-    some = HEADS if WHOLE else tl.minimum(H - first, HEADS)
+    count = HEADS if EVEN_HEADS else tl.minimum(H - first, HEADS)
     row = tl.load(queries_ptr + 3 * query) if LISTED else query
     at = (query.to(tl.int64) * H + first) * SPLITS + part
-    lse = tl.load(lse_ptr + at, part < some * SPLITS, float("-inf"))
+    lse = tl.load(lse_ptr + at, part < count * SPLITS, float("-inf"))
     inside = (lse > float("-inf"))[:, None] & (column < D)[None, :]
     partial = tl.load(partial_ptr + at[:, None] * D + column[None, :], inside, 0.0)
     lse, partial = tl.reshape(lse, HEADS, SPLITS), tl.reshape(partial, HEADS, SPLITS, BLOCK_D)
     weights = tl.where(lse > float("-inf"), tl.exp2(lse - tl.max(lse, 1)[:, None]), 0.0)
     out = tl.sum(weights[:, :, None] * partial, 1) / tl.maximum(tl.sum(weights, 1), 1e-30)[:, None]
     to = (row.to(tl.int64) * H + first + heads[:, None]) * D + column[None, :]
-    tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), (heads < some)[:, None] & (column < D)[None, :])
+    tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), (heads < count)[:, None] & (column < D)[None, :])
 
 
 class Plan(NamedTuple):
+    """The two launches of decode attention."""
+
     attend: Launch
     merge: Launch
 
     def run(self) -> None:
+        """Queue both launches."""
         self.attend.run()
         self.merge.run()
 
@@ -61,7 +64,7 @@ class Plan(NamedTuple):
 def splits_for(queries: int, heads: int, most_blocks: int) -> int:
     """Shares of the keys of a row, a power of two: enough programs to fill the GPU, each with some work.
 
-    It looks at the blocks that a row can have, not at those it has, which change while a captured graph stays.
+    It depends on the blocks that a row can have, not on those it has, which change between replays of a captured graph.
     """
     most = min(MOST_SPLITS, most_blocks // LEAST_BLOCKS, PROGRAMS // max(queries * heads, 1))
     return 1 << max(most, 1).bit_length() - 1
@@ -84,7 +87,7 @@ def decode(
     int8, itemsize = k_cache.dtype == torch.int8, k_cache.element_size()
     block_d = max(32 if int8 else 1, triton.next_power_of_2(head_dim))
     attend = Launch(
-        decode_levels_kernel if int8 else decode_floats_kernel,
+        decode_kv_int8_kernel if int8 else decode_kv_fp16_kernel,
         (heads, splits, count),
         {"q_ptr": q, "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "tables_ptr": block_tables,
          "queries_ptr": list_or_any, "lengths_ptr": list_or_any if lengths is None else lengths,
@@ -100,7 +103,7 @@ def decode(
         merge_kernel,
         (blocks(heads, at_once), count),
         {"partial_ptr": partial, "lse_ptr": lse, "queries_ptr": list_or_any, "out_ptr": out, "H": heads},
-        {"D": head_dim, "BLOCK_D": block_d, "SPLITS": splits, "HEADS": at_once, "WHOLE": heads % at_once == 0,
+        {"D": head_dim, "BLOCK_D": block_d, "SPLITS": splits, "HEADS": at_once, "EVEN_HEADS": heads % at_once == 0,
          "LISTED": listed},
         warps=1,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Decode attention over a cache of floats: multiplied and added on the CUDA cores."""
+"""Decode attention over a 16-bit (or float32) cache, on the CUDA cores."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def visible_keys(queries_ptr, lengths_ptr, query, LISTED: tl.constexpr):
 
 
 @triton.jit
-def decode_floats_kernel(
+def decode_kv_fp16_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, queries_ptr, lengths_ptr, partial_ptr, lse_ptr,
     H, most_blocks, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """partial = softmax(q k^T / sqrt(d)) v over one share of the keys of one row and head; lse in base 2.
+    """partial = softmax(q k^T / sqrt(d)) v over one split of the keys of one row and head; lse in base 2.
 
     q [n, H, D]; caches [blocks, H, BLOCK_SIZE, D]; tables [R, most_blocks]; partial float32 [m, H, SPLITS, D],
-    lse float32 [m, H, SPLITS]. LISTED: queries int32 [m, 3] are row, request and the keys it sees; otherwise row r
-    belongs to request r and lengths [m] are the keys. A share without keys has lse -inf and no partial result.
+    lse float32 [m, H, SPLITS]. LISTED: queries int32 [m, 3] are row, request and number of visible keys; otherwise
+    row r belongs to request r and lengths [m] are the keys. A split without keys has lse -inf and no partial result.
 
     One warp and one block of the cache at a time: its keys are one contiguous run. ROWS vectors are loaded by one
     instruction of a warp, so every ROWS-th vector is in the same thread, and those are added before anything else is

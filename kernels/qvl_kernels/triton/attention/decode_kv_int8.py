@@ -1,4 +1,4 @@
-"""Decode attention over an int8 cache: levels are multiplied as they lie, scales are put on scores and weights."""
+"""Decode attention over an int8 cache: values need no conversion; scales are applied to scores and weights."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from qvl_kernels.triton.attention.kv_tiles import bytes_as_floats, scales_at
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
 PLANES = tl.constexpr(4)  # of 7 bits: what a float32 has
-COLUMNS = tl.constexpr(8)  # the least that a dot takes
+COLUMNS = tl.constexpr(8)  # the fewest that a dot accepts
 
 
 @triton.jit
-def planes_of(q):
-    """Levels int8 [d, COLUMNS], factors float32 [COLUMNS] such that q [d] is the sum over j of levels[:, j] factors[j].
+def split_into_planes(q):
+    """Values int8 [d, COLUMNS], factors float32 [COLUMNS] such that q [d] is the sum over j of values[:, j] factors[j].
 
     The first PLANES columns hold 7 bits each of q over its largest element, the rest zeros.
     """
     largest = tl.max(tl.abs(q), 0)
     rest = q * tl.where(largest > 0, 127.0 / largest, 0.0)
     plane = tl.arange(0, COLUMNS)
-    levels = tl.zeros([COLUMNS, q.shape[0]], tl.float32)
+    values = tl.zeros([COLUMNS, q.shape[0]], tl.float32)
     for j in tl.static_range(PLANES):
-        level = (rest + ROUND) - ROUND
-        levels = tl.where((plane == j)[:, None], level[None, :], levels)
-        rest = (rest - level) * 128.0
-    return levels.to(tl.int8), tl.exp2(plane * -7.0) * (largest / 127.0)
+        value = (rest + ROUND) - ROUND
+        values = tl.where((plane == j)[:, None], value[None, :], values)
+        rest = (rest - value) * 128.0
+    return values.to(tl.int8), tl.exp2(plane * -7.0) * (largest / 127.0)
 
 
 @triton.jit
-def decode_levels_kernel(
+def decode_kv_int8_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, queries_ptr, lengths_ptr, partial_ptr, lse_ptr,
     H, most_blocks, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, LISTED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`decode_floats_kernel` for caches int8 [blocks, H, BLOCK_SIZE, D + 4] that lie as `kv_tiles` says.
+    """`decode_kv_fp16_kernel` for caches int8 [blocks, H, BLOCK_SIZE, D + 4] in the layout of `kv_tiles`.
 
     Two blocks of the cache at a time. Keys stay int8: q is split into planes of 7 bits, and tensor cores multiply both
-    exactly. A level of a value is added with 128 to it, which is taken off again for all the keys of a thread at once.
+    exactly. Values are added with an offset of 128, which is subtracted once for all the keys of a thread.
     """
     head, split, query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, request, length = visible_keys(queries_ptr, lengths_ptr, query, LISTED)
@@ -52,7 +52,7 @@ def decode_levels_kernel(
     column, word, key = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 4), tl.arange(0, KEYS)
     slot = key % BLOCK_SIZE
     q = tl.load(q_ptr + (row.to(tl.int64) * H + head) * D + column, column < D, 0.0).to(tl.float32) * scale
-    planes, factors = planes_of(q)
+    planes, factors = split_into_planes(q)
     v_words_ptr = v_cache_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
     top = tl.full([], float("-inf"), tl.float32)
     mass = tl.zeros([KEYS], tl.float32)
@@ -78,11 +78,11 @@ def decode_levels_kernel(
         raised = raised * fade + weights
         total_0, total_1, total_2, total_3 = total_0 * fade, total_1 * fade, total_2 * fade, total_3 * fade
         for part in tl.static_range(KEYS // ROWS):
-            some = part * ROWS + tl.arange(0, ROWS)
-            page_of_some = page if part * ROWS < BLOCK_SIZE else next_page
-            at_words = (page_of_some * H + head) * (BLOCK_SIZE * (D + 4) // 4) + some % BLOCK_SIZE * (D // 4)
+            part_key = part * ROWS + tl.arange(0, ROWS)
+            part_page = page if part * ROWS < BLOCK_SIZE else next_page
+            at_words = (part_page * H + head) * (BLOCK_SIZE * (D + 4) // 4) + part_key % BLOCK_SIZE * (D // 4)
             v = tl.load(v_words_ptr + at_words[:, None] + word[None, :], (word < D // 4)[None, :], 0) ^ 0x80808080
-            weight = tl.gather(weights, some, 0)[:, None]
+            weight = tl.gather(weights, part_key, 0)[:, None]
             total_0 += weight * bytes_as_floats(v, 0)
             total_1 += weight * bytes_as_floats(v, 1)
             total_2 += weight * bytes_as_floats(v, 2)

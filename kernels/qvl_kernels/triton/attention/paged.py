@@ -1,4 +1,4 @@
-"""`paged_attention`: which of its kernels runs for which request."""
+"""`paged_attention`: the choice between decode and prefill kernels, request by request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qvl_kernels.triton.attention.decode import decode
 from qvl_kernels.triton.attention.prefill import prefill
 from qvl_kernels.triton.launch import capability
 
-FEW_ROWS = 4  # of a request up to which each is decoded on its own: keys split over the GPU beat one tile of rows
+DECODE_MAX_ROWS = 4  # of a request: up to it rows are decoded one by one, as split keys beat one tile of rows
 WIDEST_HEAD = 256
 
 
@@ -25,11 +25,11 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     """`reference.paged_attention`: q [n, H, d]; caches [blocks, H, block_size, width]; block_tables [R, most blocks].
 
-    Two ways to say where rows belong. Python sequences, as in the reference: any mixture of prefill and decoding; what
-    the kernels need of them is uploaded once for each value, not once a layer. Or `context_lens` as an int32 or int64
-    tensor [n] on the device: every request has one row, `query_starts` is not looked at, nothing is read on the host,
+    There are two ways to assign rows to requests. Python sequences, as in the reference: any mixture of prefill and
+    decoding; their tables are uploaded once per value, not once per layer. Or `context_lens` as an int32 or int64
+    tensor [n] on the device: every request has one row, `query_starts` is ignored, nothing is read on the host,
     and the launches do not depend on the lengths, so that they can be captured in a CUDA graph and replayed while
-    the lengths grow up to most blocks * block_size. A row with length 0 pads a batch: it reads nothing and gives zeros.
+    the lengths grow up to most blocks * block_size. A row of length 0 is padding: it reads nothing and returns zeros.
     """
     op, (rows, heads, head_dim) = "paged_attention", q.shape
     checks.tensor(op, "q", q, (rows, heads, head_dim))
@@ -39,8 +39,8 @@ def paged_attention(
     if int8 and head_dim % SCALE_BYTES:
         raise ValueError(f"{op}: heads of {head_dim} channels; an int8 cache needs a multiple of {SCALE_BYTES}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        wanted = (None, heads, None, cache_width(head_dim, k_cache.dtype))
-        checks.tensor(op, name, cache, wanted, torch.int8 if int8 else q.dtype)
+        shape = (None, heads, None, cache_width(head_dim, k_cache.dtype))
+        checks.tensor(op, name, cache, shape, torch.int8 if int8 else q.dtype)
     checks.tensor(op, "block_tables", block_tables, (None, None), torch.int32, torch.int64)
     checks.device(op, q, k_cache, v_cache, block_tables)
     out, same = torch.empty_like(q), (q, k_cache, v_cache, block_tables)
@@ -52,23 +52,23 @@ def paged_attention(
     starts, lengths = tuple(map(int, query_starts)), tuple(map(int, context_lens))
     _check_rows(starts, lengths, rows, block_tables, k_cache.shape[2])
     counts = [end - start for start, end in pairwise(starts)]
-    few = queries_of(starts, lengths, q.device)
-    if len(few):
-        decode(*same, few, None, out).run()
-    many = [r for r, count in enumerate(counts) if count > FEW_ROWS]
-    if many:
-        prefill(*same, many, starts, lengths, capability(q.device), out).run()
+    queries = queries_of(starts, lengths, q.device)
+    if len(queries):
+        decode(*same, queries, None, out).run()
+    prefilled = [r for r, count in enumerate(counts) if count > DECODE_MAX_ROWS]
+    if prefilled:
+        prefill(*same, prefilled, starts, lengths, capability(q.device), out).run()
     return out.flatten(1)
 
 
 @lru_cache(maxsize=16)
 def queries_of(query_starts: tuple[int, ...], context_lens: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [m, 3]: row, request and visible keys of each row of the requests that have few. Remembered by value."""
+    """int32 [m, 3]: row, request and visible keys of each row of the requests with few rows. Cached by value."""
     queries = [
         (row, r, length - (query_starts[r + 1] - 1 - row))
         for r, length in enumerate(context_lens)
         for row in range(query_starts[r], query_starts[r + 1])
-        if query_starts[r + 1] - query_starts[r] <= FEW_ROWS
+        if query_starts[r + 1] - query_starts[r] <= DECODE_MAX_ROWS
     ]
     return torch.tensor(queries, dtype=torch.int32, device=device).view(-1, 3)
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from qvl_kernels.reference import cache_width
 from qvl_kernels.triton.attention.kv_tiles import load_tile
-from qvl_kernels.triton.attention.prefill_kv_int8 import LIFT, prefill_levels_kernel
+from qvl_kernels.triton.attention.prefill_kv_int8 import LIFT, prefill_kv_int8_kernel
 from qvl_kernels.triton.attention.softmax import LOG2E, attend
 from qvl_kernels.triton.launch import Launch, Spec, blocks
 
 
 @triton.jit
-def prefill_floats_kernel(
+def prefill_kv_fp16_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, tiles_ptr, out_ptr,
     H, most_blocks, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -94,7 +94,7 @@ def tiles_of(
 ) -> Tensor:  # fmt: skip
     """The tiles of these requests, int32 [T, 4], those with the most keys first: they take longest.
 
-    Remembered by value, so that the layers of a step upload one table between them.
+    Cached by value, so that the layers of a step upload one table between them.
     """
     tiles = []
     for r in requests:
@@ -131,8 +131,8 @@ def _plan(
     }  # fmt: skip
     grid = len(tiles), heads
     if int8:
-        return Launch(prefill_levels_kernel, grid, {**arguments, "lift": LIFT}, constants, choice.warps, choice.stages)
-    return Launch(prefill_floats_kernel, grid, arguments, constants, choice.warps, choice.stages)
+        return Launch(prefill_kv_int8_kernel, grid, {**arguments, "lift": LIFT}, constants, choice.warps, choice.stages)
+    return Launch(prefill_kv_fp16_kernel, grid, arguments, constants, choice.warps, choice.stages)
 
 
 def aot_specs(capability: int) -> list[Spec]:

@@ -1,6 +1,6 @@
-"""Prefill attention over an int8 cache: a program makes 16-bit floats of each tile of keys and values once.
+"""Prefill attention over an int8 cache: a program converts each tile of keys and values to 16-bit floats once.
 
-Where every warp does so for itself, as the compiler would have it, A100 takes 401 us for a prompt of 2048, not 149.
+With a conversion in every warp, the compiler's choice, the bound of an A100 for 2048 tokens is 401 us, not 149.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import triton.language as tl
 from qvl_kernels.triton.attention.kv_tiles import bytes_as_floats, scales_at
 from qvl_kernels.triton.attention.softmax import softmax_step
 
-# An argument of the kernel and no constant: a run-time scalar between load and dot is what makes the compiler pass the
-# floats on through shared memory, rather than the bytes.
+# An argument of the kernel, not a constant: a run-time scalar between load and dot makes the compiler pass the floats
+# through shared memory instead of the bytes.
 LIFT = 2.0**126
 
 
 @triton.jit
-def planes(cache_ptr, start, slot, keys, lift, dtype: tl.constexpr, D, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def load_planes(
+    cache_ptr, start, slot, keys, lift, dtype: tl.constexpr, D, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
     """Channels 4 w, 4 w + 1, 4 w + 2 and 4 w + 3 of the vectors at `slot` [N]: four times [N, BLOCK_D / 4] in dtype.
 
     start [N]: elements of the cache before the block. 0 where not keys. The rounding is that of
-    `reference.from_cached`: a level, with 128 added to it, times 2^-23 is exact.
+    `reference.from_cached`: a value, with 128 added, times 2^-23 is exact.
     """
     word = tl.arange(0, BLOCK_D // 4)
     at = cache_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + ((start + slot * D) // 4)[:, None] + word[None, :]
@@ -36,14 +38,14 @@ def planes(cache_ptr, start, slot, keys, lift, dtype: tl.constexpr, D, BLOCK_D: 
 
 
 @triton.jit
-def prefill_levels_kernel(
+def prefill_kv_int8_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, tiles_ptr, out_ptr,
     H, most_blocks, scale, lift,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`prefill_floats_kernel` for caches int8 [blocks, H, BLOCK_SIZE, D + 4] that lie as `kv_tiles` says; lift: LIFT.
+    """`prefill_kv_fp16_kernel` for caches int8 [blocks, H, BLOCK_SIZE, D + 4] in the layout of `kv_tiles`; lift: LIFT.
 
-    Every fourth channel makes a plane, of q and out too: so the bytes of a word never change places.
+    Every fourth channel forms a plane, in q and out too, so that the bytes of a word never move.
     """
     tile_ptr = tiles_ptr + 4 * tl.program_id(0)
     head = tl.program_id(1)
@@ -65,22 +67,22 @@ def prefill_levels_kernel(
         key = start + slots
         page = tl.load(tables_ptr + request * most_blocks + key // BLOCK_SIZE).to(tl.int64)
         place = (page * H + head) * (BLOCK_SIZE * (D + 4))
-        k = planes(k_cache_ptr, place, key % BLOCK_SIZE, key >= 0, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
-        v = planes(v_cache_ptr, place, key % BLOCK_SIZE, key >= 0, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
-        scores = products(q_0, q_1, q_2, q_3, k) * scale
+        k = load_planes(k_cache_ptr, place, key % BLOCK_SIZE, key >= 0, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
+        v = load_planes(v_cache_ptr, place, key % BLOCK_SIZE, key >= 0, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
+        scores = dot_planes(q_0, q_1, q_2, q_3, k) * scale
         top, mass, weights, fade = softmax_step(scores, top, mass, True, False)
-        total_0, total_1, total_2, total_3 = added(weights, fade, v, total_0, total_1, total_2, total_3)
+        total_0, total_1, total_2, total_3 = accumulate_planes(weights, fade, v, total_0, total_1, total_2, total_3)
     for start in range(seen, position + rows, BLOCK_N):
         key = start + slots
         written = key < position + rows
         page = tl.load(tables_ptr + request * most_blocks + key // BLOCK_SIZE, written, 0).to(tl.int64)
         place = (page * H + head) * (BLOCK_SIZE * (D + 4))
-        k = planes(k_cache_ptr, place, key % BLOCK_SIZE, written, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
-        v = planes(v_cache_ptr, place, key % BLOCK_SIZE, written, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
+        k = load_planes(k_cache_ptr, place, key % BLOCK_SIZE, written, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
+        v = load_planes(v_cache_ptr, place, key % BLOCK_SIZE, written, lift, q_0.dtype, D, BLOCK_D, BLOCK_SIZE)
         visible = key[None, :] <= position + row[:, None]
-        scores = products(q_0, q_1, q_2, q_3, k) * scale
+        scores = dot_planes(q_0, q_1, q_2, q_3, k) * scale
         top, mass, weights, fade = softmax_step(scores, top, mass, visible, True)
-        total_0, total_1, total_2, total_3 = added(weights, fade, v, total_0, total_1, total_2, total_3)
+        total_0, total_1, total_2, total_3 = accumulate_planes(weights, fade, v, total_0, total_1, total_2, total_3)
     out = out_ptr + at
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(out, (total_0 / mass[:, None]).to(dtype), inside)
@@ -90,7 +92,7 @@ def prefill_levels_kernel(
 
 
 @triton.jit
-def products(q_0, q_1, q_2, q_3, k):
+def dot_planes(q_0, q_1, q_2, q_3, k):
     """q k^T [M, N], of the planes of both."""
     scores = tl.dot(q_0, tl.trans(k[0]), input_precision="ieee")
     scores = tl.dot(q_1, tl.trans(k[1]), scores, input_precision="ieee")
@@ -99,11 +101,11 @@ def products(q_0, q_1, q_2, q_3, k):
 
 
 @triton.jit
-def added(weights, fade, v, total_0, total_1, total_2, total_3):
+def accumulate_planes(weights, fade, v, total_0, total_1, total_2, total_3):
     """The planes of total * fade + weights v."""
-    some, fades = weights.to(v[0].dtype), fade[:, None]
-    total_0 = tl.dot(some, v[0], total_0 * fades, input_precision="ieee")
-    total_1 = tl.dot(some, v[1], total_1 * fades, input_precision="ieee")
-    total_2 = tl.dot(some, v[2], total_2 * fades, input_precision="ieee")
-    total_3 = tl.dot(some, v[3], total_3 * fades, input_precision="ieee")
+    rounded, fades = weights.to(v[0].dtype), fade[:, None]
+    total_0 = tl.dot(rounded, v[0], total_0 * fades, input_precision="ieee")
+    total_1 = tl.dot(rounded, v[1], total_1 * fades, input_precision="ieee")
+    total_2 = tl.dot(rounded, v[2], total_2 * fades, input_precision="ieee")
+    total_3 = tl.dot(rounded, v[3], total_3 * fades, input_precision="ieee")
     return total_0, total_1, total_2, total_3

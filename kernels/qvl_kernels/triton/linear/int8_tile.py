@@ -1,4 +1,4 @@
-"""Words of packed int8 weights to floats, inside a kernel: see `qvl_kernels.layouts.gpu` for the layout."""
+"""Unpack words of int8 weights to floats inside a kernel; `qvl_kernels.layouts.gpu` defines the layout."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import triton
 import triton.language as tl
 
 from qvl_kernels.layouts import gpu as gpu_weight
-from qvl_kernels.layouts import interleave as gpu_words
 
-TILE = tl.constexpr(gpu_weight.TILE_INT8)
-WORDS = tl.constexpr(gpu_words.WORDS)
+TILE_INT8 = tl.constexpr(gpu_weight.TILE_INT8)
 MIDDLE = tl.constexpr(gpu_weight.middle(8))
 
 
 @triton.jit
-def levels(words, zero, FLOAT: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr):
-    """uint32 words [16, BN] of a tile to the levels less `zero` of its inputs 32 * FIRST on, exact: [32 * CHUNKS, BN].
+def unpack_int8(words, zero, FLOAT: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr):
+    """uint32 words [16, BN] of a tile to value - zero [32 * CHUNKS, BN] of its inputs from 32 * FIRST on, exactly.
 
-    zero: float32 [BN], or None for the middle. float16: two inputs an instruction, 1024 + level by the exponent's
-    bits, and one subtraction for both. bfloat16 has 8 bits of mantissa and no room for that: each level is put into a
-    float32 as 2^23 + level, and what the subtraction leaves needs 8 bits. A conversion of integers would go through a
-    pipe of 16 lanes a clock.
+    zero: float32 [BN], or None for the middle. float16: two inputs an instruction, 1024 + value by the exponent's
+    bits, and one subtraction for both. bfloat16 has 8 bits of mantissa, too few for that: each value is put into a
+    float32 as 2^23 + value, and the difference fits into 8 bits. An integer conversion would use a pipe of 16 lanes a
+    clock.
     """
     byte = ((tl.arange(0, CHUNKS) + FIRST) * 8)[:, None, None].to(tl.uint32)
     pairs = (words[None] >> byte) & 0x00FF00FF

@@ -1,11 +1,9 @@
-"""Linears bound to their weights: which kernel runs for how many rows, and what runs instead where none can."""
+"""Linears bound to their packed weights, and their fallback to the reference implementation."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,71 +14,75 @@ from qvl_kernels.layouts.gpu import LAYOUTS, PackedInt4, PackedInt8, kind_of
 from qvl_kernels.layouts.repack import gptq_words, pack_gptq
 from qvl_kernels.reference import Bound, Packed, Precision, linear
 from qvl_kernels.triton.linear.configs import regime
-from qvl_kernels.triton.linear.int4_dequantize import int4_dequantize
-from qvl_kernels.triton.linear.int4_gemm import int4_gemm
-from qvl_kernels.triton.linear.int4_small_m import int4_small_m
-from qvl_kernels.triton.linear.int8_dequantize import int8_dequantize
-from qvl_kernels.triton.linear.int8_small_m import FEW as FEW_INT8
-from qvl_kernels.triton.linear.int8_small_m import int8_small_m
+from qvl_kernels.triton.linear.dequantize import DequantizePlan, plan_dequantize
+from qvl_kernels.triton.linear.gemm import plan_gemm
+from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
+from qvl_kernels.triton.linear.small_m import plan_small_m
 from qvl_kernels.triton.linear.split_sum import summed
 
 __all__ = ["LAYOUTS", "bind", "gptq_words", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
 
 _log = logging.getLogger("qvl_kernels")
 
-STEP = 128  # outputs: whole programs of the kernels that unpack
-UNPACKED_AT_ONCE = 16 << 20  # bytes: up_gate of the published model would be 172 MiB, beside all that a prompt holds
+STEP = 128  # outputs: whole programs of the kernels that dequantize
+UNPACKED_AT_ONCE = 16 << 20  # bytes: the published model's up_gate would be 172 MiB on top of a prompt's activations
+BUCKET = 16  # rows: configurations change only at multiples of it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A packed weight and its bias, and the choice of kernel by the number of rows."""
+    """A packed weight and its bias. Checks and configurations are resolved once per regime, 16 rows and dtype."""
 
     weight: PackedInt4 | PackedInt8
     bias: Tensor | None
+    _plans: dict[tuple[object, ...], MatmulPlan] = field(default_factory=dict, init=False)
+    _dequantize_plans: dict[tuple[torch.dtype, int, int], DequantizePlan] = field(default_factory=dict, init=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out], in x's dtype."""
-        y = summed(self.partial(x.reshape(-1, self.weight.inputs)), x.dtype)
+        y = summed(self.forward_partial_sums(x.reshape(-1, self.weight.inputs)), x.dtype)
         return y.view(*x.shape[:-1], self.weight.outputs)
 
-    def partial(self, x: Tensor) -> Tensor:
-        """x [n, in] to [n, out] in x's dtype, or to float32 partial sums [S, n, out]."""
-        if self.weight.order is not None:
-            x = x.index_select(-1, self.weight.order)
+    def forward_partial_sums(self, x: Tensor) -> Tensor:
+        """x [n, in] to [n, out] in x's dtype, or to split-K partial sums float32 [S, n, out]."""
+        weight = self.weight
+        if weight.order is not None:
+            x = x.index_select(-1, weight.order)
         x = x.contiguous()
-        if not len(x):
-            return x.new_empty(0, self.weight.outputs)
-        if isinstance(self.weight, PackedInt8):
-            return self._int8(x, self.weight)
-        return self._int4(x, self.weight)
+        rows, dtype = len(x), x.dtype
+        if not rows:
+            return x.new_empty(0, weight.outputs)
+        kind = regime(weight.BITS, rows, dtype)
+        if kind == "dequantize":
+            return self._dequantized(x)
+        # The key holds all that the checks look at, so that an x with a plan needs none.
+        key = (kind, (rows + BUCKET - 1) // BUCKET, dtype, x.device, x.shape[1:])
+        plan = self._plans.get(key)
+        if plan is None:
+            plan_matmul = plan_small_m if kind == "small_m" else plan_gemm
+            plan = self._plans[key] = plan_matmul(x, weight, self.bias)  # type: ignore[arg-type]  # int8 has no gemm
+        return plan(x)
 
-    def _int4(self, x: Tensor, weight: PackedInt4) -> Tensor:
-        kind = "dequantize" if x.dtype == torch.float32 else regime(len(x))
-        if kind == "small_m":
-            return int4_small_m(x, weight, self.bias)
-        if kind == "gemm":
-            return int4_gemm(x, weight, self.bias)
-        return self._unpacked(x, partial(int4_dequantize, weight, x.dtype))
-
-    def _int8(self, x: Tensor, weight: PackedInt8) -> Tensor:
-        if len(x) <= FEW_INT8 and x.dtype != torch.float32:
-            return int8_small_m(x, weight, self.bias)
-        return self._unpacked(x, partial(int8_dequantize, weight, x.dtype))
-
-    def _unpacked(self, x: Tensor, dequantize: Callable[[int, int], Tensor]) -> Tensor:
-        """dequantize: outputs `first` to `first + count` as floats; torch multiplies them while the L2 holds them."""
+    def _dequantized(self, x: Tensor) -> Tensor:
+        """Dequantize some outputs at a time; torch multiplies them while the L2 holds them."""
         outputs = self.weight.outputs
         step = max(STEP, UNPACKED_AT_ONCE // (self.weight.inputs * x.element_size()) // STEP * STEP)
         y = x.new_empty(len(x), outputs)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         for first in range(0, outputs, step):
-            weight, part = dequantize(first, step).t(), slice(first, first + step)
+            weight, columns = self._dequantize(x.dtype, first, step).t(), slice(first, first + step)
             if bias is None:
-                torch.mm(x, weight, out=y[:, part])
+                torch.mm(x, weight, out=y[:, columns])
             else:
-                torch.addmm(bias[part], x, weight, out=y[:, part])
+                torch.addmm(bias[columns], x, weight, out=y[:, columns])
         return y
+
+    def _dequantize(self, dtype: torch.dtype, first: int, count: int) -> Tensor:
+        key = (dtype, first, count)
+        plan = self._dequantize_plans.get(key)
+        if plan is None:
+            plan = self._dequantize_plans[key] = plan_dequantize(self.weight, dtype, first, count)
+        return plan()
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
@@ -105,11 +107,11 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
     details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
     details += "" if weight.order is None else ", act-order: x is gathered first"
     packed_linear = PackedLinear(weight, bias)
-    return Bound(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.partial)
+    return Bound(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.forward_partial_sums)
 
 
 def _plain(packed: Packed, precision: Precision) -> Bound:
-    """What the kernels cannot hold, in plain torch, said aloud."""
+    """Fall back to the reference implementation, with a warning."""
     given, bits = packed.tensors, packed.fields["bits"]
     zeros = repack.zero_points(given["qzeros"], bits, packed.fields["zero_offset"])
     reason = repack.unsupported(given["qweight"], given["scales"], given.get("g_idx"), bits, zeros)

@@ -1,7 +1,7 @@
 """Int4 GPTQ linear, 17 to about a thousand rows: each program unpacks its tile of the weight, then multiplies.
 
-Tensor cores are the limit here, so arithmetic on weights is affordable: each is rounded once to x's dtype, as in the
-reference, and one accumulator suffices where the few-rows kernel has two.
+This kernel is bound by the tensor cores, so arithmetic on weights is affordable: each weight is rounded once to x's
+dtype, as in the reference, and one accumulator suffices where the small-M kernel has two.
 """
 
 from __future__ import annotations
@@ -11,12 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qvl_kernels.layouts.gpu import PackedInt4
+from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
 from qvl_kernels.triton.linear.configs import Config, config
-from qvl_kernels.triton.linear.int4_shapes import DECODER, example, weight_bytes
-from qvl_kernels.triton.linear.int4_tile import TILE, WORDS, floats, held, magic, magic_base
+from qvl_kernels.triton.linear.int4_tile import (
+    BASE_BF16,
+    BASE_FP16,
+    EXPONENT_BF16,
+    EXPONENT_FP16,
+    TILE_INT4,
+    WORDS,
+    keep_in_register,
+    unpack_int4,
+)
+from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
+from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
 
 
 @triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
@@ -32,27 +42,28 @@ def int4_gemm_kernel(
     the L2 then holds. Scales of another dtype than x's are rounded to it first.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
-    BASE: tl.constexpr = magic_base(FLOAT)
-    PARTS: tl.constexpr = TILE // GROUP if GROUP < TILE else 1  # of a tile, each in one group
-    SPAN: tl.constexpr = TILE // PARTS
-    RAGGED: tl.constexpr = (INPUTS + TILE - 1) // TILE * TILE != INPUTS
+    BASE: tl.constexpr = BASE_FP16 if FLOAT == tl.float16 else BASE_BF16
+    EXPONENT: tl.constexpr = EXPONENT_FP16 if FLOAT == tl.float16 else EXPONENT_BF16
+    PARTS: tl.constexpr = TILE_INT4 // GROUP if GROUP < TILE_INT4 else 1  # of a tile, each in one group
+    SPAN: tl.constexpr = TILE_INT4 // PARTS
+    RAGGED: tl.constexpr = (INPUTS + TILE_INT4 - 1) // TILE_INT4 * TILE_INT4 != INPUTS
     split = tl.program_id(2)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
-    exponent = held(magic(FLOAT), words_ptr, rows)
+    exponent = keep_in_register(EXPONENT, words_ptr, rows)
     acc = tl.zeros([BM, BN], tl.float32)
     for i in range(TILES):
         tile = split * TILES + i
         words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
         words = tl.trans(words).to(tl.uint32, bitcast=True)
         for part in tl.static_range(PARTS):
-            first = tile * TILE + part * SPAN
+            first = tile * TILE_INT4 + part * SPAN
             inside = m[:, None] < rows
             if RAGGED:
                 inside &= first + k[None, :] < INPUTS
             x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
-            weight = floats(words, FLOAT, exponent, part * 4 // PARTS, 4 // PARTS)
+            weight = unpack_int4(words, FLOAT, exponent, part * 4 // PARTS, 4 // PARTS)
             group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
             scale = tl.load(scales_ptr + group).to(FLOAT)[None, :]
             if zeros_ptr is None:
@@ -67,31 +78,33 @@ def int4_gemm_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
 
 
-def int4_gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
-    """x [rows, K] to [rows, N] in x's dtype, or where rows alone do not fill the GPU to partial sums [S, rows, N]."""
+def gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+    """x [rows, K] to [rows, N] in x's dtype, or split-K partial sums [S, rows, N] if M is too small to fill the GPU."""
+    return plan_gemm(x, weight, bias)(x)
+
+
+def plan_gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> MatmulPlan:
+    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 16-row blocks."""
     checks.tensor("int4_gemm", "x", x, (None, weight.inputs), torch.float16, torch.bfloat16)
     checks.device("int4_gemm", x, bias, *weight.tensors().values())
-    chosen = config(capability(x.device), "gemm", len(x), weight.inputs, weight.words.shape[1])
-    shape = (chosen.splits, len(x), weight.outputs)
-    out = x.new_empty(shape, dtype=x.dtype if chosen.splits == 1 else torch.float32)
-    _plan(x, weight, bias, out, chosen).run()
-    return out[0] if chosen.splits == 1 else out
+    rows, padded = len(x), weight.words.shape[1]
+    return _plan(rows, weight, bias, config(capability(x.device), "gemm", rows, weight.inputs, padded))
 
 
-def _plan(x: Tensor, weight: PackedInt4, bias: Tensor | None, out: Tensor, chosen: Config) -> Launch:
+def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
     tiles, padded, _ = weight.words.shape
     if tiles % chosen.splits:
         raise ValueError(f"int4_gemm: {tiles} tiles do not divide into {chosen.splits} splits")
-    return Launch(
+    launch = Launch(
         int4_gemm_kernel,
-        (blocks(len(x), chosen.rows), blocks(padded, chosen.columns), chosen.splits),
-        {"x_ptr": x, "words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros,
-         "bias_ptr": bias, "out_ptr": out, "rows": len(x)},
+        (blocks(rows, chosen.rows), blocks(padded, chosen.columns), chosen.splits),
+        {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
         {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
          "TILES": tiles // chosen.splits, "BM": chosen.rows, "BN": chosen.columns},
         chosen.warps,
         chosen.stages,
     )  # fmt: skip
+    return MatmulPlan(launch, chosen.splits, weight.outputs)
 
 
 def aot_specs(capability: int) -> list[Spec]:
@@ -99,16 +112,15 @@ def aot_specs(capability: int) -> list[Spec]:
     specs = []
     for name in DECODER:
         for rows in (64, 512):
-            x, weight, bias = example(name, rows, torch.float16)
+            x, weight, bias = example(4, name, rows, torch.float16)
             chosen = config(capability, "gemm", rows, weight.inputs, weight.outputs)
-            dtype = torch.float16 if chosen.splits == 1 else torch.float32
-            out = x.new_empty((chosen.splits, rows, weight.outputs), dtype=dtype)
+            launch, out = _plan(rows, weight, bias, chosen).prepare(x)
             specs.append(
                 Spec(
                     f"int4_gemm {name}, {rows} rows",
-                    _plan(x, weight, bias, out, chosen),
+                    launch,
                     x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-                    loop_trips=blocks(weight.inputs, TILE.value) / chosen.splits,
+                    loop_trips=blocks(weight.inputs, weight.TILE) / chosen.splits,
                     flops=2 * rows * weight.inputs * weight.outputs,
                 )
             )
