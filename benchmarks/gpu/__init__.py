@@ -1,1 +1,1 @@
-"""The parts of `python -m benchmarks.gpu.suite`: each gives rows, and runs at tiny sizes where there is no GPU."""
+"""The parts of `python -m benchmarks.gpu.suite`: each yields rows, and runs at tiny sizes without a GPU."""

@@ -1,4 +1,4 @@
-"""What decoding can reach at the most: a token's bytes over the bandwidth of the memory. Computed, not measured."""
+"""Upper bounds on decoding: memory bandwidth over the bytes of a token. Computed, not measured."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ UNREAD = ("transformer.wte.weight",)
 
 
 def full_config(name: str) -> ModelConfig:
+    """The configuration of a published model by its synthetic name."""
     return synthetic_config(name, ModelConfig.from_folder(NANO))
 
 
 def weight_bytes(config: ModelConfig) -> int:
-    """Read for each token, in 16 bits or packed: the decoder and the head, but of the embedding a row only."""
+    """Bytes read for each token, in 16 bits or packed: the decoder and the head, but only a row of the embedding."""
     total = 0
     for name, spec in expected_tensors(config).items():
         elements = 1
@@ -34,13 +35,13 @@ def weight_bytes(config: ModelConfig) -> int:
     return total
 
 
-def token_bytes(config: ModelConfig, context: int, kept: torch.dtype = torch.bfloat16) -> int:
-    """Read for one token after `context` others: weights, keys and values."""
-    return weight_bytes(config) + context * bytes_per_token(config, kept)
+def token_bytes(config: ModelConfig, context: int, kv_dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes read for one token after `context` others: weights, keys and values."""
+    return weight_bytes(config) + context * bytes_per_token(config, kv_dtype)
 
 
 def bounds() -> Iterator[dict[str, Any]]:
-    """A row for each model, machine and context, at the end of it and, as the table averages, half way."""
+    """A row for each model, machine and context, at half the context, which is what the table averages."""
     for name in SYNTHETIC:
         config = full_config(name)
         for machine, rate in MACHINES.items():

@@ -1,4 +1,4 @@
-"""The ops with inputs for them: at the published model's sizes, at odd ones, and tiny."""
+"""Ops and inputs for them: at the published model's sizes, at odd ones, and tiny."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ GROUP = 128  # inputs of a quantization group
 
 
 class Case(NamedTuple):
-    """An op and its inputs: `bind` gives a call, so that what is done once at load is not timed."""
+    """An op and its inputs; `bind` returns the call to time, without the work done once at load."""
 
     name: str
     inputs: tuple[Any, ...]
     bind: Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]
-    nbytes: int  # that it must move at the least
+    nbytes: int  # that it must move at least
     timed: bool = False
 
 
 def plain(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]:
-    """Calls an op by name; what it gives, and the caches that it wrote, are its outputs."""
+    """Call an op by name; its outputs are its results and the caches it wrote."""
 
     def bind(ops: ModuleType, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
         def call() -> Outputs:
-            made = getattr(ops, op)(*inputs)
-            found = made if isinstance(made, tuple) else (made,)
-            return found + (inputs[4:6] if op == "rotary_to_cache" else ())
+            result = getattr(ops, op)(*inputs)
+            outputs = result if isinstance(result, tuple) else (result,)
+            return outputs + (inputs[4:6] if op == "rotary_to_cache" else ())
 
         return call
 
@@ -41,7 +41,7 @@ def plain(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outpu
 
 
 def prepared(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]:
-    """A linear: its weights are laid out once."""
+    """Bind a linear; its weights are packed once."""
 
     def bind(ops: ModuleType, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
         x, *weights = inputs
@@ -76,30 +76,32 @@ class Maker:
         yield self.case("swiglu", (up_gate,), 3 * x.nbytes, note, timed)
         yield self.case("gelu", (x,), 2 * x.nbytes, note, timed)
 
-    def cached(self, contexts: list[int], heads: int, dim: int, kept: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def cached(self, contexts: list[int], heads: int, dim: int, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Caches with blocks in no order, and the block tables."""
         most = -(-max(contexts) // BLOCK)
         blocks = torch.randperm(len(contexts) * most, generator=self._dice)
         shape = (len(blocks), heads, BLOCK, dim)
-        caches = [to_cached(self.normal(*shape), kept).contiguous() for _ in "kv"]
+        caches = [to_cached(self.normal(*shape), kv_dtype).contiguous() for _ in "kv"]
         return caches[0], caches[1], blocks.view(len(contexts), most).to(self.device)
 
     def attention(
         self, rows: int, context: int, requests: int, heads: int, dim: int, int8: bool = False, timed: bool = False
     ) -> Case:
         """`rows` new tokens for each of some requests, of slightly different lengths."""
-        kept = torch.int8 if int8 else self.dtype
+        kv_dtype = torch.int8 if int8 else self.dtype
         contexts = [max(rows, context - 3 * r) for r in range(requests)]
-        k, v, tables = self.cached(contexts, heads, dim, kept)
+        k, v, tables = self.cached(contexts, heads, dim, kv_dtype)
         q, starts = self.normal(rows * requests, heads, dim), [rows * r for r in range(requests + 1)]
-        moved = 2 * sum(contexts) * heads * cache_width(dim, kept) * kept.itemsize + 2 * q.nbytes
+        moved = 2 * sum(contexts) * heads * cache_width(dim, kv_dtype) * kv_dtype.itemsize + 2 * q.nbytes
         note = f"{requests} x {rows} rows after {context}, {heads} x {dim}{', int8' if int8 else ''}"
         return self.case("paged_attention", (q, k, v, tables, starts, contexts), moved, note, timed)
 
     def rotary(self, rows: int, heads: int, dim: int, int8: bool = False, timed: bool = False) -> Case:
-        kept = torch.int8 if int8 else self.dtype
+        kv_dtype = torch.int8 if int8 else self.dtype
         qkv, angle = self.normal(rows, 3 * heads * dim), torch.arange(rows * dim, device=self.device).view(rows, dim)
-        k = torch.zeros(-(-rows // BLOCK) + 1, heads, BLOCK, cache_width(dim, kept), dtype=kept, device=self.device)
+        k = torch.zeros(
+            -(-rows // BLOCK) + 1, heads, BLOCK, cache_width(dim, kv_dtype), dtype=kv_dtype, device=self.device
+        )
         slots = torch.randperm(rows, generator=self._dice).to(self.device)
         logn = torch.linspace(1, 1.2, rows, device=self.device)
         moved = 2 * qkv.nbytes + 8 * rows * dim
@@ -135,7 +137,7 @@ class Maker:
             yield self.int8_linear(rows, inputs, outputs, timed)
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, timed: bool = False) -> Case:
-        """Symmetric, in order: as a converted head or visual tower has it."""
+        """Symmetric, in order: as a converted head or vision encoder has it."""
         groups, x = -(-inputs // GROUP), self.normal(rows, inputs)
         words = torch.randint(-(2**31), 2**31, (inputs // 4, outputs), generator=self._dice).int().to(self.device)
         zeros = torch.full((groups, outputs // 4), 0x7F7F7F7F, dtype=torch.int32, device=self.device)
@@ -146,7 +148,7 @@ class Maker:
 
 
 def cases(make: Maker, tiny: bool) -> Iterator[Case]:
-    """Odd sizes to be right at; then, on a GPU, those of the published model to be fast at."""
+    """Odd sizes for correctness; then, on a GPU, the published model's sizes for speed."""
     for rows, width in ((1, 64), (3, 96)) if tiny else ((1, 64), (7, 96), (257, 1664)):
         yield from make.rows(rows, width)
     for int8 in (False, True):

@@ -1,4 +1,4 @@
-"""Every kernel against its definition, and how near it comes to the memory's ceiling."""
+"""Every kernel against its definition, and its bandwidth against a copy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def correct(place: Place) -> Iterator[Row]:
     for dtype in place.dtypes:
         for case in cases(Maker(place.device, dtype), place.tiny):
             exact = case.bind(reference, _as_float(case.inputs))()
-            yardstick = case.bind(reference, _apart(case.inputs))()
+            yardstick = case.bind(reference, _copies(case.inputs))()
             ours = case.bind(place.ops, _as_gpu_reads(case.inputs))()
             share = max(
                 _share(_plain(got, dtype, place.ops), _plain(plain, dtype), _plain(want, torch.float32), dtype)
@@ -66,7 +66,7 @@ def _share(got: Tensor, plain: Tensor, want: Tensor, dtype: torch.dtype) -> floa
 
 
 def _plain(value: Tensor, dtype: torch.dtype, ops: ModuleType = reference) -> Tensor:
-    """A cache in int8 is compared by what it stands for."""
+    """Dequantize an int8 cache for the comparison."""
     return ops.from_cached(value, dtype) if value.dtype == torch.int8 else value
 
 
@@ -78,7 +78,7 @@ def _as_gpu_reads(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _as_float(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same numbers in float32; GPTQ scales and int8 caches stay what they are."""
+    """The same numbers in float32; GPTQ scales and int8 caches stay unchanged."""
     packed = any(isinstance(value, Tensor) and value.dtype == torch.int32 for value in inputs)
     return tuple(
         value.float()
@@ -90,7 +90,7 @@ def _as_float(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _apart(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies, as an op may write into its inputs."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 

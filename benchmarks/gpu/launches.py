@@ -1,7 +1,7 @@
 """The launches of one decoder layer in a decode step, as they happen: `python -m benchmarks.gpu.launches [--quarter]`.
 
 A model of two layers and the published widths, or with --quarter a fourth of them, runs a step in which launches are
-noted and not executed, so it takes no GPU. A layer is what lies between one rotary kernel and the next. torch's own
+recorded and not executed, so it needs no GPU. A layer is everything between one rotary kernel and the next. torch's own
 kernels count as well, by operator.
 """
 
@@ -24,11 +24,11 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.language import LayerCache, Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 
-MAKES_NO_KERNEL = ("empty", "detach", "_local_scalar_dense")  # of torch's operators, beside views
+MAKES_NO_KERNEL = ("empty", "detach", "_local_scalar_dense")  # torch's operators without a kernel, besides views
 
 
-class Seen(NamedTuple):
-    """A launch: its kernel, or torch's operator, and what it read and wrote at the most."""
+class Recorded(NamedTuple):
+    """A launch: its kernel, or torch's operator, and the bytes of its tensors, the most it can read and write."""
 
     kernel: str
     programs: int  # 0 for torch's
@@ -36,16 +36,16 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def noted(run: bool = True) -> Iterator[list[Seen]]:
-    """Notes every launch within, those of Triton executed only with `run`."""
+def record_launches(run: bool = True) -> Iterator[list[Recorded]]:
+    """Record every launch inside the block; Triton's are executed only with `run`."""
     from qvl_kernels.triton.launch import Launch
 
-    seen: list[Seen] = []
+    seen: list[Recorded] = []
     original = Launch.run
 
-    def note(launch: Launch) -> None:
+    def record(launch: Launch) -> None:
         tensors = {t.data_ptr(): t for t in launch.arguments.values() if isinstance(t, Tensor)}
-        seen.append(Seen(launch.kernel.__name__, math.prod(launch.grid), sum(t.nbytes for t in tensors.values())))
+        seen.append(Recorded(launch.kernel.__name__, math.prod(launch.grid), sum(t.nbytes for t in tensors.values())))
         if run:
             with torch.utils._python_dispatch._disable_current_modes():
                 original(launch)
@@ -56,10 +56,10 @@ def noted(run: bool = True) -> Iterator[list[Seen]]:
             made = func(*args, **(kwargs or {}))
             if not func.is_view and not any(part in name for part in MAKES_NO_KERNEL) and made is not None:
                 tensors = [t for t in (*args, made) if isinstance(t, Tensor)]
-                seen.append(Seen(f"torch {name}", 0, sum(t.nbytes for t in tensors)))
+                seen.append(Recorded(f"torch {name}", 0, sum(t.nbytes for t in tensors)))
             return made
 
-    Launch.run = note  # type: ignore[method-assign]
+    Launch.run = record  # type: ignore[method-assign]
     try:
         with Operators():
             yield seen
@@ -67,8 +67,8 @@ def noted(run: bool = True) -> Iterator[list[Seen]]:
         Launch.run = original  # type: ignore[method-assign]
 
 
-def of_a_layer(seen: list[Seen]) -> list[Seen]:
-    """What lies between the first rotary kernel and the second, from the norm that a layer ends with."""
+def of_a_layer(seen: list[Recorded]) -> list[Recorded]:
+    """The launches between the first rotary kernel and the second."""
     turns = [i for i, launch in enumerate(seen) if launch.kernel == "rotary_kernel"]
     if len(turns) < 2:
         raise RuntimeError(f"{len(turns)} rotary kernels were launched; expected those of at least two layers")
@@ -76,7 +76,7 @@ def of_a_layer(seen: list[Seen]) -> list[Seen]:
 
 
 def two_layers(config: ModelConfig, quarter: bool) -> QwenVL:
-    """A model of random weights with the widths of `config`, or a fourth of them: made in 1/16 of the time."""
+    """A model of random weights with the widths of `config`, or a fourth of them, which is made in 1/16 of the time."""
     from qvl_runtime.weights.synthetic import synthetic_weights
 
     visual = replace(config.visual, layers=1)
@@ -88,7 +88,7 @@ def two_layers(config: ModelConfig, quarter: bool) -> QwenVL:
     return QwenVL(small, state, packed=packed)
 
 
-def decode_step(model: QwenVL, rows: int, context: int) -> list[Seen]:
+def decode_step(model: QwenVL, rows: int, context: int) -> list[Recorded]:
     """A layer's launches in a step of `rows` requests after `context` tokens."""
     small, blocks = model.config, -(-context // 16)
     shape = (blocks + 1, small.num_attention_heads, 16, small.kv_channels)
@@ -96,13 +96,14 @@ def decode_step(model: QwenVL, rows: int, context: int) -> list[Seen]:
     ones = torch.ones(rows, dtype=torch.int64)
     layout = Layout(ones, torch.zeros(rows, blocks, dtype=torch.int64), torch.arange(rows + 1), ones * context)
     step = Step(ones, ones, torch.ones(rows, small.rotary_dim // 2), layout)
-    with noted(run=False) as seen:
+    with record_launches(run=False) as seen:
         model.forward(step, caches)
     return of_a_layer(seen)
 
 
 def main() -> None:
-    os.environ["TRITON_INTERPRET"], os.environ["QVL_KERNELS"] = "1", "triton"  # noted, and never run
+    """Print the launches of a decoder layer for 1 and 16 rows."""
+    os.environ["TRITON_INTERPRET"], os.environ["QVL_KERNELS"] = "1", "triton"  # recorded, never run
     from benchmarks.gpu.bounds import full_config
 
     model = two_layers(full_config("qwen-vl-chat-int4"), "--quarter" in sys.argv[1:])

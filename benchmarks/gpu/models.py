@@ -1,4 +1,4 @@
-"""Whole models on the kernels: near what the CPU computes in float32, and the same tokens with graphs and without."""
+"""Whole models on the kernels: close to float32 on the CPU, and the same tokens with and without graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
 
 Row = dict[str, Any]
-GOLDENS = {  # of the original code, where the folder with them is at hand: file, ids, logits, and the rows they are of
+GOLDENS = {  # of the original code, if the folder with them is given: file, ids, logits, and the rows they are of
     "tiny": (("lm_i_text20", "ids", "logits", None), ("lm_iv_long", "ids", "logits", None)),
     "tiny-int4": (("lm_int4", "i_ids", "i_logits", None),),
 }
@@ -58,7 +58,7 @@ def _judged(name: str, path: Path, prompt: dict[str, Any], want: Tensor, dtype: 
 
 
 def graphs(place: Place) -> Iterator[Row]:
-    """Greedy answers to prompts of many lengths, together: by graphs, without, and with the embedding on the host."""
+    """Greedy answers to prompts of many lengths, together: with graphs, without, and with the embedding on the host."""
     greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
     prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
     for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
@@ -91,11 +91,11 @@ def _nano_prompt(image: bool) -> dict[str, Any]:
     ids = [72, 101, 108, 108, 111]
     if not image:
         return {"token_ids": ids}
-    marks = _marks()
+    marks = _image_marks()
     return {"token_ids": [*marks, *ids], "images": [Image.fromarray(noise)]}
 
 
-def _marks() -> tuple[int, int]:
+def _image_marks() -> tuple[int, int]:
     """The ids around an image."""
     from qvl_runtime.config.model import ModelConfig
 
@@ -104,17 +104,17 @@ def _marks() -> tuple[int, int]:
 
 
 def _logits(path: Path, prompt: dict[str, Any], dtype: str, device: torch.device, kernels: str | None) -> Tensor:
-    with _asked(kernels):
+    with _kernels_variable(kernels):
         engine = Engine(path, device=str(device), dtype=dtype, max_model_len=512, kv_cache_bytes=64 << 20)
         scored = engine.score(prompt, return_logits=True).logits
     if scored is None:
-        raise RuntimeError("score gave no logits where they were asked for")
+        raise RuntimeError("score returned no logits, though return_logits was set")
     return scored
 
 
 @contextmanager
-def _asked(kernels: str | None) -> Iterator[None]:
-    """With QVL_KERNELS as given; None: as it is."""
+def _kernels_variable(kernels: str | None) -> Iterator[None]:
+    """Set QVL_KERNELS; None leaves it unchanged."""
     before = os.environ.get("QVL_KERNELS")
     if kernels is not None:
         os.environ["QVL_KERNELS"] = kernels

@@ -1,4 +1,4 @@
-"""Where the suite runs: a GPU with its clock and its ceiling, or a CPU that stands in for one at tiny sizes."""
+"""The device of the suite: a GPU, or a CPU that stands in for one at tiny sizes; timing and the copy ceiling."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ COPIED = 1 << 30  # bytes of the copy that is the ceiling
 
 @dataclass(frozen=True)
 class Place:
+    """The device that benchmarks run on."""
+
     device: torch.device
     tiny: bool  # no GPU: kernels run in Triton's interpreter, and their times say nothing
 
     @classmethod
     def find(cls) -> Place:
-        """The first GPU, or this CPU; there, sets what asks for the interpreter, before anybody imports triton."""
+        """The first GPU, or this CPU; then sets the interpreter's variables, before triton is imported."""
         if torch.cuda.is_available():
             return cls(torch.device("cuda", 0), False)
         os.environ["TRITON_INTERPRET"], os.environ["QVL_KERNELS"] = "1", "triton"
@@ -42,23 +44,24 @@ class Place:
 
     @property
     def ops(self) -> ModuleType:
+        """The module of ops for this device."""
         from qvl_kernels import ops_for
 
         return ops_for(self.device)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """The interpreter computes bfloat16 wrongly."""
+        """The dtypes to test; not bfloat16 in the interpreter, which computes it wrongly."""
         return (torch.float16,) if self.tiny else (torch.float16, torch.bfloat16)
 
     @property
     def peak(self) -> int | None:
-        """Bytes a second that the data sheet promises, where this GPU is known."""
+        """Bytes a second by the data sheet, or None for an unknown GPU."""
         name = "" if self.tiny else torch.cuda.get_device_name(self.device)
         return next((gb * 10**9 for part, gb in PEAK_GB_S.items() if part in name), None)
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """A call's time: on a GPU the median of many, each with a cold cache; else of one."""
+        """Seconds of a call: on a GPU the median of 20 with a cold cache, else a single run."""
         if self.tiny:
             began = time.perf_counter()
             call()
@@ -75,14 +78,14 @@ class Place:
         return median(start.elapsed_time(end) for start, end in events) / 1e3
 
     def copy_ceiling(self) -> float:
-        """Bytes a second that a large copy moves, read and written counted."""
+        """Bytes a second of a large copy, reads and writes counted."""
         size = COPIED >> 10 if self.tiny else COPIED
         source = torch.zeros(size, dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         return 2 * size / self.seconds(lambda: target.copy_(source))
 
     def settle(self) -> None:
-        """Wait for what is queued, and give back what is not used."""
+        """Wait for queued work and release unused memory."""
         if not self.tiny:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -23,9 +23,9 @@ Row = dict[str, Any]
 SPEED = {("bf16", 2048): 28.87, ("bf16", 8192): 24.32, ("int4", 2048): 37.79, ("int4", 8192): 34.34}  # tok/s
 MEMORY = {("bf16", 2048): 22.60, ("bf16", 8192): 28.01, ("int4", 2048): 11.82, ("int4", 8192): 17.23}  # GB
 NAMES = {"bf16": "qwen-vl-chat", "int4": "qwen-vl-chat-int4"}
-PICTURE = 258  # tokens
+IMAGE_TOKENS = 258
 POINTS, DECODED = 5, 32
-TINY = 3  # tokens of a prompt without a GPU, as the interpreter takes each row by itself
+TINY = 3  # tokens of a prompt without a GPU, as the interpreter runs each row by itself
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -34,7 +34,7 @@ def table(place: Place, kind: str) -> Iterator[Row]:
     contexts = (12,) if place.tiny else (2048, 8192)
     engine = _engine(place, kind, contexts[-1] + 64)
     if not place.tiny:
-        _answer(engine, 1, 8, 2)  # compiles what the warm-up did not
+        _answer(engine, 1, 8, 2)  # compiles kernels that the warm-up did not
     for context in contexts:
         yield _speed(place, engine, kind, context)
         yield _memory(place, engine, kind, context, contexts[-1] + 64)
@@ -65,7 +65,7 @@ def _nano_int4() -> str:
 def _answer(engine: Engine, requests: int, context: int, tokens: int, image: bool = False) -> float:
     """Tokens a second of all requests together after the first token of each."""
     marks = (engine.tokenizer.img_start, engine.tokenizer.img_end)
-    ids = [*marks * image, *[7] * (context - PICTURE * image)]
+    ids = [*marks * image, *[7] * (context - IMAGE_TOKENS * image)]
     images = [Image.new("RGB", (448, 448), "gray")] * image
     params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
     prompts: list[Any] = [
@@ -84,7 +84,7 @@ def _answer(engine: Engine, requests: int, context: int, tokens: int, image: boo
 
 def _speed(place: Place, engine: Engine, kind: str, context: int) -> Row:
     tokens = 2 if place.tiny else DECODED
-    first = TINY if place.tiny else PICTURE + 2
+    first = TINY if place.tiny else IMAGE_TOKENS + 2
     points = 1 if place.tiny else POINTS
     places = [first + (context - tokens - first) * i // max(1, points - 1) for i in range(points)]
     steps = [1 / _answer(engine, 1, at, tokens, image=not place.tiny) for at in places]
@@ -103,7 +103,7 @@ def _speed(place: Place, engine: Engine, kind: str, context: int) -> Row:
 
 
 def _memory(place: Place, engine: Engine, kind: str, context: int, longest: int) -> Row:
-    """Peak of what was allocated, with a KV cache for `context` tokens: what the cache has beyond is taken off."""
+    """Peak of what was allocated, with a KV cache for `context` tokens: the rest of the cache is subtracted."""
     if place.tiny:
         return {"what": "memory", "model": kind, "tokens": context, "gb": None}
     cache = engine.core.runner.cache

@@ -1,4 +1,4 @@
-"""Every GPU kernel at the published model's shapes, to be compiled and judged on a machine without a GPU."""
+"""Every GPU kernel at the published model's shapes, for compiling and judging on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def aot_specs(capability: int) -> Iterator[Spec]:
-    """The lists of all files of `qvl_kernels.triton`, configured for a capability such as 80 or 90."""
+    """Collect the specs of all modules of `qvl_kernels.triton`, configured for a capability such as 80 or 90."""
     from qvl_kernels import triton
 
-    for found in walk_packages(triton.__path__, "qvl_kernels.triton."):
-        module = import_module(found.name)
+    for info in walk_packages(triton.__path__, "qvl_kernels.triton."):
+        module = import_module(info.name)
         if hasattr(module, "aot_specs"):
             yield from module.aot_specs(capability)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.bounds import full_config, token_bytes, weight_bytes
-from benchmarks.gpu.launches import Seen, of_a_layer
+from benchmarks.gpu.launches import Recorded, of_a_layer
 from benchmarks.gpu.page import page
 from benchmarks.gpu.table import MEMORY, SPEED
 
@@ -87,9 +87,9 @@ def test_a_layer_of_a_decode_step_is_ten_launches_at_the_most() -> None:
 
 def test_a_layer_is_from_rotary_to_rotary() -> None:
     names = ["norm", "rotary_kernel", "attention", "torch add", "rotary_kernel", "attention"]
-    assert [s.kernel for s in of_a_layer([Seen(name, 1, 1) for name in names])] == names[1:4]
+    assert [s.kernel for s in of_a_layer([Recorded(name, 1, 1) for name in names])] == names[1:4]
     with pytest.raises(RuntimeError, match="expected those of at least two layers"):
-        of_a_layer([Seen("rotary_kernel", 1, 1)])
+        of_a_layer([Recorded("rotary_kernel", 1, 1)])
 
 
 def test_bounds_are_the_bytes_of_the_published_model() -> None:

@@ -1,17 +1,17 @@
 """GPU kernels in Triton, with the names and signatures of `qvl_kernels.reference`.
 
-One op a file, always in this order:
+One op per file, in this order:
 
 1. constants;
 2. the jit kernel: its formula, shapes and packing in the docstring; load, compute in float32, round once at the store;
-3. its configuration, a plain function of (capability, shape), so that nothing is tuned while a model starts;
+3. its configuration, a plain function of (capability, shape), so that nothing is tuned at start;
 4. `_plan(tensors, configuration) -> Launch`, which touches no data, and the public op, which validates with
-   `checks`, allocates its output and runs the plan;
+   `checks`, allocates its output and runs the plan; a packed linear keeps its plans (`linear/linears.py`);
 5. `aot_specs(capability) -> list[Spec]`: the plans of this file at the published model's shapes, made of tensors on
-   torch's meta device, with the bytes that each must move. So what the static report judges is what a GPU runs.
+   torch's meta device, with the bytes that each must move, so that the kernel report judges what a GPU runs.
 
 `qvl_kernels.aot` collects the lists. A kernel takes its dtype from its pointers: tests run float16, since Triton's
-interpreter computes bfloat16 wrongly. Rules that the machine code asked for stand beside the kernels that obey them.
+interpreter computes bfloat16 wrongly. Comments next to a kernel give the rules that its machine code imposed.
 
 The layout of packed weights is `qvl_kernels.layouts.gpu`, made by `repack` in plain torch, which needs no Triton.
 """
@@ -52,9 +52,40 @@ from qvl_kernels.triton.rotary import rotary_to_cache
 from qvl_kernels.triton.sampling.sample import Drawn, SamplingRows, sample
 
 __all__ = [
-    "LAYOUTS", "SCALE_BYTES", "Bound", "Drawn", "Packed", "Precision", "SamplingRows", "add_layer_norm", "add_rms_norm",
-    "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
-    "gptq_words", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention", "prepare_gptq", "prepare_linear",
-    "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "sample", "side_by_side", "summed", "swiglu",
-    "to_cached", "unpack_rows", "vision_attention",
-]  # fmt: skip
+    "LAYOUTS",
+    "SCALE_BYTES",
+    "Bound",
+    "Drawn",
+    "Packed",
+    "Precision",
+    "SamplingRows",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bind",
+    "cache_width",
+    "cross_attention",
+    "embedding",
+    "from_cached",
+    "gelu",
+    "gptq_dequantize",
+    "gptq_linear",
+    "gptq_words",
+    "greedy",
+    "layer_norm",
+    "linear",
+    "pack_gptq",
+    "paged_attention",
+    "prepare_gptq",
+    "prepare_linear",
+    "rms_norm",
+    "rotary_tables",
+    "rotary_to_cache",
+    "rotate_half",
+    "sample",
+    "side_by_side",
+    "summed",
+    "swiglu",
+    "to_cached",
+    "unpack_rows",
+    "vision_attention",
+]

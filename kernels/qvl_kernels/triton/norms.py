@@ -157,9 +157,15 @@ def _rms_plan(
 
 
 def _layer_plan(
-    op: str, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, total: Tensor | None,
+    op: str,
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    total: Tensor | None,
     y: Tensor,
-) -> Launch:  # fmt: skip
+) -> Launch:
     rows, width = _check(op, x, weight, bias)
     if update is not None:
         checks.tensor(op, "update", update, tuple(x.shape), x.dtype)
@@ -196,9 +202,13 @@ def aot_specs(capability: int) -> list[Spec]:
     specs = []
     after = {name: decode_splits(capability, name) for name in ("out", "down")}
     for rows, splits, linear in (
-        (1, 0, ""), (1, after["out"], "out"), (1, after["down"], "down"),
-        (16, after["out"], "out"), (16, after["down"], "down"), (2048, 0, ""),
-    ):  # fmt: skip
+        (1, 0, ""),
+        (1, after["out"], "out"),
+        (1, after["down"], "down"),
+        (16, after["out"], "out"),
+        (16, after["down"], "down"),
+        (2048, 0, ""),
+    ):
         x, weight = empty(rows, 4096), empty(4096)
         update = empty(splits, rows, 4096, dtype=torch.float32) if splits else empty(rows, 4096)
         moved = 3 * x.nbytes + update.nbytes + weight.nbytes

@@ -119,9 +119,15 @@ def rotary_kernel(
 
 
 def rotary_to_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
     dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`reference.rotary_to_cache`: qkv [n, 3 * H * d], or float32 partial sums [S, n, 3 * H * d] rounded to `dtype`.
 
     A row with a slot below 0 is rotated and not stored: it pads the batch of a captured graph.
@@ -182,9 +188,13 @@ def aot_specs(capability: int) -> list[Spec]:
 
     specs, parts = [], decode_splits(capability, "qkv")
     for rows, splits, cache_dtype in (
-        (1, 0, torch.bfloat16), (1, parts, torch.bfloat16), (16, parts, torch.bfloat16), (16, parts, torch.int8),
-        (2048, 0, torch.bfloat16), (2048, 0, torch.int8),
-    ):  # fmt: skip
+        (1, 0, torch.bfloat16),
+        (1, parts, torch.bfloat16),
+        (16, parts, torch.bfloat16),
+        (16, parts, torch.int8),
+        (2048, 0, torch.bfloat16),
+        (2048, 0, torch.int8),
+    ):
         shape = (rows, 3 * 4096)
         qkv = empty(splits, *shape, dtype=torch.float32) if splits else empty(*shape)
         tables, logn = empty(rows, 128, dtype=torch.float32), empty(rows, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: float tensors that nobody has written yet hold NaN."""
+"""Kernels in Triton's interpreter: float tensors hold NaN until they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwiGLU and GELU in Triton's interpreter, beside their definitions."""
+"""SwiGLU and GELU in Triton's interpreter, against their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefill and decode attention over the paged cache in Triton's interpreter, beside their definition."""
+"""Prefill and decode attention over the paged cache in Triton's interpreter, against their definition."""
 
 from __future__ import annotations
 

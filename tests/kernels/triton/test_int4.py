@@ -118,7 +118,7 @@ def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
     bias = activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
     parts = linear.partial(x)
-    assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32  # four tiles a program at the least
+    assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32  # at least four tiles a program
     check(ops.summed(parts, x.dtype), x, tensors, bias)
     assert torch.equal(linear(x), ops.summed(parts, x.dtype))
 

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in Triton's interpreter, beside their definitions."""
+"""RMSNorm and LayerNorm in Triton's interpreter, against their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary with the cache write in Triton's interpreter, beside its definition."""
+"""Rotary with the cache write in Triton's interpreter, against its definition."""
 
 from __future__ import annotations
 

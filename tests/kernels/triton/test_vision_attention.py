@@ -1,4 +1,4 @@
-"""The visual tower's and the resampler's attention in Triton's interpreter, beside their definitions."""
+"""The vision encoder's and the resampler's attention in Triton's interpreter, against their definitions."""
 
 from __future__ import annotations
 

@@ -71,9 +71,14 @@ def splits_for(queries: int, heads: int, most_blocks: int) -> int:
 
 
 def decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, queries: Tensor | None, lengths: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    queries: Tensor | None,
+    lengths: Tensor | None,
     out: Tensor,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The launches of a checked `paged_attention` for rows one by one: those listed in queries, or one a request.
 
     queries int32 [m, 3]: row, request, keys; otherwise lengths int32 or int64 [n]: keys of row r of request r.

@@ -1,8 +1,8 @@
-"""Where keys and values lie in a block of the paged cache, and reading them from there.
+"""The layout of keys and values in a block of the paged cache, and loads from it.
 
-A block of one head holds BLOCK_SIZE vectors of D channels one after another, and in int8 then their float32 scales: as
-much as `reference.to_cached` gives, in another order. A scale behind each vector would leave the next one at a multiple
-of 4 bytes, from where nothing can be loaded 128 bits at a time.
+A block of one head holds BLOCK_SIZE vectors of D channels one after another, and in int8 then their float32 scales: the
+bytes of `reference.to_cached` in another order. A scale after each vector would align the next one to 4
+bytes only, and 128-bit loads would be impossible.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def from_cached(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def by_block(stored: Tensor) -> Tensor:
-    """Whole blocks [.., block_size, width] as `reference` has them, brought into the order of these kernels."""
+    """Whole blocks [.., block_size, width] as `reference` has them, reordered for these kernels."""
     if stored.dtype != torch.int8:
         return stored
     parts = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:]
@@ -39,8 +39,8 @@ def by_vector(stored: Tensor) -> Tensor:
     if stored.dtype != torch.int8:
         return stored
     slots, dim, block = stored.shape[-2], stored.shape[-1] - SCALE_BYTES, stored.flatten(-2)
-    levels, scales = block[..., : slots * dim], block[..., slots * dim :]
-    return torch.cat([levels.unflatten(-1, (slots, dim)), scales.unflatten(-1, (slots, SCALE_BYTES))], -1)
+    values, scales = block[..., : slots * dim], block[..., slots * dim :]
+    return torch.cat([values.unflatten(-1, (slots, dim)), scales.unflatten(-1, (slots, SCALE_BYTES))], -1)
 
 
 @triton.jit

@@ -16,13 +16,17 @@ from qvl_kernels.triton.attention.prefill import prefill
 from qvl_kernels.triton.launch import capability
 
 DECODE_MAX_ROWS = 4  # of a request: up to it rows are decoded one by one, as split keys beat one tile of rows
-WIDEST_HEAD = 256
+MAX_HEAD_DIM = 256
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`reference.paged_attention`: q [n, H, d]; caches [blocks, H, block_size, width]; block_tables [R, most blocks].
 
     There are two ways to assign rows to requests. Python sequences, as in the reference: any mixture of prefill and
@@ -33,8 +37,8 @@ def paged_attention(
     """
     op, (rows, heads, head_dim) = "paged_attention", q.shape
     checks.tensor(op, "q", q, (rows, heads, head_dim))
-    if head_dim > WIDEST_HEAD:
-        raise ValueError(f"{op}: q has heads of {head_dim} channels; expected at most {WIDEST_HEAD}")
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"{op}: q has heads of {head_dim} channels; expected at most {MAX_HEAD_DIM}")
     int8 = k_cache.dtype == torch.int8
     if int8 and head_dim % SCALE_BYTES:
         raise ValueError(f"{op}: heads of {head_dim} channels; an int8 cache needs a multiple of {SCALE_BYTES}")

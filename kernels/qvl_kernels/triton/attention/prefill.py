@@ -28,7 +28,7 @@ def prefill_kv_fp16_kernel(
 
     q, out [n, H, D]; caches [blocks, H, BLOCK_SIZE, D]; tables [R, most_blocks]; tiles int32 [T, 4]: request, first
     row, rows, position of the first row. Whole tiles of keys before the first row need no mask; then come those on the
-    diagonal, where nothing past the last row is read: nobody has written it.
+    diagonal, where nothing past the last row is read, as it is not written yet.
     """
     tile_ptr = tiles_ptr + 4 * tl.program_id(0)
     head = tl.program_id(1)
@@ -66,6 +66,8 @@ def prefill_kv_fp16_kernel(
 
 
 class Configuration(NamedTuple):
+    """Tile sizes and resources."""
+
     rows: int  # of a tile
     keys: int
     warps: int
@@ -75,8 +77,8 @@ class Configuration(NamedTuple):
 def configuration(capability: int, rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Configuration:
     """rows: the most that a request has; dtype: of q; int8: whether the cache is.
 
-    The widest tiles that do not spill: on sm_80 16 rows a warp with 32 keys. An int8 cache takes more keys, so that the
-    total, in four parts there, is touched less often; and on sm_80 half the rows, two of which programs fit on an SM.
+    The widest tiles that do not spill: on sm_80 16 rows a warp with 32 keys. An int8 cache uses more keys, so that the
+    total, which has four parts, is updated less often; and on sm_80 half the rows, so that two programs fit on an SM.
     """
     if rows <= 16:
         return Configuration(16, 64 if head_dim <= 128 else 32, 4, 2)
@@ -89,9 +91,12 @@ def configuration(capability: int, rows: int, head_dim: int, dtype: torch.dtype,
 
 @lru_cache(maxsize=16)
 def tiles_of(
-    requests: tuple[int, ...], query_starts: tuple[int, ...], context_lens: tuple[int, ...], block: int,
+    requests: tuple[int, ...],
+    query_starts: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    block: int,
     device: torch.device,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The tiles of these requests, int32 [T, 4], those with the most keys first: they take longest.
 
     Cached by value, so that the layers of a step upload one table between them.
@@ -106,9 +111,16 @@ def tiles_of(
 
 
 def prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, requests: Sequence[int],
-    query_starts: Sequence[int], context_lens: Sequence[int], capability: int, out: Tensor,
-) -> Launch:  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    requests: Sequence[int],
+    query_starts: Sequence[int],
+    context_lens: Sequence[int],
+    capability: int,
+    out: Tensor,
+) -> Launch:
     """The launch for some requests of a checked `paged_attention`; it writes their rows of out [n, H, d]."""
     most = max((query_starts[r + 1] - query_starts[r] for r in requests), default=0)
     choice = configuration(capability, most, q.shape[-1], q.dtype, k_cache.dtype == torch.int8)

@@ -13,7 +13,7 @@ from qvl_kernels.triton import checks
 from qvl_kernels.triton.attention.softmax import LOG2E, attend
 from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
 
-WIDEST_HEAD = 256
+MAX_HEAD_DIM = 256
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def image_kernel(
         v_ptr += BLOCK_N * k_row
     if keys % BLOCK_N > 0:
         present = tl.arange(0, BLOCK_N) < keys % BLOCK_N
-        inside_too = present[:, None] & columns
-        k, v = tl.load(k_ptr + at, inside_too, 0.0), tl.load(v_ptr + at, inside_too, 0.0)
+        last_mask = present[:, None] & columns
+        k, v = tl.load(k_ptr + at, last_mask, 0.0), tl.load(v_ptr + at, last_mask, 0.0)
         top, mass, total = attend(q, k, v, top, mass, total, scale, present[None, :], True)
     to = ((image * queries + row[:, None]) * heads + head) * D + column[None, :]
     tl.store(out_ptr + to, (total / mass[:, None]).to(out_ptr.dtype.element_ty), inside)
@@ -65,6 +65,8 @@ class Strides(NamedTuple):
 
 
 class Configuration(NamedTuple):
+    """Tile sizes and resources."""
+
     queries: int
     keys: int
     warps: int
@@ -79,7 +81,7 @@ def configuration(capability: int, head_dim: int, nbytes: int) -> Configuration:
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
-    """`reference.vision_attention`: qkv [P, L, 3 * W] holds q, k, v per head; gives [P, L, W]."""
+    """`reference.vision_attention`: qkv [P, L, 3 * W] holds q, k, v per head; returns [P, L, W]."""
     checks.device("vision_attention", qkv)
     images, patches, width = qkv.shape
     out = qkv.new_empty(images, patches, width // 3)
@@ -88,7 +90,7 @@ def vision_attention(qkv: Tensor, heads: int) -> Tensor:
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`reference.cross_attention`: q [Q, D], the same for all images, to k and v [P, L, D]; gives [P, Q, D]."""
+    """`reference.cross_attention`: q [Q, D], the same for all images, to k and v [P, L, D]; returns [P, Q, D]."""
     checks.device("cross_attention", q, k, v)
     out = k.new_empty(len(k), *q.shape)
     _cross_plan(q, k, v, heads, capability(q.device), out).run()
@@ -114,15 +116,22 @@ def _cross_plan(q: Tensor, k: Tensor, v: Tensor, heads: int, capability: int, ou
 
 
 def _head_dim(op: str, width: int, heads: int) -> int:
-    if heads < 1 or width % heads or width // heads > WIDEST_HEAD:
-        raise ValueError(f"{op}: {width} channels in {heads} heads; expected equal heads of at most {WIDEST_HEAD}")
+    if heads < 1 or width % heads or width // heads > MAX_HEAD_DIM:
+        raise ValueError(f"{op}: {width} channels in {heads} heads; expected equal heads of at most {MAX_HEAD_DIM}")
     return width // heads
 
 
 def _plan(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, capability: int, out: Tensor, keys: int,
-    q_strides: Strides, k_strides: Strides,
-) -> Launch:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    capability: int,
+    out: Tensor,
+    keys: int,
+    q_strides: Strides,
+    k_strides: Strides,
+) -> Launch:
     images, queries, width = out.shape
     dim = width // heads
     choice = configuration(capability, dim, out.element_size())

@@ -1,4 +1,4 @@
-"""Dequantize a packed int4 or int8 weight for a matrix product with so many rows that torch's own is worth the pass."""
+"""Dequantize a packed int4 or int8 weight for torch's own matrix product, which pays off with many rows."""
 
 from __future__ import annotations
 

@@ -91,9 +91,15 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precis
 
 
 def prepare_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
-    bias: Tensor | None = None, precision: Precision = "exact",
-) -> Bound:  # fmt: skip
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    zero_offset: int,
+    bias: Tensor | None = None,
+    precision: Precision = "exact",
+) -> Bound:
     """`reference.prepare_gptq` in the kernels' layout. What it cannot hold runs as in the reference, with a warning."""
     return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
 

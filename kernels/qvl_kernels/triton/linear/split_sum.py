@@ -1,4 +1,4 @@
-"""Adds the partial sums of a linear whose inputs were split, for a reader that does not add them itself."""
+"""Add the split-K partial sums of a linear for a consumer that does not add them itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def split_sum_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.c
 
 
 def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference.summed`: [n, out] as it is; float32 partial sums [S, n, out] added up and rounded to `dtype`."""
+    """`reference.summed`: [n, out] unchanged; float32 partial sums [S, n, out] added up and rounded to `dtype`."""
     if x.dim() != 3:
         return x
     checks.tensor("summed", "x", x, (None, None, None), torch.float32)
@@ -45,6 +45,7 @@ def _plan(parts: Tensor, out: Tensor) -> Launch:
 
 
 def aot_specs(capability: int) -> list[Spec]:
+    """16 rows of 4096 outputs in 8 splits."""
     parts = torch.empty(8, 16, 4096, dtype=torch.float32, device="meta")
     out = torch.empty(16, 4096, dtype=torch.float16, device="meta")
     launch = _plan(parts, out)

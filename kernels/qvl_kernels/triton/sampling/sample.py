@@ -1,8 +1,8 @@
-"""The next token of each row without leaving the GPU: penalty, bias, temperature, top-k, top-p, min-p and the draw.
+"""Sample the next token of each row on the GPU: penalty, bias, temperature, top-k, top-p, min-p and the draw.
 
-What it computes is defined by `qvl_runtime.schedule.sampler`; no vocabulary is sorted for it. All cuts and the draw
-itself ask for the place in the ranking where a count or a mass is reached, and a bisection over the scores finds that.
-It runs over candidates: the tokens above the first of a few thresholds that is known to hold all that can be kept.
+The vocabulary is never sorted. Every cut and the draw itself need the place in the ranking where a count or a mass is
+reached, and a bisection over the scores finds it. It runs over candidates: the tokens above the first of a few
+thresholds that is known to include every token that can be kept.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class SamplingRows(NamedTuple):
 
 
 class Drawn(NamedTuple):
+    """The sampled tokens and their log probabilities."""
+
     token_ids: Tensor  # int64 [m]
     logprobs: Tensor  # float32 [m], of the token under the model's own distribution, before penalties and cuts
 
@@ -81,10 +83,10 @@ def score_kernel(
 
 
 @triton.jit
-def _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, MOST: tl.constexpr):
-    """Scores of tokens below the row's highest, over the temperature: at most 0, finite however cold."""
-    every = tl.arange(0, MOST)
-    best = tl.max(tl.load(best_ptr + row * chunks + every, every < chunks, float("-inf")), 0)
+def _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, BLOCK_CHUNKS: tl.constexpr):
+    """Scores of tokens below the row's highest, over the temperature: at most 0, finite at any temperature."""
+    chunk_index = tl.arange(0, BLOCK_CHUNKS)
+    best = tl.max(tl.load(best_ptr + row * chunks + chunk_index, chunk_index < chunks, float("-inf")), 0)
     x = tl.load(scores_ptr + row * vocab + token, token < vocab, float("-inf"))
     return (x - best) / tl.maximum(tl.load(temperature_ptr + row), COLDEST)
 
@@ -92,16 +94,16 @@ def _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, MO
 @triton.jit
 def level_kernel(
     scores_ptr, best_ptr, temperature_ptr, counts_ptr, mass_ptr, vocab, chunks,
-    CHUNK: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """How many tokens of a chunk, and how much of exp(scaled score), lie above each level: [m, LEVELS + 1, chunks].
+    """Count and mass (of exp(scaled score)) of a chunk's tokens above each threshold: [m, LEVELS + 1, chunks].
 
-    The last row is for all tokens. MOST is the power of two that holds the chunks.
+    The last row is for all tokens. BLOCK_CHUNKS is the power of two that holds the chunks.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(temperature_ptr + row) > 0:
         token = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, MOST)
+        x = _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, BLOCK_CHUNKS)
         weight = tl.exp2(x * LOG2E)
         at = row * (LEVELS + 1) * chunks + chunk
         for level in range(LEVELS):
@@ -117,19 +119,19 @@ def gather_kernel(
     scores_ptr, best_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, counts_ptr, mass_ptr,
     scaled_ptr, tokens_ptr, found_ptr, whole_ptr,
     vocab, chunks,
-    CHUNK: tl.constexpr, MOST: tl.constexpr, LEVELS: tl.constexpr, ROUND_LEVELS: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_CHUNKS: tl.constexpr, LEVELS: tl.constexpr, ROUND_LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Candidates: scaled scores and tokens above the first level that holds all that can be kept, in token order.
+    """Gather candidates: scaled scores and tokens above the first threshold that includes all that may be kept.
 
     scaled float32 and tokens int32 [m, vocab], of which found [m] are filled; whole [m] is the mass of all tokens. A
-    top-k needs k of them; else a top-p needs that mass, or a min-p that the level lies below it; where nothing cuts,
+    top-k needs k of them; else a top-p needs that mass, or a min-p that the level lies below it; where zero cuts,
     all are candidates. ROUND_LEVELS is the power of two that holds LEVELS + 1.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(temperature_ptr + row) > 0:
-        level, every = tl.arange(0, ROUND_LEVELS), tl.arange(0, MOST)
-        at = (row * (LEVELS + 1) + level[:, None]) * chunks + every[None, :]
-        inside = (level[:, None] <= LEVELS) & (every[None, :] < chunks)
+        level, chunk_index = tl.arange(0, ROUND_LEVELS), tl.arange(0, BLOCK_CHUNKS)
+        at = (row * (LEVELS + 1) + level[:, None]) * chunks + chunk_index[None, :]
+        inside = (level[:, None] <= LEVELS) & (chunk_index[None, :] < chunks)
         counts = tl.load(counts_ptr + at, inside, 0)
         count, mass = tl.sum(counts, 1), tl.sum(tl.load(mass_ptr + at, inside, 0.0), 1)
         whole = tl.sum(tl.where(level == LEVELS, mass, 0.0), 0)
@@ -138,15 +140,15 @@ def gather_kernel(
         # float32 sums are added in another order later
         holds_mass = mass > tl.where(top_p < 1, top_p * whole * 1.0001, float("inf"))
         holds_likely = tl.exp2(-depth * LOG2E) < min_p
-        wanted = tl.where(top_k > 0, top_k, vocab)
-        others = tl.where(wanted < vocab, vocab + 1, 0)  # a top-k alone decides
-        enough = (count >= wanted) | ((holds_mass | holds_likely) & (level >= others))
+        min_count = tl.where(top_k > 0, top_k, vocab)
+        others = tl.where(min_count < vocab, vocab + 1, 0)  # a top-k alone decides
+        enough = (count >= min_count) | ((holds_mass | holds_likely) & (level >= others))
         chosen = tl.min(tl.where(enough | (level >= LEVELS), level, LEVELS), 0)
 
         mine = level[:, None] == chosen
-        start = tl.sum(tl.sum(tl.where(mine & (every[None, :] < chunk), counts, 0), 1), 0)
+        start = tl.sum(tl.sum(tl.where(mine & (chunk_index[None, :] < chunk), counts, 0), 1), 0)
         token = chunk * CHUNK + tl.arange(0, CHUNK)
-        x = _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, MOST)
+        x = _scaled(scores_ptr, best_ptr, temperature_ptr, row, token, vocab, chunks, BLOCK_CHUNKS)
         deepest = tl.exp2(tl.cast(chosen, tl.float32) * GROWTH) * -LOWEST
         threshold = tl.where(chosen < LEVELS, deepest, float("-inf"))
         kept = (token < vocab) & (x >= threshold)
@@ -201,7 +203,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
         levels: Arguments = {"temperature_ptr": rows.temperature, "counts_ptr": counts, "mass_ptr": mass}
         levels |= scored | sizes
         cuts: Arguments = {"top_k_ptr": rows.top_k, "top_p_ptr": rows.top_p, "min_p_ptr": rows.min_p}
-        constants = {"CHUNK": CHUNK, "MOST": most, "LEVELS": LEVELS}
+        constants = {"CHUNK": CHUNK, "BLOCK_CHUNKS": most, "LEVELS": LEVELS}
         candidates: Arguments = {"scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole}
         launches += [
             Launch(level_kernel, (chunks, m), levels, constants),
@@ -215,7 +217,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
         {"logits_ptr": logits, "scaled_ptr": scaled, "tokens_ptr": ranked, "found_ptr": found, "whole_ptr": whole,
          "best_ptr": best, "ids_ptr": ids, "tops_ptr": tops, "masses_ptr": masses, "slots_ptr": _or(slots, ids),
          "seen_ptr": marks, "chosen_ptr": tokens, "logprobs_ptr": logprobs, **picked, **sizes},
-        {"MOST": most, "BLOCK": 1024, "DRAWS": rows is not None, "PENALTY": seen is not None},
+        {"BLOCK_CHUNKS": most, "BLOCK": 1024, "DRAWS": rows is not None, "PENALTY": seen is not None},
     ))  # fmt: skip
     return launches
 
