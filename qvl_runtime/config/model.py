@@ -23,7 +23,7 @@ _RUNS = "qvl_runtime runs Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4 (model_typ
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The visual tower and its resampler; the last four fields are constants of the original code."""
+    """The vision encoder and its resampler; the last four fields are constants of the original code."""
 
     image_size: int  # pixels a side
     patch_size: int  # pixels a side
@@ -33,7 +33,7 @@ class VisionConfig:
     mlp_ratio: float
     output_dim: int  # must equal hidden_size: the outputs overwrite hidden states
     image_start_id: int  # `<img>`; `</img>` and `<imgpad>` follow it
-    n_queries: int = 256  # rows that an image becomes
+    n_queries: int = 256  # tokens per image
     pool_head_dim: int = 128
     positional_rows: int = 256  # a square table, resized to the grid at run time
     layer_norm_eps: float = 1e-6
@@ -112,7 +112,7 @@ class QuantizationConfig:
             raise ConfigError(f"{where} has quant_method {method!r}; supported are 'gptq' and unquantized checkpoints")
         for key in ("lm_head", "dynamic", "is_marlin_format"):
             if raw.get(key):
-                raise ConfigError(f"{where} sets {key!r}, which is not supported: quantize the model anew without it")
+                raise ConfigError(f"{where} sets {key!r}, which is not supported: quantize the model again without it")
         return cls(**read_fields(cls, raw, where))
 
 

@@ -122,7 +122,7 @@ class AsyncEngine:
         if self.busy and not wait:
             raise CapacityError(f"{self.max_pending} requests are under way, which is the limit: try again later")
         async with self._places:
-            encoded = await asyncio.to_thread(self.engine.encode, prompt)  # images are decoded beside the model
+            encoded = await asyncio.to_thread(self.engine.encode, prompt)  # images are decoded while the model runs
             reader = Reader(asyncio.get_running_loop())
             self._order(lambda: self._begin(reader, encoded, params, streamed))
             try:

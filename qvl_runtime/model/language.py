@@ -44,7 +44,7 @@ class Observer(Protocol):
 
 
 def unobserved(name: str, value: Tensor) -> None:
-    """Nobody looks."""
+    """Ignore the value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +63,8 @@ class Block:
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x [n, D] and its ln_1, to x after attention and what the MLP is to add to it.
 
-        Keys and values of the rows enter the cache. Who adds takes the next norm in the same pass. What a half leaves
-        behind goes before the other begins: 11 n D numbers would be there at once in place of 4, beside the MLP's own.
+        Keys and values of the rows enter the cache. The residual add is fused with the next norm. Attention's
+        temporaries are freed before the MLP starts: 11 n D numbers would be live at once instead of 4, plus the MLP's.
         """
         x, normed = self.ops.add_rms_norm(x, self._attend(normed, x, at, layout, cache, observe), self.ln_2, self.eps)
         return x, self._mlp(normed, x, observe)

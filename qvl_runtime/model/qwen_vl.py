@@ -1,4 +1,4 @@
-"""Qwen-VL: the visual tower and the decoder, one call a step for rows of many requests."""
+"""Qwen-VL: the vision encoder and the decoder, one call per step for the tokens of many requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Step:
     frequencies: Tensor  # float32 [n, rotary_dim / 2], by the NTK factor that the row's request was admitted with
     layout: Layout
     image_rows: Tensor | None = None  # int64 [m], rows inside image spans
-    image_features: Tensor | None = None  # [m, D], what stands there in place of an embedding
+    image_features: Tensor | None = None  # [m, D], replaces the embeddings of those rows
     embedded: Tensor | None = None  # [n, D] on the model's device, where the rows have been looked up already
 
 

@@ -1,4 +1,4 @@
-"""The visual tower: pixels to patches, a ViT, and the resampler that turns an image into a fixed number of rows."""
+"""The vision encoder: patches, a ViT, and the resampler that turns an image into a fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -72,6 +72,8 @@ class Resampler:
 
 
 class VisionEncoder:
+    """The ViT and the resampler of Qwen-VL."""
+
     def __init__(self, config: VisionConfig, linears: LinearBuilder) -> None:
         root = "transformer.visual"
         self.config = config

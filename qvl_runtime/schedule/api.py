@@ -1,4 +1,4 @@
-"""What is asked of a request and what comes back: sampling parameters, pieces of a stream, the completion."""
+"""The parameters and results of a request: sampling parameters, pieces of a stream, the completion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SamplingParams:
     """How the next token is chosen and when to stop. None means: as the checkpoint's generation_config.json says.
 
     temperature 0 is greedy. top_k 0 is off. `n` answers share one prefill; answer i is sampled with seed + i. `stop`
-    strings are not part of the text. `logprobs` asks for that many alternatives beside each token. A seed gives the
+    strings are not part of the text. `logprobs` asks for that many alternatives to each token. A seed gives the
     same answer whatever else runs. Requests with different `cache_salt` share nothing that was cached of their prompts,
     so that timing does not tell one tenant what another has asked.
     """
@@ -102,6 +102,8 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Token and image counts of a request."""
+
     prompt_tokens: int
     completion_tokens: int
     image_tokens: int  # of the prompt: rows that images take
@@ -115,10 +117,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds on the wall clock."""
+    """Wall-clock times of a request, in seconds."""
 
     image_s: float  # reading, decoding and resizing images, and the tokens of the prompt
-    vision_s: float  # the visual tower; 0 where features were cached
+    vision_s: float  # the vision encoder; 0 if features were cached
     prefill_s: float
     decode_s: float  # from the first token to the last
     prompt_tokens: int  # of the prompt that were computed, not found in the cache

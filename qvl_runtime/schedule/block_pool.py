@@ -1,4 +1,4 @@
-"""Who holds which block of the KV cache: reference counts, and the order in which kept blocks are given up."""
+"""The blocks of the KV cache: reference counts, and least-recently-used eviction of cached blocks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from qvl_runtime.errors import CapacityError
 
 
 class BlockPool:
-    """Numbers of blocks, not their content.
+    """Allocates blocks by number; it does not know their content.
 
-    A block is free, or held by one sequence or several, or kept: published for others to find and held by none. A kept
-    block is as good as free, but is taken last, the least recently used one first. A published block never changes.
+    A block is free, referenced by one or more sequences, or evictable: published to the prefix cache and referenced by
+    none. Evictable blocks are allocated last, the least recently used one first. A published block never changes.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.evictions = 0
-        self.on_evict: Callable[[int], None] = lambda block: None  # told of a kept block before it is taken
+        self.on_evict: Callable[[int], None] = lambda block: None  # called with a block before it is evicted
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._published: set[int] = set()
@@ -26,15 +26,16 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can give, kept ones among them."""
+        """Blocks that `allocate` can return, evictable ones included."""
         return len(self._free) + len(self._evictable)
 
     @property
     def evictable(self) -> int:
+        """Blocks that are cached for prefix hits and referenced by no sequence."""
         return len(self._evictable)
 
     def allocate(self) -> int:
-        """A block of undefined content, held once. Raises `CapacityError` where all are held."""
+        """Return a block of undefined content with one reference. Raises `CapacityError` if all are referenced."""
         if self._free:
             block = self._free.pop()
         elif self._evictable:
@@ -51,14 +52,14 @@ class BlockPool:
         return block
 
     def acquire(self, block: int) -> None:
-        """One more holder, for a block that is held or kept."""
+        """Add a reference to a block that is referenced or evictable."""
         self._evictable.pop(block, None)
         self._ref_counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One holder less for each block of a table, given in its order.
+        """Drop one reference to each block of a table, given in its order.
 
-        The last block goes first, so that of the blocks kept a child is always given up before its parent.
+        The last block is released first, so that a child is always evicted before its parent.
         """
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
@@ -69,18 +70,19 @@ class BlockPool:
                     self._free.append(block)
 
     def publish(self, block: int) -> None:
-        """From now on the block's content stays as it is, and the block outlives its holders."""
+        """Mark a block as immutable; it stays cached when its last reference is dropped."""
         self._published.add(block)
 
     def is_published(self, block: int) -> bool:
+        """Whether the prefix cache knows the block."""
         return block in self._published
 
     def is_exclusive(self, block: int) -> bool:
-        """Whether its one holder may write into it."""
+        """Whether a block has one reference and is not published, so that it may be written to."""
         return self._ref_counts[block] == 1 and block not in self._published
 
     def check_integrity(self, tables: Iterable[Sequence[int]], published: Iterable[int]) -> None:
-        """Compare the books with the block tables of all sequences and the blocks that can be found by prefix.
+        """Compare the reference counts with the block tables of all sequences and the published blocks.
 
         Raises `RuntimeError` with the first contradiction. For tests and for hunting leaks; takes time in proportion to
         the number of blocks.

@@ -1,4 +1,4 @@
-"""The loop that answers requests: plan a step, see its images, run the model once, take what comes out."""
+"""The engine core: schedule a step, encode its images, run the model once, sample and append the tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
 
 
 class EngineCore:
-    """Requests go in by `submit`; each `step` moves all of them on. Not for several threads at once."""
+    """Queues requests by `submit` and runs them by `step`. Not thread-safe."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class EngineCore:
         return request
 
     def check_length(self, length: int, answer: int = 0) -> None:
-        """Raise `CapacityError` where a prompt of `length` tokens and an answer of so many can never be computed."""
+        """Raise `CapacityError` if a prompt of `length` tokens with `answer` more can never be computed."""
         limit = self.max_model_len
         if length + answer > limit:
             raisable = limit < self.runner.model.config.context_limit
@@ -78,13 +78,13 @@ class EngineCore:
         self.runner.cache.check_fits_cache(length + answer)
 
     def cancel(self, request: Request) -> None:
-        """Forget a request and free all it holds, now; one that is done is left as it is."""
+        """Remove a request and free its blocks; a request that is done is not changed."""
         for branch in request.branches:
             self.scheduler.remove(branch)
         self._timed.discard(request)
 
     def step(self) -> bool:
-        """One model call for everything that can go on; False where nothing can, and no deadline ended anything."""
+        """Run one step. Returns False if nothing could be computed and no request reached its deadline."""
         expired = self._expire()
         plan = self.scheduler.schedule()
         if not plan:
@@ -102,7 +102,7 @@ class EngineCore:
         return True
 
     def _compute(self, plan: list[ScheduledBranch]) -> list[Outcome]:
-        """The model's part of a step. Where it does not come to an end, Ctrl-C included, nothing has happened."""
+        """Run the model and sample. If that is interrupted, Ctrl-C included, all branches are as they were before."""
         lengths = [planned.branch.sequence.length for planned in plan]
         begun = [len(planned.branch.request.branches) for planned in plan]
         try:
@@ -127,7 +127,7 @@ class EngineCore:
         return branch
 
     def _encode_images(self, plan: list[ScheduledBranch]) -> None:
-        """Have the features of all images with rows in this step: one pass of the tower for those that are new."""
+        """Get the features of all images with tokens in this step; new ones share a pass of the vision encoder."""
         wanted = [
             (p.branch, i, span.image)
             for p in plan
@@ -144,7 +144,7 @@ class EngineCore:
             request.clock.vision_s += took
 
     def _sample(self, plan: list[ScheduledBranch], logits_of: LogitsOf) -> list[Outcome]:
-        """Logits for the rows that need them, and a token for each of those."""
+        """Compute logits for the tokens that need them, and sample a token from each."""
         at: list[int] = []
         rows: list[SamplingRow] = []
         outcomes: list[Outcome] = []
@@ -168,7 +168,7 @@ class EngineCore:
         return outcomes
 
     def _fork_branches(self, branch: Branch) -> list[Branch]:
-        """The other answers of a prompt that is now computed; those without a place in the step wait."""
+        """Fork the other answers of a prompt that is now computed; those that do not fit in the step wait."""
         request, started = branch.request, []
         for _ in range(len(request.branches), request.params.n):
             fork = self._new_branch(request, branch.sequence.fork())
@@ -180,7 +180,7 @@ class EngineCore:
         return started
 
     def _append_tokens(self, planned: ScheduledBranch, samples: list[Sample]) -> None:
-        """Take the sampled tokens as far as the drafts before them hold."""
+        """Append the sampled tokens up to the first draft that was rejected."""
         branch, drafts = planned.branch, planned.drafts
         taken = 0
         for sampled in samples:
@@ -202,7 +202,7 @@ class EngineCore:
             self._timed.discard(branch.request)
 
     def _expire(self) -> bool:
-        """End requests whose time is up with what they have; whether there were any."""
+        """Finish requests past their deadline with the tokens they have. Returns whether there were any."""
         now = time.perf_counter()
         late = [r for r in self._timed if r.deadline is not None and r.deadline <= now]
         for request in late:

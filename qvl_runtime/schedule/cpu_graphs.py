@@ -1,6 +1,6 @@
 """Recorded calls of CPU kernels as the capture of `decode_graphs`.
 
-Nothing runs ahead of time: the first step of so many rows is computed as ever, and recorded meanwhile. Each number of
+Nothing runs ahead of time: the first step of each batch size runs op by op and is recorded. Each number of
 rows has a recording of its own, since a row of padding would cost as much as a request's.
 """
 
@@ -31,7 +31,7 @@ class CpuCapture:
 
 
 class RecordedStep:
-    """A function over static buffers: its first run is recorded, the others are replays; anew for other kernels."""
+    """A function over static buffers: the first run is recorded, later ones replay it; other kernels record again."""
 
     def __init__(self, function: Callable[[], Tensor], arena: Arena) -> None:
         self._function, self._arena = function, arena
@@ -53,7 +53,7 @@ class RecordedStep:
 
     @property
     def _recording(self) -> Recording | None:
-        """What was recorded, unless with other kernels than those in use."""
+        """The recording, if it was made with the kernels that are in use."""
         return (
             self._cached_recording
             if self._cached_recording is not None and self._cached_recording.library is library()

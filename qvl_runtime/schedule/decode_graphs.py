@@ -28,22 +28,22 @@ from qvl_runtime.schedule.sequence import Sequence
 _log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; max_batch_size has a bucket of its own
-COLUMNS = 5  # numbers that a row has beside its block table
+COLUMNS = 5  # numbers of a row in addition to its block table
 
 
 class Graph(Protocol):
-    """A function over static buffers; each call computes its result anew, and in place of that of any other."""
+    """A function over static buffers; each call overwrites the result of the one before."""
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why it is not captured but runs op by op; known when it has run."""
+        """Why it runs op by op instead of being captured, known once it has run; None if it is captured."""
         ...
 
     def __call__(self) -> Tensor: ...
 
 
 class Captured(NamedTuple):
-    """A graph that was captured ahead of time: each `replay` computes `output` anew, in place."""
+    """A graph that was captured ahead of time: each `replay` overwrites `output`."""
 
     replay: Callable[[], None]
     output: Tensor
@@ -182,7 +182,7 @@ class DecodeGraphs:
             self._buckets[rows] = self._captured(inputs)
 
     def can_run(self, rows: int) -> bool:
-        """Whether a decode step of so many rows has a graph, or is to be tried."""
+        """Whether a decode step of `rows` rows has a graph, or may still get one."""
         return rows <= self._max_batch_size and self._bucket(rows).graph.fallback_reason is None
 
     def run(self, sequences: Items[Sequence], token_ids: Items[int]) -> Tensor:

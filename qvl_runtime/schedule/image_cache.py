@@ -1,4 +1,4 @@
-"""Features of images by content, so that an image goes through the visual tower once."""
+"""Image features by content, so that the vision encoder runs once for each image."""
 
 from __future__ import annotations
 

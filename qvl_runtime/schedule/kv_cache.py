@@ -1,4 +1,4 @@
-"""The KV cache: tensors in blocks of slots, shared out to sequences, and found again by prefix."""
+"""The paged KV cache: blocks of slots, allocated to sequences and reused by prefix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class KVCache:
         return sequence
 
     def check_fits_cache(self, tokens: int) -> None:
-        """Raise `CapacityError` for a sequence that would not fit if it were alone."""
+        """Raise `CapacityError` for a sequence that does not fit even into an empty cache."""
         if tokens > self.num_slots:
             raise CapacityError(
                 f"the request needs {tokens} tokens of KV cache, {tokens * self.bytes_per_token / 2**20:,.0f} MiB; the "
@@ -83,7 +83,7 @@ class KVCache:
                 tensor[target] = tensor[source]
 
     def check_integrity(self) -> None:
-        """Raises `RuntimeError` with the first contradiction between pool, prefixes and block tables."""
+        """Raise `RuntimeError` with the first contradiction between pool, prefixes and block tables."""
         published = [] if self.prefixes is None else self.prefixes.blocks
         self.pool.check_integrity([sequence.blocks for sequence in self._sequences], published)
         if self.prefixes is not None:

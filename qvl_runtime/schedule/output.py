@@ -1,4 +1,4 @@
-"""An answer as it grows: tokens to text that may be shown, and the reason it ends."""
+"""Build an answer token by token: detokenize it, match stop strings, find its finish reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qvl_runtime.schedule.sampler import Sample
 
 
 class OutputBuilder:
-    """Takes one sample after another; `finish_reason` is None while there is more to come."""
+    """Collects the samples of one answer; `finish_reason` is None until it ends."""
 
     def __init__(self, prompt: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer, room: int) -> None:
         """params: resolved; room: tokens that fit the context after the prompt."""

@@ -1,4 +1,4 @@
-"""Finding the blocks that hold the beginning of a prompt, by exact comparison of everything they depend on."""
+"""Prefix caching: find the blocks that hold the beginning of a prompt, by exact comparison of all they depend on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Hit(NamedTuple):
 
     length: int
     blocks: list[int]
-    parents: list[Parent]  # of each block that is used in full, and what the next one hangs on
+    parents: list[Parent]  # of each block that is used in full, and the parent of the next one
 
 
 class PrefixCache:
@@ -94,7 +94,7 @@ class PrefixCache:
     ) -> Node:
         """Make block number `index` of a sequence known, the last of `tokens` perhaps in it and not at its end.
 
-        The block is not written any more, and its holder goes on with the node's block.
+        The block is immutable from here on, and its sequence must continue with the node's block.
 
         Where the same content is known already, that is the other one: the caller's is released, so that a block which
         is in use always has its parents in use.

@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and each of its answers."""
+"""A request in the engine, and the branch of each of its answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qvl_runtime.schedule.sequence import Sequence
 
 @dataclass(slots=True, eq=False)
 class Clock:
-    """When what happened to a request, in seconds of `time.perf_counter`."""
+    """Timestamps of a request, in seconds of `time.perf_counter`."""
 
     image_s: float  # what encoding the prompt took
     submitted: float = field(default_factory=time.perf_counter)

@@ -1,4 +1,4 @@
-"""The choice of the next token for all rows of a step at once, each by its own parameters and its own uniforms."""
+"""Sample the next token of all rows of a step at once, each with its own parameters and random numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 
-CANDIDATES = 1024  # a nucleus is looked for among so many before a whole vocabulary is sorted, at ten times the cost
+CANDIDATES = 1024  # tokens searched for the nucleus (top-p) first; sorting the vocabulary costs ten times as much
 
 
 class Sample(NamedTuple):
@@ -22,9 +22,9 @@ class Sample(NamedTuple):
 
 
 class SamplingState:
-    """What choosing the tokens of one answer needs to know.
+    """The sampling parameters and state of one answer.
 
-    The uniforms are a function of seed and position in the answer: nothing else in the process moves them, so an answer
+    The random numbers are a function of seed and position in the answer only, so an answer
     does not depend on its neighbors, on being interrupted, or on drafts.
     """
 

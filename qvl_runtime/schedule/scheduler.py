@@ -2,7 +2,7 @@
 
 Policy. First come, first served: every choice is made in order of arrival, and when blocks run out the latest arrival
 gives way, so the oldest request always gets on and none can starve. Answers that decode go before prompts that are
-prefilled, so that nobody's stream stalls behind a long prompt; prompts take what is left of the budget, in chunks.
+prefilled, so that no stream stalls behind a long prompt; prompts take what is left of the budget, in chunks.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Scheduler:
         return list(plan.values())
 
     def make_room(self, blocks: int) -> None:
-        """Have so many blocks to allocate, sending the latest arrivals back to the queue as far as it takes."""
+        """Preempt the latest arrivals until `blocks` blocks can be allocated."""
         while self._cache.pool.available < blocks and self.running:
             self._preempt(self.running[-1])
 
@@ -149,7 +149,7 @@ class Scheduler:
                 self._cache.prefixes.count(len(branch.token_ids), found)
 
     def _reserved(self, branch: Branch, count: int, budget: int) -> ScheduledBranch:
-        """The branch's part, with its blocks; drafts only where they push nobody out."""
+        """Reserve the blocks of a branch's part of the step; drafts only if they preempt no other branch."""
         drafts: tuple[int, ...] = ()
         if self._drafter is not None and branch.pending == 1 and branch.sampling_state.foreseeable:
             room = min(budget - count, branch.output.room - 1)

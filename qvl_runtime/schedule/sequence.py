@@ -1,4 +1,4 @@
-"""One sequence in the KV cache: its block table, how far it is computed, and what of it others may find."""
+"""One sequence in the KV cache: its block table, its computed length, and the blocks it publishes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sequence:
         self.length = 0
         self.blocks: array[int] = array("q")
         self._store, self._size = store, block_size
-        self._parents: list[Parent] = [root]  # entry i: what block i's key hangs on; known for published blocks + 1
+        self._parents: list[Parent] = [root]  # entry i: the parent of block i; known for published blocks and the next
 
     @property
     def alpha(self) -> float:
