@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from benchmarks.alternating import say, setting
+from benchmarks.timing import say, setting
 from qvl_kernels.cpu.library import library
 from qvl_runtime import Engine, SamplingParams
 

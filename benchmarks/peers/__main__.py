@@ -20,8 +20,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.alternating import Timing, alternate, say, setting
 from benchmarks.peers.llama import Llama
+from benchmarks.timing import Timing, alternate, say, setting
 from qvl_kernels.bandwidth import reader
 from qvl_runtime import Engine
 from qvl_runtime.profile import steps

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import serving
 from benchmarks.gpu.bounds import CONTEXTS, bounds
 from benchmarks.report.gather import MODELS, QUICK
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
 from benchmarks.report.pool import pooled
+from benchmarks.serving import serving
 from qvl_runtime.host import free_memory
 from qvl_runtime.profile.jsonable import jsonable
 from qvl_runtime.profile.run_info import RunInfo

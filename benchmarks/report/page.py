@@ -106,7 +106,8 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
         "## Serving",
         "",
         *image(images, "serving.png"),
-        "Poisson arrivals over `AsyncEngine` on nano; two thirds have one of six images (`benchmarks/serving.py`).",
+        "Poisson arrivals over `AsyncEngine` on nano; two thirds have one of six images "
+        "(`benchmarks/serving/serving.py`).",
         "",
         *table(
             ("rate", "tokens/s", "TTFT p50 / p95 / p99, s", "TPOT p50 / p95 / p99, ms", "prefix hits"),

@@ -92,7 +92,7 @@ def report() -> dict[str, Any]:
 
 
 def test_a_page_shows_every_figure_with_where_it_comes_from(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'qvl-runtime[profile]'")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib: pip install 'qvl-runtime[plot]'")
     made = report()
     images = draw(made, tmp_path)
     write_page(made, images, tmp_path / "README.md")

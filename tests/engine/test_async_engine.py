@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serving.workload import greedy, image, prompt_of
 from qvl_runtime import AsyncEngine, Engine, SamplingParams
 from qvl_runtime.errors import CapacityError, ImageError, PromptError, QVLError
-from tests.schedule.drive import greedy, image, prompt_of
 
 pytestmark = pytest.mark.cpu
 PROMPT = {"token_ids": [1, 2, 3]}

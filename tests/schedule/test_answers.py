@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.workload import greedy
 from qvl_runtime import Engine, SamplingParams
-from tests.schedule.drive import checkpoint, engine_of, greedy
+from tests.schedule.drive import checkpoint, engine_of
 
 pytestmark = pytest.mark.cpu
 

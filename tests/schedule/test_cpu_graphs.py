@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.serving.workload import all_together, greedy, image, prompt_of, random_requests
 from qvl_kernels.cpu import library as cpu_library
 from qvl_runtime import Engine
 from qvl_runtime.schedule.cpu_graphs import CpuCapture
 from qvl_runtime.schedule.decode_graphs import DecodeGraphs
 from qvl_runtime.schedule.runner import Chunk
 from tests.kernels.conftest import AVAILABLE
-from tests.schedule.drive import all_together, checkpoint, greedy, image, prompt_of, random_requests
+from tests.schedule.drive import checkpoint
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")]
 MOST, LONGEST = 6, 2048

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.serving.workload import all_together, greedy, image, one_at_a_time, prompt_of, random_requests
 from qvl_kernels import reference
 from qvl_runtime import Engine
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.schedule.decode_graphs import BUCKETS, DecodeGraphs
 from qvl_runtime.schedule.runner import Chunk
-from tests.schedule.drive import all_together, checkpoint, greedy, image, one_at_a_time, prompt_of, random_requests
+from tests.schedule.drive import checkpoint
 from tests.schedule.fake_graphs import FakeCapture
 
 pytestmark = pytest.mark.cpu

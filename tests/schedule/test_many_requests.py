@@ -7,18 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.workload import Wanted, all_together, greedy, image, one_at_a_time, prompt_of, random_requests
 from qvl_runtime import Engine
-from tests.schedule.drive import (
-    Wanted,
-    all_together,
-    checkpoint,
-    engine_of,
-    greedy,
-    image,
-    one_at_a_time,
-    prompt_of,
-    random_requests,
-)
+from tests.schedule.drive import checkpoint, engine_of
 
 pytestmark = pytest.mark.cpu
 SWITCHES = {
@@ -31,7 +22,8 @@ SWITCHES = {
     "int8 and all": {"kv_dtype": "int8", "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
     "drafts and all": {"speculative_tokens": 3, "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
 }
-COUNT = {"tiny": 24, "tiny-int4": 14, "nano": 24}  # all 200 of up to 2,500 tokens: benchmarks/many_requests.py equal
+# The benchmark runs all 200, of up to 2,500 tokens: `python -m benchmarks.serving.many_requests equal`.
+COUNT = {"tiny": 24, "tiny-int4": 14, "nano": 24}
 
 
 @lru_cache(maxsize=8)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.serving.workload import greedy, image, prompt_of
 from qvl_runtime import Engine
-from tests.schedule.drive import checkpoint, engine_of, greedy, image, prompt_of
+from tests.schedule.drive import checkpoint, engine_of
 
 pytestmark = pytest.mark.cpu
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serving.workload import image, prompt_of
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.schedule.request import Branch
-from tests.schedule.drive import image, prompt_of
 
 pytestmark = pytest.mark.cpu
 

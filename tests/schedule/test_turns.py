@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.workload import greedy
 from qvl_runtime import Engine
 from qvl_runtime.errors import CapacityError, ConfigError
 from qvl_runtime.schedule.request import Request
-from tests.schedule.drive import checkpoint, engine_of, greedy
+from tests.schedule.drive import checkpoint, engine_of
 
 pytestmark = pytest.mark.cpu
 

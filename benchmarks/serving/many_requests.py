@@ -1,4 +1,4 @@
-"""What many requests cost and gain: `python -m benchmarks.many_requests COMMAND`, --help lists them.
+"""What many requests cost and gain: `python -m benchmarks.serving.many_requests COMMAND`, --help lists them.
 
 Every figure is printed with what it ran on. Without --model the shipped nano checkpoint runs; `equal` and `soak` end
 with code 1 where they do not hold.
@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.alternating import others, say, setting
+from benchmarks.serving.workload import all_together, greedy, image, one_at_a_time, prompt_of, random_requests
+from benchmarks.timing import others, say, setting
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.host import resident_memory
-from tests.schedule.drive import all_together, greedy, image, one_at_a_time, prompt_of, random_requests
 
 SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {"prefix_caching": False},
@@ -110,42 +110,6 @@ def soak(args: argparse.Namespace) -> int:
     growth = max(marks[1:]) - marks[0]
     note(args, growth_after_the_first_tenth_mib=growth, blocks_leaked=leaked)
     return int(leaked > 0 or growth > 0.02 * marks[0])
-
-
-def int8(args: argparse.Namespace) -> int:
-    """An int8 KV cache beside the model's dtype: bytes, logits, greedy tokens, and scores on nano's scenes."""
-    from tools.eval_nano import ask
-    from tools.nano.scenes import SceneConfig
-    from tools.nano.scoring import score
-
-    rows: dict[str, dict[str, float]] = {}
-    logits: dict[str, list[torch.Tensor]] = {}
-    for kind in ("auto", "int8"):
-        engine = Engine(args.model, max_model_len=2048, kv_dtype=kind)
-        prompts = [prompt_of(engine, range(9), image(i), range(20 + 9 * i)) for i in range(8)]
-        scored = (engine.score(p, return_logits=True).logits for p in prompts)
-        logits[kind] = [part for part in scored if part is not None]
-        rows[kind] = {"bytes a token": engine.report()["memory"]["kv_per_token"]}
-        if args.scenes:
-            config = SceneConfig(side=engine.config.visual.image_size)
-            tally = score(lambda *asked, engine=engine: ask(engine, *asked), config, args.scenes)  # type: ignore[misc]
-            rows[kind] |= {name: 100 * rate for name, rate in tally.rates.items()}
-    pairs = list(zip(logits["auto"], logits["int8"], strict=True))
-    error = torch.cat([(a - b).flatten() for a, b in pairs])
-    spread = torch.cat([a.flatten() for a, _ in pairs]).std()
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).float().mean()
-    note(
-        args,
-        int8_kv_beside=engine.engine_config.dtype,
-        logits_error_rms=float(error.square().mean().sqrt()),
-        logits_error_most=float(error.abs().max()),
-        logits_spread=float(spread),
-        same_likeliest=float(same),
-        rows=len(torch.cat(logits["auto"])),
-    )
-    for kind, row in rows.items():
-        note(args, kv_dtype=kind, scenes=args.scenes, **row)
-    return 0
 
 
 def of_size(args: argparse.Namespace, **options: Any) -> Engine:
@@ -270,7 +234,7 @@ def note(args: argparse.Namespace, **figures: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {f.__name__: f for f in (equal, soak, int8, second, throughput, drafts)}
+    commands = {f.__name__: f for f in (equal, soak, second, throughput, drafts)}
     parser.add_argument("command", choices=commands)
     parser.add_argument("--model", type=Path, default=NANO)
     parser.add_argument("--synthetic", help="for second, throughput and drafts: qwen-vl-chat-int4, random weights")
@@ -280,7 +244,6 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=None, help="default: 200, for soak 2,000")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

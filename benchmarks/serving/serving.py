@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.alternating import say, setting
+from benchmarks.timing import say, setting
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.async_engine import AsyncEngine
 from qvl_runtime.profile.spread import percentiles

@@ -1,10 +1,10 @@
 """Kernels on this CPU beside their peers, in turns, with the read ceiling of the same run. One JSON line a figure.
 
-    python -m benchmarks.cpu_kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
-    python -m benchmarks.cpu_kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
-    python -m benchmarks.cpu_kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
-    python -m benchmarks.cpu_kernels rows     # attention of many rows and of an image's patches; torch's in turns
-    python -m benchmarks.cpu_kernels vision   # a block of the visual tower in bf16 and W8A8; torch in bf16
+    python -m benchmarks.cpu.kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
+    python -m benchmarks.cpu.kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
+    python -m benchmarks.cpu.kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
+    python -m benchmarks.cpu.kernels rows     # attention of many rows and of an image's patches; torch's in turns
+    python -m benchmarks.cpu.kernels vision   # a block of the visual tower in bf16 and W8A8; torch in bf16
 
 Peers are no dependency: pip install onnx onnxruntime openvino into the environment to see them.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.alternating import alternate, say, setting
+from benchmarks.timing import alternate, say, setting
 from qvl_kernels import bandwidth as ceiling
 from qvl_kernels import cpu
 from qvl_kernels import memory as huge_pages
