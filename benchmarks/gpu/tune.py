@@ -114,7 +114,7 @@ def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4
 
     words = torch.randint(-(2**31), 2**31, (inputs // TILE, outputs, WORDS), device=device).to(torch.int32)
     scales: Tensor = torch.full((inputs // TILE, outputs), 0.01, dtype=torch.float16, device=device)
-    return PackedInt4(words, scales, zeros=None, order=None, inputs=inputs, outputs=outputs, group=TILE)
+    return PackedInt4(words, scales, zeros=None, perm=None, inputs=inputs, outputs=outputs, group=TILE)
 
 
 def write(path: Path, capability: int, found: dict[str, list[int]]) -> None:

@@ -50,7 +50,7 @@ def target_on(device: torch.device) -> str:
 
 
 def packing_for(target: str) -> ModuleType:
-    """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and gptq_words.
+    """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and unpack_to_qweight.
 
     Raises `RuntimeError` where that cannot be done here.
     """
@@ -83,13 +83,13 @@ def report(device: torch.device) -> dict[str, str]:
     if fault is not None:
         return _plain_torch(fault)
     from qvl_kernels.cpu import attention as cpu_attention
-    from qvl_kernels.cpu.library import SLOWER, library
+    from qvl_kernels.cpu.library import FALLBACKS, library
 
     used, available = library().instruction_set, ", ".join(library().available)
     said = {"ops": f"C++ kernels ({used})", "why": f"this CPU and build have {available}; QVL_CPU_ISA chooses"}
     said["attention"] = cpu_attention.report()
-    if SLOWER:
-        said["in plain torch"] = "; ".join(f"{op}: {reason}" for op, reason in SLOWER.items())
+    if FALLBACKS:
+        said["in plain torch"] = "; ".join(f"{op}: {reason}" for op, reason in FALLBACKS.items())
     return said
 
 

@@ -36,7 +36,7 @@ def buffer(nbytes: int, huge: int | None = None) -> Tensor:
     return raw[start : start + nbytes]
 
 
-def touched(nbytes: int, piece: int) -> int:
+def touched_bytes(nbytes: int, piece: int) -> int:
     """Bytes that become memory when so many at the start of a buffer are written, `piece` at a time: whole pages."""
     return -(-nbytes // HUGE_PAGE) * HUGE_PAGE if piece >= PIECE else nbytes
 

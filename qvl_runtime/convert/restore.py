@@ -84,7 +84,7 @@ class _Reader:
         linear = self._manifest.linears[name]
         if self._latest is None or self._latest[0] != name:
             packed = packed_linear(name, linear, self._manifest, self._shard_of)
-            self._latest = name, self._ops.gptq_words(packed)
+            self._latest = name, self._ops.unpack_to_qweight(packed)
             for tensor in packed.tensors.values():
                 release(tensor)
         parts = self._latest[1].chunk(len(linear.parts), dim=1)  # of equal width

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from qvl_kernels.reference import summed
+from qvl_kernels.reference import sum_partials
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.linear import Linear, LinearBuilder
 from qvl_runtime.model.rotary import Positions
@@ -72,34 +72,34 @@ class Block:
     def _attend(
         self, normed: Tensor, x: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer
     ) -> Tensor:
-        qkv = self.c_attn.partial(normed)
+        qkv = self.c_attn.forward_partial_sums(normed)
         q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots, x.dtype)
         context = self.ops.paged_attention(
             q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
         )
-        attended: Tensor = self.c_proj.partial(context)
+        attended: Tensor = self.c_proj.forward_partial_sums(context)
         if observe is not unobserved:
             for name, value in (
                 ("ln_1", normed),
-                ("c_attn", summed(qkv, x.dtype)),
+                ("c_attn", sum_partials(qkv, x.dtype)),
                 ("q", q),
                 ("attn_context", context),
-                ("attn_out", summed(attended, x.dtype)),
+                ("attn_out", sum_partials(attended, x.dtype)),
             ):
                 observe(name, value)
         return attended
 
     def _mlp(self, normed: Tensor, x: Tensor, observe: Observer) -> Tensor:
-        up_gate = self.up_gate.partial(normed)
+        up_gate = self.up_gate.forward_partial_sums(normed)
         gated = self.ops.swiglu(up_gate, x.dtype)
         if observe is not unobserved:
-            up, gate = summed(up_gate, x.dtype).chunk(2, -1)
+            up, gate = sum_partials(up_gate, x.dtype).chunk(2, -1)
             for name, value in (("ln_2", normed), ("w1", up), ("w2", gate), ("gated", gated)):
                 observe(name, value)
         del up_gate
-        mlp = self.down.partial(gated)
+        mlp = self.down.forward_partial_sums(gated)
         if observe is not unobserved:
-            observe("mlp_out", summed(mlp, x.dtype))
+            observe("mlp_out", sum_partials(mlp, x.dtype))
         return mlp
 
 

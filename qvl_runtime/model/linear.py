@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from qvl_kernels.reference import Bound, Packed, Precision
+from qvl_kernels.reference import BoundLinear, Packed, Precision
 from qvl_runtime.formats.host_memory import release_source
 
 
@@ -24,7 +24,7 @@ class Linear(Protocol):
         """x [.., in] to [.., out], in x's dtype."""
         ...
 
-    def partial(self, x: Tensor) -> Tensor:
+    def forward_partial_sums(self, x: Tensor) -> Tensor:
         """x [n, in] to [n, out], or to float32 partial sums [S, n, out] for an op that adds them as it reads."""
         ...
 
@@ -39,10 +39,10 @@ class ConcatLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out of both], in x's dtype."""
-        y: Tensor = self.ops.side_by_side(self.first(x), self.second(x))
+        y: Tensor = self.ops.concat_outputs(self.first(x), self.second(x))
         return y
 
-    def partial(self, x: Tensor) -> Tensor:
+    def forward_partial_sums(self, x: Tensor) -> Tensor:
         """The same: there are no partial sums to defer."""
         return self(x)
 
@@ -55,7 +55,7 @@ class LinearBuilder:
     state: MutableMapping[str, Tensor]  # dense weights by published name; it is emptied
     precision: Precision
     packed: Mapping[str, Packed] = field(default_factory=dict)  # by the model's name
-    bound: dict[str, Bound] = field(default_factory=dict)  # what was built, by the model's name
+    bound: dict[str, BoundLinear] = field(default_factory=dict)  # what was built, by the model's name
 
     def dense(self, name: str) -> Linear:
         """The linear `name`, dense in a published checkpoint."""

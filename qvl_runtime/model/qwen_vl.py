@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import ops_for
-from qvl_kernels.reference import Bound, Packed, Precision
+from qvl_kernels.reference import BoundLinear, Packed, Precision
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
@@ -110,7 +110,7 @@ def _part(name: str) -> str:
     return {"transformer.wte.weight": "embedding", "lm_head": "head"}.get(name, "language")
 
 
-def _bytes_by_part(rest: Mapping[str, Tensor], linears: Mapping[str, Bound], tied: bool) -> dict[str, int]:
+def _bytes_by_part(rest: Mapping[str, Tensor], linears: Mapping[str, BoundLinear], tied: bool) -> dict[str, int]:
     """Bytes of the weights as they are held: vision, language, embedding and head."""
     parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
     sizes = {name: t.nbytes for name, t in rest.items()} | {name: bound.nbytes for name, bound in linears.items()}
@@ -120,7 +120,7 @@ def _bytes_by_part(rest: Mapping[str, Tensor], linears: Mapping[str, Bound], tie
     return parts
 
 
-def _kernels_by_part(linears: Mapping[str, Bound]) -> dict[str, str]:
+def _kernels_by_part(linears: Mapping[str, BoundLinear]) -> dict[str, str]:
     """What runs the linears of each part; where they differ, how many run on what."""
     counts: dict[str, Counter[str]] = {}
     for name, linear in linears.items():

@@ -131,11 +131,11 @@ class Plan:
 
     def _kv_bytes(self, tokens: int) -> int:
         """Bytes of the blocks of `tokens` and of the null block; on a CPU in whole pages."""
-        from qvl_kernels.memory import touched
+        from qvl_kernels.memory import touched_bytes
 
         blocks, tensors = -(-tokens // BLOCK_SIZE), 2 * self.config.num_hidden_layers
         block = BLOCK_SIZE * self.kv_per_token // tensors
-        resident = touched(blocks * block, block) if self.device == "cpu" else blocks * block
+        resident = touched_bytes(blocks * block, block) if self.device == "cpu" else blocks * block
         return tensors * (resident + block)
 
     def _workspace(self, workload: Workload) -> int:

@@ -40,14 +40,14 @@ class RecordedStep:
     @property
     def fallback_reason(self) -> str | None:
         recording = self._recording
-        return None if recording is None else recording.refused
+        return None if recording is None else recording.fallback_reason
 
     def __call__(self) -> Tensor:
         recording = self._recording
         if recording is None:
             self._cached_recording, output = Recording.of(self._function, self._arena)
             return output
-        if recording.refused is not None:
+        if recording.fallback_reason is not None:
             return self._function()
         return recording.replay()
 

@@ -45,7 +45,7 @@ def test_both_targets_round_to_the_same_codes(int4: Path, tmp_path: Path, head: 
         shards = open_shards(tmp_path / target, manifest)
         where = {name: shard for shard in shards.values() for name in shard.infos}
         codes[target] = {
-            name: packing_for(target).gptq_words(packed_linear(name, linear, manifest, where))
+            name: packing_for(target).unpack_to_qweight(packed_linear(name, linear, manifest, where))
             for name, linear in manifest.linears.items()
         }
     assert codes["cpu"].keys() == codes["cuda"].keys()

@@ -85,4 +85,4 @@ def test_layers(golden: Path, case: str) -> None:
     packed = cpu_linear.pack_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias)
     assert packed.layout == cpu_linear.LAYOUT
     torch.testing.assert_close(cpu_linear.bind(packed)(tensors["x"]), tensors[f"{case}.y"], atol=1e-5, rtol=0)
-    assert torch.equal(cpu_linear.gptq_words(packed), w.qweight)
+    assert torch.equal(cpu_linear.unpack_to_qweight(packed), w.qweight)

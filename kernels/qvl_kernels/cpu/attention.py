@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.cpu.library import CODES, FLOATS, library, slower
+from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.memory import empty
 
 MOST_DIM = 256  # the widest head of the kernel
@@ -40,7 +40,7 @@ def paged_attention(
 ) -> Tensor:  # fmt: skip
     reason = _not_covered(q, k_cache, v_cache)
     if reason is not None:
-        slower("paged_attention", reason)
+        warn_fallback("paged_attention", reason)
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
     if library().instruction_set == "portable" and _most_rows(query_starts) > FEW_PORTABLE:
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
@@ -75,7 +75,7 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     reason = _not_covered(q, k, v)
     if reason is not None:
-        slower(op, reason)
+        warn_fallback(op, reason)
     if reason is not None or library().instruction_set in TORCH_WHOLE:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2).flatten(2)

@@ -45,13 +45,13 @@ SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
 
 
 _log = logging.getLogger("qvl_kernels")
-SLOWER: dict[str, str] = {}  # ops that ran in plain torch since the process began, and why: for the report
+FALLBACKS: dict[str, str] = {}  # ops that ran in plain torch since the process began, and why: for the report
 
 
-def slower(op: str, reason: str) -> None:
+def warn_fallback(op: str, reason: str) -> None:
     """Note that an op runs in plain torch; the first time, and for each new reason, with a warning."""
-    if SLOWER.get(op) != reason:
-        SLOWER[op] = reason
+    if FALLBACKS.get(op) != reason:
+        FALLBACKS[op] = reason
         _log.warning("%s runs in plain torch, one to ten times slower than its C++ kernel: %s", op, reason)
 
 

@@ -15,7 +15,7 @@ from qvl_kernels import reference
 from qvl_kernels.cpu.dense import in_steps, linear
 from qvl_kernels.cpu.library import CODES, library, pointer
 from qvl_kernels.cpu.memory import empty
-from qvl_kernels.reference import Bound, Packed, Precision
+from qvl_kernels.reference import BoundLinear, Packed, Precision
 
 _log = logging.getLogger("qvl_kernels")
 
@@ -26,7 +26,7 @@ GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
 FEW_EXACT = 96  # without AMX, rows up to which packed weights meet float activations in registers: 0.8 ms a row at
 # 4096 x 11008, where unpacking for torch takes 100 ms before the first
 UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
-LEVELS_AT_ONCE = 1024  # outputs: 45 MB of floats at 11008 inputs
+OUTPUTS_AT_ONCE = 1024  # outputs: 45 MB of floats at 11008 inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,13 +107,13 @@ def _product(x: Tensor, y: Tensor, part: Tensor) -> None:
     torch.mm(x, part, out=y)
 
 
-def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
+def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> BoundLinear:
     """A dense linear; fast: its weight rounded to 8 bits, for each output and group of inputs."""
     if precision == "exact":
         weight = weight.contiguous()
-        return Bound(lambda x: linear(x, weight, bias), str(weight.dtype).removeprefix("torch."), weight.nbytes)
+        return BoundLinear(lambda x: linear(x, weight, bias), str(weight.dtype).removeprefix("torch."), weight.nbytes)
     packed = pack_dense(weight, bias)
-    return Bound(packed.int8, f"int8 W8A8, groups of {packed.group}", packed.nbytes)
+    return BoundLinear(packed.int8, f"int8 W8A8, groups of {packed.group}", packed.nbytes)
 
 
 def pack_dense(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
@@ -133,7 +133,7 @@ def pack_dense(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
 def prepare_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
     bias: Tensor | None = None, precision: Precision = "exact",
-) -> Bound:  # fmt: skip
+) -> BoundLinear:  # fmt: skip
     """A GPTQ linear in the kernels' layout. What they cannot hold runs as in the reference, with a warning."""
     return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
 
@@ -159,7 +159,7 @@ def pack_gptq(
     ).as_packed()  # fmt: skip
 
 
-def bind(packed: Packed, precision: Precision = "exact") -> Bound:
+def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
     """A packed linear bound to its kernel, in this layout or as published: that is laid out now, if it can be."""
     if packed.layout == "gptq":
         given = {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}
@@ -169,25 +169,25 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
     details = f"groups of {w.group}{', zero points' if w.zeros is not None else ''}"
     details += "" if w.perm is None else ", act-order"
     if precision == "fast":
-        return Bound(w.int8, f"int{w.bits} W{w.bits}A8, {details}", w.nbytes)
-    return Bound(w.exact, f"int{w.bits}, float activations, {details}", w.nbytes)
+        return BoundLinear(w.int8, f"int{w.bits} W{w.bits}A8, {details}", w.nbytes)
+    return BoundLinear(w.exact, f"int{w.bits}, float activations, {details}", w.nbytes)
 
 
-def gptq_words(packed: Packed) -> Tensor:
-    """`reference.gptq_words`, of either layout."""
+def unpack_to_qweight(packed: Packed) -> Tensor:
+    """`reference.unpack_to_qweight`, of either layout."""
     if packed.layout == "gptq":
-        return reference.gptq_words(packed)
+        return reference.unpack_to_qweight(packed)
     w = PackedWeight.from_packed(packed)
     plain = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantized, a level is itself minus the middle
     middle, words = 1 << (w.bits - 1), torch.empty(w.inputs * w.bits // 32, w.outputs, dtype=torch.int32)
-    for first in range(0, w.outputs, LEVELS_AT_ONCE):
-        levels = plain.unpacked(first, min(LEVELS_AT_ONCE, w.padded_outputs - first), torch.float32)
+    for first in range(0, w.outputs, OUTPUTS_AT_ONCE):
+        levels = plain.unpacked(first, min(OUTPUTS_AT_ONCE, w.padded_outputs - first), torch.float32)
         levels += middle
-        words[:, first : first + LEVELS_AT_ONCE] = reference.pack_rows(levels[:, : w.outputs - first], w.bits)
+        words[:, first : first + OUTPUTS_AT_ONCE] = reference.pack_rows(levels[:, : w.outputs - first], w.bits)
     return words
 
 
-def _plain(packed: Packed, precision: Precision) -> Bound:
+def _plain(packed: Packed, precision: Precision) -> BoundLinear:
     """What the kernels cannot hold, in plain torch, said aloud."""
     qzeros, bits = packed.tensors["qzeros"], packed.fields["bits"]
     zeros = reference.unpack_rows(qzeros.t(), bits).t() + packed.fields["zero_offset"]

@@ -12,8 +12,8 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.cpu.attention import cross_attention, paged_attention, vision_attention
 from qvl_kernels.cpu.dense import linear
-from qvl_kernels.cpu.library import CODES, FLOATS, library, slower
-from qvl_kernels.cpu.linears import LAYOUTS, bind, gptq_words, pack_gptq, prepare_gptq, prepare_linear
+from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
+from qvl_kernels.cpu.linears import LAYOUTS, bind, pack_gptq, prepare_gptq, prepare_linear, unpack_to_qweight
 from qvl_kernels.cpu.memory import empty, empty_like
 from qvl_kernels.reference import (
     cache_width,
@@ -26,16 +26,39 @@ from qvl_kernels.reference import (
 )
 
 __all__ = [
-    "LAYOUTS", "add_rms_norm", "bind", "cache_width", "cross_attention", "embedding", "from_cached", "gelu",
-    "gptq_dequantize", "gptq_linear", "gptq_words", "greedy", "layer_norm", "linear", "pack_gptq", "paged_attention",
-    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
-    "swiglu", "to_cached", "unpack_rows", "vision_attention",
-]  # fmt: skip
+    "LAYOUTS",
+    "add_rms_norm",
+    "bind",
+    "cache_width",
+    "concat_outputs",
+    "cross_attention",
+    "embedding",
+    "from_cached",
+    "gelu",
+    "gptq_dequantize",
+    "gptq_linear",
+    "greedy",
+    "layer_norm",
+    "linear",
+    "pack_gptq",
+    "paged_attention",
+    "prepare_gptq",
+    "prepare_linear",
+    "rms_norm",
+    "rotary_tables",
+    "rotary_to_cache",
+    "rotate_half",
+    "swiglu",
+    "to_cached",
+    "unpack_rows",
+    "unpack_to_qweight",
+    "vision_attention",
+]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not _same_floats(x, weight) or weight.shape != x.shape[-1:]:
-        slower("rms_norm", _mixed(x, weight))
+        warn_fallback("rms_norm", _mixed(x, weight))
         return reference.rms_norm(x, weight, eps)
     x, y = x.contiguous(), empty_like(x)
     width = x.shape[-1]
@@ -47,7 +70,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not _same_floats(x, weight, update) or x.shape != update.shape or weight.shape != x.shape[-1:]:
-        slower("add_rms_norm", _mixed(x, update, weight))
+        warn_fallback("add_rms_norm", _mixed(x, update, weight))
         return reference.add_rms_norm(x, update, weight, eps)
     x, update = x.contiguous(), update.contiguous()
     total, y = empty_like(x), empty_like(x)
@@ -61,7 +84,7 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if not _same_floats(x, weight, bias) or not weight.shape == bias.shape == x.shape[-1:]:
-        slower("layer_norm", _mixed(x, weight, bias))
+        warn_fallback("layer_norm", _mixed(x, weight, bias))
         return reference.layer_norm(x, weight, bias, eps)
     x, y = x.contiguous(), empty_like(x)
     width = x.shape[-1]
@@ -74,16 +97,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     width = up_gate.shape[-1] // 2
     if up_gate.dtype not in FLOATS or up_gate.dim() == 3 or up_gate.shape[-1] != 2 * width:
-        slower("swiglu", _mixed(up_gate))
+        warn_fallback("swiglu", _mixed(up_gate))
         return reference.swiglu(up_gate, dtype)
     x, y = up_gate.contiguous(), empty((*up_gate.shape[:-1], width), up_gate.dtype)
     library().ready().swiglu(x.data_ptr(), CODES[x.dtype], len(x), width, y.data_ptr())
     return y
 
 
-def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
     if first.dtype != second.dtype or first.dim() != 2:
-        return reference.side_by_side(first, second)
+        return reference.concat_outputs(first, second)
     first, second = first.contiguous(), second.contiguous()
     (rows, left), right, size = first.shape, second.shape[1], first.element_size()
     y = empty((rows, left + right), first.dtype)
@@ -93,7 +116,7 @@ def side_by_side(first: Tensor, second: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
-        slower("gelu", _mixed(x))
+        warn_fallback("gelu", _mixed(x))
         return reference.gelu(x)
     x, y = x.contiguous(), empty_like(x)
     library().ready().gelu(x.data_ptr(), CODES[x.dtype], x.numel(), y.data_ptr())
@@ -138,7 +161,7 @@ def rotary_to_cache(
     heads, block_size, _ = k_cache.shape[1:]
     plain = all(t.is_contiguous() for t in (k_cache, v_cache, cos, sin, logn, slots))
     if qkv.dtype not in FLOATS or qkv.dim() == 3 or not plain:
-        slower("rotary_to_cache", _mixed(qkv, k_cache, v_cache))
+        warn_fallback("rotary_to_cache", _mixed(qkv, k_cache, v_cache))
         return reference.rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
     qkv, head_dim = qkv.contiguous(), qkv.shape[-1] // (3 * heads)
     q = empty((len(qkv), heads, head_dim), qkv.dtype)

@@ -69,13 +69,13 @@ class _Call(ctypes.Structure):
 class Recording:
     """What a function of no arguments did, as calls of kernels.
 
-    `refused` says why it cannot be replayed, where something else than a kernel computed in it; else it is None.
+    `fallback_reason` says why it cannot be replayed: something other than a kernel computed. None otherwise.
     """
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
         self.library = library()
         self._function = function  # which keeps alive what it was given: weights, caches, static buffers
-        self.refused: str | None = None
+        self.fallback_reason: str | None = None
         self._calls: list[_Call] = []
         self._list: ctypes.Array[_Call]
         self._output: Tensor
@@ -103,8 +103,8 @@ class Recording:
         """How many calls it holds."""
         return len(self._calls)
 
-    def refuse(self, reason: str) -> None:
-        self.refused = self.refused or reason
+    def fall_back(self, reason: str) -> None:
+        self.fallback_reason = self.fallback_reason or reason
 
     def _kernels(self) -> SimpleNamespace:
         return SimpleNamespace(**{name: self._recorded(name) for name in SIGNATURES})
@@ -118,7 +118,7 @@ class Recording:
             arguments = (_Argument * len(fields))()
             for argument, field, value in zip(arguments, fields, given, strict=True):
                 if isinstance(value, ctypes.Array):
-                    self.refuse(f"{name} is given numbers of the host, which would stay as they are")
+                    self.fall_back(f"{name} is given numbers of the host, which would stay as they are")
                     return
                 setattr(argument, field, value)
             self._calls.append(_Call(entry, arguments))
@@ -144,7 +144,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in MAKES and result.is_contiguous() and result.nbytes:
             return self._arena.like(result)
         if name not in MAKES and not _only_looks(func, result, args):
-            self._recording.refuse(f"{name.removeprefix('aten::')} runs in torch")
+            self._recording.fall_back(f"{name.removeprefix('aten::')} runs in torch")
         return result
 
 

@@ -41,7 +41,7 @@ class PackedWeight:
     words: Tensor  # int32 [T, N', 16]
     scales: Tensor  # float [G, N'], in the checkpoint's dtype
     zeros: Tensor | None  # uint8 [G, N'], zero points; None: the middle everywhere
-    order: Tensor | None  # int32 [K], the input at each place; None: in order
+    perm: Tensor | None  # int32 [K], the input at each place; None: in order
     inputs: int
     outputs: int
     group: int  # inputs that share a scale: 32, 64, a multiple of 128, or all
@@ -56,7 +56,7 @@ class PackedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to store, by field; `inputs`, `outputs` and `group` go beside it."""
-        named = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "order": self.order}
+        named = {"words": self.words, "scales": self.scales, "zeros": self.zeros, "order": self.perm}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def as_packed(self, zero_offset: int, bias: Tensor | None = None) -> Packed:
@@ -104,7 +104,7 @@ class PackedInt8(PackedWeight):
 KINDS: dict[int, type[PackedInt4] | type[PackedInt8]] = {4: PackedInt4, 8: PackedInt8}  # by bits
 
 
-def middle(bits: int) -> int:
+def symmetric_zero_point(bits: int) -> int:
     """The zero point of every symmetric checkpoint."""
     return 1 << (bits - 1)
 

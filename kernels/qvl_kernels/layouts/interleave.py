@@ -1,7 +1,7 @@
 """GPTQ's words to those of the GPU layouts and back: the same bits in another order, no level ever unpacked.
 
 A tile is 16 rows of `qweight`, which become 16 words of each output. Written in binary, an input of a tile of 4 bits is
-j1 j0 r3 r2 r1 r0 h (see `gpu_weight`). GPTQ holds it in row j1 j0 r3 r2, nibble r1 r0 h; the kernels want it in word
+j1 j0 r3 r2 r1 r0 h (see `layouts.gpu`). GPTQ holds it in row j1 j0 r3 r2, nibble r1 r0 h; the kernels want it in word
 r3 r2 r1 r0, nibble h j1 j0. So three times a binary digit of the row changes places with one of the nibble: j0 with h,
 j1 with r0, and h, which is now where j0 was, with r1. Of 8 bits an input is j r3 r2 r1 r0 h, in row j r3 r2 r1 and byte
 r0 h, wanted in word r3 r2 r1 r0 and byte h j: j with h, then h with r0.
@@ -57,7 +57,7 @@ def from_tiles(words: Tensor, bits: int, outputs: int) -> Tensor:
     return qweight
 
 
-def reordered(qweight: Tensor, bits: int, places: Tensor) -> Tensor:
+def permute_inputs(qweight: Tensor, bits: int, places: Tensor) -> Tensor:
     """The rows of levels that `qweight` [rows, outputs] packs in another order: level i is what was level places[i]."""
     in_word = 32 // bits
     words = torch.empty_like(qweight)

@@ -1,4 +1,4 @@
-"""A GPTQ linear to the layouts of `gpu_weight` and back, bit for bit, in plain torch: it takes no GPU to make them."""
+"""A GPTQ linear to the layouts of `layouts.gpu` and back, bit for bit, in plain torch: it takes no GPU to make them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.layouts.gpu import KINDS, LAYOUTS, OUTPUTS, TILE, Kind, PackedInt4, PackedWeight, kind_of, middle
-from qvl_kernels.layouts.interleave import from_tiles, reordered, to_tiles
+from qvl_kernels.layouts.gpu import (
+    KINDS,
+    LAYOUTS,
+    OUTPUTS,
+    TILE,
+    Kind,
+    PackedInt4,
+    PackedWeight,
+    kind_of,
+    symmetric_zero_point,
+)
+from qvl_kernels.layouts.interleave import from_tiles, permute_inputs, to_tiles
 from qvl_kernels.reference import Packed, pack_rows, unpack_rows
 
 __all__ = [
-    "LAYOUTS", "dequantize", "gptq_words", "pack_gptq", "packed", "packed_int4", "unpack_gptq", "unsupported",
+    "LAYOUTS",
+    "dequantize",
+    "pack_gptq",
+    "packed",
+    "packed_int4",
+    "unpack_gptq",
+    "unpack_to_qweight",
+    "unsupported",
     "zero_points",
-]  # fmt: skip
+]
 
 
 def unsupported(
@@ -63,16 +80,16 @@ def packed(
 def _laid_out(kind: type[Kind], qweight: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor | None) -> Kind:
     bits = kind.BITS
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
-    group, order, _ = _grouping(inputs, len(scales), g_idx)
+    group, perm, _ = _grouping(inputs, len(scales), g_idx)
     padding = -outputs % OUTPUTS
     held = None
-    if not bool((zeros == middle(bits)).all()):
-        held = F.pad(zeros.to(torch.uint8), (0, padding), value=middle(bits)).contiguous()
+    if not bool((zeros == symmetric_zero_point(bits)).all()):
+        held = F.pad(zeros.to(torch.uint8), (0, padding), value=symmetric_zero_point(bits)).contiguous()
     return kind(
-        words=to_tiles(qweight if order is None else reordered(qweight, bits, order), bits, outputs + padding),
+        words=to_tiles(qweight if perm is None else permute_inputs(qweight, bits, perm), bits, outputs + padding),
         scales=F.pad(scales, (0, padding)).contiguous(),
         zeros=held,
-        order=order,
+        perm=perm,
         inputs=inputs,
         outputs=outputs,
         group=group,
@@ -83,11 +100,11 @@ def unpack_gptq(packed: Packed) -> Packed:
     """The published tensors again, in layout "gptq"; `g_idx` is absent where the groups follow one another."""
     w, zero_offset = kind_of(packed).from_packed(packed), packed.fields["zero_offset"]
     qweight, g_idx = _in_packed_order(w), None
-    if w.order is not None:
-        inverse = torch.argsort(w.order)
-        qweight, g_idx = reordered(qweight, w.BITS, inverse), (inverse // w.group).to(torch.int32)
+    if w.perm is not None:
+        inverse = torch.argsort(w.perm)
+        qweight, g_idx = permute_inputs(qweight, w.BITS, inverse), (inverse // w.group).to(torch.int32)
     scales = w.scales[:, : w.outputs].contiguous()
-    zeros = torch.full(scales.shape, middle(w.BITS), dtype=torch.uint8, device=scales.device)
+    zeros = torch.full(scales.shape, symmetric_zero_point(w.BITS), dtype=torch.uint8, device=scales.device)
     if w.zeros is not None:
         zeros = w.zeros[:, : w.outputs]
     qzeros = pack_rows(zeros.t().int() - zero_offset, w.BITS).t().contiguous()
@@ -95,16 +112,16 @@ def unpack_gptq(packed: Packed) -> Packed:
     return reference.pack_gptq(qweight, qzeros, scales, g_idx, w.BITS, zero_offset, bias)
 
 
-def gptq_words(packed: Packed) -> Tensor:
-    """`reference.gptq_words`, of any layout."""
-    return reference.gptq_words(packed if packed.layout == "gptq" else unpack_gptq(packed))
+def unpack_to_qweight(packed: Packed) -> Tensor:
+    """`reference.unpack_to_qweight`, of any layout."""
+    return reference.unpack_to_qweight(packed if packed.layout == "gptq" else unpack_gptq(packed))
 
 
 def dequantize(w: PackedWeight) -> Tensor:
     """The float32 weight [N, K], its inputs in the packed order: what the kernels compute with."""
     levels = unpack_rows(_in_packed_order(w), w.BITS)
     group = torch.arange(w.inputs, device=levels.device) // w.group
-    zeros = middle(w.BITS) if w.zeros is None else w.zeros[:, : w.outputs].int()[group]
+    zeros = symmetric_zero_point(w.BITS) if w.zeros is None else w.zeros[:, : w.outputs].int()[group]
     weight: Tensor = w.scales[:, : w.outputs].float()[group] * (levels - zeros)
     return weight.t()
 

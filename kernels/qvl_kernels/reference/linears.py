@@ -64,21 +64,21 @@ def gptq_linear(
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-class Bound(NamedTuple):
+class BoundLinear(NamedTuple):
     """A linear with its weights laid out as its kernel wants them."""
 
     call: Linear
     kernel: str  # what runs, for the report
     nbytes: int  # of the weights as they are held
-    split: Linear | None = None  # where the kernel splits the inputs: x to float32 partial sums [S, n, out]
+    split_k: Linear | None = None  # where the kernel splits the inputs: x to float32 partial sums [S, n, out]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out], in x's dtype."""
         return self.call(x)
 
-    def partial(self, x: Tensor) -> Tensor:
+    def forward_partial_sums(self, x: Tensor) -> Tensor:
         """x [n, in] to [n, out], or to float32 partial sums [S, n, out] for an op that adds them as it reads."""
-        return self.call(x) if self.split is None else self.split(x)
+        return self.call(x) if self.split_k is None else self.split_k(x)
 
 
 class Linear(Protocol):
@@ -93,9 +93,9 @@ class Packed(NamedTuple):
     fields: dict[str, int]  # what the tensors do not say of themselves
 
 
-def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
+def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> BoundLinear:
     """`linear` bound to its weights, once, at load. Here they stay as they are; a kernel may lay them out anew."""
-    return Bound(partial(linear, weight=weight, bias=bias), _name(weight), weight.nbytes)
+    return BoundLinear(partial(linear, weight=weight, bias=bias), _name(weight), weight.nbytes)
 
 
 def pack_gptq(
@@ -108,7 +108,7 @@ def pack_gptq(
     return Packed("gptq", tensors, {"bits": bits, "zero_offset": zero_offset})
 
 
-def bind(packed: Packed, precision: Precision = "exact") -> Bound:
+def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
     """A packed linear bound to its kernel; nothing is copied. Raises `ValueError` for a layout that is not its own."""
     if packed.layout != "gptq":
         raise ValueError(f"the reference ops read the layout 'gptq'; found {packed.layout!r}")
@@ -118,18 +118,18 @@ def bind(packed: Packed, precision: Precision = "exact") -> Bound:
         bits=bits, zero_offset=packed.fields["zero_offset"], bias=found.get("bias"),
     )  # fmt: skip
     nbytes = sum(tensor.nbytes for name, tensor in found.items() if name != "bias")
-    return Bound(call, f"int{bits}, unpacked on use", nbytes)
+    return BoundLinear(call, f"int{bits}, unpacked on use", nbytes)
 
 
 def prepare_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
     bias: Tensor | None = None, precision: Precision = "exact",
-) -> Bound:  # fmt: skip
+) -> BoundLinear:  # fmt: skip
     """`gptq_linear` bound to its weights, once, at load: see `prepare_linear`."""
     return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
 
 
-def gptq_words(packed: Packed) -> Tensor:
+def unpack_to_qweight(packed: Packed) -> Tensor:
     """What `pack_gptq` was given as `qweight`, int32 [in * bits / 32, out]."""
     return packed.tensors["qweight"]
 

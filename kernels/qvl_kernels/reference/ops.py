@@ -17,37 +17,68 @@ from torch import Tensor
 
 from qvl_kernels.reference.linears import (
     LAYOUTS,
-    Bound,
+    BoundLinear,
     Linear,
     Packed,
     Precision,
     bind,
     gptq_dequantize,
     gptq_linear,
-    gptq_words,
     linear,
     pack_gptq,
     pack_rows,
     prepare_gptq,
     prepare_linear,
     unpack_rows,
-)  # fmt: skip
+    unpack_to_qweight,
+)
 
 __all__ = [
-    "LAYOUTS", "SCALE_BYTES", "Bound", "Linear", "Packed", "Precision", "add_layer_norm", "add_rms_norm", "bind",
-    "cache_width", "cross_attention", "embedding", "from_cached", "gelu", "gptq_dequantize", "gptq_linear",
-    "gptq_words", "greedy", "layer_norm", "linear", "on_host", "pack_gptq", "pack_rows", "paged_attention",
-    "prepare_gptq", "prepare_linear", "rms_norm", "rotary_tables", "rotary_to_cache", "rotate_half", "side_by_side",
-    "summed", "swiglu", "to_cached", "unpack_rows", "vision_attention",
-]  # fmt: skip
+    "LAYOUTS",
+    "SCALE_BYTES",
+    "BoundLinear",
+    "Linear",
+    "Packed",
+    "Precision",
+    "add_layer_norm",
+    "add_rms_norm",
+    "bind",
+    "cache_width",
+    "concat_outputs",
+    "cross_attention",
+    "embedding",
+    "from_cached",
+    "gelu",
+    "gptq_dequantize",
+    "gptq_linear",
+    "greedy",
+    "layer_norm",
+    "linear",
+    "on_host",
+    "pack_gptq",
+    "pack_rows",
+    "paged_attention",
+    "prepare_gptq",
+    "prepare_linear",
+    "rms_norm",
+    "rotary_tables",
+    "rotary_to_cache",
+    "rotate_half",
+    "sum_partials",
+    "swiglu",
+    "to_cached",
+    "unpack_rows",
+    "unpack_to_qweight",
+    "vision_attention",
+]
 
 
-def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What a linear gave, [n, out] as it is, and float32 partial sums [S, n, out] added up and rounded to `dtype`."""
     return x.sum(0).to(dtype) if x.dim() == 3 else x
 
 
-def side_by_side(first: Tensor, second: Tensor) -> Tensor:
+def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
     """What two linears gave, [.., a] and [.., b], as one [.., a + b]."""
     return torch.cat([first, second], -1)
 
@@ -64,7 +95,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The residual stream [n, D] after an update, x + update, and its `rms_norm`; update may be partial sums."""
-    x = x + summed(update, x.dtype)
+    x = x + sum_partials(update, x.dtype)
     return x, rms_norm(x, weight, eps)
 
 
@@ -81,7 +112,7 @@ def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps:
 
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (§5.2)."""
-    up, gate = summed(up_gate, dtype or up_gate.dtype).chunk(2, -1)
+    up, gate = sum_partials(up_gate, dtype or up_gate.dtype).chunk(2, -1)
     return up * F.silu(gate)
 
 
@@ -172,7 +203,7 @@ def rotary_to_cache(
     [blocks, H, block_size, d]; slots int64 [n], all different. Gives q [n, H, d]; k and v are written into the caches.
     """
     heads, block_size = k_cache.shape[1:3]
-    qkv = summed(qkv, dtype or qkv.dtype)
+    qkv = sum_partials(qkv, dtype or qkv.dtype)
     q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
     blocks, offsets = slots // block_size, slots % block_size
     k_cache[blocks, :, offsets] = to_cached(rotate_half(k, cos, sin), k_cache.dtype)

@@ -28,25 +28,33 @@ if find_spec("triton") is None:
 
 from qvl_kernels.reference import (
     SCALE_BYTES,
-    Bound,
+    BoundLinear,
     Packed,
     Precision,
     cache_width,
+    concat_outputs,
     embedding,
     gptq_dequantize,
     gptq_linear,
     greedy,
     rotary_tables,
     rotate_half,
-    side_by_side,
     unpack_rows,
 )
 from qvl_kernels.triton.activations import gelu, swiglu
 from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.attention.paged import paged_attention
 from qvl_kernels.triton.attention.vision import cross_attention, vision_attention
-from qvl_kernels.triton.linear.linears import LAYOUTS, bind, gptq_words, linear, pack_gptq, prepare_gptq, prepare_linear
-from qvl_kernels.triton.linear.split_sum import summed
+from qvl_kernels.triton.linear.linears import (
+    LAYOUTS,
+    bind,
+    linear,
+    pack_gptq,
+    prepare_gptq,
+    prepare_linear,
+    unpack_to_qweight,
+)
+from qvl_kernels.triton.linear.split_sum import sum_partials
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.rotary import rotary_to_cache
 from qvl_kernels.triton.sampling.sample import Drawn, SamplingRows, sample
@@ -54,7 +62,7 @@ from qvl_kernels.triton.sampling.sample import Drawn, SamplingRows, sample
 __all__ = [
     "LAYOUTS",
     "SCALE_BYTES",
-    "Bound",
+    "BoundLinear",
     "Drawn",
     "Packed",
     "Precision",
@@ -63,13 +71,13 @@ __all__ = [
     "add_rms_norm",
     "bind",
     "cache_width",
+    "concat_outputs",
     "cross_attention",
     "embedding",
     "from_cached",
     "gelu",
     "gptq_dequantize",
     "gptq_linear",
-    "gptq_words",
     "greedy",
     "layer_norm",
     "linear",
@@ -82,10 +90,10 @@ __all__ = [
     "rotary_to_cache",
     "rotate_half",
     "sample",
-    "side_by_side",
-    "summed",
+    "sum_partials",
     "swiglu",
     "to_cached",
     "unpack_rows",
+    "unpack_to_qweight",
     "vision_attention",
 ]

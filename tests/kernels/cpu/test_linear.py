@@ -35,7 +35,7 @@ def shuffled(w: GPTQLinear, rng: torch.Generator) -> GPTQLinear:
     return replace(w, g_idx=g_idx[torch.randperm(w.in_features, generator=rng)])
 
 
-def prepare(w: GPTQLinear, precision: reference.Precision) -> reference.Bound:
+def prepare(w: GPTQLinear, precision: reference.Precision) -> reference.BoundLinear:
     return cpu.prepare_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, w.bias, precision)
 
 

@@ -41,7 +41,7 @@ def test_a_recorded_step_keeps_what_it_wrote_to() -> None:
 
     x, weight = torch.randn(64, 512), torch.ones(512)
     recording, output = Recording.of(lambda: cpu.rms_norm(cpu.rms_norm(x, weight, 1e-6), weight, 1e-6), Arena())
-    assert output.nbytes >= LARGE and recording.refused is None
+    assert output.nbytes >= LARGE and recording.fallback_reason is None
     expected = output.clone()
     others = [empty_like(x).fill_(float(i)) for i in range(8)]
     assert torch.equal(recording.replay(), expected)

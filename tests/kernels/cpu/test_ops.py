@@ -69,7 +69,7 @@ def test_rows_side_by_side_and_of_a_table(
     rng: torch.Generator, dtype: torch.dtype, rows: int, left: int, right: int
 ) -> None:
     first, second = (torch.randn(rows, width, generator=rng).to(dtype) for width in (left, right))
-    assert torch.equal(cpu.side_by_side(first, second), reference.side_by_side(first, second))
+    assert torch.equal(cpu.concat_outputs(first, second), reference.concat_outputs(first, second))
     ids = torch.randint(rows, (40,), generator=rng)
     assert torch.equal(cpu.embedding(ids, second), reference.embedding(ids, second))
     assert cpu.embedding(ids[:0], second).shape == (0, right)
@@ -184,7 +184,7 @@ def test_cross_attention(isa: str, rng: torch.Generator, dtype: torch.dtype, ima
 def test_what_runs_in_plain_torch_is_said_once(
     rng: torch.Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_library, "SLOWER", {})
+    monkeypatch.setattr(cpu_library, "FALLBACKS", {})
     wide = torch.randn(1, 3, 3 * 320, generator=rng)
     for _ in range(2):
         assert torch.equal(cpu.vision_attention(wide, 1), reference.vision_attention(wide, 1))

@@ -24,7 +24,7 @@ def chain(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
         y = x
         for _ in range(6):
             y, normed = cpu.add_rms_norm(y, cpu.gelu(y), weight, 1e-6)
-            y = cpu.swiglu(cpu.side_by_side(y, normed))
+            y = cpu.swiglu(cpu.concat_outputs(y, normed))
         return cpu.linear(y, square)
 
     square = torch.randn(x.shape[1], x.shape[1], generator=torch.Generator().manual_seed(1)).to(x.dtype)
@@ -36,7 +36,7 @@ def test_a_replay_computes_what_the_function_would(isa: str, rng: torch.Generato
     x, weight = torch.randn(3, 64, generator=rng).to(dtype), torch.rand(64, generator=rng).to(dtype)
     function, arena = chain(x, weight), Arena()
     recording, first = Recording.of(function, arena)
-    assert recording.refused is None and torch.equal(first, function())
+    assert recording.fallback_reason is None and torch.equal(first, function())
     for _ in range(3):
         x.copy_(torch.randn(3, 64, generator=rng))
         assert torch.equal(recording.replay(), function())
@@ -80,7 +80,7 @@ def test_what_a_recording_cannot_hold_is_refused(rng: torch.Generator) -> None:
     ):
         recording, result = Recording.of(function, Arena())
         assert torch.equal(result, function())
-        found = recording.refused
+        found = recording.fallback_reason
         assert found is None if reason is None else found is not None and reason in found, (found, reason)
 
 

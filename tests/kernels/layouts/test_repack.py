@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from qvl_kernels import reference
-from qvl_kernels.layouts import gpu as gpu_weight
-from qvl_kernels.layouts import interleave as gpu_words
-from qvl_kernels.layouts import repack
+from qvl_kernels.layouts import gpu as gpu_layout
+from qvl_kernels.layouts import interleave, repack
 from tests.kernels.gptq import checkpoint
 
 SHAPES = [(128, 128, 128), (256, 24, 32), (192, 136, 64), (192, 8, 128), (320, 264, 320), (640, 128, 256)]
@@ -34,7 +33,7 @@ def test_it_comes_back_bit_for_bit(
     assert back.layout == "gptq" and back.fields == given.fields and set(back.tensors) == set(given.tensors)
     for name, tensor in given.tensors.items():
         assert torch.equal(back.tensors[name], tensor) and back.tensors[name].dtype == tensor.dtype, name
-    assert torch.equal(repack.gptq_words(packed), qweight)
+    assert torch.equal(repack.unpack_to_qweight(packed), qweight)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -42,25 +41,25 @@ def test_it_comes_back_bit_for_bit(
 @pytest.mark.parametrize("inputs, outputs, group", SHAPES)
 def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order: bool, bits: int) -> None:
     tensors = checkpoint(inputs, outputs, group, bits=bits, act_order=act_order)
-    packed = repack.packed(gpu_weight.KINDS[bits], *tensors, 1)
+    packed = repack.packed(gpu_layout.KINDS[bits], *tensors, 1)
     want = reference.gptq_dequantize(*tensors, bits, 1)
-    want = want if packed.order is None else want[:, packed.order.long()]
+    want = want if packed.perm is None else want[:, packed.perm.long()]
     assert torch.equal(repack.dequantize(packed), want)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_outputs_are_laid_out_some_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qweight = checkpoint(320, 264, 64, bits=bits)[0]
-    whole = gpu_words.to_tiles(qweight, bits, 384)
-    monkeypatch.setattr(gpu_words, "_AT_ONCE", 96)  # the last piece has 72
-    assert torch.equal(gpu_words.to_tiles(qweight, bits, 384), whole) and not whole[:, 264:].any()
-    assert torch.equal(gpu_words.from_tiles(whole, bits, 264)[: len(qweight)], qweight)
+    whole = interleave.to_tiles(qweight, bits, 384)
+    monkeypatch.setattr(interleave, "_AT_ONCE", 96)  # the last piece has 72
+    assert torch.equal(interleave.to_tiles(qweight, bits, 384), whole) and not whole[:, 264:].any()
+    assert torch.equal(interleave.from_tiles(whole, bits, 264)[: len(qweight)], qweight)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_levels_in_another_order(bits: int) -> None:
     qweight, places = checkpoint(320, 264, 64, bits=bits)[0], torch.randperm(320)
-    levels = reference.unpack_rows(gpu_words.reordered(qweight, bits, places), bits)
+    levels = reference.unpack_rows(interleave.permute_inputs(qweight, bits, places), bits)
     assert torch.equal(levels, reference.unpack_rows(qweight, bits)[places])
 
 
@@ -85,15 +84,15 @@ def test_a_word_of_8_bits_holds_what_the_layout_says() -> None:
         levels = torch.zeros(128, 8, dtype=torch.uint8)
         levels[64 + 32 * j + 2 * r + h, 5] = 255
         qweight = levels.view(32, 4, 8).transpose(1, 2).contiguous().view(torch.int32)[..., 0]
-        packed = repack.packed(gpu_weight.PackedInt8, qweight, torch.zeros(1, 2).int(), torch.ones(1, 8), None, 0)
+        packed = repack.packed(gpu_layout.PackedInt8, qweight, torch.zeros(1, 2).int(), torch.ones(1, 8), None, 0)
         assert packed.words[1, 5, r].item() & 0xFFFFFFFF == 255 << 8 * (j + 2 * h)
         assert packed.words.count_nonzero() == 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_symmetric_zero_points_take_no_room(bits: int) -> None:
-    packed = repack.packed(gpu_weight.KINDS[bits], *checkpoint(128, 128, 128, bits=bits, symmetric=True), 1)
-    assert packed.zeros is None and packed.order is None
+    packed = repack.packed(gpu_layout.KINDS[bits], *checkpoint(128, 128, 128, bits=bits, symmetric=True), 1)
+    assert packed.zeros is None and packed.perm is None
     assert packed.nbytes == 128 * 128 * bits // 8 + 128 * 2
 
 
@@ -126,12 +125,12 @@ def test_what_it_cannot_hold_is_said() -> None:
 def test_files_of_another_layout_or_shape_are_refused() -> None:
     packed = repack.pack_gptq(*checkpoint(128, 16, 32), 4, 1)
     with pytest.raises(ValueError, match="read the layout 'gpu-1'; found 'cpu-1'"):
-        gpu_weight.PackedInt4.from_packed(packed._replace(layout="cpu-1"))
+        gpu_layout.PackedInt4.from_packed(packed._replace(layout="cpu-1"))
     with pytest.raises(ValueError, match=r"packed words is torch.int32 \(1, 128, 16\); expected torch.int32 \(2,"):
-        gpu_weight.PackedInt4.from_packed(packed._replace(fields=packed.fields | {"inputs": 256}))
+        gpu_layout.PackedInt4.from_packed(packed._replace(fields=packed.fields | {"inputs": 256}))
     with pytest.raises(ValueError, match="read the layout 'gpu-int8-1'; found 'gpu-1'"):
-        gpu_weight.PackedInt8.from_packed(packed)
+        gpu_layout.PackedInt8.from_packed(packed)
     with pytest.raises(ValueError, match="read the layouts 'gpu-1' and 'gpu-int8-1'; found 'cpu-1'"):
         repack.unpack_gptq(packed._replace(layout="cpu-1"))
     with pytest.raises(ValueError, match="lacks scales"):
-        gpu_weight.PackedInt4.from_packed(packed._replace(tensors={"words": packed.tensors["words"]}))
+        gpu_layout.PackedInt4.from_packed(packed._replace(tensors={"words": packed.tensors["words"]}))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels import triton as ops
-from qvl_kernels.layouts import gpu as gpu_weight
+from qvl_kernels.layouts import gpu as gpu_layout
 from qvl_kernels.layouts import repack
 from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.launch import interpreted
@@ -45,7 +45,7 @@ def test_norms(poisoned: None, normal, rng: torch.Generator, width: int) -> None
     assert torch.equal(total, x + more)
     parts = torch.randn(3, 5, width, generator=rng)
     total, y = ops.add_rms_norm(x, parts, weight, EPS)
-    assert torch.equal(total, x + ops.summed(parts, B16))
+    assert torch.equal(total, x + ops.sum_partials(parts, B16))
     want = reference.rms_norm(total.double(), weight.double(), EPS)
     as_good_as_torch(y, reference.rms_norm(total, weight, EPS), want)
 
@@ -53,7 +53,7 @@ def test_norms(poisoned: None, normal, rng: torch.Generator, width: int) -> None
 @pytest.mark.parametrize("splits", [0, 3])
 def test_activations(poisoned: None, normal, rng: torch.Generator, splits: int) -> None:
     x = torch.randn(splits, 3, 514, generator=rng) * 4 if splits else normal(3, 514) * 4
-    whole = reference.summed(x, B16).double()
+    whole = reference.sum_partials(x, B16).double()
     want = whole[:, :257] * torch.nn.functional.silu(whole[:, 257:])
     as_good_as_torch(ops.swiglu(x, B16), reference.swiglu(x, B16), want)
     y = normal(1025)
@@ -104,7 +104,7 @@ def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, grou
     exact = reference.gptq_dequantize(*tensors, bits, 1)
     plain = torch.nn.functional.linear(x, exact.to(B16))
     as_good_as_torch(ops.prepare_gptq(*tensors, bits, 1)(x), plain, x.double() @ exact.double().t())
-    weight = repack.packed(gpu_weight.KINDS[bits], *tensors, 1)
+    weight = repack.packed(gpu_layout.KINDS[bits], *tensors, 1)
     assert torch.equal(dequantize(weight, B16), repack.dequantize(weight).to(B16))
 
 

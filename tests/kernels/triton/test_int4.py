@@ -117,10 +117,10 @@ def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
     tensors, x = checkpoint(inputs, 128, 128, act_order=act_order), activations(rows, inputs)
     bias = activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
-    parts = linear.partial(x)
+    parts = linear.forward_partial_sums(x)
     assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32  # at least four tiles a program
-    check(ops.summed(parts, x.dtype), x, tensors, bias)
-    assert torch.equal(linear(x), ops.summed(parts, x.dtype))
+    check(ops.sum_partials(parts, x.dtype), x, tensors, bias)
+    assert torch.equal(linear(x), ops.sum_partials(parts, x.dtype))
 
 
 def test_any_split_gives_the_sum() -> None:
@@ -128,7 +128,7 @@ def test_any_split_gives_the_sum() -> None:
     weight = repack.packed_int4(*tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
         out = small_m.small_m(x, weight, splits=splits)
-        check(ops.summed(out, x.dtype), x, tensors)
+        check(ops.sum_partials(out, x.dtype), x, tensors)
 
 
 def test_subnormal_weights_keep_what_large_and_small_activations_carry() -> None:

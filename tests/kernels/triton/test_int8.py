@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.layouts import gpu as gpu_weight
+from qvl_kernels.layouts import gpu as gpu_layout
 from qvl_kernels.layouts import repack
 from tests.kernels.compare import as_good_as_torch
 from tests.kernels.gptq import checkpoint
@@ -70,7 +70,7 @@ def test_dequantized_weights_are_rounded_once(
     poisoned: None, inputs: int, outputs: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> None:
     tensors = checkpoint(inputs, outputs, group, bits=8, symmetric=symmetric)
-    weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
+    weight = repack.packed(gpu_layout.PackedInt8, *tensors, 1)
     assert torch.equal(dequantize.dequantize(weight, dtype), repack.dequantize(weight).to(dtype))
 
 
@@ -103,18 +103,18 @@ def test_partial_sums_add_up(poisoned: None, rows: int) -> None:
     inputs = 64 * 27
     tensors, x, bias = checkpoint(inputs, 128, 128, bits=8), activations(rows, inputs), activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
-    parts = linear.partial(x)
+    parts = linear.forward_partial_sums(x)
     assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32
-    check(ops.summed(parts, x.dtype), x, tensors, bias)
-    assert torch.equal(linear(x), ops.summed(parts, x.dtype))
+    check(ops.sum_partials(parts, x.dtype), x, tensors, bias)
+    assert torch.equal(linear(x), ops.sum_partials(parts, x.dtype))
 
 
 def test_any_split_gives_the_sum(poisoned: None) -> None:
     tensors, x = checkpoint(320, 128, 64, bits=8), activations(2, 320)
-    weight = repack.packed(gpu_weight.PackedInt8, *tensors, 1)
+    weight = repack.packed(gpu_layout.PackedInt8, *tensors, 1)
     for splits in (1, 2, 5, 7):  # 7: two programs have no tile
         out = small_m.small_m(x, weight, splits=splits)
-        check(ops.summed(out, x.dtype), x, tensors)
+        check(ops.sum_partials(out, x.dtype), x, tensors)
 
 
 def test_large_and_small_activations_are_carried(poisoned: None) -> None:
@@ -141,7 +141,7 @@ def test_leading_axes_are_kept(poisoned: None, shape: tuple[int, ...]) -> None:
     ],
 )
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
-    weight = repack.packed(gpu_weight.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
+    weight = repack.packed(gpu_layout.PackedInt8, *checkpoint(128, 24, 32, bits=8), 1)
     with pytest.raises(ValueError, match=message):
         small_m.small_m(spoil(activations(2, 128)), weight)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qvl_kernels.layouts import gpu as gpu_weight
-from qvl_kernels.layouts import interleave as gpu_words
+from qvl_kernels.layouts import gpu as gpu_layout
+from qvl_kernels.layouts import interleave
 
-TILE_INT4 = tl.constexpr(gpu_weight.TILE)
-WORDS = tl.constexpr(gpu_words.WORDS)
+TILE_INT4 = tl.constexpr(gpu_layout.TILE)
+WORDS = tl.constexpr(interleave.WORDS)
 # An exponent makes a value, shifted left by 3 bits, a normal number, BASE + value. Constants, not functions: Triton 3.6
 # to 3.8 do not take the result of a jit function as a constexpr.
 EXPONENT_FP16, BASE_FP16 = tl.constexpr(0x58005800), tl.constexpr(128)

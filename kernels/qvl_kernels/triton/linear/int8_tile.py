@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qvl_kernels.layouts import gpu as gpu_weight
+from qvl_kernels.layouts import gpu as gpu_layout
 
-TILE_INT8 = tl.constexpr(gpu_weight.TILE_INT8)
-MIDDLE = tl.constexpr(gpu_weight.middle(8))
+TILE_INT8 = tl.constexpr(gpu_layout.TILE_INT8)
+MIDDLE = tl.constexpr(gpu_layout.symmetric_zero_point(8))
 
 
 @triton.jit

@@ -11,16 +11,16 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.layouts import repack
 from qvl_kernels.layouts.gpu import LAYOUTS, PackedInt4, PackedInt8, kind_of
-from qvl_kernels.layouts.repack import gptq_words, pack_gptq
-from qvl_kernels.reference import Bound, Packed, Precision, linear
+from qvl_kernels.layouts.repack import pack_gptq, unpack_to_qweight
+from qvl_kernels.reference import BoundLinear, Packed, Precision, linear
 from qvl_kernels.triton.linear.configs import regime
 from qvl_kernels.triton.linear.dequantize import DequantizePlan, plan_dequantize
 from qvl_kernels.triton.linear.gemm import plan_gemm
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.small_m import plan_small_m
-from qvl_kernels.triton.linear.split_sum import summed
+from qvl_kernels.triton.linear.split_sum import sum_partials
 
-__all__ = ["LAYOUTS", "bind", "gptq_words", "linear", "pack_gptq", "prepare_gptq", "prepare_linear"]
+__all__ = ["LAYOUTS", "bind", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "unpack_to_qweight"]
 
 _log = logging.getLogger("qvl_kernels")
 
@@ -40,14 +40,14 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out], in x's dtype."""
-        y = summed(self.forward_partial_sums(x.reshape(-1, self.weight.inputs)), x.dtype)
+        y = sum_partials(self.forward_partial_sums(x.reshape(-1, self.weight.inputs)), x.dtype)
         return y.view(*x.shape[:-1], self.weight.outputs)
 
     def forward_partial_sums(self, x: Tensor) -> Tensor:
         """x [n, in] to [n, out] in x's dtype, or to split-K partial sums float32 [S, n, out]."""
         weight = self.weight
-        if weight.order is not None:
-            x = x.index_select(-1, weight.order)
+        if weight.perm is not None:
+            x = x.index_select(-1, weight.perm)
         x = x.contiguous()
         rows, dtype = len(x), x.dtype
         if not rows:
@@ -85,7 +85,7 @@ class PackedLinear:
         return plan()
 
 
-def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> Bound:
+def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> BoundLinear:
     """`reference.prepare_linear`: dense weights go through torch's own product (cuBLAS), in either precision."""
     return reference.prepare_linear(weight, bias, precision)
 
@@ -99,24 +99,24 @@ def prepare_gptq(
     zero_offset: int,
     bias: Tensor | None = None,
     precision: Precision = "exact",
-) -> Bound:
+) -> BoundLinear:
     """`reference.prepare_gptq` in the kernels' layout. What it cannot hold runs as in the reference, with a warning."""
     return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
 
 
-def bind(packed: Packed, precision: Precision = "exact") -> Bound:
+def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
     """A packed linear bound to its kernels, in this layout or as published: that is laid out now, if it can be."""
     if packed.layout == "gptq":
         again = pack_gptq(**_published(packed), **packed.fields)  # type: ignore[arg-type]
         return _plain(again, precision) if again.layout == "gptq" else bind(again, precision)
     weight, bias = kind_of(packed).from_packed(packed), packed.tensors.get("bias")
     details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
-    details += "" if weight.order is None else ", act-order: x is gathered first"
+    details += "" if weight.perm is None else ", act-order: x is gathered first"
     packed_linear = PackedLinear(weight, bias)
-    return Bound(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.forward_partial_sums)
+    return BoundLinear(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.forward_partial_sums)
 
 
-def _plain(packed: Packed, precision: Precision) -> Bound:
+def _plain(packed: Packed, precision: Precision) -> BoundLinear:
     """Fall back to the reference implementation, with a warning."""
     given, bits = packed.tensors, packed.fields["bits"]
     zeros = repack.zero_points(given["qzeros"], bits, packed.fields["zero_offset"])

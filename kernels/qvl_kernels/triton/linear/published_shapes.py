@@ -37,7 +37,7 @@ def example(
         words=empty(inputs // kind.TILE, padded, WORDS, dtype=torch.int32),
         scales=empty(groups, padded),
         zeros=None if symmetric else empty(groups, padded, dtype=torch.uint8),
-        order=None,
+        perm=None,
         inputs=inputs,
         outputs=outputs,
         group=GROUP,

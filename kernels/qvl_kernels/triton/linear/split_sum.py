@@ -23,12 +23,12 @@ def split_sum_kernel(parts_ptr, out_ptr, size, SPLITS: tl.constexpr, BLOCK: tl.c
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), at < size)
 
 
-def summed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`reference.summed`: [n, out] unchanged; float32 partial sums [S, n, out] added up and rounded to `dtype`."""
+def sum_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`reference.sum_partials`: [n, out] unchanged; float32 partial sums [S, n, out] added, rounded to `dtype`."""
     if x.dim() != 3:
         return x
-    checks.tensor("summed", "x", x, (None, None, None), torch.float32)
-    checks.device("summed", x)
+    checks.tensor("sum_partials", "x", x, (None, None, None), torch.float32)
+    checks.device("sum_partials", x)
     out = x.new_empty(x.shape[1:], dtype=dtype)
     _plan(x, out).run()
     return out
