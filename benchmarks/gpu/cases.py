@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qvl_kernels.ops import Ops
 from qvl_kernels.reference import cache_width, to_cached
 
 Outputs = tuple[Tensor, ...]
@@ -21,15 +21,15 @@ class Case(NamedTuple):
 
     name: str
     inputs: tuple[Any, ...]
-    bind: Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]
+    bind: Callable[[Ops, tuple[Any, ...]], Callable[[], Outputs]]
     nbytes: int  # that it must move at least
     timed: bool = False
 
 
-def plain(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]:
+def plain(op: str) -> Callable[[Ops, tuple[Any, ...]], Callable[[], Outputs]]:
     """Call an op by name; its outputs are its results and the caches it wrote."""
 
-    def bind(ops: ModuleType, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
+    def bind(ops: Ops, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
         def call() -> Outputs:
             result = getattr(ops, op)(*inputs)
             outputs = result if isinstance(result, tuple) else (result,)
@@ -40,10 +40,10 @@ def plain(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outpu
     return bind
 
 
-def prepared(op: str) -> Callable[[ModuleType, tuple[Any, ...]], Callable[[], Outputs]]:
+def prepared(op: str) -> Callable[[Ops, tuple[Any, ...]], Callable[[], Outputs]]:
     """Bind a linear; its weights are packed once."""
 
-    def bind(ops: ModuleType, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
+    def bind(ops: Ops, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
         x, *weights = inputs
         linear = getattr(ops, op)(*weights)
         return lambda: (linear(x),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.cases import Case, Maker, cases
 from benchmarks.gpu.place import Place
 from qvl_kernels import reference
+from qvl_kernels.ops import Ops
 
 Row = dict[str, Any]
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -65,7 +65,7 @@ def _share(got: Tensor, plain: Tensor, want: Tensor, dtype: torch.dtype) -> floa
     return float(error / (2 * torchs + ROUNDING[dtype] * want.double().abs().max()))
 
 
-def _plain(value: Tensor, dtype: torch.dtype, ops: ModuleType = reference) -> Tensor:
+def _plain(value: Tensor, dtype: torch.dtype, ops: Ops = reference) -> Tensor:
     """Dequantize an int8 cache for the comparison."""
     return ops.from_cached(value, dtype) if value.dtype == torch.int8 else value
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from types import ModuleType
 
 import torch
+
+from qvl_kernels.ops import Ops
 
 PEAK_GB_S = {  # of the memory, by the vendor's data sheets
     "A100-SXM4-80GB": 2039,
@@ -43,7 +44,7 @@ class Place:
         return cls(torch.device("cpu"), True)
 
     @property
-    def ops(self) -> ModuleType:
+    def ops(self) -> Ops:
         """The module of ops for this device."""
         from qvl_kernels import ops_for
 

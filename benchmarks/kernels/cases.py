@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qvl_kernels.ops import Ops
 
 WIDTH, MLP, HEADS, HEAD = 4096, 11008, 32, 128
 VISION_HEADS, VISION_HEAD, VISION_MLP, PATCHES = 16, 104, 8192, 1024
@@ -29,7 +30,7 @@ class Case(NamedTuple):
 class Setting(NamedTuple):
     """What runs, where, in which dtype; `scale` divides the sizes, for a try."""
 
-    ops: ModuleType
+    ops: Ops
     device: torch.device
     dtype: torch.dtype
     scale: int = 1

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from qvl_kernels.ops import Ops, Packer
 
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and cp.async, which the GPU kernels are built on
 
@@ -20,7 +21,7 @@ class UnsupportedError(RuntimeError):
     """The kernels of a device cannot run; the message says why and the way out."""
 
 
-def ops_for(device: torch.device) -> ModuleType:
+def ops_for(device: torch.device) -> Ops:
     """The module of ops to use on a device. This is the one place where it is chosen.
 
     `QVL_KERNELS=reference` asks for plain torch everywhere; `QVL_KERNELS=triton` for the GPU kernels on a CPU too, in
@@ -49,7 +50,7 @@ def target_on(device: torch.device) -> str:
     return "cuda" if _asked() == "triton" else device.type
 
 
-def packing_for(target: str) -> ModuleType:
+def packing_for(target: str) -> Packer:
     """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and unpack_to_qweight.
 
     Raises `RuntimeError` where that cannot be done here.

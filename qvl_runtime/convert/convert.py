@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from qvl_kernels.ops import Packer
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.journal import Journal
 from qvl_runtime.convert.prefetch import prefetch
@@ -100,7 +100,7 @@ class _Job(NamedTuple):
     options: ConvertOptions
     config: ModelConfig
     checkpoint: Checkpoint
-    ops: ModuleType
+    ops: Packer
     dtype: torch.dtype
 
     @classmethod

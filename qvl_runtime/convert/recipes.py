@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from qvl_kernels.ops import Packer
 from qvl_runtime.config.checks import require_choice
 from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import ConfigError
@@ -79,7 +79,7 @@ def _linears(config: ModelConfig, options: ConvertOptions) -> Iterator[Recipe]:
         yield Recipe("lm_head", (source,), int(options.head.removeprefix("int")))
 
 
-def build(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops: ModuleType) -> Iterator[BuiltLinear]:
+def build(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops: Packer) -> Iterator[BuiltLinear]:
     """Pack the linear of a recipe; two parts that group their inputs differently become two linears.
 
     Raises `ConfigError` where the target has no kernel for floats rounded to these bits.

@@ -7,9 +7,9 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qvl_kernels.ops import Packer
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.host_memory import pieces, release
 from qvl_runtime.weights.loader import open_shards, packed_linear
@@ -61,7 +61,7 @@ def restore(source: Path, destination: Path, progress: Callable[[int], None] = l
 class _Reader:
     """The published tensors of a converted checkpoint."""
 
-    def __init__(self, folder: Path, manifest: Manifest, ops: ModuleType) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, ops: Packer) -> None:
         shards = open_shards(folder, manifest)
         self._shard_of: dict[str, Shard] = {name: shard for shard in shards.values() for name in shard.infos}
         self._manifest, self._ops = manifest, ops

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from qvl_kernels.ops import Ops
 from qvl_kernels.reference import sum_partials
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.linear import Linear, LinearBuilder
@@ -49,7 +49,7 @@ def unobserved(name: str, value: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    ops: ModuleType
+    ops: Ops
     eps: float
     ln_1: Tensor  # [D]
     ln_2: Tensor  # [D]

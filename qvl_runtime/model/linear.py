@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Protocol
 
 from torch import Tensor
 
+from qvl_kernels.ops import Ops
 from qvl_kernels.reference import BoundLinear, Packed, Precision
 from qvl_runtime.formats.host_memory import release_source
 
@@ -33,7 +33,7 @@ class Linear(Protocol):
 class ConcatLinear:
     """Two linears of the same input, their outputs concatenated: what runs where they cannot be merged."""
 
-    ops: ModuleType
+    ops: Ops
     first: Linear
     second: Linear
 
@@ -51,7 +51,7 @@ class ConcatLinear:
 class LinearBuilder:
     """Binds the linears of a model to their kernels, and records what it bound."""
 
-    ops: ModuleType
+    ops: Ops
     state: MutableMapping[str, Tensor]  # dense weights by published name; it is emptied
     precision: Precision
     packed: Mapping[str, Packed] = field(default_factory=dict)  # by the model's name

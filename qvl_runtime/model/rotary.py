@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qvl_kernels import reference
+from qvl_kernels.ops import Ops
 from qvl_runtime.config.model import ModelConfig
 
 
@@ -66,7 +66,7 @@ class Frequencies:
         return row
 
 
-def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: ModuleType = reference) -> Positions:
+def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: Ops = reference) -> Positions:
     """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2].
 
     Queries at a position t from seq_length on are scaled by log(t + 1) / log(seq_length) (docs/model.md 5.3).

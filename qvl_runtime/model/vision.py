@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl_kernels.ops import Ops
 from qvl_runtime.config.model import VisionConfig
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.linear import Linear, LinearBuilder
@@ -18,7 +18,7 @@ from qvl_runtime.model.linear import Linear, LinearBuilder
 class Norm:
     """A LayerNorm."""
 
-    ops: ModuleType
+    ops: Ops
     weight: Tensor
     bias: Tensor
     eps: float
@@ -30,7 +30,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionBlock:
-    ops: ModuleType
+    ops: Ops
     heads: int
     ln_1: Norm
     ln_2: Norm

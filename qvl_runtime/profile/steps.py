@@ -19,9 +19,8 @@ from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.profile.run_info import finish
 from qvl_runtime.profile.spread import Spread
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.runner import Chunk
-from qvl_runtime.schedule.sampler import SamplingRow, SamplingState
+from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
 from qvl_runtime.schedule.sequence import Sequence
 
 
@@ -61,7 +60,6 @@ def decoding(engine: Engine, max_context: int, batch: int = 1) -> Iterator[Calla
             _write(engine, sequence, max_context)
         params = SamplingParams(temperature=0.0).resolve(engine.defaults)
         device, vocabulary = runner.model.device, engine.config.vocab_size
-        sample = sampler_for(runner.model.ops)
         rows = [SamplingRow(SamplingState(params, [1], vocabulary, device, 0), 0) for _ in sequences]
 
         def step(context: int) -> None:

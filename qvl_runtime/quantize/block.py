@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qvl_kernels.ops import Ops
 from qvl_kernels.reference import gptq_dequantize
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.formats.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
@@ -180,7 +180,7 @@ class QuantizingBuilder(LinearBuilder):
 
 @torch.inference_mode()
 def quantize_block(
-    config: ModelConfig, ops: ModuleType, quantizer: BlockQuantizer, streams: Tensor, batch: CalibrationBatch
+    config: ModelConfig, ops: Ops, quantizer: BlockQuantizer, streams: Tensor, batch: CalibrationBatch
 ) -> Tensor:
     """Quantize a block: the residual streams [1 or 2, n, D] before it to those after it.
 
@@ -197,7 +197,7 @@ def quantize_block(
     return after
 
 
-def _float_builder(ops: ModuleType, state: Mapping[str, Tensor], like: Tensor) -> LinearBuilder:
+def _float_builder(ops: Ops, state: Mapping[str, Tensor], like: Tensor) -> LinearBuilder:
     """A builder of the float block, with weights on the device and in the dtype of `like`."""
     return LinearBuilder(ops, {name: tensor.to(like) for name, tensor in state.items()}, "exact")
 

@@ -12,11 +12,10 @@ from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.device_sampler import sampler_for
 from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.request import Branch, Clock, Request
 from qvl_runtime.schedule.runner import Chunk, LogitsOf, Runner
-from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState
+from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sample
 from qvl_runtime.schedule.scheduler import ScheduledBranch, Scheduler, StepLimits
 from qvl_runtime.schedule.sequence import Sequence
 from qvl_runtime.schedule.speculative import Drafter
@@ -44,7 +43,7 @@ class EngineCore:
         self.scheduler = Scheduler(runner.cache, limits, drafter)
         self.steps = 0
         self._tokenizer = tokenizer
-        self._sampler = sampler_for(runner.model.ops)
+        self._ops = runner.model.ops
         self._numbers = count()
         self._timed: set[Request] = set()  # those with a deadline
 
@@ -162,7 +161,7 @@ class EngineCore:
                 outcomes.append(Outcome(own, []))
         if not at:
             return []
-        samples = iter(self._sampler(logits_of(at), rows))
+        samples = iter(sample(logits_of(at), rows, self._ops))
         for planned, own_samples in outcomes:
             own_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qvl_kernels import reference
+from qvl_kernels.ops import Ops
+from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
-
-CANDIDATES = 1024  # tokens searched for the nucleus (top-p) first; sorting the vocabulary costs ten times as much
 
 
 class Sample(NamedTuple):
@@ -65,87 +66,68 @@ class SamplingRow(NamedTuple):
     position: int
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Sample]:
-    """One token for each row of logits [m, vocab] of any dtype.
+def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) -> list[Sample]:
+    """Sample one token for each row of logits [m, vocab], by `ops.sample`, or `ops.greedy` if all are plain greedy.
 
-    Order: repetition penalty, bias, temperature, top-k, top-p, min-p, draw. Temperature 0 takes the likeliest.
+    Device results are copied to the host once, so that a step waits for its device only when tokens are read.
     """
-    raw = logits.float()
-    scores = _shaped(raw, rows)
-    tokens = scores.argmax(-1)
-    drawn = [i for i, row in enumerate(rows) if row.state.params.temperature]
-    if drawn:
-        at = torch.tensor(drawn, device=raw.device)
-        tokens[at] = _draw(scores[at], [rows[i] for i in drawn])
-    normalizer = raw.logsumexp(-1)
-    chosen = (raw.gather(1, tokens[:, None])[:, 0] - normalizer).tolist()
-    token_ids = tokens.tolist()
+    parameters = sampling_rows(logits.device, rows)
+    sampled = ops.greedy(logits) if parameters is None else ops.sample(logits, parameters)
+    token_ids, logprobs = _on_host(sampled)
     for row, token in zip(rows, token_ids, strict=True):
         if row.state.seen is not None:
             row.state.seen[token] = True
-    tops = likeliest(raw, normalizer, rows)
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    if any(row.state.params.logprobs for row in rows):
+        raw = logits.float()
+        tops = likeliest(raw, raw.logsumexp(-1), rows)
     return [
         Sample(token, TokenLogprob(token, logprob, top))
-        for token, logprob, top in zip(token_ids, chosen, tops, strict=True)
+        for token, logprob, top in zip(token_ids, logprobs, tops, strict=True)
     ]
 
 
-def _shaped(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Scores after penalties and biases; `raw` itself where no row asks for any."""
-    scores = raw
-    punished = [i for i, row in enumerate(rows) if row.state.seen is not None]
-    if punished:  # Keskar et al. 2019, with the sign as transformers has it
-        at = torch.tensor(punished, device=raw.device)
-        penalty = raw.new_tensor([rows[i].state.penalty for i in punished])[:, None]
-        seen = torch.stack([seen for row in rows if (seen := row.state.seen) is not None])
-        own = raw[at]
-        scores = raw.index_copy(0, at, torch.where(seen, torch.where(own > 0, own / penalty, own * penalty), own))
-    for i, row in enumerate(rows):
-        if row.state.bias is not None:
-            scores = scores.clone() if scores is raw else scores
-            scores[i] += row.state.bias
-    return scores
+def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> SamplingRows | None:
+    """The parameters of each row on the device; None if all rows select the likeliest token and nothing else.
 
-
-def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Tokens [m] drawn from scores [m, vocab] of rows that have a temperature."""
-    params = [row.state.params for row in rows]
-    vocab = scores.shape[1]
-    temperature = scores.new_tensor([p.temperature or 1.0 for p in params])
-    # relative to the likeliest, which stays finite however small the temperature
-    probs = ((scores - scores.amax(-1, keepdim=True)) / temperature[:, None].clamp(min=1e-30)).softmax(-1)
-    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=scores.device)
-    top_p = scores.new_tensor([1.0 if p.top_p is None else p.top_p for p in params])
-    min_p = scores.new_tensor([p.min_p for p in params])
-    uniforms = scores.new_tensor([row.state.uniform(row.position) for row in rows], dtype=torch.float64)
-    values, ids = probs.topk(min(CANDIDATES, vocab))
-    nucleus = (top_p < 1) & (values.sum(-1) >= top_p)
-    enough = (top_k <= values.shape[1]) | ((top_k == vocab) & (nucleus | (values[:, -1] < min_p * values[:, 0])))
-    tokens = ids.gather(1, _pick(values, top_k, top_p, min_p, uniforms)[:, None])[:, 0]
-    if not bool(enough.all()):
-        wide = (~enough).nonzero()[:, 0]
-        values, ids = probs[wide].sort(descending=True)
-        picked = _pick(values, top_k[wide], top_p[wide], min_p[wide], uniforms[wide])
-        tokens[wide] = ids.gather(1, picked[:, None])[:, 0]
-    return tokens
-
-
-def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor) -> Tensor:
-    """Ranks [m] drawn from probabilities [m, candidates], the likeliest first; that one is never ruled out.
-
-    top-p (Holtzman et al. 2020) keeps the likeliest tokens until their share, after top-k, reaches p; the one that
-    reaches it is kept. min-p (Nguyen et al. 2024) drops those below a share of the likeliest one's probability. The
-    draw inverts the cumulative distribution, so that one random number makes one token.
+    One copy moves the numbers. Rows with a penalty or a bias share one stack of seen tokens and of biases.
     """
-    ranks = torch.arange(probs.shape[1], device=probs.device)
-    kept = torch.where(ranks < top_k[:, None], probs, 0.0).double()
-    # a row that is cut by top-p alone may have its tail outside these candidates: its whole mass is 1
-    mass = torch.where(top_k <= probs.shape[1], kept.sum(-1), 1.0)
-    before = kept.cumsum(-1) - kept
-    kept = torch.where((before < (top_p * mass)[:, None]) & (probs >= min_p[:, None] * probs[:, :1]), kept, 0.0)
-    cumulative = kept.cumsum(-1)
-    ranked = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return torch.minimum(ranked, (kept > 0).sum(-1) - 1)
+    special = [i for i, row in enumerate(rows) if row.state.seen is not None or row.state.bias is not None]
+    if not special and not any(row.state.params.temperature for row in rows):
+        return None
+    slots = dict(zip(special, range(len(special)), strict=True))
+    numbers = [
+        (
+            p.temperature or 0.0,
+            p.top_k or 0,
+            1.0 if p.top_p is None else p.top_p,
+            p.min_p,
+            row.state.uniform(row.position),
+            row.state.penalty,
+            slots.get(i, -1),
+        )
+        for i, row in enumerate(rows)
+        for p in (row.state.params,)
+    ]
+    temperature, top_k, top_p, min_p, uniform, penalty, slot = (
+        torch.tensor(numbers, dtype=torch.float64).t().contiguous().to(device, non_blocking=True)
+    )
+    parameters = SamplingRows(temperature.float(), top_k.int(), top_p.float(), min_p.float(), uniform)
+    if not special:
+        return parameters
+    states = [rows[i].state for i in special]
+    seen, bias = _stacked([state.seen for state in states]), _stacked([state.bias for state in states])
+    return parameters._replace(
+        penalty=None if seen is None else penalty.float(), slots=slot.long(), seen=seen, bias=bias
+    )
+
+
+def _on_host(sampled: SampledTokens) -> tuple[list[int], list[float]]:
+    """Token ids and log probabilities, by one copy: ids are exact in float64."""
+    if sampled.token_ids.device.type == "cpu":
+        return sampled.token_ids.tolist(), sampled.logprobs.tolist()
+    token_ids, logprobs = torch.stack([sampled.token_ids.double(), sampled.logprobs.double()]).tolist()
+    return [int(token) for token in token_ids], logprobs
 
 
 def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[tuple[int, float], ...]]:
@@ -156,3 +138,11 @@ def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[SamplingRow]) -> l
     values, ids = raw.topk(max(wanted))
     logprobs = (values - normalizer[:, None]).tolist()
     return [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), logprobs, wanted, strict=True)]
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors as rows of one, zeros where there is none; None where there are none at all."""
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        return None
+    return torch.stack([torch.zeros_like(like) if part is None else part for part in parts])

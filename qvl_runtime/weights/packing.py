@@ -6,9 +6,9 @@ Loading, conversion and synthetic models all come here, so a linear is packed an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
+from qvl_kernels.ops import Packer
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig
 from qvl_runtime.formats.gptq import GPTQ_TENSORS, GPTQLinear
 from qvl_runtime.formats.host_memory import release_source
@@ -46,7 +46,7 @@ def build_linears(
     parts: Sequence[str],
     tensors: Mapping[str, Tensor],
     quantization: QuantizationConfig,
-    ops: ModuleType,
+    ops: Packer,
     device: torch.device | None = None,
 ) -> Iterator[BuiltLinear]:
     """Pack the published linears `parts` as one linear `name`, or each alone where they group inputs differently.
@@ -71,7 +71,7 @@ def build_linears(
         yield BuiltLinear(group_name, packed, group_parts)
 
 
-def pack(ops: ModuleType, linear: GPTQLinear) -> Packed:
+def pack(ops: Packer, linear: GPTQLinear) -> Packed:
     """A GPTQ linear in the layout of `ops`, or as published where that layout cannot hold it."""
     packed: Packed = ops.pack_gptq(
         linear.qweight, linear.qzeros, linear.scales, linear.g_idx, linear.bits, linear.zero_offset, linear.bias
@@ -80,7 +80,7 @@ def pack(ops: ModuleType, linear: GPTQLinear) -> Packed:
 
 
 def pack_decoder(
-    tensors: Mapping[str, Tensor], config: ModelConfig, ops: ModuleType, device: torch.device | None = None
+    tensors: Mapping[str, Tensor], config: ModelConfig, ops: Packer, device: torch.device | None = None
 ) -> dict[str, Packed]:
     """Every packed linear of a quantized decoder, by the model's name; empty where the checkpoint is dense.
 

@@ -10,7 +10,6 @@ import torch
 
 from qvl_kernels import reference
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.device_sampler import sample_by, sampler_for
 from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
 
 pytestmark = [
@@ -50,7 +49,7 @@ def test_as_in_torch(asked: tuple[SamplingParams, ...]) -> None:
     logits = 3 * torch.randn(len(asked), VOCAB, generator=torch.Generator().manual_seed(1))
     ours, plain = rows(*asked), rows(*asked)
     for _ in range(2):  # the second time, what was chosen the first is punished
-        got, want = sample_by(triton, logits, ours), sample(logits, plain)
+        got, want = sample(logits, ours, triton), sample(logits, plain)
         assert [s.token_id for s in got] == [s.token_id for s in want]
         for mine, other in zip(got, want, strict=True):
             assert mine.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-5)
@@ -64,7 +63,7 @@ def test_ops_without_a_kernel_sample_in_torch() -> None:
     """All rows greedy: in one pass, by the op; else as the torch sampler does."""
     logits = torch.randn(len(MIXED), VOCAB, generator=torch.Generator().manual_seed(2))
     for asked in (MIXED, (params(),) * len(MIXED)):
-        got, want = sampler_for(reference)(logits, rows(*asked)), sample(logits, rows(*asked))
+        got, want = sample(logits, rows(*asked), reference), sample(logits, rows(*asked))
         assert [s.token_id for s in got] == [s.token_id for s in want]
         for mine, other in zip(got, want, strict=True):
             assert mine.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from types import ModuleType
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import cpu, reference
+from qvl_kernels.reference.sampling import CANDIDATES
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.device_sampler import sampler_for
-from qvl_runtime.schedule.sampler import CANDIDATES, Sample, SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sample
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")
@@ -46,22 +47,21 @@ def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPa
     """Steps that want nothing else go through `greedy` and find the same; any other row sends all through `sample`."""
     passes, greedy = [], ops.greedy
     monkeypatch.setattr(ops, "greedy", lambda logits: passes.append(len(logits)) or greedy(logits))
-    choose, logits = sampler_for(ops), torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    choose, logits = partial(sample, ops=ops), torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     logits[0, 10:12] = 9.0
     for params, expected in (
         (SamplingParams(temperature=0), [3]),
         (SamplingParams(temperature=1.0, seed=0), []),
-        (SamplingParams(temperature=0, logprobs=2), []),
+        (SamplingParams(temperature=0, logprobs=2), [3]),
         (SamplingParams(temperature=0, repetition_penalty=1.3), []),
         (SamplingParams(temperature=0, logit_bias={3: 20.0}), []),
     ):
         passes.clear()
         plain, other = SamplingParams(temperature=0), params
-        found, want = (
-            how(logits, [SamplingRow(draws(p, (1, 2), 1000), 0) for p in (plain, other, plain)])
-            for how in (choose, sample)
-        )
+        rows = [[SamplingRow(draws(p, (1, 2), 1000), 0) for p in (plain, other, plain)] for _ in range(2)]
+        found = choose(logits, rows[0])
         assert passes == expected
+        want = sample(logits, rows[1])
         assert [s.token_id for s in found] == [s.token_id for s in want]
         for got, wanted in zip(found, want, strict=True):
             assert got.logprob.logprob == pytest.approx(wanted.logprob.logprob, rel=1e-5)
@@ -98,7 +98,7 @@ def test_looking_at_a_part_of_the_vocabulary_is_as_good_as_at_all(
     logits = 3 * torch.randn(2 * CANDIDATES, generator=torch.Generator().manual_seed(0))
     params = replace(params, temperature=1.0)
     some = drawn(logits, params, 200)
-    monkeypatch.setattr("qvl_runtime.schedule.sampler.CANDIDATES", len(logits))
+    monkeypatch.setattr("qvl_kernels.reference.sampling.CANDIDATES", len(logits))
     assert drawn(logits, params, 200) == some and len(set(some)) > 5
 
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from qvl_kernels.cpu.ops import (
     LAYOUTS,
+    BoundLinear,
+    Packed,
+    Precision,
+    SampledTokens,
+    SamplingRows,
+    add_layer_norm,
     add_rms_norm,
     bind,
     cache_width,
@@ -25,6 +31,8 @@ from qvl_kernels.cpu.ops import (
     rotary_tables,
     rotary_to_cache,
     rotate_half,
+    sample,
+    sum_partials,
     swiglu,
     to_cached,
     unpack_rows,
@@ -34,6 +42,12 @@ from qvl_kernels.cpu.ops import (
 
 __all__ = [
     "LAYOUTS",
+    "BoundLinear",
+    "Packed",
+    "Precision",
+    "SampledTokens",
+    "SamplingRows",
+    "add_layer_norm",
     "add_rms_norm",
     "bind",
     "cache_width",
@@ -55,6 +69,8 @@ __all__ = [
     "rotary_tables",
     "rotary_to_cache",
     "rotate_half",
+    "sample",
+    "sum_partials",
     "swiglu",
     "to_cached",
     "unpack_rows",

@@ -16,17 +16,31 @@ from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.linears import LAYOUTS, bind, pack_gptq, prepare_gptq, prepare_linear, unpack_to_qweight
 from qvl_kernels.cpu.memory import empty, empty_like
 from qvl_kernels.reference import (
+    BoundLinear,
+    Packed,
+    Precision,
+    SampledTokens,
+    SamplingRows,
+    add_layer_norm,
     cache_width,
     from_cached,
     gptq_dequantize,
     gptq_linear,
     rotate_half,
+    sample,
+    sum_partials,
     to_cached,
     unpack_rows,
 )
 
 __all__ = [
     "LAYOUTS",
+    "BoundLinear",
+    "Packed",
+    "Precision",
+    "SampledTokens",
+    "SamplingRows",
+    "add_layer_norm",
     "add_rms_norm",
     "bind",
     "cache_width",
@@ -48,6 +62,8 @@ __all__ = [
     "rotary_tables",
     "rotary_to_cache",
     "rotate_half",
+    "sample",
+    "sum_partials",
     "swiglu",
     "to_cached",
     "unpack_rows",
@@ -110,7 +126,7 @@ def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
     first, second = first.contiguous(), second.contiguous()
     (rows, left), right, size = first.shape, second.shape[1], first.element_size()
     y = empty((rows, left + right), first.dtype)
-    library().ready().side_by_side(first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr())
+    library().ready().concat_outputs(first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr())
     return y
 
 
@@ -143,7 +159,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None)
     return cos, sin, logn
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+def greedy(logits: Tensor) -> SampledTokens:
     if logits.dtype not in FLOATS:
         return reference.greedy(logits)
     logits, rows = logits.contiguous(), len(logits)
@@ -151,7 +167,7 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     library().ready().greedy(
         logits.data_ptr(), CODES[logits.dtype], rows, logits.shape[1], tokens.data_ptr(), logprobs.data_ptr()
     )
-    return tokens, logprobs
+    return SampledTokens(tokens, logprobs)
 
 
 def rotary_to_cache(

@@ -20,7 +20,6 @@ from qvl_kernels.reference.ops import (
     gelu,
     gptq_dequantize,
     gptq_linear,
-    greedy,
     layer_norm,
     linear,
     on_host,
@@ -40,6 +39,7 @@ from qvl_kernels.reference.ops import (
     unpack_to_qweight,
     vision_attention,
 )
+from qvl_kernels.reference.sampling import SampledTokens, SamplingRows, greedy, sample
 
 __all__ = [
     "LAYOUTS",
@@ -48,6 +48,8 @@ __all__ = [
     "Linear",
     "Packed",
     "Precision",
+    "SampledTokens",
+    "SamplingRows",
     "add_layer_norm",
     "add_rms_norm",
     "bind",
@@ -72,6 +74,7 @@ __all__ = [
     "rotary_tables",
     "rotary_to_cache",
     "rotate_half",
+    "sample",
     "sum_partials",
     "swiglu",
     "to_cached",

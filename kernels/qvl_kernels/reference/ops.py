@@ -51,7 +51,6 @@ __all__ = [
     "gelu",
     "gptq_dequantize",
     "gptq_linear",
-    "greedy",
     "layer_norm",
     "linear",
     "on_host",
@@ -143,13 +142,6 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None)
 
 
 # --- what it ends with -------------------------------------------------------------------------------------------
-
-
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each row of logits [m, vocab], int64 [m], and its log probability, float32 [m]."""
-    raw = logits.float()
-    tokens = raw.argmax(-1)
-    return tokens, raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1)
 
 
 # --- KV cache ---------------------------------------------------------------------------------------------------

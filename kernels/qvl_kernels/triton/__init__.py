@@ -31,12 +31,13 @@ from qvl_kernels.reference import (
     BoundLinear,
     Packed,
     Precision,
+    SampledTokens,
+    SamplingRows,
     cache_width,
     concat_outputs,
     embedding,
     gptq_dequantize,
     gptq_linear,
-    greedy,
     rotary_tables,
     rotate_half,
     unpack_rows,
@@ -57,15 +58,15 @@ from qvl_kernels.triton.linear.linears import (
 from qvl_kernels.triton.linear.split_sum import sum_partials
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qvl_kernels.triton.rotary import rotary_to_cache
-from qvl_kernels.triton.sampling.sample import Drawn, SamplingRows, sample
+from qvl_kernels.triton.sampling.sample import greedy, sample
 
 __all__ = [
     "LAYOUTS",
     "SCALE_BYTES",
     "BoundLinear",
-    "Drawn",
     "Packed",
     "Precision",
+    "SampledTokens",
     "SamplingRows",
     "add_layer_norm",
     "add_rms_norm",

@@ -36,7 +36,7 @@ def device_rows(rows: list[SamplingRow], vocab: int) -> SamplingRows:
         top_k=torch.tensor([p.top_k for p in own], dtype=torch.int32),
         top_p=torch.tensor([p.top_p for p in own]),
         min_p=torch.tensor([p.min_p for p in own]),
-        dice=torch.tensor([row.state.uniform(row.position) for row in rows], dtype=torch.float64),
+        uniform=torch.tensor([row.state.uniform(row.position) for row in rows], dtype=torch.float64),
         penalty=torch.tensor([row.state.penalty for row in rows]),
         slots=slots,
         seen=seen,
@@ -79,12 +79,12 @@ def test_the_tokens_are_those_of_the_sampler(poisoned: None, rng: torch.Generato
 
 
 def test_many_throws_fall_as_the_probabilities_say(poisoned: None, rng: torch.Generator) -> None:
-    """Every token of a small vocabulary at its own share of evenly spaced dice, ties in the order of their ids."""
+    """Every token of a small vocabulary at its own share of evenly spaced uniform, ties in the order of their ids."""
     probs = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.05, 0.25])
 
     def thrown(n: int, top_k: int = 0, top_p: float = 1.0) -> list[int]:
-        ones, dice = torch.ones(n), (torch.arange(n, dtype=torch.float64) + 0.5) / n
-        rows = SamplingRows(ones, torch.full((n,), top_k, dtype=torch.int32), ones * top_p, ones * 0, dice)
+        ones, uniform = torch.ones(n), (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        rows = SamplingRows(ones, torch.full((n,), top_k, dtype=torch.int32), ones * top_p, ones * 0, uniform)
         tokens: list[int] = sample(probs.log().repeat(n, 1), rows).token_ids.tolist()
         return tokens
 
@@ -117,8 +117,8 @@ def test_an_answer_without_a_slot_is_neither_punished_nor_marked(poisoned: None,
 
 def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:
     rows = device_rows([SamplingRow(SamplingState(params(), [], 8, DEVICE), 0)], 8)
-    with pytest.raises(ValueError, match=r"dice is float32 \[1\]; expected contiguous float64 \[1\]"):
-        sample(torch.zeros(1, 8), rows._replace(dice=torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"uniform is float32 \[1\]; expected contiguous float64 \[1\]"):
+        sample(torch.zeros(1, 8), rows._replace(uniform=torch.zeros(1)))
     with pytest.raises(ValueError, match="one of penalty and seen is None"):
         sample(torch.zeros(1, 8), rows._replace(seen=None))
     with pytest.raises(ValueError, match="slots is None"):

@@ -7,13 +7,12 @@ thresholds that is known to include every token that can be kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.launch import Launch, Spec, blocks
 from qvl_kernels.triton.sampling.select import pick_kernel
@@ -25,27 +24,6 @@ GROWTH = tl.constexpr(0.2265085)  # log2(1.17)
 LOG2E = tl.constexpr(1.4426950408889634)
 Arguments = dict[str, Tensor | int | float | None]
 COLDEST = tl.constexpr(1e-30)
-
-
-class SamplingRows(NamedTuple):
-    """How each of m rows is sampled, on the device; `slots` says which row of `seen` and `bias` is its answer's."""
-
-    temperature: Tensor  # float32 [m]; 0 takes the likeliest
-    top_k: Tensor  # int32 [m]; 0 is off
-    top_p: Tensor  # float32 [m]; 1 is off
-    min_p: Tensor  # float32 [m]; 0 is off
-    dice: Tensor  # float64 [m], in [0, 1): a function of seed and position, so known before the step
-    penalty: Tensor | None = None  # float32 [m]; 1 is off
-    slots: Tensor | None = None  # int64 [m]; below 0: neither penalty nor bias
-    seen: Tensor | None = None  # bool [slots, vocab], what the penalty counts; the chosen tokens are added
-    bias: Tensor | None = None  # float32 [slots, vocab]
-
-
-class Drawn(NamedTuple):
-    """The sampled tokens and their log probabilities."""
-
-    token_ids: Tensor  # int64 [m]
-    logprobs: Tensor  # float32 [m], of the token under the model's own distribution, before penalties and cuts
 
 
 @triton.jit
@@ -160,18 +138,23 @@ def gather_kernel(
             tl.store(whole_ptr + row, whole)
 
 
-def sample(logits: Tensor, rows: SamplingRows | None) -> Drawn:
-    """One token for each row of logits [m, vocab]; rows None: the likeliest, the first of equals.
+def greedy(logits: Tensor) -> SampledTokens:
+    """The likeliest token of each row of logits [m, vocab]; the first of equals."""
+    return sample(logits, None)
 
-    Nothing is read on the host and no launch depends on a value, so that it can be captured in a CUDA graph. The
-    result is that of `schedule.sampler.sample`, where tokens of equal probability stand in the order of their ids.
+
+def sample(logits: Tensor, rows: SamplingRows | None) -> SampledTokens:
+    """`reference.sample`, where tokens of equal probability are in the order of their ids; rows None: `greedy`.
+
+    Nothing is read on the host and no launch depends on a value, so that it can be captured in a CUDA graph. The tokens
+    are marked in `rows.seen`.
     """
     checks.device("sample", logits, *(rows or ()))
     m = len(logits)
     tokens, logprobs = logits.new_empty(m, dtype=torch.int64), logits.new_empty(m, dtype=torch.float32)
     for launch in _plan(logits, rows, tokens, logprobs):
         launch.run()
-    return Drawn(tokens, logprobs)
+    return SampledTokens(tokens, logprobs)
 
 
 def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: Tensor) -> list[Launch]:
@@ -210,7 +193,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
             Launch(gather_kernel, (chunks, m), levels | cuts | candidates,
                    constants | {"ROUND_LEVELS": triton.next_power_of_2(LEVELS + 1)}),
         ]  # fmt: skip
-    names = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "dice_ptr")
+    names = ("temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr")
     picked: Arguments = dict(zip(names, [scores] * 5 if rows is None else rows[:5], strict=True))
     launches.append(Launch(
         pick_kernel, (m,),
@@ -228,8 +211,8 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _check_rows(rows: SamplingRows, m: int, vocab: int) -> None:
-    dtypes = {"top_k": torch.int32, "dice": torch.float64}
-    for name in ("temperature", "top_k", "top_p", "min_p", "dice"):
+    dtypes = {"top_k": torch.int32, "uniform": torch.float64}
+    for name in ("temperature", "top_k", "top_p", "min_p", "uniform"):
         checks.tensor("sample", name, getattr(rows, name), (m,), dtypes.get(name, torch.float32))
     if (rows.seen is None) != (rows.penalty is None):
         raise ValueError("sample: one of penalty and seen is None; expected both or neither")

@@ -85,8 +85,8 @@ def _token_of_rank(scaled_ptr, tokens_ptr, found, key, rank, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _draw(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOCK: tl.constexpr):
-    """The token that dice in [0, 1) picks from the candidates that the cuts leave; `whole` is the mass of all tokens.
+def _draw(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, uniform, BLOCK: tl.constexpr):
+    """The token that `uniform` in [0, 1) picks from the candidates left by the cuts; `whole` is the mass of all tokens.
 
     The cuts keep whole keys and, of the last key, the first few in the order of ids. top-k keeps k candidates; top-p
     those preceded by less than p of the remaining mass; min-p drops weights below it, the largest being 1.
@@ -112,7 +112,7 @@ def _draw(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOCK
     same, _ = _count_up_to(scaled_ptr, found, cut, least, BLOCK)
     count, before = _count_up_to(scaled_ptr, found, cut - 1, least, BLOCK)
     kept_at_cut = tl.minimum(kept_at_cut, same - count)
-    target = dice * (before + kept_at_cut.to(tl.float64) * _weight(cut))
+    target = uniform * (before + kept_at_cut.to(tl.float64) * _weight(cut))
     key = tl.minimum(_key_reaching(scaled_ptr, found, 0, target, least, BLOCK), cut)
     count, before = _count_up_to(scaled_ptr, found, key - 1, least, BLOCK)
     same, _ = _count_up_to(scaled_ptr, found, key, least, BLOCK)
@@ -124,7 +124,7 @@ def _draw(scaled_ptr, tokens_ptr, found, whole, top_k, top_p, min_p, dice, BLOCK
 @triton.jit
 def pick_kernel(
     logits_ptr, scaled_ptr, tokens_ptr, found_ptr, whole_ptr, best_ptr, ids_ptr, tops_ptr, masses_ptr,
-    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, dice_ptr, slots_ptr, seen_ptr,
+    temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, uniform_ptr, slots_ptr, seen_ptr,
     chosen_ptr, logprobs_ptr,
     vocab, chunks,
     BLOCK_CHUNKS: tl.constexpr, BLOCK: tl.constexpr, DRAWS: tl.constexpr, PENALTY: tl.constexpr,
@@ -153,7 +153,7 @@ def pick_kernel(
                 top_k,
                 top_p,
                 min_p,
-                tl.load(dice_ptr + row),
+                tl.load(uniform_ptr + row),
                 BLOCK,
             )
     tops = tl.load(tops_ptr + row * chunks + chunk_index, chunk_index < chunks, float("-inf"))
