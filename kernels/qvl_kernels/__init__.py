@@ -1,6 +1,7 @@
 """Kernels of qvl_runtime: operations on tensors that know nothing of models.
 
-Every module of ops offers the names and signatures of `qvl_kernels.reference`, which defines them in plain torch.
+`qvl_kernels.reference` defines every op in plain torch. `cpu` (C++) and `triton` (GPU) implement the same names and
+signatures.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ if TYPE_CHECKING:
 
     from qvl_kernels.ops import Ops, Packer
 
-LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores and cp.async, which the GPU kernels are built on
+LEAST_CAPABILITY = (8, 0)  # the GPU kernels need bfloat16 tensor cores and cp.async
 
 
 class UnsupportedError(RuntimeError):
-    """The kernels of a device cannot run; the message says why and the way out."""
+    """The kernels of a device cannot run; the message says why and what to do about it."""
 
 
 def ops_for(device: torch.device) -> Ops:
-    """The module of ops to use on a device. This is the one place where it is chosen.
+    """Choose the implementation of the ops for a device. No other code makes this choice.
 
-    `QVL_KERNELS=reference` asks for plain torch everywhere; `QVL_KERNELS=triton` for the GPU kernels on a CPU too, in
-    Triton's interpreter. Raises `UnsupportedError` where a GPU's kernels cannot run: plain torch there is asked for,
-    never fallen back to.
+    `QVL_KERNELS=reference` selects plain torch on every device; `QVL_KERNELS=triton` selects the GPU kernels on a CPU
+    too, in Triton's interpreter. Raises `UnsupportedError` if a GPU's kernels cannot run: plain torch must be requested
+    explicitly; there is no silent fallback.
     """
     from qvl_kernels import reference
 
-    asked = _asked()
-    if asked == "reference":
+    requested = _requested_ops()
+    if requested == "reference":
         return reference
-    if asked == "triton" or device.type == "cuda":
+    if requested == "triton" or device.type == "cuda":
         _require_triton(device)
         from qvl_kernels import triton
 
@@ -46,14 +47,14 @@ def ops_for(device: torch.device) -> Ops:
 
 
 def target_on(device: torch.device) -> str:
-    """The target, "cpu" or "cuda", whose layouts are read on a device: in Triton's interpreter the GPU's."""
-    return "cuda" if _asked() == "triton" else device.type
+    """Return "cpu" or "cuda", the target whose weight layouts a device reads; Triton's interpreter reads the GPU's."""
+    return "cuda" if _requested_ops() == "triton" else device.type
 
 
 def packing_for(target: str) -> Packer:
-    """The module that lays weights out for a target, "cpu" or "cuda", on any machine: pack_gptq and unpack_to_qweight.
+    """Return the module that packs weights for a target, "cpu" or "cuda": pack_gptq and unpack_to_qweight.
 
-    Raises `RuntimeError` where that cannot be done here.
+    It works on any machine, with or without the target's device. Raises `RuntimeError` if it cannot run here.
     """
     if target == "cpu":
         from qvl_kernels.cpu import linears as cpu_linear
@@ -65,40 +66,43 @@ def packing_for(target: str) -> Packer:
         from qvl_kernels.layouts import repack
 
         return repack
-    raise RuntimeError(f"this version has no layout for {target}")
+    raise RuntimeError(f"this version has no layout for {target!r}; expected 'cpu' or 'cuda'")
 
 
 def report(device: torch.device) -> dict[str, str]:
-    """What runs on a device and why, one line each: said in `Engine.report()` and in the first log line.
+    """Describe which kernels run on a device and why, one line each, for `Engine.report()` and the first log line.
 
     Raises as `ops_for` does.
     """
-    asked = _asked()
-    if asked == "reference":
-        return _plain_torch("QVL_KERNELS=reference asks for it")
-    if asked == "triton" or device.type == "cuda":
+    requested = _requested_ops()
+    if requested == "reference":
+        return _reference_report("QVL_KERNELS=reference requests it")
+    if requested == "triton" or device.type == "cuda":
         return _require_triton(device)
     if device.type != "cpu":
-        return _plain_torch(f"this version has no kernels for {device.type}")
+        return _reference_report(f"this version has no kernels for {device.type}")
     fault = _cpu_fault()
     if fault is not None:
-        return _plain_torch(fault)
+        return _reference_report(fault)
     from qvl_kernels.cpu import attention as cpu_attention
     from qvl_kernels.cpu.library import FALLBACKS, library
 
     used, available = library().instruction_set, ", ".join(library().available)
-    said = {"ops": f"C++ kernels ({used})", "why": f"this CPU and build have {available}; QVL_CPU_ISA chooses"}
-    said["attention"] = cpu_attention.report()
+    lines = {
+        "ops": f"C++ kernels ({used})",
+        "why": f"this CPU and build support {available}; QVL_CPU_ISA selects one",
+        "attention": cpu_attention.report(),
+    }
     if FALLBACKS:
-        said["in plain torch"] = "; ".join(f"{op}: {reason}" for op, reason in FALLBACKS.items())
-    return said
+        lines["in plain torch"] = "; ".join(f"{op}: {reason}" for op, reason in FALLBACKS.items())
+    return lines
 
 
 def _require_triton(device: torch.device) -> dict[str, str]:
-    """What is to be said of Triton's kernels on a device; raises `UnsupportedError` where they cannot run."""
+    """Return the report on Triton's kernels for a device, or raise `UnsupportedError` if they cannot run."""
     from importlib.metadata import version
 
-    way_out = "use device='cpu', or set QVL_KERNELS=reference for plain torch, many times slower"
+    way_out = "use device='cpu', or set QVL_KERNELS=reference for plain torch, which is many times slower"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if find_spec("triton") is None:
         raise UnsupportedError(
@@ -109,49 +113,49 @@ def _require_triton(device: torch.device) -> dict[str, str]:
         if interpreted:
             return {
                 "ops": "Triton kernels (interpreted)",
-                "why": "QVL_KERNELS=triton asks for it: for tests, thousands of times slower than a GPU",
+                "why": "QVL_KERNELS=triton requests it: for tests, thousands of times slower than a GPU",
             }
         raise UnsupportedError(
-            f"QVL_KERNELS is 'triton' and the device is {device}, where Triton's kernels run in its interpreter alone: "
-            "set TRITON_INTERPRET=1 too, before Python starts, or use device='cuda'"
+            f"QVL_KERNELS is 'triton' and the device is {device}, where Triton's kernels run only in its interpreter: "
+            "set TRITON_INTERPRET=1 as well, before Python starts, or use device='cuda'"
         )
     if interpreted:
         raise UnsupportedError(
-            f"TRITON_INTERPRET is set, with which the kernels for {device} would run on the CPU: unset it"
+            f"TRITON_INTERPRET is set, which would run the kernels for {device} on the CPU: unset it"
         )
     import torch
 
-    name, found = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
         raise UnsupportedError(
-            f"{device} ({name}) has compute capability {found[0]}.{found[1]}; the GPU kernels need 8.0 or higher "
-            f"(A100, RTX 30 and what came after): {way_out}"
+            f"{device} ({name}) has compute capability {capability[0]}.{capability[1]}; the GPU kernels need 8.0 or "
+            f"higher (A100, RTX 30 series and later): {way_out}"
         )
     return {
-        "ops": f"Triton kernels (sm_{found[0]}{found[1]})",
-        "why": f"{name} has compute capability {found[0]}.{found[1]}; triton {version('triton')}",
+        "ops": f"Triton kernels (sm_{capability[0]}{capability[1]})",
+        "why": f"{name} has compute capability {capability[0]}.{capability[1]}; triton {version('triton')}",
     }
 
 
-def _plain_torch(why: str) -> dict[str, str]:
+def _reference_report(why: str) -> dict[str, str]:
     return {
         "ops": "reference (plain torch)",
-        "why": f"{why}: torch's own run, and int4 weights are unpacked on use",
+        "why": f"{why}: torch's own kernels are used, and int4 weights are unpacked on each use",
     }
 
 
-def _asked() -> str:
-    """What QVL_KERNELS asks for; empty: the fastest there is."""
-    asked = os.environ.get("QVL_KERNELS", "")
-    if asked not in ("", "reference", "triton"):
+def _requested_ops() -> str:
+    """The value of QVL_KERNELS; empty means the fastest implementation available."""
+    requested = os.environ.get("QVL_KERNELS", "")
+    if requested not in ("", "reference", "triton"):
         raise ValueError(
-            f"QVL_KERNELS is {asked!r}; expected 'reference', 'triton', or nothing for the fastest there is"
+            f"QVL_KERNELS is {requested!r}; expected 'reference', 'triton', or unset for the fastest available"
         )
-    return asked
+    return requested
 
 
 def _cpu_fault() -> str | None:
-    """Why the CPU kernels do not run, or None. An instruction set asked for by name and not there is an error."""
+    """Why the CPU kernels cannot run, or None. Raises if QVL_CPU_ISA names an instruction set that is unavailable."""
     from qvl_kernels.cpu.library import LibraryError, library
 
     try:

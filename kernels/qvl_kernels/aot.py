@@ -1,4 +1,4 @@
-"""Every GPU kernel at the published model's shapes, for compiling and judging on a machine without a GPU."""
+"""Every GPU kernel at the published model's shapes, to compile and check on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def aot_specs(capability: int) -> Iterator[Spec]:
-    """Collect the specs of all modules of `qvl_kernels.triton`, configured for a capability such as 80 or 90."""
+    """Yield the specs of all modules of `qvl_kernels.triton`, configured for a capability such as 80 or 90."""
     from qvl_kernels import triton
 
     for info in walk_packages(triton.__path__, "qvl_kernels.triton."):

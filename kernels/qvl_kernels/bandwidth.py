@@ -1,4 +1,4 @@
-"""How fast a device reads memory at best: what memory-bound kernels are held against, in the same run."""
+"""The measured memory bandwidth of a device: the roofline for memory-bound kernels in the same run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qvl_kernels.cpu.library import LibraryError, library
 
 
 class Reader(NamedTuple):
-    """A call that reads `nbytes`, and how it does."""
+    """A call that reads memory as fast as the device can."""
 
     call: Callable[[], object]
-    nbytes: int
-    how: str
+    nbytes: int  # bytes read by one call; on a GPU also those written
+    how: str  # the method, for the report
 
 
 def reader(device: torch.device, nbytes: int) -> Reader:
-    """Something that reads a buffer of its own as fast as the device can; take one larger than the caches.
+    """Return a reader of a new buffer of `nbytes`, which should be larger than the caches.
 
-    On a GPU a copy, whose bytes count twice: it is what such devices are measured with.
+    On a GPU it copies, as GPU bandwidth benchmarks do, and each byte counts twice: read and written.
     """
     if device.type == "cuda":
         source, target = (torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2))
@@ -29,12 +29,13 @@ def reader(device: torch.device, nbytes: int) -> Reader:
     try:
         kernels = library()
     except LibraryError:
-        words = torch.ones(nbytes // 8, dtype=torch.int64)
-        return Reader(words.sum, words.nbytes, "torch.sum, since the C++ kernels are not built")
+        values = torch.ones(nbytes // 8, dtype=torch.int64)
+        return Reader(values.sum, values.nbytes, "torch.sum, because the C++ kernels are not built")
     from qvl_kernels.memory import buffer
 
     memory, total = buffer(nbytes >> 20 << 20).random_(), torch.zeros(1, dtype=torch.int32)
-    return Reader(
-        lambda: kernels.ready().read_memory(memory.data_ptr(), len(memory), total.data_ptr()), len(memory),
-        "read of huge pages, all threads",
-    )  # fmt: skip
+
+    def read() -> None:
+        kernels.ready().read_memory(memory.data_ptr(), len(memory), total.data_ptr())
+
+    return Reader(read, len(memory), "read of huge pages, all threads")

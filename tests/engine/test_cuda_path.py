@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "interpreter": (
         {"TRITON_INTERPRET": "1"},
-        r"TRITON_INTERPRET is set, with which the kernels for cuda:0 .*: unset it",
+        r"TRITON_INTERPRET is set, which would run the kernels for cuda:0 .*: unset it",
     ),
 }
 
@@ -104,7 +104,7 @@ def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("QVL_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(qvl_kernels, "find_spec", lambda name: object())
-    with pytest.raises(UnsupportedError, match="set TRITON_INTERPRET=1 too, before Python starts"):
+    with pytest.raises(UnsupportedError, match="set TRITON_INTERPRET=1 as well, before Python starts"):
         ops_for(CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert report(CPU)["ops"] == "Triton kernels (interpreted)"

@@ -1,4 +1,4 @@
-"""A GPTQ linear to the layouts of `layouts.gpu` and back, bit for bit, in plain torch: it takes no GPU to make them."""
+"""Repack GPTQ linears to the layouts of `layouts.gpu` and back, bit for bit, in plain torch: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 def unsupported(
     qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zeros: Tensor | None = None
 ) -> str | None:
-    """Why no layout can hold a GPTQ linear, or None; `zeros` are its zero points, where they are known."""
+    """Return why no layout can hold a GPTQ linear, or None; `zeros` are its zero points, if known."""
     if bits not in KINDS:
         return f"{bits} bits"
     inputs = qweight.shape[0] * (32 // bits)
@@ -52,10 +52,15 @@ def unsupported(
 
 
 def pack_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    g_idx: Tensor | None,
+    bits: int,
+    zero_offset: int,
     bias: Tensor | None = None,
-) -> Packed:  # fmt: skip
-    """`reference.pack_gptq` in the layout of these bits, or as published where it cannot hold the linear."""
+) -> Packed:
+    """`reference.pack_gptq` in the GPU layout for `bits`, or as published if that cannot hold the linear."""
     zeros = zero_points(qzeros, bits, zero_offset)
     if unsupported(qweight, scales, g_idx, bits, zeros):
         return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
@@ -63,17 +68,19 @@ def pack_gptq(
 
 
 def packed_int4(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int) -> PackedInt4:
-    """`packed` of 4 bits."""
+    """`packed` for 4 bits."""
     return packed(PackedInt4, qweight, qzeros, scales, g_idx, zero_offset)
 
 
 def packed(
     kind: type[Kind], qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, zero_offset: int
 ) -> Kind:
-    """Lay a GPTQ linear out anew, a tile at a time; raises ValueError where the layout cannot hold it."""
+    """Repack a GPTQ linear, a tile at a time; raises `ValueError` if the layout cannot hold it."""
     zeros = zero_points(qzeros, kind.BITS, zero_offset)
     if fault := unsupported(qweight, scales, g_idx, kind.BITS, zeros):
-        raise ValueError(f"a GPTQ linear with {fault} has no packed form; expected equal groups of 32, 64 or 128 n")
+        raise ValueError(
+            f"a GPTQ linear with {fault} has no packed form; expected equal groups of 32, 64 or a multiple of 128"
+        )
     return _laid_out(kind, qweight, zeros, scales, g_idx)
 
 
@@ -82,13 +89,13 @@ def _laid_out(kind: type[Kind], qweight: Tensor, zeros: Tensor, scales: Tensor, 
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
     group, perm, _ = _grouping(inputs, len(scales), g_idx)
     padding = -outputs % OUTPUTS
-    held = None
+    padded_zeros = None
     if not bool((zeros == symmetric_zero_point(bits)).all()):
-        held = F.pad(zeros.to(torch.uint8), (0, padding), value=symmetric_zero_point(bits)).contiguous()
+        padded_zeros = F.pad(zeros.to(torch.uint8), (0, padding), value=symmetric_zero_point(bits)).contiguous()
     return kind(
         words=to_tiles(qweight if perm is None else permute_inputs(qweight, bits, perm), bits, outputs + padding),
         scales=F.pad(scales, (0, padding)).contiguous(),
-        zeros=held,
+        zeros=padded_zeros,
         perm=perm,
         inputs=inputs,
         outputs=outputs,
@@ -97,7 +104,7 @@ def _laid_out(kind: type[Kind], qweight: Tensor, zeros: Tensor, scales: Tensor, 
 
 
 def unpack_gptq(packed: Packed) -> Packed:
-    """The published tensors again, in layout "gptq"; `g_idx` is absent where the groups follow one another."""
+    """Restore the published tensors, in layout "gptq"; `g_idx` is absent if the groups are in order."""
     w, zero_offset = kind_of(packed).from_packed(packed), packed.fields["zero_offset"]
     qweight, g_idx = _in_packed_order(w), None
     if w.perm is not None:
@@ -113,26 +120,26 @@ def unpack_gptq(packed: Packed) -> Packed:
 
 
 def unpack_to_qweight(packed: Packed) -> Tensor:
-    """`reference.unpack_to_qweight`, of any layout."""
+    """`reference.unpack_to_qweight`, for any layout of the GPU and "gptq"."""
     return reference.unpack_to_qweight(packed if packed.layout == "gptq" else unpack_gptq(packed))
 
 
 def dequantize(w: PackedWeight) -> Tensor:
-    """The float32 weight [N, K], its inputs in the packed order: what the kernels compute with."""
-    levels = unpack_rows(_in_packed_order(w), w.BITS)
-    group = torch.arange(w.inputs, device=levels.device) // w.group
+    """Return the float32 weight [N, K] that the kernels compute with, its inputs in the packed order."""
+    codes = unpack_rows(_in_packed_order(w), w.BITS)
+    group = torch.arange(w.inputs, device=codes.device) // w.group
     zeros = symmetric_zero_point(w.BITS) if w.zeros is None else w.zeros[:, : w.outputs].int()[group]
-    weight: Tensor = w.scales[:, : w.outputs].float()[group] * (levels - zeros)
+    weight: Tensor = w.scales[:, : w.outputs].float()[group] * (codes - zeros)
     return weight.t()
 
 
 def zero_points(qzeros: Tensor, bits: int, zero_offset: int) -> Tensor:
-    """int32 [G, N], as they are meant."""
+    """Unpack zero points to int32 [G, N] and add `zero_offset`."""
     return unpack_rows(qzeros.t().contiguous(), bits).t() + zero_offset
 
 
 def _grouping(inputs: int, groups: int, g_idx: Tensor | None) -> tuple[int, Tensor | None, bool]:
-    """Inputs in a group, the order that sorts inputs by group (None: they are sorted), and whether groups are equal.
+    """Return the group size, the permutation that sorts inputs by group (None: sorted), and whether groups are equal.
 
     The last group may be smaller.
     """
@@ -140,12 +147,12 @@ def _grouping(inputs: int, groups: int, g_idx: Tensor | None) -> tuple[int, Tens
         return -(-inputs // groups), None, True
     sizes = torch.bincount(g_idx.long(), minlength=groups)
     group = int(sizes[0])
-    by_group, order = torch.sort(g_idx.long(), stable=True)
-    places = torch.arange(inputs, device=g_idx.device)
-    even = group > 0 and torch.equal(by_group, places // group)
-    return group, None if torch.equal(order, places) else order.to(torch.int32), even
+    by_group, perm = torch.sort(g_idx.long(), stable=True)
+    positions = torch.arange(inputs, device=g_idx.device)
+    even = group > 0 and torch.equal(by_group, positions // group)
+    return group, None if torch.equal(perm, positions) else perm.to(torch.int32), even
 
 
 def _in_packed_order(w: PackedWeight) -> Tensor:
-    """`qweight` with the inputs in the packed order."""
+    """Return `qweight` with the inputs in the packed order."""
     return from_tiles(w.words, w.BITS, w.outputs)[: w.inputs * w.BITS // 32]

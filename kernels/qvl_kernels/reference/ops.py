@@ -1,9 +1,9 @@
-"""Every op in plain torch, without tricks: its definition, and what runs where nothing faster does.
+"""Every op in plain torch, without tricks: its definition, and the fallback where no faster kernel runs.
 
-Shapes: n rows (tokens of all requests of a step, one after another, no padding), R requests, D channels, H heads of
-d channels, P images of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of a head is one
-contiguous run; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size +
-offset. Section numbers (§) are those of docs/model.md.
+Shapes: n tokens (of all requests of a step, concatenated without padding), R requests, D channels, H heads of d
+channels, P images of L patches. A paged KV cache is [blocks, H, block_size, d], so that a block of one head is
+contiguous; an int8 cache has `SCALE_BYTES` more in the last axis. A slot is block * block_size + offset. Section
+numbers (§) are those of docs/model.md.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ __all__ = [
 
 
 def sum_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a linear gave, [n, out] as it is, and float32 partial sums [S, n, out] added up and rounded to `dtype`."""
+    """Add a linear's float32 partial sums [S, n, out], rounded to `dtype`; an output [n, out] is unchanged."""
     return x.sum(0).to(dtype) if x.dim() == 3 else x
 
 
 def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
-    """What two linears gave, [.., a] and [.., b], as one [.., a + b]."""
+    """Concatenate the outputs of two linears, [.., a] and [.., b], to [.., a + b]."""
     return torch.cat([first, second], -1)
 
 
@@ -86,52 +86,53 @@ def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, then times weight [D] (docs/model.md 5.2)."""
+    """Compute x / sqrt(mean(x^2) + eps) in float32, round it to x's dtype, multiply by weight [D] (§5.2)."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return y.to(x.dtype) * weight
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream [n, D] after an update, x + update, and its `rms_norm`; update may be partial sums."""
+    """Return the residual stream [n, D] after an update, x + update, and its `rms_norm`; update may be partial sums."""
     x = x + sum_partials(update, x.dtype)
     return x, rms_norm(x, weight, eps)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalized over the last axis, times weight [D] plus bias [D]."""
+    """Normalize x over the last axis, times weight [D] plus bias [D]."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The tower's residual stream after an update, x + update, and its `layer_norm`."""
+    """Return the vision encoder's residual stream after an update, x + update, and its `layer_norm`."""
     x = x + update
     return x, layer_norm(x, weight, bias, eps)
 
 
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or its partial sums, taken as `dtype` (§5.2)."""
+    """Return up * silu(gate), [n, F], of up_gate [n, 2F] = up | gate, or of its partial sums, as `dtype` (§5.2)."""
     up, gate = sum_partials(up_gate, dtype or up_gate.dtype).chunk(2, -1)
     return up * F.silu(gate)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU, x * Phi(x) with the error function (§4.4); the tanh form is off by 8e-4 in the tower's output."""
+    """Exact GELU, x * Phi(x) with the error function (§4.4); the tanh form is off by 8e-4 in the encoder's output."""
     return F.gelu(x)
 
 
-# --- what a step begins with -------------------------------------------------------------------------------------
+# --- start of a step: embedding and rotary tables ---------------------------------------------------------------
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """The rows [n, D] of table [V, D] that ids int64 [n], below V, name."""
+    """Return the rows [n, D] of table [V, D] at ids, int64 [n] below V."""
     return F.embedding(ids, table)
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """cos and sin [n, r] of positions int64 [n] times inverse frequencies [n or 1, r / 2], and log-n [n] (§5.3).
+    """Return cos and sin [n, r] of positions int64 [n] times inverse frequencies [n or 1, r / 2], and log-n [n] (§5.3).
 
-    All float32, the product of position and frequency too. Log-n is log(t + 1) / log(logn_from), at least 1; None: 1.
+    All are float32, including the product of position and frequency. Log-n is log(position + 1) / log(logn_from) and at
+    least 1; it is 1 if logn_from is None.
     """
     angles = positions.float().unsqueeze(1) * frequencies
     angles = torch.cat([angles, angles], dim=1)
@@ -141,58 +142,61 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None)
     return angles.cos(), angles.sin(), factors.clamp(min=1.0).float()
 
 
-# --- what it ends with -------------------------------------------------------------------------------------------
-
-
 # --- KV cache ---------------------------------------------------------------------------------------------------
 
-SCALE_BYTES = 4  # an int8 cache holds a vector's float32 scale behind its levels
+SCALE_BYTES = 4  # an int8 cache stores a vector's float32 scale after its quantized values
 
 
 def cache_width(head_dim: int, dtype: torch.dtype) -> int:
-    """Elements that a cached vector takes."""
+    """Return the elements of a cached vector, including the scale of an int8 cache."""
     return head_dim + SCALE_BYTES if dtype == torch.int8 else head_dim
 
 
 def to_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Vectors [.., d] as a cache of `dtype` stores them. int8: x = scale * level, with scale = max |x| / 127."""
+    """Convert vectors [.., d] to a cache's `dtype`; int8: x = scale * code, with scale = max |x| / 127."""
     if dtype != torch.int8:
         return x.to(dtype)
     top = x.float().abs().amax(-1, keepdim=True)
-    levels = (x.float() * torch.where(top > 0, 127 / top, 0.0)).round().to(torch.int8)
-    return torch.cat([levels, (top / 127).contiguous().view(torch.int8)], -1)
+    codes = (x.float() * torch.where(top > 0, 127 / top, 0.0)).round().to(torch.int8)
+    return torch.cat([codes, (top / 127).contiguous().view(torch.int8)], -1)
 
 
 def from_cached(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored vectors as `dtype`."""
+    """Convert cached vectors to `dtype`."""
     if stored.dtype != torch.int8:
         return stored.to(dtype)
-    levels, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:].contiguous().view(torch.float32)
-    return (levels * scale).to(dtype)
+    codes, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return (codes * scale).to(dtype)
 
 
 # --- decoder attention -------------------------------------------------------------------------------------------
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [n, H, d] in float32, rounded to x's dtype; cos, sin [n, r] with r <= d rotated channels.
+    """Apply the rotary embedding to x [n, H, d] in float32, rounded to x's dtype; cos, sin [n, r], r <= d.
 
-    Channels j and j + r/2 turn together (Su et al. 2021 in GPT-NeoX's order); those beyond r pass.
+    Channels j and j + r/2 are rotated as a pair (Su et al. 2021, in GPT-NeoX's order); those from r on are unchanged.
     """
     rotated, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
     first, second = rotated.chunk(2, -1)
-    turned = rotated * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    rotated = rotated * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+    return torch.cat([rotated.to(x.dtype), rest], -1)
 
 
 def rotary_to_cache(
-    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
     dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
-    """Rotate q and k, scale q by log-n, store k and v: the step between the fused projection and attention (§5.3).
+) -> Tensor:
+    """Rotate q and k, scale q by log-n and store k and v: the step between the fused projection and attention (§5.3).
 
-    qkv [n, 3 * H * d], or its partial sums, taken as `dtype`; cos, sin float32 [n, r]; logn float32 [n]; caches
-    [blocks, H, block_size, d]; slots int64 [n], all different. Gives q [n, H, d]; k and v are written into the caches.
+    qkv [n, 3 * H * d], or its partial sums, rounded to `dtype`; cos, sin float32 [n, r]; logn float32 [n]; caches
+    [blocks, H, block_size, d]; slots int64 [n], all different. Returns q [n, H, d]; k and v are written to the caches.
     """
     heads, block_size = k_cache.shape[1:3]
     qkv = sum_partials(qkv, dtype or qkv.dtype)
@@ -204,22 +208,27 @@ def rotary_to_cache(
 
 
 def on_host(numbers: Sequence[int] | Tensor) -> Sequence[int]:
-    """Numbers that may lie on a device; reading them from there waits for it."""
+    """Copy a tensor of integers to the host, which waits for its device; other sequences are unchanged."""
     if isinstance(numbers, Tensor):
         return [int(number) for number in numbers.tolist()]
     return numbers
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
-) -> Tensor:  # fmt: skip
-    """Causal attention of each request's new rows over its cached keys, those of the new rows included (§5.3).
+) -> Tensor:
+    """Causal attention of each request's new tokens over its cached keys, including those of the new tokens (§5.3).
 
-    q [n, H, d]; block_tables int64 [R, most blocks]; query_starts R + 1 row numbers, so that request r has the rows
-    query_starts[r] to query_starts[r + 1], which are the last of its context_lens[r] tokens. One row a request is
-    decoding, more are prefill, whole or in chunks. Where every request decodes, both may be integer tensors on q's
-    device, which a kernel can read there, so that its launch fits a graph. Scale 1/sqrt(d). Gives [n, H * d].
+    q [n, H, d]; block_tables int64 [R, max blocks]; query_starts: R + 1 offsets into q, so that the new tokens of
+    request r are query_starts[r] to query_starts[r + 1], the last of its context_lens[r] tokens. One new token is
+    decoding; more are a prefill, whole or chunked. If every request decodes, query_starts and context_lens may be
+    integer tensors on q's device: the kernel reads them there, so that its launch can be captured in a graph. The scale
+    is 1/sqrt(d). Returns [n, H * d].
     """
     block_size, out = k_cache.shape[2], torch.empty_like(q)
     query_starts, context_lens = on_host(query_starts), on_host(context_lens)
@@ -243,14 +252,14 @@ def paged_attention(
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of an image's patches to each other, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (§4.4)."""
+    """Self-attention of each image's patches, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (§4.4)."""
     images, patches, _ = qkv.shape
     q, k, v = qkv.view(images, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """The resampler's attention: q [Q, D], the same for all images, to k and v [P, L, D] (§4.5). Gives [P, Q, D]."""
+    """The resampler's attention: q [Q, D], the same for all images, over k and v [P, L, D] (§4.5), to [P, Q, D]."""
     k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (k, v))
     q = q.view(len(q), heads, -1).transpose(0, 1).expand(len(k), -1, -1, -1)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -51,7 +51,7 @@ def test_it_is_the_same_weight(inputs: int, outputs: int, group: int, act_order:
 def test_outputs_are_laid_out_some_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qweight = checkpoint(320, 264, 64, bits=bits)[0]
     whole = interleave.to_tiles(qweight, bits, 384)
-    monkeypatch.setattr(interleave, "_AT_ONCE", 96)  # the last piece has 72
+    monkeypatch.setattr(interleave, "_OUTPUTS_AT_ONCE", 96)  # the last piece has 72
     assert torch.equal(interleave.to_tiles(qweight, bits, 384), whole) and not whole[:, 264:].any()
     assert torch.equal(interleave.from_tiles(whole, bits, 264)[: len(qweight)], qweight)
 
