@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from qvl_kernels.gpus import gpu_named
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.formats.layout import expected_tensors
 from qvl_runtime.model.cache_layout import bytes_per_token
 from qvl_runtime.weights.synthetic import SYNTHETIC, synthetic_config
 
-MACHINES = {"A100-SXM4-80GB": 2039, "H100 80GB HBM3": 3350}  # GB/s
+MACHINES = ("A100-SXM4-80GB", "H100 80GB HBM3")
 CONTEXTS = (2048, 8192)
 UNREAD = ("transformer.wte.weight",)
 
@@ -44,13 +45,13 @@ def bounds() -> Iterator[dict[str, Any]]:
     """A row for each model, machine and context, at half the context, which is what the table averages."""
     for name in SYNTHETIC:
         config = full_config(name)
-        for machine, rate in MACHINES.items():
+        for gpu in map(gpu_named, MACHINES):
             for context in CONTEXTS:
                 mean = token_bytes(config, context // 2)
                 yield {
                     "model": name,
-                    "machine": machine,
+                    "machine": gpu.name,
                     "context": context,
                     "gb_a_token": mean / 1e9,
-                    "at_most_tok_s": rate * 1e9 / mean,
+                    "at_most_tok_s": gpu.bandwidth / mean,
                 }

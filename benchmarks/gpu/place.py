@@ -10,21 +10,9 @@ from statistics import median
 
 import torch
 
+from qvl_kernels.gpus import find_gpu
 from qvl_kernels.ops import Ops
 
-PEAK_GB_S = {  # of the memory, by the vendor's data sheets
-    "A100-SXM4-80GB": 2039,
-    "A100 80GB PCIe": 1935,
-    "A100-SXM4-40GB": 1555,
-    "H100 80GB HBM3": 3350,
-    "H100 PCIe": 2000,
-    "H200": 4800,
-    "A10": 600,
-    "L4": 300,
-    "L40S": 864,
-    "RTX 3090": 936,
-    "RTX 4090": 1008,
-}
 COPIED = 1 << 30  # bytes of the copy that is the ceiling
 
 
@@ -59,7 +47,8 @@ class Place:
     def peak(self) -> int | None:
         """Bytes a second by the data sheet, or None for an unknown GPU."""
         name = "" if self.tiny else torch.cuda.get_device_name(self.device)
-        return next((gb * 10**9 for part, gb in PEAK_GB_S.items() if part in name), None)
+        gpu = find_gpu(name)
+        return gpu.bandwidth if gpu else None
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Seconds of a call: on a GPU the median of 20 with a cold cache, else a single run."""

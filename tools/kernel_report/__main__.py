@@ -62,7 +62,7 @@ def report(
 
     rows = []
     for target in targets:
-        for spec in specs(MACHINES[target].capability):
+        for spec in specs(MACHINES[target].gpu.capability):
             if not re.search(pattern, spec.name):
                 continue
             row, code = judge(spec, target)

@@ -80,7 +80,7 @@ def judge(spec: Spec, target: str) -> tuple[Row, str]:
     """Compile a kernel for a target; returns its row and its disassembly."""
     machine = MACHINES[target]
     try:
-        code = compile_launch(spec.launch, machine.capability)
+        code = compile_launch(spec.launch, machine.gpu.capability)
     except Exception as fault:  # the compiler raises many kinds; each becomes the row's error
         lines = str(fault).strip().splitlines() or [""]
         return Row(spec.name, target, error=f"{type(fault).__name__}: {lines[-1][:200]}"), ""
@@ -95,7 +95,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: MachineCode) -> Row:
     pipes = _pipe_times(spec, machine, text.instructions, loop, code.warps)
     issue = pipes.pop("issue")
     pipe = max(pipes, key=lambda name: pipes[name])
-    memory = spec.bytes_moved / machine.bandwidth
+    memory = spec.bytes_moved / machine.gpu.bandwidth
     classes = [sass.classify(line).name for line in text.instructions]
     return Row(
         kernel=spec.name,

@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qvl_kernels.gpus import GPU, gpu_named
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
+    """A GPU and the rates of its execution pipes."""
+
     label: str
-    capability: int
-    sms: int
+    gpu: GPU  # copies reach 85 to 93 % of its published bandwidth
     clock: float  # Hz
-    bandwidth: float  # bytes/s, as published; 85 to 93 % of it is what copies reach
     shared_per_sm: int  # bytes
     lanes: Mapping[str, int]  # thread results per clock and SM, by pipe
     mma_cycles: float  # of an SM's quarter, for one m16n8k16 of 16-bit floats
@@ -25,7 +27,7 @@ class Machine:
     @property
     def issue_rate(self) -> float:
         """Warp instructions a second, whole chip: four schedulers an SM, one issue a clock each."""
-        return self.sms * 4 * self.clock
+        return self.gpu.sms * 4 * self.clock
 
     def occupancy(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
         """Programs that one SM holds, and what limits them."""
@@ -45,20 +47,16 @@ class Machine:
 MACHINES = {
     "sm_80": Machine(
         "A100",
-        80,
-        108,
+        gpu_named("A100-SXM4-80GB"),
         1.41e9,
-        2039e9,
         164 << 10,
         {"alu": 64, "fma": 64, "half": 128, "mufu": 16, "convert": 16, "lsu": 32},
         mma_cycles=8.0,
     ),
     "sm_90": Machine(
         "H100",
-        90,
-        132,
+        gpu_named("H100 80GB HBM3"),
         1.70e9,
-        3350e9,
         228 << 10,
         {"alu": 64, "fma": 128, "half": 128, "mufu": 16, "convert": 16, "lsu": 32},
         mma_cycles=6.4,

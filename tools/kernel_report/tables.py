@@ -94,7 +94,7 @@ def decode_step(rows: Iterable[Row], target: str, batch: int) -> str:
     bound = sum(row.bound_us * row.per_layer for row in layer)
     lines.append(["one layer", str(launches), _kb(moved), _kb(least), f"{bound:.1f}"])
     machine = MACHINES[target]
-    head = HEAD_BYTES / machine.bandwidth * 1e6
+    head = HEAD_BYTES / machine.gpu.bandwidth * 1e6
     step = bound * LAYERS + head
     low, high = (batch * 1e6 / step * part for part in REACHED)
     table = markdown(["launch", "a layer", "KB moved", "of these weights, keys, values", "us at least"], lines)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from qvl_kernels.gpus import gpu_named
 from qvl_kernels.layouts.gpu import OUTPUTS, TILE
 from qvl_kernels.triton.launch import CAPABILITIES, blocks
 
@@ -26,7 +27,9 @@ SMALL_M = {4: 16, 8: 64}
 DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
 INT8_TILE_M = 32  # rows of an int8 program where there are more than 16: programs of the same columns share the L2
 
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}  # A100, RTX 3090 and A10, RTX 4090, H100
+MULTIPROCESSORS = {  # by capability, of the GPU whose configurations all others of that capability share
+    gpu.capability: gpu.sms for gpu in map(gpu_named, ("A100-SXM4-80GB", "RTX A6000", "RTX 4090", "H100 80GB HBM3"))
+}
 PROGRAMS = 1.5  # on each: 2 stages of 16 KB each outstanding are 48 KB, of the 18 that Little's law asks on H100
 LEAST_TILES = 4  # a program: with fewer, filling the pipeline takes longer than running it
 
