@@ -9,8 +9,10 @@ from typing import Literal
 from qvl_runtime.config.checks import require_choice, require_positive
 from qvl_runtime.config.model import DTYPES
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.prompt.limits import ImageLimits
 
 PRECISIONS = ("exact", "fast")
+_IMAGES = ImageLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +26,11 @@ class EngineConfig:
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
-    allow_urls: bool = True  # http(s) images
-    max_image_bytes: int = 20 * 2**20
-    max_image_pixels: int = 40_000_000
-    image_timeout_s: float = 10.0
-    max_images: int = 16  # a request
+    allow_urls: bool = _IMAGES.allow_urls  # http(s) images
+    max_image_bytes: int = _IMAGES.max_image_bytes
+    max_image_pixels: int = _IMAGES.max_image_pixels
+    image_timeout_s: float = _IMAGES.image_timeout_s
+    max_images: int = _IMAGES.max_images  # a request
     image_cache_bytes: int = 256 * 2**20  # features kept, by content; an image of the full model is 2 MiB
     kv_cache_bytes: int | None = None  # None: four contexts, but at most half of the memory that is free
     kv_dtype: str = "auto"  # "auto": the model's; "int8": half of 16 bits, with a scale for each token and head
@@ -43,14 +45,24 @@ class EngineConfig:
             raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
         require_choice("dtype", self.dtype, ("auto", *DTYPES))
         require_choice("precision", self.precision, PRECISIONS)
-        require_positive(self, "", "max_image_bytes", "max_image_pixels", "image_timeout_s", "image_cache_bytes")
+        require_positive(self, "", "image_cache_bytes")
         require_choice("kv_dtype", self.kv_dtype, ("auto", "int8"))
         require_positive(self, "", "max_running", "max_step_tokens")
         if self.kv_cache_bytes is not None:
             require_positive(self, "", "kv_cache_bytes")
         if self.speculative_tokens < 0:
             raise ConfigError(f"speculative_tokens is {self.speculative_tokens}; expected 0 (off) or more")
-        if self.max_images < 0:
-            raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
+        self.image_limits  # noqa: B018 - constructing it validates the image fields
         if self.max_model_len is not None:
             require_positive(self, "", "max_model_len")
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The limits on the images of a prompt. Raises `ConfigError` for a value out of range."""
+        return ImageLimits(
+            max_image_bytes=self.max_image_bytes,
+            max_image_pixels=self.max_image_pixels,
+            image_timeout_s=self.image_timeout_s,
+            max_images=self.max_images,
+            allow_urls=self.allow_urls,
+        )

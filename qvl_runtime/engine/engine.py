@@ -25,7 +25,6 @@ from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
-from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.core import EngineCore
@@ -94,15 +93,12 @@ class Engine:
         if engine_config.synthetic is not None:
             self.folder = Path(f"synthetic {engine_config.synthetic}")  # reported as what runs
         self.max_model_len = engine_config.max_model_len or config.context_limit
-        limits = ImageLimits(
-            max_bytes=engine_config.max_image_bytes,
-            max_pixels=engine_config.max_image_pixels,
-            timeout_s=engine_config.image_timeout_s,
-            max_images=engine_config.max_images,
-            allow_urls=engine_config.allow_urls,
-        )
         self._prompts = PromptEncoder(
-            self.tokenizer, config.visual.image_size, defaults.chat_format, defaults.max_window_size, limits=limits
+            self.tokenizer,
+            config.visual.image_size,
+            defaults.chat_format,
+            defaults.max_window_size,
+            limits=engine_config.image_limits,
         )
         runner = self._load_runner(engine_config, config)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None

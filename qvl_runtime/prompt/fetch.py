@@ -33,7 +33,7 @@ def is_http_url(source: object) -> bool:
 
 
 def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
-    """Read an encoded image of at most `limits.max_bytes` bytes.
+    """Read an encoded image of at most `limits.max_image_bytes` bytes.
 
     `described` names the image in error messages. Raises `ImageError` for a file or data URL that cannot be read or is
     too large, and `DownloadError` for a URL that cannot or may not be fetched.
@@ -57,7 +57,7 @@ def _read_file(path: str | os.PathLike[str], limits: ImageLimits, described: str
             raise ImageError(f"{described} is not a regular file; expected the path of an image")
         check_size(status.st_size, limits, described)
         with open(path, "rb") as file:
-            return file.read(limits.max_bytes)
+            return file.read(limits.max_image_bytes)
     except FileNotFoundError:
         raise ImageError(f"{described} does not exist; relative paths are resolved against {os.getcwd()}") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
@@ -80,9 +80,9 @@ def _read_data_url(url: str, limits: ImageLimits, described: str) -> bytes:
 
 def check_size(size: int, limits: ImageLimits, described: str) -> None:
     """Raise `ImageError` if an encoded image has more bytes than allowed."""
-    if size > limits.max_bytes:
+    if size > limits.max_image_bytes:
         raise ImageError(
-            f"{described} has {size:,} bytes, over the limit of {limits.max_bytes:,}: "
+            f"{described} has {size:,} bytes, over the limit of {limits.max_image_bytes:,}: "
             "shrink it or raise max_image_bytes"
         )
 
@@ -101,7 +101,7 @@ def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
 
     threading.Thread(target=work, name="fetch-image", daemon=True).start()
     try:
-        outcome = result.get(timeout=limits.timeout_s)
+        outcome = result.get(timeout=limits.image_timeout_s)
     except queue.Empty:
         outcome = TimeoutError()
     if isinstance(outcome, bytes):
@@ -110,7 +110,8 @@ def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
         raise outcome
     if isinstance(outcome, TimeoutError) or isinstance(getattr(outcome, "reason", None), TimeoutError):
         raise DownloadError(
-            f"{described} took longer than {limits.timeout_s:g} s: try again, raise image_timeout_s or pass a file"
+            f"{described} took longer than {limits.image_timeout_s:g} s: "
+            "try again, raise image_timeout_s or pass a file"
         )
     cause = " ".join(str(outcome).split()) or type(outcome).__name__
     raise DownloadError(f"{described} cannot be fetched: {cause}") from outcome
@@ -119,10 +120,10 @@ def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
 def _download(url: str, limits: ImageLimits, described: str) -> bytes:
     import urllib.request
 
-    deadline = time.monotonic() + limits.timeout_s
+    deadline = time.monotonic() + limits.image_timeout_s
     ascii_url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # a browser shows 图.png; the request needs %E5...
     headers = {"User-Agent": "qvl-runtime", "Accept": "image/*"}
-    with _opener().open(urllib.request.Request(ascii_url, headers=headers), timeout=limits.timeout_s) as response:
+    with _opener().open(urllib.request.Request(ascii_url, headers=headers), timeout=limits.image_timeout_s) as response:
         declared = response.headers.get("Content-Length", "")
         if declared.isdecimal():
             check_size(int(declared), limits, described)

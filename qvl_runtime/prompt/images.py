@@ -115,7 +115,9 @@ def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
         # PIL's own guard, at 179 million pixels, raises before the size can be read; its message has the count.
         count = re.search(r"\d+", str(error))
         pixels = f" with {int(count[0]):,}" if count else ""
-        raise ImageError(f"{described} is over the limit of {limits.max_pixels:,} pixels{pixels}: shrink it") from error
+        raise ImageError(
+            f"{described} is over the limit of {limits.max_image_pixels:,} pixels{pixels}: shrink it"
+        ) from error
     except _DAMAGE as error:
         raise ImageError(f"{described} is damaged: {error}; send the image again") from error
     with image:
@@ -148,9 +150,9 @@ def _from_array(array: np.ndarray[Any, Any], described: str) -> Image.Image:
 
 def _check_pixels(image: Image.Image, limits: ImageLimits, described: str) -> None:
     width, height = image.size
-    if width * height > limits.max_pixels:
+    if width * height > limits.max_image_pixels:
         raise ImageError(
-            f"{described} is {width} x {height}, over the limit of {limits.max_pixels:,} pixels: "
+            f"{described} is {width} x {height}, over the limit of {limits.max_image_pixels:,} pixels: "
             "shrink it or raise max_image_pixels"
         )
     if width * height == 0:

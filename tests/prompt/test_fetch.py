@@ -17,7 +17,7 @@ from qvl_runtime.prompt.limits import ImageLimits
 FILE = io.BytesIO()
 Image.new("RGB", (40, 30), "green").save(FILE, "PNG")
 PNG = FILE.getvalue()
-QUICK = ImageLimits(timeout_s=0.4)
+QUICK = ImageLimits(image_timeout_s=0.4)
 
 
 class Site(BaseHTTPRequestHandler):

@@ -164,21 +164,21 @@ class TestLimits:
         assert "\n" not in str(caught.value)
 
     def test_pixels_of_arrays_and_pil(self, pattern: np.ndarray) -> None:
-        limits = ImageLimits(max_pixels=37 * 53 - 1)
+        limits = ImageLimits(max_image_pixels=37 * 53 - 1)
         for source in (pattern, Image.fromarray(pattern), encoded(pattern)):
             with pytest.raises(ImageError, match="is 53 x 37, over the limit of 1,960 pixels"):
                 load_image(source, 28, limits)
-        assert load_image(pattern, 28, ImageLimits(max_pixels=37 * 53)).width == 53
+        assert load_image(pattern, 28, ImageLimits(max_image_pixels=37 * 53)).width == 53
 
     def test_bytes(self, pattern: np.ndarray, tmp_path: Path) -> None:
         data = encoded(pattern)
         path = tmp_path / "a.png"
         path.write_bytes(data)
-        limits = ImageLimits(max_bytes=len(data) - 1)
+        limits = ImageLimits(max_image_bytes=len(data) - 1)
         for source in (data, path, "data:image/png;base64," + base64.b64encode(data).decode()):
             with pytest.raises(ImageError, match=f"over the limit of {len(data) - 1:,}"):
                 load_image(source, 28, limits)
-        assert load_image(path, 28, ImageLimits(max_bytes=len(data))).width == 53
+        assert load_image(path, 28, ImageLimits(max_image_bytes=len(data))).width == 53
 
     def test_files_and_urls_can_be_refused(self, tmp_path: Path) -> None:
         closed = ImageLimits(allow_files=False, allow_urls=False)
@@ -188,7 +188,9 @@ class TestLimits:
         with pytest.raises(DownloadError, match="allow_urls"):
             load_image("http://example.com/a.png", 28, closed)
 
-    @pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"max_pixels": -1}, {"timeout_s": 0}, {"max_images": -1}])
+    @pytest.mark.parametrize(
+        "wrong", [{"max_image_bytes": 0}, {"max_image_pixels": -1}, {"image_timeout_s": 0}, {"max_images": -1}]
+    )
     def test_limits_are_checked(self, wrong: dict[str, int]) -> None:
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
             ImageLimits(**wrong)
