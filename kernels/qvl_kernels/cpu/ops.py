@@ -126,7 +126,7 @@ def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
     first, second = first.contiguous(), second.contiguous()
     (rows, left), right, size = first.shape, second.shape[1], first.element_size()
     y = empty((rows, left + right), first.dtype)
-    library().ready().concat_outputs(first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr())
+    library().ready().side_by_side(first.data_ptr(), left * size, second.data_ptr(), right * size, rows, y.data_ptr())
     return y
 
 
