@@ -3,6 +3,9 @@
 Draws its own images, learns its own vocabulary, trains on two cores, goes on after a stop from the state in
 `--folder`, and writes there the log (log.jsonl) and the scores (scores.jsonl). With `--export` it writes the checkpoint
 in the published layout, in bfloat16 and as GPTQ Int4, and with `--plot` the training curve, and trains no more.
+
+With `--from DIR` a run starts from the weights and the vocabulary of a checkpoint, with a fresh optimizer and its own
+schedule, in a folder of its own. docs/nano.md has the flags of the second run, whose weights are shipped.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from tools.nano.scenes import check_fonts
 from tools.nano.team import Team
 from tools.nano.trainer import Recipe, Trainer, parameters
 from tools.nano.vocabulary import RANKS, corpus, learn_ranks, write_ranks
+from tools.nano.warm import take_vocabulary
 
 CONFIG: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
@@ -63,9 +67,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def prepare(folder: Path) -> Tokenizer:
+def prepare(folder: Path, start: Path | None = None) -> Tokenizer:
     """Write config.json and qwen.tiktoken into the folder, where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        take_vocabulary(start, folder)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     vocabulary = folder / "qwen.tiktoken"
     if not vocabulary.exists():
@@ -78,6 +84,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/nano"), help="state, log and scores (default: %(default)s)"
     )
+    parser.add_argument("--from", type=Path, dest="start", metavar="DIR", help="start from this checkpoint's weights")
     for f in fields(Recipe):
         parser.add_argument(
             "--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help="default: %(default)s"
@@ -88,6 +95,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="train no more: draw the curve of the logs")
     args = vars(parser.parse_args())
     folder, target, image = args.pop("folder"), args.pop("export"), args.pop("plot")
+    start = args.pop("start")
     if image is not None:
         plot(folder, image)
     if target is not None:
@@ -96,11 +104,11 @@ def main() -> None:
     if image is not None or target is not None:
         return
     check_fonts()
-    tokenizer = prepare(folder)
+    tokenizer = prepare(folder, start)
     recipe = replace(Recipe(), **args)
     config = ModelConfig.from_dict(CONFIG)
     team = Team(recipe.processes, parameters(config))
-    team.run(lambda member: Trainer(folder, config, tokenizer, recipe, member).run())
+    team.run(lambda member: Trainer(folder, config, tokenizer, recipe, member, start).run())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .dialogue import GREETINGS, Turn, about_two, turns
+from .practice import crowded, practice
 from .probe import Labels, dense_labels
 from .scenes import SceneConfig, Thing, draw_scene
 
@@ -72,8 +73,18 @@ class Row:
 
 
 class Packer:
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, scenes: SceneConfig, length: int = 330) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        scenes: SceneConfig,
+        length: int = 330,
+        weak: float = 0.0,
+        chinese: float = CHINESE,
+    ) -> None:
+        """weak, chinese: shares of the pictures that are crowded and asked as in `practice`, and asked in Chinese."""
         self.tokenizer, self.scenes, self.length = tokenizer, scenes, length
+        self.weak, self.chinese = weak, chinese
         self.visual = config.visual
         self.image = "<img></img>\n"  # which the tokenizer fills with pads
         self.grids = (config.visual.grid, math.isqrt(config.visual.n_queries))
@@ -84,9 +95,11 @@ class Packer:
         return self.tokenizer.encode(text)
 
     def batch(self, rng: Generator, images: int) -> Batch:
-        drawn = [draw_scene(rng, self.scenes) for _ in range(images)]
+        hard = [self.weak > 0 and rng.random() < self.weak for _ in range(images)]
+        drawn = [draw_scene(rng, crowded(self.scenes) if h else self.scenes) for h in hard]
         scenes = [things for _, things in drawn]
-        rows, which = [self._one(rng, things) for things in scenes], [[i] for i in range(images)]
+        rows = [self._one(rng, things, h) for things, h in zip(scenes, hard, strict=True)]
+        which = [[i] for i in range(images)]
         if rng.random() < PAIRS:
             first, second = (int(i) for i in rng.permutation(images)[:2])
             rows.append(self._two(rng, scenes[first], scenes[second]))
@@ -119,10 +132,13 @@ class Packer:
             out += [(r, start, p) for start, p in zip(starts, images, strict=True)]
         return np.array(out, dtype=np.int64).reshape(-1, 3)
 
-    def _one(self, rng: Generator, things: list[Thing]) -> Row:
-        chinese, raw = rng.random() < CHINESE, rng.random() < RAW
-        said = turns(rng, things, chinese)
-        said = [said[0], *(said[i] for i in 1 + rng.permutation(len(said) - 1))]  # the caption always fits
+    def _one(self, rng: Generator, things: list[Thing], hard: bool) -> Row:
+        chinese, raw = rng.random() < self.chinese, rng.random() < RAW
+        if hard:
+            said = practice(rng, things, chinese)
+        else:
+            said = turns(rng, things, chinese)
+            said = [said[0], *(said[i] for i in 1 + rng.permutation(len(said) - 1))]  # the caption always fits
         row = Row(self.length, chained=not raw and rng.random() < CHAINED)
         row.start(self.encode(("" if raw else SYSTEM) + "Picture 1:" + self.image))
         if row.chained:
@@ -133,18 +149,18 @@ class Packer:
 
     def _two(self, rng: Generator, first: list[Thing], second: list[Thing]) -> Row:
         """Both pictures at once, or the second one in the second turn."""
-        chinese = rng.random() < CHINESE
+        chinese = rng.random() < self.chinese
         said = about_two(rng, (first, second), chinese)
         said = [said[i] for i in rng.permutation(len(said))]
         row = Row(self.length, chained=rng.random() < 0.4)
         if not row.chained:
-            row.start(self.encode(SYSTEM + f"Picture 1:{self.picture}Picture 2:{self.picture}"))
+            row.start(self.encode(SYSTEM + f"Picture 1:{self.image}Picture 2:{self.image}"))
         else:
-            row.start(self.encode(SYSTEM + f"Picture 1:{self.picture}"))
+            row.start(self.encode(SYSTEM + f"Picture 1:{self.image}"))
             short = [t for t in turns(rng, first, chinese) if t.sort not in ("caption", "describe")]
             self._add(row, short[int(rng.integers(len(short)))], False, "")
         for i, turn in enumerate(said):
-            opening = (NEXT if row.chained else "") + (f"Picture 2:{self.picture}" if row.chained and i == 0 else "")
+            opening = (NEXT if row.chained else "") + (f"Picture 2:{self.image}" if row.chained and i == 0 else "")
             self._add(row, turn, False, opening)
         return row
 

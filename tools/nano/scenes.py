@@ -24,9 +24,10 @@ DEBIAN_FONTS = "fonts-dejavu fonts-noto-color-emoji fonts-noto-cjk fonts-wqy-mic
 
 @dataclass(frozen=True, slots=True)
 class SceneConfig:
-    """side: pixels of the square picture; most: things in it; small, large: size of a thing as a share of the side."""
+    """side: pixels of the square picture; least, most: things; small, large: size of a thing as a share of the side."""
 
     side: int = 144
+    least: int = 1
     most: int = 3
     small: float = 0.22
     large: float = 0.45
@@ -96,7 +97,7 @@ def _compose(rng: Generator, config: SceneConfig) -> tuple[Image.Image, list[Thi
     ground, base = _ground(rng, side)
     canvas = Image.fromarray(ground)
     colours = [c for c, rgb in COLOURS.items() if np.abs(np.array(rgb) - base).max() > 70]
-    makers = [_object] * int(rng.integers(1, config.most + 1))
+    makers = [_object] * int(rng.integers(config.least, config.most + 1))
     if rng.random() < config.plate:
         makers[0] = _plate  # plates are the widest: place them first
     taken: list[tuple[int, int, int, int]] = []

@@ -20,11 +20,12 @@ from qvl_runtime.prompt.tokenizer import Tokenizer
 from .decoding import answers
 from .network import Nano
 from .optimizer import Average, Optimizer
-from .packing import Batch, Packer
+from .packing import CHINESE, Batch, Packer
 from .probe import Probe
 from .scenes import SceneConfig
 from .scoring import score
 from .team import Team
+from .warm import take_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Recipe:
     probe: float = 0.5  # weight of the auxiliary loss, falling to a tenth at `probe_until`
     probe_until: float = 0.7
     average: float = 0.995
+    weak: float = 0.0  # share of crowded pictures that are asked for what a first run leaves weak: `practice`
+    chinese: float = CHINESE  # share of the pictures that are asked about in Chinese
     seed: int = 1
     score_every: float = 10.0  # minutes
     score_scenes: int = 100
@@ -54,15 +57,28 @@ class Recipe:
 
 
 class Trainer:
-    """One process of a training run. Files in `folder`: state.pt, log.jsonl (steps) and scores.jsonl."""
+    """One process of a training run. Files in `folder`: state.pt, log.jsonl (steps) and scores.jsonl.
 
-    def __init__(self, folder: Path, config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe, team: Team) -> None:
+    A run without a state.pt starts from random weights, or from those of the checkpoint `start`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        recipe: Recipe,
+        team: Team,
+        start: Path | None = None,
+    ) -> None:
         torch.manual_seed(recipe.seed)
         torch.set_num_threads(1)
         self.folder, self.recipe, self.team = folder, recipe, team
         self.scenes = SceneConfig(side=config.visual.image_size)
-        self.packer = Packer(tokenizer, config, self.scenes)
+        self.packer = Packer(tokenizer, config, self.scenes, weak=recipe.weak, chinese=recipe.chinese)
         self.model = Nano(config).bfloat16()
+        if start is not None:
+            take_weights(self.model, start)
         self.probe = Probe(config.visual.width, config.hidden_size)
         self.params = [p for m in (self.model, self.probe) for p in m.parameters() if p.requires_grad]
         self.optimizer = Optimizer(self.model, self.probe, config, recipe.rate)
