@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qvl_runtime.engine.async_engine import AsyncEngine as AsyncEngine
     from qvl_runtime.engine.engine import Engine as Engine
-    from qvl_runtime.engine.engine import Score as Score
+    from qvl_runtime.engine.score import Score as Score
     from qvl_runtime.errors import QVLError as QVLError
     from qvl_runtime.prompt.boxes import Box as Box
     from qvl_runtime.prompt.images import load_image as load_image
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "AsyncEngine": "qvl_runtime.engine.async_engine",
     "Engine": "qvl_runtime.engine.engine",
-    "Score": "qvl_runtime.engine.engine",
+    "Score": "qvl_runtime.engine.score",
     "QVLError": "qvl_runtime.errors",
     "Box": "qvl_runtime.prompt.boxes",
     "load_image": "qvl_runtime.prompt.images",

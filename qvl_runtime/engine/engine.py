@@ -6,50 +6,30 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-import torch
-from torch import Tensor
-
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.generation import GenerationDefaults
-from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
+from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe
+from qvl_runtime.engine.score import Score, score_prompt
 from qvl_runtime.errors import PromptError, QVLError
-from qvl_runtime.formats.host_memory import trim_heap
-from qvl_runtime.host import choose_device, choose_dtype, free_memory
-from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
-from qvl_runtime.model.qwen_vl import QwenVL
-from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.core import EngineCore
-from qvl_runtime.schedule.image_cache import ImageCache
-from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.request import Request
-from qvl_runtime.schedule.runner import Chunk, Runner, Span
 from qvl_runtime.schedule.scheduler import StepLimits
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.weights.hub import Source, resolve_model
-from qvl_runtime.weights.loader import load_weights, model_config
-from qvl_runtime.weights.synthetic import synthetic_config, synthetic_weights
+from qvl_runtime.weights.loader import model_config
+from qvl_runtime.weights.synthetic import synthetic_config
 
 _log = logging.getLogger("qvl_runtime")
 
 NANO = Path(__file__).parents[1] / "nano"
-SCORED_AT_ONCE = 256 * 2**20  # bytes of logits that `score` computes at once unless they are returned
-
-
-class Score(NamedTuple):
-    """The log probability of each token of a prompt, given those before it."""
-
-    token_ids: tuple[int, ...]  # n
-    logprobs: Tensor  # float32 [n - 1], natural logarithms; entry i is that of token i + 1
-    logits: Tensor | None  # float32 [n, vocab], if requested
 
 
 class Encoded(NamedTuple):
@@ -100,7 +80,7 @@ class Engine:
             defaults.max_window_size,
             limits=engine_config.image_limits,
         )
-        runner = self._load_runner(engine_config, config)
+        runner = load_runner(engine_config, config, self.folder, self.max_model_len)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
         self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter)
         self._load_s = time.perf_counter() - began
@@ -108,30 +88,6 @@ class Engine:
         kernels = self.report()["kernels"]
         if "reference" in kernels["ops"] and not os.environ.get("QVL_KERNELS"):
             _log.warning("no fast kernels: %s", kernels["why"])
-
-    def _load_runner(self, engine_config: EngineConfig, config: ModelConfig) -> Runner:
-        """Load the weights, allocate the KV cache in the memory that is left, and capture decode graphs."""
-        device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
-        on_host = engine_config.embedding_on_host
-        state: MutableMapping[str, Tensor]
-        free: int | None = None
-        if engine_config.synthetic is None:  # the size of a synthetic model is known only once it is loaded
-            free = memory_after_loading(engine_config, config, dtype, self.folder, device)
-            state, packed = load_weights(self.folder, config, dtype, device, on_host)
-        else:
-            state, packed = synthetic_weights(config, dtype, device, engine_config.repeat_blocks)
-        model = QwenVL(config, state, engine_config.precision, packed, embedding_on_host=on_host)
-        del state, packed
-        trim_heap()
-        kv_dtype = torch.int8 if engine_config.kv_dtype == "int8" else dtype
-        free = free_memory(device) if free is None else free
-        spare = spare_bytes(model, engine_config, kv_dtype)
-        per_token = bytes_per_token(config, kv_dtype)
-        num_kv_tokens = kv_cache_tokens(engine_config, per_token, self.max_model_len, free, spare)
-        cache = KVCache(config, num_kv_tokens, kv_dtype, device, engine_config.prefix_caching)
-        runner = Runner(model, cache, ImageCache(engine_config.image_cache_bytes))
-        capture_graphs(runner, engine_config, self.max_model_len)
-        return runner
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -141,13 +97,13 @@ class Engine:
         A prompt is a string with Qwen's tags, a list of parts, messages, or token ids with images. With n > 1 a
         completion holds its further answers in `alternatives`.
         """
-        batch = _as_list(prompts)
+        batch = _prompt_list(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise PromptError(f"there are {len(batch)} prompts and {len(each)} sampling parameters; expected as many")
         encoded = [
             self.encode(prompt) for prompt in batch
-        ]  # before any is submitted: an invalid prompt costs no answer
+        ]  # all before the first is submitted: an error costs no answer
         requests: list[Request] = []
         try:
             for prompt, prompt_params in zip(encoded, each, strict=True):
@@ -221,24 +177,8 @@ class Engine:
         return self.generate([messages], params)[0]
 
     def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
-        """The log probability of each token of a prompt after the first, pad ids of images included."""
-        encoded = self._prompts.encode(prompt)
-        ids = encoded.token_ids
-        self.core.check_length(len(ids))
-        runner = self.core.runner
-        features = runner.features([span.image for span in encoded.spans])
-        spans = [Span(span.start, image_features) for span, image_features in zip(encoded.spans, features, strict=True)]
-        self.core.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
-        with runner.cache.sequence(ntk_alpha(self.config, len(ids))) as sequence:
-            hidden = runner.run([Chunk(sequence, ids, spans)])
-        chunk = len(ids) if return_logits else max(1, SCORED_AT_ONCE // (4 * self.config.vocab_size))
-        next_ids = torch.tensor(ids[1:], device=hidden.device)
-        logprobs, logits = [], torch.empty(0)
-        for start in range(0, len(ids), chunk):
-            logits = runner.model.logits(hidden[start : start + chunk]).float()
-            targets = next_ids[start : start + chunk, None]
-            logprobs.append((logits[: len(targets)].log_softmax(-1)).gather(1, targets)[:, 0])
-        return Score(tuple(ids), torch.cat(logprobs), logits if return_logits else None)
+        """Return the log probability of each token of a prompt after the first, pad ids of images included."""
+        return score_prompt(self.core, self._prompts.encode(prompt), return_logits)
 
     def report(self) -> dict[str, Any]:
         """Return what runs: model, device, dtype, kernels and why those, memory in bytes, caches and hit rates."""
@@ -297,7 +237,7 @@ class Engine:
             raise RuntimeError("there are unanswered requests, but none of them can make progress")
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts as a list; a string or dict alone is one prompt.
 
     Raises `PromptError` for the parts of one prompt that are not in a list of their own.

@@ -1,0 +1,51 @@
+"""Load a model and what it runs with: weights, KV cache, image cache and decode graphs."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qvl_runtime.config.engine import EngineConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
+from qvl_runtime.formats.host_memory import trim_heap
+from qvl_runtime.host import choose_device, choose_dtype, free_memory
+from qvl_runtime.model.cache_layout import bytes_per_token
+from qvl_runtime.model.qwen_vl import QwenVL
+from qvl_runtime.schedule.image_cache import ImageCache
+from qvl_runtime.schedule.kv_cache import KVCache
+from qvl_runtime.schedule.runner import Runner
+from qvl_runtime.weights.loader import load_weights
+from qvl_runtime.weights.synthetic import synthetic_weights
+
+
+def load_runner(engine_config: EngineConfig, config: ModelConfig, folder: Path, max_model_len: int) -> Runner:
+    """Load the weights of `folder`, allocate the KV cache in the memory that is left, and capture decode graphs.
+
+    The folder is not read for synthetic weights. Raises `ConfigError` or `CapacityError` where memory does not suffice,
+    and `CheckpointError` for a damaged checkpoint.
+    """
+    device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
+    on_host = engine_config.embedding_on_host
+    state: MutableMapping[str, Tensor]
+    free: int | None = None
+    if engine_config.synthetic is None:  # the size of a synthetic model is known only once it is loaded
+        free = memory_after_loading(engine_config, config, dtype, folder, device)
+        state, packed = load_weights(folder, config, dtype, device, on_host)
+    else:
+        state, packed = synthetic_weights(config, dtype, device, engine_config.repeat_blocks)
+    model = QwenVL(config, state, engine_config.precision, packed, embedding_on_host=on_host)
+    del state, packed
+    trim_heap()
+    kv_dtype = torch.int8 if engine_config.kv_dtype == "int8" else dtype
+    free = free_memory(device) if free is None else free
+    spare = spare_bytes(model, engine_config, kv_dtype)
+    per_token = bytes_per_token(config, kv_dtype)
+    num_kv_tokens = kv_cache_tokens(engine_config, per_token, max_model_len, free, spare)
+    cache = KVCache(config, num_kv_tokens, kv_dtype, device, engine_config.prefix_caching)
+    runner = Runner(model, cache, ImageCache(engine_config.image_cache_bytes))
+    capture_graphs(runner, engine_config, max_model_len)
+    return runner

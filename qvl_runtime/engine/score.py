@@ -1,0 +1,48 @@
+"""Score a prompt: the log probability of each of its tokens, for evaluation and calibration."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qvl_runtime.model.cache_layout import BLOCK_SIZE
+from qvl_runtime.model.rotary import ntk_alpha
+from qvl_runtime.prompt.chatml import EncodedPrompt
+from qvl_runtime.schedule.core import EngineCore
+from qvl_runtime.schedule.runner import Chunk, Span
+
+LOGIT_BYTES = 256 * 2**20  # of logits that are computed at once unless they are returned
+
+
+class Score(NamedTuple):
+    """The log probability of each token of a prompt, given those before it."""
+
+    token_ids: tuple[int, ...]  # n
+    logprobs: Tensor  # float32 [n - 1], natural logarithms; entry i is that of token i + 1
+    logits: Tensor | None  # float32 [n, vocab], if requested
+
+
+def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool = False) -> Score:
+    """Return the log probability of each token of an encoded prompt after the first, pad ids of images included.
+
+    The prompt is prefilled in one step, outside the scheduler. Raises `CapacityError` if it is too
+    long.
+    """
+    ids, runner = encoded.token_ids, core.runner
+    config = runner.model.config
+    core.check_length(len(ids))
+    features = runner.features([span.image for span in encoded.spans])
+    spans = [Span(span.start, image_features) for span, image_features in zip(encoded.spans, features, strict=True)]
+    core.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
+    with runner.cache.sequence(ntk_alpha(config, len(ids))) as sequence:
+        hidden = runner.run([Chunk(sequence, ids, spans)])
+    chunk = len(ids) if return_logits else max(1, LOGIT_BYTES // (4 * config.vocab_size))
+    next_ids = torch.tensor(ids[1:], device=hidden.device)
+    logprobs, logits = [], torch.empty(0)
+    for start in range(0, len(ids), chunk):
+        logits = runner.model.logits(hidden[start : start + chunk]).float()
+        targets = next_ids[start : start + chunk, None]
+        logprobs.append((logits[: len(targets)].log_softmax(-1)).gather(1, targets)[:, 0])
+    return Score(tuple(ids), torch.cat(logprobs), logits if return_logits else None)
