@@ -10,66 +10,11 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.cpu.attention import cross_attention, paged_attention, vision_attention
-from qvl_kernels.cpu.dense import linear
 from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
-from qvl_kernels.cpu.linears import LAYOUTS, bind, pack_gptq, prepare_gptq, prepare_linear, unpack_to_qweight
 from qvl_kernels.cpu.memory import empty, empty_like
 from qvl_kernels.reference import (
-    BoundLinear,
-    Packed,
-    Precision,
     SampledTokens,
-    SamplingRows,
-    add_layer_norm,
-    cache_width,
-    from_cached,
-    gptq_dequantize,
-    gptq_linear,
-    rotate_half,
-    sample,
-    sum_partials,
-    to_cached,
-    unpack_rows,
 )
-
-__all__ = [
-    "LAYOUTS",
-    "BoundLinear",
-    "Packed",
-    "Precision",
-    "SampledTokens",
-    "SamplingRows",
-    "add_layer_norm",
-    "add_rms_norm",
-    "bind",
-    "cache_width",
-    "concat_outputs",
-    "cross_attention",
-    "embedding",
-    "from_cached",
-    "gelu",
-    "gptq_dequantize",
-    "gptq_linear",
-    "greedy",
-    "layer_norm",
-    "linear",
-    "pack_gptq",
-    "paged_attention",
-    "prepare_gptq",
-    "prepare_linear",
-    "rms_norm",
-    "rotary_tables",
-    "rotary_to_cache",
-    "rotate_half",
-    "sample",
-    "sum_partials",
-    "swiglu",
-    "to_cached",
-    "unpack_rows",
-    "unpack_to_qweight",
-    "vision_attention",
-]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

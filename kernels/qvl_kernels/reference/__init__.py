@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from qvl_kernels.reference.ops import (
+from qvl_kernels.reference.linears import (
     LAYOUTS,
-    SCALE_BYTES,
     BoundLinear,
     Linear,
     Packed,
     Precision,
+    bind,
+    gptq_dequantize,
+    gptq_linear,
+    linear,
+    pack_gptq,
+    pack_rows,
+    prepare_gptq,
+    prepare_linear,
+    unpack_rows,
+    unpack_to_qweight,
+)
+from qvl_kernels.reference.ops import (
+    SCALE_BYTES,
     add_layer_norm,
     add_rms_norm,
-    bind,
     cache_width,
     concat_outputs,
     cross_attention,
     embedding,
     from_cached,
     gelu,
-    gptq_dequantize,
-    gptq_linear,
     layer_norm,
-    linear,
     on_host,
-    pack_gptq,
-    pack_rows,
     paged_attention,
-    prepare_gptq,
-    prepare_linear,
     rms_norm,
     rotary_tables,
     rotary_to_cache,
@@ -35,11 +39,14 @@ from qvl_kernels.reference.ops import (
     sum_partials,
     swiglu,
     to_cached,
-    unpack_rows,
-    unpack_to_qweight,
     vision_attention,
 )
-from qvl_kernels.reference.sampling import SampledTokens, SamplingRows, greedy, sample
+from qvl_kernels.reference.sampling import (
+    SampledTokens,
+    SamplingRows,
+    greedy,
+    sample,
+)
 
 __all__ = [
     "LAYOUTS",

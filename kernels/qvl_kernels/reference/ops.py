@@ -15,62 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl_kernels.reference.linears import (
-    LAYOUTS,
-    BoundLinear,
-    Linear,
-    Packed,
-    Precision,
-    bind,
-    gptq_dequantize,
-    gptq_linear,
-    linear,
-    pack_gptq,
-    pack_rows,
-    prepare_gptq,
-    prepare_linear,
-    unpack_rows,
-    unpack_to_qweight,
-)
-
-__all__ = [
-    "LAYOUTS",
-    "SCALE_BYTES",
-    "BoundLinear",
-    "Linear",
-    "Packed",
-    "Precision",
-    "add_layer_norm",
-    "add_rms_norm",
-    "bind",
-    "cache_width",
-    "concat_outputs",
-    "cross_attention",
-    "embedding",
-    "from_cached",
-    "gelu",
-    "gptq_dequantize",
-    "gptq_linear",
-    "layer_norm",
-    "linear",
-    "on_host",
-    "pack_gptq",
-    "pack_rows",
-    "paged_attention",
-    "prepare_gptq",
-    "prepare_linear",
-    "rms_norm",
-    "rotary_tables",
-    "rotary_to_cache",
-    "rotate_half",
-    "sum_partials",
-    "swiglu",
-    "to_cached",
-    "unpack_rows",
-    "unpack_to_qweight",
-    "vision_attention",
-]
-
 
 def sum_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Add a linear's float32 partial sums [S, n, out], rounded to `dtype`; an output [n, out] is unchanged."""
