@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from qvl_runtime.host import device_name, machine_cpu_seconds, process_cpu_seconds
 
 DISTURBED = 0.15  # cores that other processes may use during a sample that counts
 
@@ -50,8 +50,8 @@ def alternate(
 
 def others() -> Callable[[], float]:
     """Start watching the machine; what comes back says how many cores other processes have used since."""
-    busy, own, start = _busy(), _own(()), time.perf_counter()
-    return lambda: max(0.0, (_busy() - busy) - (_own(()) - own)) / (time.perf_counter() - start)
+    busy, own, start = machine_cpu_seconds(), _own(()), time.perf_counter()
+    return lambda: max(0.0, (machine_cpu_seconds() - busy) - (_own(()) - own)) / (time.perf_counter() - start)
 
 
 def say(**figures: Any) -> None:
@@ -64,7 +64,6 @@ def setting() -> dict[str, Any]:
     import torch
 
     from qvl_kernels import report
-    from qvl_runtime.host import device_name
 
     cpu = torch.device("cpu")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -79,12 +78,12 @@ def setting() -> dict[str, Any]:
 
 def _sample(call: Callable[[], object], least_s: float, processes: tuple[int, ...]) -> tuple[float, float]:
     time.sleep(PAUSE)
-    busy, own, start, count = _busy(), _own(processes), time.perf_counter(), 0
+    busy, own, start, count = machine_cpu_seconds(), _own(processes), time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < least_s:
         call()
         count += 1
     spent = time.perf_counter() - start
-    return spent / count, max(0.0, (_busy() - busy) - (_own(processes) - own)) / spent
+    return spent / count, max(0.0, (machine_cpu_seconds() - busy) - (_own(processes) - own)) / spent
 
 
 def _summary(samples: list[tuple[float, float]]) -> Timing:
@@ -94,19 +93,10 @@ def _summary(samples: list[tuple[float, float]]) -> Timing:
     return Timing(seconds, min(s for s, _ in samples), len(samples), len(calm), load)
 
 
-def _busy() -> float:
-    """CPU seconds that the whole machine has worked (Linux)."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-
-
 def _own(processes: tuple[int, ...]) -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     total = used.ru_utime + used.ru_stime
-    for process in processes:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
+    return total + sum(map(process_cpu_seconds, processes))
 
 
 def _short(value: Any) -> Any:

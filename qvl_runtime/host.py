@@ -1,4 +1,4 @@
-"""The machine that the package runs on: its devices and its memory. The one reader of /proc."""
+"""The machine that the package runs on: its devices, memory and CPU time. The only reader of /proc."""
 
 from __future__ import annotations
 
@@ -116,6 +116,31 @@ def reset_peak_memory(device: torch.device | None = None) -> None:
             clear.write_text("5")  # "reset the peak resident set size", proc(5)
         except OSError:
             return
+
+
+def is_file_mapping(address: int) -> bool:
+    """Whether an address of this process is in a mapping of a file; False if the OS does not report mappings."""
+    maps = PROC / "self" / "maps"
+    if not maps.is_file():
+        return False
+    with maps.open() as lines:
+        for line in lines:  # "first-end perms offset device inode path"; other memory has inode 0, proc(5)
+            first, _, rest = line.partition("-")
+            if int(first, 16) <= address < int(rest[: rest.index(" ")], 16):
+                return line.split(maxsplit=5)[4] != "0"
+    return False
+
+
+def machine_cpu_seconds() -> float:
+    """Return the CPU seconds that all processes of the machine have used since it started (Linux only)."""
+    ticks = [int(field) for field in _lines("stat")[0].split()[1:9]]  # entries 3 and 4 are idle and iowait
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def process_cpu_seconds(process: int) -> float:
+    """Return the CPU seconds, user and system, that the process of this id has used (Linux only)."""
+    fields = "\n".join(_lines(f"{process}/stat")).rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _kib(file: str, field: str) -> int | None:

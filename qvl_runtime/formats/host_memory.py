@@ -37,18 +37,10 @@ def release(tensor: Tensor) -> None:
 
 def release_source(tensor: Tensor) -> None:
     """`release` a tensor that was repacked, if it is a view of a mapped file; other tensors are left alone."""
-    if sys.platform.startswith("linux") and _in_file(tensor.data_ptr()):
+    from qvl_runtime.host import is_file_mapping  # which imports torch
+
+    if is_file_mapping(tensor.data_ptr()):
         release(tensor)
-
-
-def _in_file(address: int) -> bool:
-    """Whether an address is in a mapping of a file: in proc(5) `maps`, other memory has inode 0."""
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            first, _, rest = line.partition("-")
-            if int(first, 16) <= address < int(rest[: rest.index(" ")], 16):
-                return line.split(maxsplit=5)[4] != "0"
-    return False
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[Tensor]:
