@@ -1,8 +1,8 @@
-"""Attention on a CPU, and the choice between the kernel of csrc/attention.inl and torch's fused one.
+"""Attention on a CPU: the choice between the kernel of csrc/attention.inl and torch's fused attention.
 
-The kernel's two products, rows by keys, are AMX tiles for bfloat16 and fused multiply-adds in float32 else. Torch's, on
-GEMMs of its own, is kept where it was measured to be faster: 512 rows of 128 channels on a machine without any vector
-instructions of ours, and images (1024 patches, 16 heads of 104) up to AVX2, 124 ms to 310.
+The kernel's two products use AMX tiles for bfloat16, and float32 fused multiply-adds otherwise. Torch's attention is
+used where it was measured to be faster: 512 rows of 128 channels on a machine without any of our vector instruction
+sets, and images (1024 patches, 16 heads of 104) up to AVX2, 124 ms against 310 ms.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from qvl_kernels import reference
 from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.memory import empty
 
-MOST_DIM = 256  # the widest head of the kernel
-FEW_PORTABLE = 16  # rows of a request up to which the portable kernel is as fast as torch: 51 to 33 ms at 30 of 330
-TORCH_WHOLE = ("avx2", "portable")  # instruction sets with which torch is faster where all rows see all keys
+MAX_HEAD_DIM = 256  # channels of the widest head that the kernel supports
+FEW_PORTABLE = (
+    16  # rows of a request up to which the portable kernel is as fast as torch; 51 against 33 ms at 30 of 330
+)
+TORCH_WHOLE = ("avx2", "portable")  # instruction sets with which torch is faster for attention without a mask
 
 
 def report() -> str:
-    """Which attention runs, for the report."""
+    """Describe the attention kernels in use, for the report."""
     used = library().instruction_set
     if used == "portable":
         return f"C++ for up to {FEW_PORTABLE} rows of a request; torch for more and for images"
@@ -38,11 +40,12 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
+    """`reference.paged_attention`; on a portable build torch computes requests of more than `FEW_PORTABLE` rows."""
     reason = _not_covered(q, k_cache, v_cache)
     if reason is not None:
         warn_fallback("paged_attention", reason)
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
-    if library().instruction_set == "portable" and _most_rows(query_starts) > FEW_PORTABLE:
+    if library().instruction_set == "portable" and _max_rows(query_starts) > FEW_PORTABLE:
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
     q, tables = q.contiguous(), block_tables.contiguous()
     n, heads, head_dim = q.shape
@@ -57,6 +60,7 @@ def paged_attention(
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
+    """`reference.vision_attention`."""
     images, patches, width = qkv.shape
     head_dim = width // (3 * heads)
     q, k, v = qkv.contiguous().view(images, patches, heads, 3, head_dim).unbind(3)
@@ -64,14 +68,15 @@ def vision_attention(qkv: Tensor, heads: int) -> Tensor:
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`reference.cross_attention`."""
     q, k, v = (t.reshape(*t.shape[:-1], heads, -1) for t in (q.expand(len(k), -1, -1).contiguous(), k, v))
     return _whole("cross_attention", q, k, v)
 
 
 def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of all queries [P, Q, H, d] to all keys [P, L, H, d] of their image: [P, Q, H * d].
+    """Attention of all queries [P, Q, H, d] over all keys [P, L, H, d] of their image, without a mask: [P, Q, H * d].
 
-    The kernel reads a paged cache: an image is taken for a block of L tokens.
+    The kernel reads a paged cache: each image is passed as one block of L tokens.
     """
     reason = _not_covered(q, k, v)
     if reason is not None:
@@ -92,23 +97,23 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _not_covered(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the attention kernel cannot take these, or None."""
+    """Return why the attention kernel does not support these tensors, or None."""
     if q.dtype not in FLOATS or k.dtype not in CODES or k.dtype != v.dtype:
         return f"its dtypes are {q.dtype}, {k.dtype} and {v.dtype}"
-    if q.shape[-1] > MOST_DIM:
-        return f"a head of {q.shape[-1]} channels is wider than {MOST_DIM}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"a head of {q.shape[-1]} channels is wider than {MAX_HEAD_DIM}"
     strided = (q.dim() == 4 and len(q) > 1 and q.stride(0) != q.shape[1] * q.stride(1)) or k.stride() != v.stride()
-    return "its tensors are strided apart" if strided or k.stride(-1) != 1 or q.stride(-1) != 1 else None
+    return "the strides of its tensors are not supported" if strided or k.stride(-1) != 1 or q.stride(-1) != 1 else None
 
 
-def _most_rows(query_starts: Sequence[int] | Tensor) -> int:
+def _max_rows(query_starts: Sequence[int] | Tensor) -> int:
     if isinstance(query_starts, Tensor):  # all requests decode
         return 1
     return max((end - start for start, end in pairwise(query_starts)), default=0)
 
 
 def _integers(values: Sequence[int] | Tensor) -> ctypes.Array[ctypes.c_int64] | int:
-    """Numbers as the kernel reads them: a copy, or a tensor in place, whose values may change until a replay."""
+    """Pass integers to the kernel: a copy, or the address of a tensor, whose values may change until a replay."""
     if isinstance(values, Tensor):
         if values.dtype != torch.int64 or not values.is_contiguous():
             raise ValueError(f"starts and lengths are {values.dtype} {list(values.shape)}; expected contiguous int64")

@@ -1,4 +1,4 @@
-"""Dense linears on a CPU: our kernels for few rows and for bfloat16 on AMX tiles, torch's GEMM for the rest."""
+"""Dense linears on a CPU: our kernels for few rows and for bfloat16 on AMX tiles, torch's GEMM otherwise."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from qvl_kernels.cpu.library import CODES, FLOATS, LibraryError, library, pointer
 from qvl_kernels.cpu.memory import empty
 
-FEW_DENSE = 4  # rows up to which a dense weight is read at the speed of memory; beyond, AMX tiles or torch's GEMM
+FEW_DENSE = 4  # rows up to which a dense linear is memory-bound; beyond, AMX tiles or torch's GEMM
 
 
 def in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
-    """What gemm(rows, into) writes for the rows of x [.., in], [.., outputs]: in 16-bit floats by one or two of few
-    numbers of rows, zeros behind the last.
+    """Map x [.., in] to [.., outputs] by calls of gemm(rows, into); in 16-bit floats with padded numbers of rows.
 
-    For these torch's GEMMs (oneDNN) compile code for each new number of rows and keep it, 0.5 MiB a shape of weight,
-    between the activations in the heap; and prompts of a new length would wait for it. In float32 they are another
-    library's, which does not.
+    For 16-bit floats torch's GEMMs (oneDNN) compile code for each new number of rows and keep it, 0.5 MiB for each
+    shape of weight, between the activations in the heap, and each prompt of a new length would wait for it. So they are
+    called once or twice with the numbers of rows of `step_sizes`, padded with zeros. Float32 uses another library,
+    which does not compile.
     """
     flat = x.reshape(-1, x.shape[-1])
     rows = len(flat)
@@ -34,11 +34,11 @@ def in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) 
 
 
 def step_sizes(rows: int) -> list[int]:
-    """The largest power of two in `rows`, and for the rest the next of 16, 32, 48, 64, 96, 128, 192, ...
+    """Return the largest power of two in `rows`, and for the remainder the next of 16, 32, 48, 64, 96, 128, 192, ...
 
-    Up to 1024 rows these are 11 numbers, with zeros for 6 % of the rows on average (65 to 1024, each as often).
-    One GEMM rounded up to an eighth of a power of two had 5 % and 32 numbers: on nano 39 MiB more in the heap after 150
-    prompts of 5 to 1000 tokens, and still growing.
+    Up to 1024 rows these are 11 sizes, and padding is 6 % of the rows on average (65 to 1024, uniformly). A single GEMM
+    rounded up to an eighth of a power of two would have 5 % padding but 32 sizes: on nano 39 MiB more in the heap after
+    150 prompts of 5 to 1000 tokens, and still growing.
     """
     if rows <= 32:
         return [16 if rows <= 16 else 32]
@@ -52,15 +52,15 @@ def step_sizes(rows: int) -> list[int]:
 
 
 def in_tiles(dtype: str) -> bool:
-    """Whether dense weights of a dtype, by name, meet many rows on AMX tiles here, and not in torch's GEMM."""
+    """Whether many rows of a dtype, by name, are multiplied by dense weights on AMX tiles here, not by torch's GEMM."""
     try:
         return dtype == "bfloat16" and library().instruction_set == "amx"
-    except LibraryError:  # plain torch runs
+    except LibraryError:  # the reference ops run
         return False
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`: few rows at the speed of memory, bfloat16 on AMX tiles, else more through torch's GEMM."""
+    """`reference.linear`: memory-bound for few rows, bfloat16 on AMX tiles, otherwise torch's GEMM."""
     rows = x.numel() // max(1, x.shape[-1])
     dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
@@ -77,7 +77,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _gemm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """y [n, outputs] = x weight + bias, weight [in, outputs], by torch: what F.linear calls, in memory at hand."""
+    """Write y [n, outputs] = x weight + bias, weight [in, outputs], by the torch op that F.linear calls."""
     if bias is None:
         torch.mm(x, weight, out=y)
     else:

@@ -1,4 +1,4 @@
-"""The shared library of CPU kernels: found, loaded, and its kernels as Python callables for one instruction set."""
+"""The shared library of CPU kernels: it is found, loaded and wrapped in Python callables for one instruction set."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import Tensor
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-ABI = 3  # of csrc/library.h: what the library must have been built with
-_REBUILD = "build it anew: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
+ABI = 3  # the ABI of csrc/library.h, which the library must have been built with
+_REBUILD = "rebuild it: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
 
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
-SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
+SIGNATURES = {  # P is a pointer, i an int64, d a double; csrc/ documents each argument
     "linear_int8": "PiiiiPPPPiiiPP",
     "linear_exact": "PiiiiPPPPiiiPP",
     "linear_dense": "PiiiPiPP",
@@ -45,27 +45,27 @@ SIGNATURES = {  # P a pointer, i an integer, d a float; csrc/ says what each is
 
 
 _log = logging.getLogger("qvl_kernels")
-FALLBACKS: dict[str, str] = {}  # ops that ran in plain torch since the process began, and why: for the report
+FALLBACKS: dict[str, str] = {}  # ops that ran in plain torch since the process started, and why, for the report
 
 
 def warn_fallback(op: str, reason: str) -> None:
-    """Note that an op runs in plain torch; the first time, and for each new reason, with a warning."""
+    """Record that an op runs in plain torch, with a warning the first time and for each new reason."""
     if FALLBACKS.get(op) != reason:
         FALLBACKS[op] = reason
-        _log.warning("%s runs in plain torch, one to ten times slower than its C++ kernel: %s", op, reason)
+        _log.warning("%s runs in plain torch, up to 10x slower than its C++ kernel: %s", op, reason)
 
 
 class LibraryError(RuntimeError):
-    """The kernels cannot run here; the message says why."""
+    """The CPU kernels cannot run here; the message says why and what to do about it."""
 
 
 class Library:
-    """The kernels for one instruction set, each an attribute; `threads` follows torch's setting."""
+    """The kernels for one instruction set, as attributes of `kernels`; `threads` follows torch's setting."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """instruction_set: "amx", "avx512", "avx2" or "portable"; None is the best that this CPU has.
+        """Load the kernels for "amx", "avx512", "avx2" or "portable"; None selects the best that this CPU supports.
 
-        Raises `LibraryError` where the library was not built, or cannot run what is asked.
+        Raises `LibraryError` if the library was not built or does not support the instruction set.
         """
         handle = _load()
         handle.qvl_instruction_sets.restype = ctypes.c_char_p
@@ -75,7 +75,7 @@ class Library:
         self.instruction_set = instruction_set or self.available[0]
         if self.instruction_set not in self.available:
             raise LibraryError(
-                f"the instruction set asked for is {self.instruction_set!r}; this CPU and build have "
+                f"the requested instruction set is {self.instruction_set!r}; this CPU and build support "
                 f"{', '.join(self.available)}"
             )
         self._entry: Callable[[bytes, bytes], int] = handle.qvl_entry
@@ -84,13 +84,15 @@ class Library:
         self.kernels = SimpleNamespace(**{name: self._kernel(handle, name) for name in SIGNATURES})
         self._set_threads: Callable[[int], None] = handle.qvl_set_threads
         handle.qvl_set_threads.argtypes = (ctypes.c_int64,)
-        self.threads = 0  # as many as the pool was last told of
-        self.replay: Callable[[ctypes.Array[Any], int], None] = handle.qvl_replay  # calls of cpu_replay.py
+        self.threads = 0  # the number last passed to the thread pool
+        self.replay: Callable[[ctypes.Array[Any], int], None] = (
+            handle.qvl_replay
+        )  # runs the calls recorded by replay.py
         handle.qvl_replay.argtypes, handle.qvl_replay.restype = (ctypes.c_void_p, ctypes.c_int64), None
-        self._recorders: dict[int, SimpleNamespace] = {}  # by thread: what its calls go through
+        self._recorders: dict[int, SimpleNamespace] = {}  # by thread id: the kernels that record
 
     def ready(self) -> SimpleNamespace:
-        """The kernels, told how many threads torch may use; while this thread records its calls, those that do so."""
+        """Return the kernels, after setting torch's number of threads; if this thread records, those that record."""
         threads = torch.get_num_threads()
         if threads != self.threads:
             self._set_threads(threads)
@@ -99,12 +101,12 @@ class Library:
 
     @property
     def records(self) -> bool:
-        """Whether this thread records its calls."""
+        """Whether this thread is recording its kernel calls."""
         return bool(self._recorders) and get_ident() in self._recorders
 
     @contextmanager
     def recording(self, kernels: SimpleNamespace) -> Iterator[None]:
-        """Give this thread `kernels` in place of its own for a while."""
+        """Replace this thread's kernels by `kernels`, which record their calls, inside the context."""
         self._recorders[get_ident()] = kernels
         try:
             yield
@@ -112,17 +114,17 @@ class Library:
             del self._recorders[get_ident()]
 
     def entry(self, name: str) -> int:
-        """The address of a kernel's entry, by which recorded calls name it."""
+        """Return the address of a kernel's entry, which identifies it in recorded calls."""
         return self._entry(self.instruction_set.encode(), name.encode())
 
     def _kernel(self, handle: ctypes.CDLL, name: str) -> Callable[..., None]:
-        found = ctypes.c_char_p()
-        address = handle.qvl_kernel(self.instruction_set.encode(), name.encode(), ctypes.byref(found))
-        arguments = (found.value or b"").decode()
+        signature = ctypes.c_char_p()
+        address = handle.qvl_kernel(self.instruction_set.encode(), name.encode(), ctypes.byref(signature))
+        arguments = (signature.value or b"").decode()
         if not address or arguments != SIGNATURES[name]:
             raise LibraryError(
                 f"{handle._name} was built from other sources: its kernel {name!r} takes {arguments or 'nothing'}, "
-                f"this version gives {SIGNATURES[name]}; {_REBUILD}"
+                f"this version passes {SIGNATURES[name]}; {_REBUILD}"
             )
         kernel: Callable[..., None] = ctypes.CFUNCTYPE(None, *(_KINDS[k] for k in SIGNATURES[name]))(address)
         return kernel
@@ -132,7 +134,7 @@ _active: Library | None = None
 
 
 def library() -> Library:
-    """The library in use, loaded at the first call; `QVL_CPU_ISA` names an instruction set instead of the best."""
+    """Return the library in use, loaded on the first call; `QVL_CPU_ISA` overrides the best instruction set."""
     global _active
     if _active is None:
         _active = Library(os.environ.get("QVL_CPU_ISA") or None)
@@ -141,7 +143,7 @@ def library() -> Library:
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[Library]:
-    """Run another instruction set's kernels for a while, as tests and benchmarks do."""
+    """Use another instruction set's kernels inside the context, for tests and benchmarks."""
     global _active
     before, _active = _active, Library(name)
     try:
@@ -151,25 +153,26 @@ def instruction_set(name: str) -> Iterator[Library]:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Where a tensor lies, as a kernel takes it; a null pointer for none."""
+    """Return the address of a tensor for a kernel, or None, a null pointer, for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _load() -> ctypes.CDLL:
-    named = os.environ.get("QVL_CPU_LIBRARY")  # another build, such as that of `make asan`
-    here = Path(__file__).parents[1]
-    found = [Path(named)] if named else [path for suffix in EXTENSION_SUFFIXES for path in here.glob(f"_cpu{suffix}")]
-    if not found:
+    override = os.environ.get("QVL_CPU_LIBRARY")  # another build, such as that of `make asan`
+    package = Path(__file__).parents[1]
+    built = [path for suffix in EXTENSION_SUFFIXES for path in package.glob(f"_cpu{suffix}")]
+    paths = [Path(override)] if override else built
+    if not paths:
         raise LibraryError(
             f"the CPU kernels were not built (no C++ compiler at install time?): install g++ and {_REBUILD}"
         )
     try:
-        handle = ctypes.CDLL(str(found[0]))
+        handle = ctypes.CDLL(str(paths[0]))
     except OSError as fault:
-        raise LibraryError(f"{found[0].name} cannot be loaded ({fault}): {_REBUILD}") from fault
+        raise LibraryError(f"{paths[0].name} cannot be loaded ({fault}): {_REBUILD}") from fault
     abi = handle.qvl_abi() if hasattr(handle, "qvl_abi") else "none"
     if abi != ABI:
         raise LibraryError(
-            f"{found[0]} was built from other sources: its ABI is {abi}, this version wants {ABI}; {_REBUILD}"
+            f"{paths[0]} was built from other sources: its ABI is {abi}, this version needs {ABI}; {_REBUILD}"
         )
     return handle

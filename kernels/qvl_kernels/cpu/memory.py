@@ -1,4 +1,4 @@
-"""Memory for what ops give on a CPU: places in the heap that fit the next tensor of the same size."""
+"""Memory for the outputs of ops on a CPU: aligned allocations that reuse holes of the same size."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 from qvl_kernels.cpu.library import library
 
 LINE = 64  # bytes
-LARGE = 32 << 10  # bytes from which on a tensor's place is worth 3 us of Python
+LARGE = 32 << 10  # bytes; for smaller tensors the 3 us of Python are not worth it
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialized tensor, aligned to a cache line.
+    """Allocate an uninitialized tensor, aligned to a cache line.
 
-    Torch asks the C library for aligned memory, and glibc (2.36) looks for a hole of 96 bytes more than that, which a
-    tensor of the same size never left: each layer of a step went on above the holes of those before. Nano's heap grew
-    by 19 MiB in 2048 tokens of which 8 were in use at once. A plain request of 64 bytes more, aligned here, fits such
-    a hole: 5 MiB. While a step is recorded, torch makes the tensor: its recording takes those over.
+    Torch requests aligned memory from the C library, and glibc (2.36) searches for a hole 96 bytes larger, which a
+    freed tensor of the same size never leaves: each layer of a step allocated above the holes of the previous ones.
+    Nano's heap grew by 19 MiB over 2048 tokens while 8 MiB were in use at once. A plain request for 64 bytes more,
+    aligned here, fits such a hole: 5 MiB. While a step is recorded, torch allocates the tensor, and the recording moves
+    it to its arena.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < LARGE or library().records:
@@ -32,5 +33,5 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """The same of the shape and dtype of x, contiguous."""
+    """Allocate `empty` memory of the shape and dtype of x, contiguous."""
     return empty(x.shape, x.dtype)

@@ -1,7 +1,7 @@
 """The ops on a CPU: the names and signatures of `reference`, on the C++ kernels of csrc/.
 
-What no kernel covers (float64, a head wider than 256 channels, weights of another dtype than their input) runs in plain
-torch, which is said: a warning the first time, and a line in the report.
+Inputs that no kernel supports (float64, a head wider than 256 channels, weights whose dtype differs from their input's)
+run in plain torch, with a warning the first time and a line in the report.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from qvl_kernels.reference import (
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
     if not _same_floats(x, weight) or weight.shape != x.shape[-1:]:
-        warn_fallback("rms_norm", _mixed(x, weight))
+        warn_fallback("rms_norm", _unsupported(x, weight))
         return reference.rms_norm(x, weight, eps)
     x, y = x.contiguous(), empty_like(x)
     width = x.shape[-1]
@@ -30,8 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm`, for an update [n, D]: CPU kernels have no partial sums."""
     if not _same_floats(x, weight, update) or x.shape != update.shape or weight.shape != x.shape[-1:]:
-        warn_fallback("add_rms_norm", _mixed(x, update, weight))
+        warn_fallback("add_rms_norm", _unsupported(x, update, weight))
         return reference.add_rms_norm(x, update, weight, eps)
     x, update = x.contiguous(), update.contiguous()
     total, y = empty_like(x), empty_like(x)
@@ -44,8 +46,9 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`reference.layer_norm`."""
     if not _same_floats(x, weight, bias) or not weight.shape == bias.shape == x.shape[-1:]:
-        warn_fallback("layer_norm", _mixed(x, weight, bias))
+        warn_fallback("layer_norm", _unsupported(x, weight, bias))
         return reference.layer_norm(x, weight, bias, eps)
     x, y = x.contiguous(), empty_like(x)
     width = x.shape[-1]
@@ -56,9 +59,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`reference.swiglu`, for up_gate [n, 2F]: CPU kernels have no partial sums."""
     width = up_gate.shape[-1] // 2
     if up_gate.dtype not in FLOATS or up_gate.dim() == 3 or up_gate.shape[-1] != 2 * width:
-        warn_fallback("swiglu", _mixed(up_gate))
+        warn_fallback("swiglu", _unsupported(up_gate))
         return reference.swiglu(up_gate, dtype)
     x, y = up_gate.contiguous(), empty((*up_gate.shape[:-1], width), up_gate.dtype)
     library().ready().swiglu(x.data_ptr(), CODES[x.dtype], len(x), width, y.data_ptr())
@@ -66,6 +70,7 @@ def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
+    """`reference.concat_outputs`."""
     if first.dtype != second.dtype or first.dim() != 2:
         return reference.concat_outputs(first, second)
     first, second = first.contiguous(), second.contiguous()
@@ -76,8 +81,9 @@ def concat_outputs(first: Tensor, second: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
+    """`reference.gelu`."""
     if x.dtype not in FLOATS:
-        warn_fallback("gelu", _mixed(x))
+        warn_fallback("gelu", _unsupported(x))
         return reference.gelu(x)
     x, y = x.contiguous(), empty_like(x)
     library().ready().gelu(x.data_ptr(), CODES[x.dtype], x.numel(), y.data_ptr())
@@ -85,6 +91,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def embedding(ids: Tensor, table: Tensor) -> Tensor:
+    """`reference.embedding`."""
     y = empty((len(ids), table.shape[1]), table.dtype)
     ids, table = ids.contiguous(), table.contiguous()
     library().ready().gather_rows(
@@ -94,6 +101,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.rotary_tables`."""
     rows, half = len(positions), frequencies.shape[-1]
     positions, frequencies = positions.contiguous(), frequencies.expand(rows, half).contiguous()
     cos, sin, logn = (empty(shape, frequencies.dtype) for shape in ((rows, 2 * half), (rows, 2 * half), (rows,)))
@@ -105,6 +113,7 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, logn_from: int | None)
 
 
 def greedy(logits: Tensor) -> SampledTokens:
+    """`reference.greedy`."""
     if logits.dtype not in FLOATS:
         return reference.greedy(logits)
     logits, rows = logits.contiguous(), len(logits)
@@ -119,10 +128,11 @@ def rotary_to_cache(
     qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
+    """`reference.rotary_to_cache`, for qkv [n, 3 * H * d]: CPU kernels have no partial sums."""
     heads, block_size, _ = k_cache.shape[1:]
     plain = all(t.is_contiguous() for t in (k_cache, v_cache, cos, sin, logn, slots))
     if qkv.dtype not in FLOATS or qkv.dim() == 3 or not plain:
-        warn_fallback("rotary_to_cache", _mixed(qkv, k_cache, v_cache))
+        warn_fallback("rotary_to_cache", _unsupported(qkv, k_cache, v_cache))
         return reference.rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
     qkv, head_dim = qkv.contiguous(), qkv.shape[-1] // (3 * heads)
     q = empty((len(qkv), heads, head_dim), qkv.dtype)
@@ -138,7 +148,7 @@ def _same_floats(x: Tensor, *others: Tensor) -> bool:
     return x.dtype in FLOATS and all(t.dtype == x.dtype and t.is_contiguous() for t in others)
 
 
-def _mixed(*tensors: Tensor) -> str:
-    """What tensors are, where that is why a kernel cannot take them."""
+def _unsupported(*tensors: Tensor) -> str:
+    """Say which dtypes and shapes a kernel does not support."""
     kinds = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors)
-    return f"it is given {', '.join(kinds)}"
+    return f"its kernel does not support {', '.join(kinds)}"

@@ -1,7 +1,7 @@
-"""A function's kernel calls recorded while it runs, and run again by one call of C, with no Python between them.
+"""Record the kernel calls of a function and replay them by one call into C, without Python in between.
 
-What is recorded are addresses. Tensors that the function is given must stay where they are, which is the caller's part;
-those that it makes lie in an arena, where one that is let go leaves its place to the next, as in any allocator.
+The recording holds addresses. The caller must keep the function's input tensors in place; the tensors that it allocates
+are in an arena, where the memory of a freed tensor is reused by the next one, as in any allocator.
 """
 
 from __future__ import annotations
@@ -21,41 +21,48 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qvl_kernels.cpu.library import SIGNATURES, library
 
 LINE = 64  # bytes
-MAKES = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
+ALLOCATING_OPS = {
+    "aten::empty",
+    "aten::new_empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty_strided",
+}
 
 
 class Arena:
-    """Memory for the tensors of functions that never run at the same time; what one left is used by the next."""
+    """Memory for the tensors of recorded functions that never run at the same time and share it."""
 
     def __init__(self) -> None:
+        """Start empty; `nbytes` is the memory allocated so far."""
         self.nbytes = 0
-        self._places: dict[int, NDArray[np.uint8]] = {}  # by address
+        self._chunks: dict[int, NDArray[np.uint8]] = {}  # by address
         self._free: list[NDArray[np.uint8]] = []
 
     def like(self, x: Tensor) -> Tensor:
-        """An uninitialized tensor of the shape and dtype of x, which is contiguous; its place is free when it goes."""
-        place = self._take(x.nbytes)
-        lease = place[: x.nbytes]
-        weakref.finalize(lease, self._free.append, place).atexit = False
+        """Allocate an uninitialized tensor like x, which is contiguous; its chunk is reused once it is freed."""
+        chunk = self._take(x.nbytes)
+        lease = chunk[: x.nbytes]
+        weakref.finalize(lease, self._free.append, chunk).atexit = False
         return torch.frombuffer(lease, dtype=x.dtype).view(x.shape)
 
     def window(self, x: Tensor) -> Tensor:
-        """The same memory as x, of which others may make use when x has gone; x itself where it is not of the arena."""
-        place = self._places.get(x.data_ptr())
-        return x if place is None else torch.frombuffer(place[: x.nbytes], dtype=x.dtype).view(x.shape)
+        """Return a view of x's memory that does not keep it allocated; x itself if it is not in the arena."""
+        chunk = self._chunks.get(x.data_ptr())
+        return x if chunk is None else torch.frombuffer(chunk[: x.nbytes], dtype=x.dtype).view(x.shape)
 
     def _take(self, nbytes: int) -> NDArray[np.uint8]:
-        """The smallest free place that is large enough. Sizes are powers of two, so that places fit others too."""
-        fitting = [i for i, place in enumerate(self._free) if len(place) >= nbytes]
+        """Take the smallest free chunk that is large enough. Sizes are powers of two, so that chunks can be reused."""
+        fitting = [i for i, chunk in enumerate(self._free) if len(chunk) >= nbytes]
         if fitting:
             return self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
         size = max(LINE, 1 << (nbytes - 1).bit_length())
         raw = np.empty(size + LINE, np.uint8)
         start = -raw.ctypes.data % LINE
-        place = raw[start : start + size]
-        self._places[place.ctypes.data] = place
+        chunk = raw[start : start + size]
+        self._chunks[chunk.ctypes.data] = chunk
         self.nbytes += size
-        return place
+        return chunk
 
 
 class _Argument(ctypes.Union):
@@ -67,14 +74,15 @@ class _Call(ctypes.Structure):
 
 
 class Recording:
-    """What a function of no arguments did, as calls of kernels.
+    """The kernel calls of a function without arguments.
 
-    `fallback_reason` says why it cannot be replayed: something other than a kernel computed. None otherwise.
+    `fallback_reason` says why they cannot be replayed: something other than a kernel computed. None otherwise.
     """
 
     def __init__(self, function: Callable[[], Tensor]) -> None:
+        """Start empty, for a function; `of` runs and records it."""
         self.library = library()
-        self._function = function  # which keeps alive what it was given: weights, caches, static buffers
+        self._function = function  # keeps its inputs alive: weights, caches, static buffers
         self.fallback_reason: str | None = None
         self._calls: list[_Call] = []
         self._list: ctypes.Array[_Call]
@@ -82,7 +90,7 @@ class Recording:
 
     @classmethod
     def of(cls, function: Callable[[], Tensor], arena: Arena) -> tuple[Recording, Tensor]:
-        """Run a function, a run like any other, and record it; also gives the result."""
+        """Run a function normally while recording it; returns the recording and the result."""
         recording = cls(function)
         with recording.library.recording(recording._kernels()), _Watch(recording, arena):
             output = function()
@@ -91,19 +99,20 @@ class Recording:
         return recording, output
 
     def replay(self) -> Tensor:
-        """The result, computed anew where the last one was, on as many threads as torch may use now.
+        """Compute the result again, in the memory of the previous one, on torch's current number of threads.
 
-        It holds until the next replay or recording in the same arena.
+        It is valid until the next replay or recording in the same arena.
         """
         self.library.ready()
         self.library.replay(self._list, len(self._calls))
         return self._output
 
     def __len__(self) -> int:
-        """How many calls it holds."""
+        """Return the number of recorded calls."""
         return len(self._calls)
 
     def fall_back(self, reason: str) -> None:
+        """Mark the recording as one that cannot be replayed; the first reason is kept."""
         self.fallback_reason = self.fallback_reason or reason
 
     def _kernels(self) -> SimpleNamespace:
@@ -113,12 +122,12 @@ class Recording:
         kernel, entry, letters = getattr(self.library.kernels, name), self.library.entry(name), SIGNATURES[name]
         fields = [{"P": "pointer", "i": "integer", "d": "number"}[letter] for letter in letters]
 
-        def call(*given: Any) -> None:
-            kernel(*given)
+        def call(*values: Any) -> None:
+            kernel(*values)
             arguments = (_Argument * len(fields))()
-            for argument, field, value in zip(arguments, fields, given, strict=True):
+            for argument, field, value in zip(arguments, fields, values, strict=True):
                 if isinstance(value, ctypes.Array):
-                    self.fall_back(f"{name} is given numbers of the host, which would stay as they are")
+                    self.fall_back(f"{name} is passed numbers on the host, which a replay could not update")
                     return
                 setattr(argument, field, value)
             self._calls.append(_Call(entry, arguments))
@@ -127,7 +136,7 @@ class Recording:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Puts tensors that are made into the arena, and refuses ops of torch that compute."""
+    """Moves new tensors to the arena, and rejects torch ops that compute."""
 
     def __init__(self, recording: Recording, arena: Arena) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -135,23 +144,23 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: else torch imports its compiler to skip this, 146 MiB and 1.7 s at the first token."""
+        """Return False: otherwise torch imports its compiler to skip this, 146 MiB and 1.7 s at the first token."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if name in MAKES and result.is_contiguous() and result.nbytes:
+        if name in ALLOCATING_OPS and result.is_contiguous() and result.nbytes:
             return self._arena.like(result)
-        if name not in MAKES and not _only_looks(func, result, args):
+        if name not in ALLOCATING_OPS and not _only_views(func, result, args):
             self._recording.fall_back(f"{name.removeprefix('aten::')} runs in torch")
         return result
 
 
-def _only_looks(func: Any, result: Any, args: Any) -> bool:
-    """Whether an op gave nothing but a view of a tensor that it was given."""
+def _only_views(func: Any, result: Any, args: Any) -> bool:
+    """Whether an op returned nothing but views of its arguments."""
     if func._schema.is_mutable:
         return False
-    given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-    made = result if isinstance(result, (tuple, list)) else [result]
-    return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in given for x in made)
+    storages = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+    results = result if isinstance(result, (tuple, list)) else [result]
+    return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in storages for x in results)

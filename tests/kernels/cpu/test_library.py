@@ -20,14 +20,14 @@ COMPILER = shutil.which("g++")
 @pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")
 def test_a_library_of_another_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_library, "ABI", -1)
-    with pytest.raises(cpu_library.LibraryError, match=r"its ABI is \d+, this version wants -1; build it anew"):
+    with pytest.raises(cpu_library.LibraryError, match=r"its ABI is \d+, this version needs -1; rebuild it"):
         cpu_library.Library()
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")
 def test_a_kernel_that_takes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cpu_library.SIGNATURES, "gelu", "PiiPd")
-    with pytest.raises(cpu_library.LibraryError, match="'gelu' takes PiiP, this version gives PiiPd; build it anew"):
+    with pytest.raises(cpu_library.LibraryError, match="'gelu' takes PiiP, this version passes PiiPd; rebuild it"):
         cpu_library.Library()
 
 

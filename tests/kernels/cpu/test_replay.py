@@ -74,7 +74,7 @@ def test_what_a_recording_cannot_hold_is_refused(rng: torch.Generator) -> None:
         (lambda: cpu.gelu(x.double()), "runs in torch"),
         (lambda: torch.cat([x, x]), "cat runs in torch"),
         (lambda: cpu.linear(x.repeat(3, 1), torch.ones(3, 64)), "runs in torch"),
-        (lambda: cpu.paged_attention(*attend, [0, 1, 2], [3, 4]), "attention is given numbers of the host"),
+        (lambda: cpu.paged_attention(*attend, [0, 1, 2], [3, 4]), "attention is passed numbers on the host"),
         (lambda: cpu.paged_attention(*attend, *tensors), None),
         (lambda: cpu.gelu(x.view(4, 32)[1:].contiguous()), None),
     ):
