@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 	@$(INSTALL_TRITON) || echo 'triton is not installed: no wheel fits this machine; its tests will skip'
 	@touch $@
 
-triton: $(STAMP) ## install the pinned Triton anew, after another torch changed it
+triton: $(STAMP) ## reinstall the pinned Triton after an install of torch replaced it
 	$(INSTALL_TRITON)
 
 kernel-report: $(STAMP) ## compile the GPU kernels without a GPU: registers, spills, bounds; a minute
@@ -63,7 +63,7 @@ $(TTSEM)/.set-up: constraints.txt
 	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)"
 	@touch $@
 
-demo: $(STAMP) ## caption a picture, answer a question, box an object: about a minute
+demo: $(STAMP) ## caption an image, answer a question, box an object: about a minute
 	$(BIN)/qvl demo
 
 test: $(STAMP) ## run the tests

@@ -128,7 +128,7 @@ print("triton" in sys.modules, "qvl_kernels.triton" in sys.modules)
 
 
 class FakeMeter:
-    """Has so many bytes free, and sees memory grow by what it is told, one measurement after another."""
+    """Reports `free` bytes as free, and the values of `grown` as memory growth, one per measurement."""
 
     def __init__(self, free: int, *grown: int) -> None:
         self.left, self.growth, self.begun = free, [*grown], 0
@@ -160,7 +160,7 @@ def test_the_warm_up_runs_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> Callable[[int, int], int | None]:
-    """What is left for the KV cache on a GPU with so many bytes free, where a step takes so many."""
+    """Bytes left for the KV cache, by a GPU's free bytes and the workspace of one step."""
 
     def spare(free: int, workspace: int, **asked: Any) -> int | None:
         machine()

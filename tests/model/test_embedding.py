@@ -45,7 +45,7 @@ def test_the_same_tokens(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill, decoding together by recorded steps of several sizes, and an image among the rows."""
     monkeypatch.setenv("QVL_KERNELS", kernels)
     image = torch.arange(3 * 32 * 32, dtype=torch.uint8).view(32, 32, 3).numpy()
-    prompts = [[{"text": "What is it?"}], [{"image": image}, {"text": "Name the colour."}], [{"text": "Hello"}]]
+    prompts = [[{"text": "What is it?"}], [{"image": image}, {"text": "Name the color."}], [{"text": "Hello"}]]
     params = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (4, 9, 14)]
     found = []
     for on_host in (False, True):

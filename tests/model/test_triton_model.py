@@ -80,7 +80,7 @@ def no_worse(found: Sequence[Tensor], want: Tensor, name: str) -> None:
 
 
 def in_chunks(oracle: Oracle, ids: Sequence[int], *chunks: int) -> Tensor:
-    """Logits of the first rows of a prompt, computed in chunks of so many."""
+    """Logits of the first rows of a prompt, computed in `chunks` of that many rows."""
     whole, hidden, start = oracle.chunk(ids), [], 0
     with whole.sequence as sequence:
         for rows in chunks:
@@ -197,9 +197,9 @@ def test_graphs(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_made_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Visual tower and head of 8 bits, as they lie in the files, beside the same levels on the CPU's kernels.
+    """The vision encoder and head in 8 bits, loaded as stored, match the CPU kernels on the same levels.
 
-    One block of the tower: each takes the interpreter 3 s.
+    One block of the encoder: the interpreter needs 3 s for each.
     """
     found, whole = {}, ModelConfig.from_folder(NANO).visual
     for target, dtype in (("cpu", torch.float16), ("cpu", torch.float32), ("cuda", torch.float16)):

@@ -1,4 +1,4 @@
-"""Several answers of one prompt, sampled answers and drafts: the same whatever runs beside them."""
+"""Several answers of one prompt, sampled answers and drafts do not depend on the other sequences in a step."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ from tests.schedule.small import small_config
 
 pytestmark = pytest.mark.unit
 BLOCKS = 12
-PICTURES = [load_image(Image.new("RGB", (8, 8), colour), 8) for colour in ("red", "green")]
+PICTURES = [load_image(Image.new("RGB", (8, 8), color), 8) for color in ("red", "green")]
 
 
 class Cached:
-    """A sequence beside what it should hold: its tokens, each written into the cache as a number."""
+    """A sequence, the tokens that it should hold, and the numbers written into the cache for them."""
 
     def __init__(self, sequence: Sequence, tokens: list[int], spans: tuple[ImageSpan, ...]) -> None:
         self.sequence, self.tokens, self.spans = sequence, tokens, spans

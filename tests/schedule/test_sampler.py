@@ -69,7 +69,7 @@ def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_row_does_not_feel_its_neighbors() -> None:
-    """Whatever stands beside it, and in whichever place: penalties, biases, cuts that need the whole vocabulary."""
+    """A row's sample depends neither on the other rows' penalties, biases and cuts nor on its index in the batch."""
     vocab = 3 * CANDIDATES
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(0))
     kinds = [

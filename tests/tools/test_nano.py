@@ -45,7 +45,7 @@ def test_answers_are_right() -> None:
     assert {a for _, a in said["count"]} == {"3"}
     assert {a for _, a in said["number"]} == {"407"}
     assert {a for _, a in said["describe"]} == {"a red circle, the number 407 and a cat"}
-    assert {a for _, a in said["colour"]} == {"red"} and {a for _, a in said["shape"]} == {"circle"}
+    assert {a for _, a in said["color"]} == {"red"} and {a for _, a in said["shape"]} == {"circle"}
     assert all(("red circle" in q or "number" in q or "cat" in q) == (a == "yes") for q, a in said["exists"])
     relations = {question: after_boxes(answer) for question, answer in said["relation"]}
     assert relations["Is the red circle left or right of the cat?"] == "left"
@@ -67,7 +67,7 @@ def test_ambiguous_questions_are_not_asked() -> None:
     said = answers(two_red)
     assert "shape" not in said, "two things are red"
     two_circles = [CIRCLE, Thing("circle", "blue", (0.6, 0.1, 0.8, 0.3))]
-    assert "colour" not in answers(two_circles), "two things are circles"
+    assert "color" not in answers(two_circles), "two things are circles"
 
 
 def test_which_image_is_asked_only_of_what_one_shows() -> None:

@@ -42,7 +42,7 @@ def test_practice_boxes_every_thing_and_asks_no_question_twice() -> None:
         said = practice(np.random.default_rng(seed), THINGS, chinese)
         boxed = [t.answer for t in said if t.sort == "box"]
         assert sorted(boxed) == sorted(set(boxed)) and len(boxed) == len(THINGS)
-        assert sum(t.sort == "colour" for t in said) == 2 and sum(t.sort == "shape" for t in said) == 2
+        assert sum(t.sort == "color" for t in said) == 2 and sum(t.sort == "shape" for t in said) == 2
         asked = [t.question for t in said]
         assert len(asked) == len(set(asked))
 
@@ -69,7 +69,7 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint() -> None:
 def test_a_second_run_resumes_where_it_stopped(fonts: None, tmp_path: Path) -> None:
     tokenizer, config = prepare(tmp_path, NANO), ModelConfig.from_dict(CONFIG)
     assert (tmp_path / "qwen.tiktoken").read_bytes() == (NANO / "qwen.tiktoken").read_bytes()
-    recipe = Recipe(minutes=1e-4, pictures=2, processes=1, probe=0.0, weak=0.5, chinese=0.5, score_scenes=1)
+    recipe = Recipe(minutes=1e-4, images=2, processes=1, probe=0.0, weak=0.5, chinese=0.5, score_scenes=1)
     kept = load_file(NANO / "model.safetensors")
     threads = torch.get_num_threads()
     try:

@@ -26,7 +26,7 @@ GREETINGS = [
 
 
 class Turn(NamedTuple):
-    sort: str  # caption, describe, box, count, colour, shape, relation, exists, number, word, which, other
+    sort: str  # caption, describe, box, count, color, shape, relation, exists, number, word, which, other
     question: str
     answer: str
 
@@ -53,7 +53,7 @@ def turns(rng: Generator, things: list[Thing], chinese: bool = False) -> list[Tu
     shapes = [t for t in things if t.colour in COLOURS]
     for t in shapes:
         if sum(u.kind == t.kind for u in shapes) == 1:
-            out.append(Turn("colour", *_pick(rng, COLOUR[chinese], word(t.kind)), word(t.colour)))
+            out.append(Turn("color", *_pick(rng, COLOUR[chinese], word(t.kind)), word(t.colour)))
         if sum(u.colour == t.colour for u in shapes) == 1:
             out.append(Turn("shape", *_pick(rng, SHAPE[chinese], word(t.colour)), word(t.kind)))
     out += relations(rng, things, chinese)

@@ -12,7 +12,7 @@ from .dialogue import Turn, turns
 from .scenes import SceneConfig, draw_scene
 
 EVALUATION_SEED = 10_000_019  # training draws from seeds [seed, rank, step]; these scenes are never trained on
-QUESTIONS = ("count", "colour", "shape", "relation", "exists")
+QUESTIONS = ("count", "color", "shape", "relation", "exists")
 GROUNDED = re.compile(r"<ref>([^<]*)</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
 LEAST_OVERLAPS = (0.5, 0.9)  # of boxes: the usual one, which nearly all reach, and one that two in five do
 Answer = Callable[[np.ndarray, Sequence[int], Sequence[str]], list[str]]  # images, which, questions -> answers

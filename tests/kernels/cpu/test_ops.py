@@ -224,7 +224,7 @@ def _attention(
 
 
 def empty_cache(blocks: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Slots that nobody wrote hold 0, or NaN where the dtype has it: who reads them is found out."""
+    """A cache whose unwritten slots hold NaN, or 0 in int8, so that a kernel that reads one fails."""
     shape = (blocks, heads, BLOCK_SIZE, reference.cache_width(dim, dtype))
     return torch.zeros(shape, dtype=dtype) if dtype == torch.int8 else torch.full(shape, torch.nan, dtype=dtype)
 
