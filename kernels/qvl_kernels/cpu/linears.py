@@ -1,8 +1,7 @@
-"""Linears whose weights of 4 or 8 bits are packed for the CPU kernels, and the choice of kernel by rows."""
+"""Linears with 4-bit or 8-bit weights packed for the CPU kernels, and the choice of kernel by number of rows."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
@@ -15,18 +14,19 @@ from qvl_kernels import reference
 from qvl_kernels.cpu.dense import in_steps, linear
 from qvl_kernels.cpu.library import CODES, library, pointer
 from qvl_kernels.cpu.memory import empty
+from qvl_kernels.layouts.binding import bind_published
+from qvl_kernels.layouts.gpu import symmetric_zero_point
+from qvl_kernels.layouts.repack import zero_points
 from qvl_kernels.reference import BoundLinear, Packed, Precision
 
-_log = logging.getLogger("qvl_kernels")
-
-LAYOUT = "cpu-1"  # of packed weights in files; another number when csrc/linear_int8.inl reads them differently
+LAYOUT = "cpu-1"  # the layout id in files; increase the number when csrc/linear_int8.inl reads them differently
 LAYOUTS = (LAYOUT, *reference.LAYOUTS)
-BLOCK = 16  # outputs that lie side by side in a packed weight
-GROUPS = (128, 64, 32)  # inputs that share a scale, as kernels know them
-FEW_EXACT = 96  # without AMX, rows up to which packed weights meet float activations in registers: 0.8 ms a row at
-# 4096 x 11008, where unpacking for torch takes 100 ms before the first
-UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight that is unpacked for torch's GEMM: fits the caches
-OUTPUTS_AT_ONCE = 1024  # outputs: 45 MB of floats at 11008 inputs
+BLOCK = 16  # outputs that are interleaved in a packed weight
+GROUPS = (128, 64, 32)  # group sizes (inputs that share a scale) that the kernels support
+FEW_EXACT = 96  # without AMX, rows up to which weights are unpacked in registers for float activations: 0.8 ms a row at
+# 4096 x 11008, where unpacking for torch's GEMM takes 100 ms before the first row
+UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight unpacked at a time for torch's GEMM: fits the caches
+OUTPUTS_AT_ONCE = 1024  # 45 MB of floats at 11008 inputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,8 +35,8 @@ class PackedWeight:
 
     lines: Tensor  # uint8
     scales: Tensor  # float16 [blocks, groups, 16]
-    zeros: Tensor | None  # uint8 [blocks, groups, 16]; None: the middle
-    perm: Tensor | None  # int32 [padded], the input at each place, -1 for none; None: in order, then padding
+    zeros: Tensor | None  # uint8 [blocks, groups, 16]; None: symmetric
+    perm: Tensor | None  # int32 [padded], the input at each packed position, -1 for padding; None: in order
     bias: Tensor | None  # float32 [outputs]
     bits: int
     group: int
@@ -46,27 +46,29 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weight, without the bias."""
         return sum(t.nbytes for t in (self.lines, self.scales, self.zeros, self.perm) if t is not None)
 
     def as_packed(self) -> Packed:
+        """Convert to the form stored in files."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         return Packed(LAYOUT, tensors, {name: value for name, value in values.items() if isinstance(value, int)})
 
     @classmethod
     def from_packed(cls, packed: Packed) -> PackedWeight:
-        """Raises `ValueError` for another layout, or another version of this one."""
+        """Wrap a packed linear; raises `ValueError` for another layout, or another version of this one."""
         if packed.layout != LAYOUT:
             raise ValueError(f"these CPU kernels read the layout {LAYOUT!r}; found {packed.layout!r}")
         absent = dict.fromkeys(("zeros", "perm", "bias"))
         return cls(**(absent | packed.tensors), **packed.fields)  # type: ignore[arg-type]
 
     def int8(self, x: Tensor) -> Tensor:
-        """Activations rounded to int8, for each row and group."""
+        """Map x [.., in] to [.., out] with activations rounded to int8 for each row and group."""
         return self._run(library().ready().linear_int8, x)
 
     def exact(self, x: Tensor) -> Tensor:
-        """Activations as they are. Without AMX, many rows go through torch's GEMM, some outputs at a time."""
+        """Map x [.., in] to [.., out] with float activations; without AMX, many rows use torch's GEMM, by slices."""
         rows = x.numel() // self.inputs
         if rows <= FEW_EXACT or library().instruction_set == "amx":
             return self._run(library().ready().linear_exact, x)
@@ -81,10 +83,11 @@ class PackedWeight:
 
     @property
     def padded_outputs(self) -> int:
+        """Outputs, rounded up to whole blocks."""
         return _up(self.outputs, BLOCK)
 
     def unpacked(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Outputs first to first + count as columns, [inputs, count]; both are multiples of 16."""
+        """Dequantize outputs first to first + count to columns [inputs, count]; both are multiples of 16."""
         part = empty((self.inputs, count), dtype)
         library().ready().dequantize(
             self.lines.data_ptr(), self.scales.data_ptr(), pointer(self.zeros), self.bits, self.group, self.outputs,
@@ -108,7 +111,7 @@ def _product(x: Tensor, y: Tensor, part: Tensor) -> None:
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> BoundLinear:
-    """A dense linear; fast: its weight rounded to 8 bits, for each output and group of inputs."""
+    """Bind a dense linear; fast: its weight is rounded to 8 bits for each output and group of inputs."""
     if precision == "exact":
         weight = weight.contiguous()
         return BoundLinear(lambda x: linear(x, weight, bias), str(weight.dtype).removeprefix("torch."), weight.nbytes)
@@ -117,7 +120,7 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precis
 
 
 def pack_dense(weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
-    """A dense weight rounded to 8 bits, for each output and group: `int8` of it is W8A8, `exact` W8A16."""
+    """Round a dense weight to 8 bits for each output and group; its `int8` is W8A8, its `exact` W8A16."""
     outputs, inputs = weight.shape
     group = GROUPS[0] if inputs >= GROUPS[0] else GROUPS[-1]
     padded = _up(inputs, group)
@@ -134,7 +137,7 @@ def prepare_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
     bias: Tensor | None = None, precision: Precision = "exact",
 ) -> BoundLinear:  # fmt: skip
-    """A GPTQ linear in the kernels' layout. What they cannot hold runs as in the reference, with a warning."""
+    """Bind a GPTQ linear in the kernels' layout, or fall back to the reference ops, with a warning."""
     return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
 
 
@@ -142,29 +145,36 @@ def pack_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
     bias: Tensor | None = None,
 ) -> Packed:  # fmt: skip
-    """A GPTQ linear in the kernels' layout, or as published where they cannot hold it."""
-    zeros = reference.unpack_rows(qzeros.t(), bits).t() + zero_offset
-    if _unsupported(qweight, scales, zeros, bits) is not None:
+    """Pack a GPTQ linear in the kernels' layout, or as published if that cannot hold it."""
+    zeros = zero_points(qzeros, bits, zero_offset)
+    if _unsupported(qweight, scales, g_idx, bits, zeros) is not None:
         return reference.pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias)
     inputs, outputs = qweight.shape[0] * (32 // bits), qweight.shape[1]
-    order = _order(inputs, len(scales), g_idx)
-    lines = huge_pages.buffer(outputs * len(order.groups) * order.size * bits // 8)
-    words, padded = qweight.contiguous(), len(order.groups) * order.size
-    library().ready().pack_gptq(words.data_ptr(), inputs, padded, outputs, bits, pointer(order.perm), lines.data_ptr())
-    middle = bool((zeros == 1 << (bits - 1)).all())
+    grouping = _group_inputs(inputs, len(scales), g_idx)
+    padded = len(grouping.groups) * grouping.size
+    lines, qweight = huge_pages.buffer(outputs * padded * bits // 8), qweight.contiguous()
+    library().ready().pack_gptq(
+        qweight.data_ptr(), inputs, padded, outputs, bits, pointer(grouping.perm), lines.data_ptr()
+    )
+    symmetric = bool((zeros == symmetric_zero_point(bits)).all())
     return PackedWeight(
-        lines, _by_block(scales.half(), order.groups),
-        None if middle else _by_block(zeros.to(torch.uint8), order.groups), order.perm, _float(bias), bits, order.size,
-        inputs, padded, outputs,
-    ).as_packed()  # fmt: skip
+        lines,
+        _by_block(scales.half(), grouping.groups),
+        None if symmetric else _by_block(zeros.to(torch.uint8), grouping.groups),
+        grouping.perm,
+        _float(bias),
+        bits,
+        grouping.size,
+        inputs,
+        padded,
+        outputs,
+    ).as_packed()
 
 
 def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
-    """A packed linear bound to its kernel, in this layout or as published: that is laid out now, if it can be."""
+    """Bind a packed linear to its kernel; a published one is repacked first, or falls back with a warning."""
     if packed.layout == "gptq":
-        given = {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}
-        again = pack_gptq(**given, **packed.fields)  # type: ignore[arg-type]
-        return _plain(again, precision) if again.layout == "gptq" else bind(again, precision)
+        return bind_published(packed, precision, pack_gptq, bind, _unsupported)
     w = PackedWeight.from_packed(packed)
     details = f"groups of {w.group}{', zero points' if w.zeros is not None else ''}"
     details += "" if w.perm is None else ", act-order"
@@ -174,40 +184,29 @@ def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
 
 
 def unpack_to_qweight(packed: Packed) -> Tensor:
-    """`reference.unpack_to_qweight`, of either layout."""
+    """`reference.unpack_to_qweight`, for the CPU layout and "gptq"."""
     if packed.layout == "gptq":
         return reference.unpack_to_qweight(packed)
     w = PackedWeight.from_packed(packed)
-    plain = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantized, a level is itself minus the middle
-    middle, words = 1 << (w.bits - 1), torch.empty(w.inputs * w.bits // 32, w.outputs, dtype=torch.int32)
+    unscaled = replace(w, scales=torch.ones_like(w.scales), zeros=None)  # dequantizes to code - symmetric zero point
+    qweight = torch.empty(w.inputs * w.bits // 32, w.outputs, dtype=torch.int32)
     for first in range(0, w.outputs, OUTPUTS_AT_ONCE):
-        levels = plain.unpacked(first, min(OUTPUTS_AT_ONCE, w.padded_outputs - first), torch.float32)
-        levels += middle
-        words[:, first : first + OUTPUTS_AT_ONCE] = reference.pack_rows(levels[:, : w.outputs - first], w.bits)
-    return words
+        codes = unscaled.unpacked(first, min(OUTPUTS_AT_ONCE, w.padded_outputs - first), torch.float32)
+        codes += symmetric_zero_point(w.bits)
+        qweight[:, first : first + OUTPUTS_AT_ONCE] = reference.pack_rows(codes[:, : w.outputs - first], w.bits)
+    return qweight
 
 
-def _plain(packed: Packed, precision: Precision) -> BoundLinear:
-    """What the kernels cannot hold, in plain torch, said aloud."""
-    qzeros, bits = packed.tensors["qzeros"], packed.fields["bits"]
-    zeros = reference.unpack_rows(qzeros.t(), bits).t() + packed.fields["zero_offset"]
-    reason = _unsupported(packed.tensors["qweight"], packed.tensors["scales"], zeros, bits)
-    outputs = packed.tensors["scales"].shape[1]
-    _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", outputs, reason)
-    slow = reference.bind(packed, precision)
-    return slow._replace(kernel=f"{slow.kernel} ({reason})")
+class _Grouping(NamedTuple):
+    """The order of inputs in a packed weight."""
 
-
-class _Order(NamedTuple):
-    """How inputs stand in a packed weight."""
-
-    size: int  # inputs a group
-    groups: Tensor  # int64, the checkpoint's group of each
+    size: int  # inputs in a group
+    groups: Tensor  # int64, the checkpoint's group of each packed group
     perm: Tensor | None  # int32 [size * groups], -1: padding; None: in order
 
 
-def _order(inputs: int, groups: int, g_idx: Tensor | None) -> _Order:
-    """Inputs sorted by their group (act-order), each group padded to whole groups of the largest size that fits."""
+def _group_inputs(inputs: int, groups: int, g_idx: Tensor | None) -> _Grouping:
+    """Sort inputs by group (act-order), each group padded to whole groups of the largest size that fits."""
     if g_idx is None:
         g_idx = torch.arange(inputs) // -(-inputs // groups)
     counts = torch.bincount(g_idx.long(), minlength=groups)
@@ -217,18 +216,19 @@ def _order(inputs: int, groups: int, g_idx: Tensor | None) -> _Order:
     by_group = torch.arange(groups).repeat_interleave(wholes)
     perm = torch.full((len(by_group) * size,), -1, dtype=torch.int32)
     sorted_inputs = torch.argsort(g_idx.long(), stable=True)
-    starts = (wholes * size).cumsum(0) - wholes * size  # of each group in perm
+    starts = (wholes * size).cumsum(0) - wholes * size  # the start of each group in perm
     ranks = torch.arange(inputs) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     perm[starts.repeat_interleave(counts) + ranks] = sorted_inputs.to(torch.int32)
     in_order = torch.equal(perm[:inputs], torch.arange(inputs, dtype=torch.int32))
-    return _Order(size, by_group, None if in_order else perm)
+    return _Grouping(size, by_group, None if in_order else perm)
 
 
-def _unsupported(qweight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> str | None:
+def _unsupported(qweight: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zeros: Tensor) -> str | None:
+    """Return why the layout cannot hold a GPTQ linear, or None; any `g_idx` is supported."""
     if bits not in (4, 8):
         return f"{bits} bits"
     if qweight.shape[1] % BLOCK:
-        return f"{qweight.shape[1]} outputs are no multiple of {BLOCK}"
+        return f"{qweight.shape[1]} outputs are not a multiple of {BLOCK}"
     if not torch.equal(scales.half().to(scales.dtype), scales):
         return "its scales do not fit float16"
     if int(zeros.max()) > 255:
@@ -237,7 +237,7 @@ def _unsupported(qweight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> s
 
 
 def _by_block(table: Tensor, groups: Tensor) -> Tensor:
-    """[G, outputs] to [blocks, groups, 16]."""
+    """Rearrange [G, outputs] to [blocks, groups, 16]."""
     return table[groups].view(len(groups), -1, BLOCK).transpose(0, 1).contiguous()
 
 

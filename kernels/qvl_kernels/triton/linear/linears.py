@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.layouts import repack
+from qvl_kernels.layouts.binding import bind_published
 from qvl_kernels.layouts.gpu import LAYOUTS, PackedInt4, PackedInt8, kind_of
-from qvl_kernels.layouts.repack import pack_gptq, unpack_to_qweight
+from qvl_kernels.layouts.repack import pack_gptq, unpack_to_qweight, unsupported
 from qvl_kernels.reference import BoundLinear, Packed, Precision, linear
 from qvl_kernels.triton.linear.configs import regime
 from qvl_kernels.triton.linear.dequantize import DequantizePlan, plan_dequantize
@@ -21,8 +20,6 @@ from qvl_kernels.triton.linear.small_m import plan_small_m
 from qvl_kernels.triton.linear.split_sum import sum_partials
 
 __all__ = ["LAYOUTS", "bind", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "unpack_to_qweight"]
-
-_log = logging.getLogger("qvl_kernels")
 
 STEP = 128  # outputs: whole programs of the kernels that dequantize
 UNPACKED_AT_ONCE = 16 << 20  # bytes: the published model's up_gate would be 172 MiB on top of a prompt's activations
@@ -100,32 +97,16 @@ def prepare_gptq(
     bias: Tensor | None = None,
     precision: Precision = "exact",
 ) -> BoundLinear:
-    """`reference.prepare_gptq` in the kernels' layout. What it cannot hold runs as in the reference, with a warning."""
+    """`reference.prepare_gptq` in the kernels' layout, or a fallback to the reference ops, with a warning."""
     return bind(pack_gptq(qweight, qzeros, scales, g_idx, bits, zero_offset, bias), precision)
 
 
 def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
-    """A packed linear bound to its kernels, in this layout or as published: that is laid out now, if it can be."""
+    """Bind a packed linear to its kernels; a published one is repacked first, or falls back with a warning."""
     if packed.layout == "gptq":
-        again = pack_gptq(**_published(packed), **packed.fields)  # type: ignore[arg-type]
-        return _plain(again, precision) if again.layout == "gptq" else bind(again, precision)
+        return bind_published(packed, precision, pack_gptq, bind, unsupported)
     weight, bias = kind_of(packed).from_packed(packed), packed.tensors.get("bias")
     details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
     details += "" if weight.perm is None else ", act-order: x is gathered first"
     packed_linear = PackedLinear(weight, bias)
     return BoundLinear(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.forward_partial_sums)
-
-
-def _plain(packed: Packed, precision: Precision) -> BoundLinear:
-    """Fall back to the reference implementation, with a warning."""
-    given, bits = packed.tensors, packed.fields["bits"]
-    zeros = repack.zero_points(given["qzeros"], bits, packed.fields["zero_offset"])
-    reason = repack.unsupported(given["qweight"], given["scales"], given.get("g_idx"), bits, zeros)
-    outputs = given["scales"].shape[1]
-    _log.warning("a linear of %d outputs runs in plain torch, unpacked on each use: %s", outputs, reason)
-    slow = reference.bind(packed, precision)
-    return slow._replace(kernel=f"{slow.kernel} ({reason})")
-
-
-def _published(packed: Packed) -> dict[str, Tensor | None]:
-    return {name: packed.tensors.get(name) for name in ("qweight", "qzeros", "scales", "g_idx", "bias")}
