@@ -16,7 +16,7 @@ from PIL import Image
 
 from qvl_runtime import Engine
 from qvl_runtime.engine.engine import NANO
-from tools.eval_nano import ask
+from tools.nano.asking import ask
 from tools.nano.scenes import SceneConfig
 from tools.nano.scoring import score
 

@@ -25,7 +25,8 @@ from rich.progress import track
 from qvl_runtime import Engine
 from qvl_runtime.quantize.options import QuantizeOptions
 from qvl_runtime.quantize.quantizer import Quantizer
-from tools.eval_nano import PACKAGE, ask
+from tools.eval_nano import PACKAGE
+from tools.nano.asking import ask
 from tools.nano.conversations import write_conversations
 from tools.nano.dialogue import turns
 from tools.nano.scenes import SceneConfig, check_fonts, draw_scene

@@ -10,18 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from rich.progress import track
 
-from qvl_runtime import Engine, SamplingParams
+from qvl_runtime import Engine
+from tools.nano.asking import ask
 from tools.nano.scenes import SceneConfig, check_fonts
 from tools.nano.scoring import Tally, score
 
-AT_ONCE = 64  # questions in one call: they share steps, and those of one image its prompt
 PACKAGE = Path(__file__).parent.parent / "qvl_runtime"
 # What the project asks of the shipped checkpoint, in percent.
 WANTED = {
@@ -33,19 +30,6 @@ WANTED = {
     "number: digit": 93,
     "number: whole": 80,
 }
-
-
-def ask(engine: Engine, images: np.ndarray, which: Sequence[int], questions: Sequence[str]) -> list[str]:
-    """Answers of the engine, each question about its image as a chat of one turn; many at once."""
-    params = SamplingParams(temperature=0, max_tokens=120)
-    asked = [
-        [{"role": "user", "content": [{"image": images[i]}, {"text": question}]}]
-        for i, question in zip(which, questions, strict=True)
-    ]
-    answers: list[str] = []
-    for start in track(range(0, len(asked), AT_ONCE), description="asking"):
-        answers += [reply.text for reply in engine.generate(asked[start : start + AT_ONCE], params)]
-    return answers
 
 
 def evaluate(folder: Path, dtype: str, precision: str, scenes: int, chinese: bool) -> Tally:

@@ -118,7 +118,7 @@ class Decoder:
         self, x: Tensor, at: Positions, layout: Layout, caches: Sequence[LayerCache], observe: Observer = unobserved
     ) -> Tensor:
         """Embedded rows x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f."""
-        hidden: Tensor = self._ops.rms_norm(x, self._blocks[0].ln_1, self._eps)
+        hidden = self._ops.rms_norm(x, self._blocks[0].ln_1, self._eps)
         for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
             x, update = block(x, hidden, at, layout, cache, _of_layer(observe, i))
             x, hidden = self._ops.add_rms_norm(x, update, self._next_norm(i), self._eps)

@@ -39,8 +39,7 @@ class ConcatLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out of both], in x's dtype."""
-        y: Tensor = self.ops.concat_outputs(self.first(x), self.second(x))
-        return y
+        return self.ops.concat_outputs(self.first(x), self.second(x))
 
     def forward_partial_sums(self, x: Tensor) -> Tensor:
         """The same: there are no partial sums to defer."""

@@ -95,8 +95,7 @@ class QwenVL:
         table = self.decoder.embedding
         if self.embedding_on_host:
             return F.embedding(token_ids, table).to(self.device)
-        rows: Tensor = self.ops.embedding(token_ids, table)
-        return rows
+        return self.ops.embedding(token_ids, table)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

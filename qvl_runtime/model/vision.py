@@ -24,8 +24,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = self.ops.layer_norm(x, self.weight, self.bias, self.eps)
-        return result
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,8 +42,8 @@ class VisionBlock:
         """x [P, L, W], the residual stream, to the same after this block."""
         attended = self.out_proj(self.ops.vision_attention(self.in_proj(self.ln_1(x)), self.heads))
         observe("attn", attended)
-        x = x + attended
-        return x + self.c_proj(self.ops.gelu(self.c_fc(self.ln_2(x))))
+        x, normed = self.ops.add_layer_norm(x, attended, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
+        return x + self.c_proj(self.ops.gelu(self.c_fc(normed)))
 
 
 class Resampler:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from qvl_runtime import Engine
-from tools.eval_nano import ask
 
+from .asking import ask
 from .dialogue import Turn, turns
 from .margins import DTYPES, PACKAGE, instruction_set, instruction_sets, right
 from .scenes import SceneConfig, check_fonts, draw_scene

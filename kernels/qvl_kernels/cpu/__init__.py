@@ -19,6 +19,7 @@ from qvl_kernels.cpu.linears import (
     unpack_to_qweight,
 )
 from qvl_kernels.cpu.ops import (
+    add_layer_norm,
     add_rms_norm,
     concat_outputs,
     embedding,
@@ -36,7 +37,6 @@ from qvl_kernels.reference import (
     Precision,
     SampledTokens,
     SamplingRows,
-    add_layer_norm,
     cache_width,
     from_cached,
     gptq_dequantize,

@@ -58,6 +58,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y
 
 
+def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute `reference.add_layer_norm`: torch's own sum, then the kernel of `layer_norm`."""
+    x = x + update
+    return x, layer_norm(x, weight, bias, eps)
+
+
 def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`reference.swiglu`, for up_gate [n, 2F]: CPU kernels have no partial sums."""
     width = up_gate.shape[-1] // 2
