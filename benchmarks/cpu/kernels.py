@@ -24,6 +24,7 @@ from qvl_kernels import cpu
 from qvl_kernels import memory as huge_pages
 from qvl_kernels.cpu import linears as cpu_linear
 from qvl_kernels.reference import SCALE_BYTES
+from qvl_kernels.util import cdiv, dtype_name
 
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096))  # inputs, outputs
 GROUP, LAYERS = 128, 4  # layers with weights of their own: 400 MB, more than any cache
@@ -99,7 +100,7 @@ def attention() -> None:
 
 
 def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: int = 16) -> None:
-    blocks = -(-context // block_size)
+    blocks = cdiv(context, block_size)
     table = torch.randperm(blocks).view(1, -1)
     q = torch.randn(1, heads, dim).bfloat16()
     calls: Calls = {}
@@ -108,7 +109,7 @@ def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: in
         width = cpu.cache_width(dim, dtype)
         layers = max(2, (400 << 20) // (blocks * block_size * heads * width * 4))
         caches = [random_cache((2, blocks, heads, block_size, width), dtype) for _ in range(layers)]
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         sizes[name] = layers * 2 * context * heads * width * dtype.itemsize
         calls[name] = lambda caches=caches: [cpu.paged_attention(q, *c, table, [0, 1], [context]) for c in caches]
     sizes["read"] = sizes["bfloat16"]
@@ -134,7 +135,7 @@ def rows() -> None:
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for new, context in ((512, 512), (2048, 2048), (256, 2256), (30, 330), (4, 2000)):
-            table = torch.randperm(-(-context // 16)).view(1, -1)
+            table = torch.randperm(cdiv(context, 16)).view(1, -1)
             caches = torch.randn(2, table.numel(), 32, 16, 128).to(dtype)
             asked = (torch.randn(new, 32, 128).to(dtype), *caches, table, [0, new], [context])
             found = alternate(

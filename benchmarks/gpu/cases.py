@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference import cache_width, to_cached
+from qvl_kernels.util import cdiv
 
 Outputs = tuple[Tensor, ...]
 BLOCK = 16  # slots of a cache block
@@ -78,7 +79,7 @@ class Maker:
 
     def cached(self, contexts: list[int], heads: int, dim: int, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Caches with blocks in no order, and the block tables."""
-        most = -(-max(contexts) // BLOCK)
+        most = cdiv(max(contexts), BLOCK)
         blocks = torch.randperm(len(contexts) * most, generator=self._dice)
         shape = (len(blocks), heads, BLOCK, dim)
         caches = [to_cached(self.normal(*shape), kv_dtype).contiguous() for _ in "kv"]
@@ -100,7 +101,7 @@ class Maker:
         kv_dtype = torch.int8 if int8 else self.dtype
         qkv, angle = self.normal(rows, 3 * heads * dim), torch.arange(rows * dim, device=self.device).view(rows, dim)
         k = torch.zeros(
-            -(-rows // BLOCK) + 1, heads, BLOCK, cache_width(dim, kv_dtype), dtype=kv_dtype, device=self.device
+            cdiv(rows, BLOCK) + 1, heads, BLOCK, cache_width(dim, kv_dtype), dtype=kv_dtype, device=self.device
         )
         slots = torch.randperm(rows, generator=self._dice).to(self.device)
         logn = torch.linspace(1, 1.2, rows, device=self.device)
@@ -118,7 +119,7 @@ class Maker:
 
     def linears(self, rows: int, inputs: int, outputs: int, timed: bool = False, odd: bool = False) -> Iterator[Case]:
         """int4 as GPTQ packs it, in order and symmetric, or `odd`: act-order with zero points of its own; and dense."""
-        groups, x = -(-inputs // GROUP), self.normal(rows, inputs)
+        groups, x = cdiv(inputs, GROUP), self.normal(rows, inputs)
 
         def words(*shape: int) -> Tensor:
             return torch.randint(-(2**31), 2**31, shape, generator=self._dice).to(self.device, torch.int32)
@@ -138,7 +139,7 @@ class Maker:
 
     def int8_linear(self, rows: int, inputs: int, outputs: int, timed: bool = False) -> Case:
         """Symmetric, in order: as a converted head or vision encoder has it."""
-        groups, x = -(-inputs // GROUP), self.normal(rows, inputs)
+        groups, x = cdiv(inputs, GROUP), self.normal(rows, inputs)
         words = torch.randint(-(2**31), 2**31, (inputs // 4, outputs), generator=self._dice).int().to(self.device)
         zeros = torch.full((groups, outputs // 4), 0x7F7F7F7F, dtype=torch.int32, device=self.device)
         scales = ((torch.rand(groups, outputs, generator=self._dice) + 1) / 1024).to(self.device, torch.float16)

@@ -12,6 +12,7 @@ from benchmarks.gpu.cases import Case, Maker, cases
 from benchmarks.gpu.place import Place
 from qvl_kernels import reference
 from qvl_kernels.ops import Ops
+from qvl_kernels.util import dtype_name
 
 Row = dict[str, Any]
 ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -32,7 +33,7 @@ def correct(place: Place) -> Iterator[Row]:
                 _share(_plain(got, dtype, place.ops), _plain(plain, dtype), _plain(want, torch.float32), dtype)
                 for got, plain, want in zip(ours, yardstick, exact, strict=True)
             )
-            yield {"case": case.name, "dtype": _name(dtype), "of_allowed": share, "right": share <= 1}
+            yield {"case": case.name, "dtype": dtype_name(dtype), "of_allowed": share, "right": share <= 1}
         place.settle()
 
 
@@ -50,7 +51,7 @@ def _timed(case: Case, place: Place, dtype: torch.dtype, ceiling: float) -> Row:
     rate = case.nbytes / taken
     return {
         "case": case.name,
-        "dtype": _name(dtype),
+        "dtype": dtype_name(dtype),
         "us": taken * 1e6,
         "bytes": case.nbytes,
         "gb_s": rate / 1e9,
@@ -93,7 +94,3 @@ def _as_float(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copies, as an op may write into its inputs."""
     return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

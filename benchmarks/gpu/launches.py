@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.language import LayerCache, Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
@@ -90,7 +91,7 @@ def two_layers(config: ModelConfig, quarter: bool) -> QwenVL:
 
 def decode_step(model: QwenVL, rows: int, context: int) -> list[Recorded]:
     """A layer's launches in a step of `rows` requests after `context` tokens."""
-    small, blocks = model.config, -(-context // 16)
+    small, blocks = model.config, cdiv(context, 16)
     shape = (blocks + 1, small.num_attention_heads, 16, small.kv_channels)
     caches = [LayerCache(torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.float16))] * 2
     ones = torch.ones(rows, dtype=torch.int64)

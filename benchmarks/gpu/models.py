@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.gpu.place import Place
+from qvl_kernels.util import dtype_name
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
 
@@ -31,7 +32,7 @@ def goldens(place: Place, folder: Path | None) -> Iterator[Row]:
     The oracle's checkpoints against what the original computes; nano and its Int4 sibling, an image in the prompt,
     against plain torch in float32. Ours may be twice plain torch's.
     """
-    dtype = _name(place.dtypes[-1])
+    dtype = dtype_name(place.dtypes[-1])
     if folder is not None:
         for name, files in GOLDENS.items():
             for file, ids, logits, _ in files[: 1 if place.tiny else None]:
@@ -67,7 +68,7 @@ def graphs(place: Place) -> Iterator[Row]:
             engine = Engine(
                 path,
                 device=str(place.device),
-                dtype=_name(place.dtypes[0]),
+                dtype=dtype_name(place.dtypes[0]),
                 max_model_len=256,
                 kv_cache_bytes=64 << 20,
                 **options,
@@ -124,7 +125,3 @@ def _kernels_variable(kernels: str | None) -> Iterator[None]:
         os.environ.pop("QVL_KERNELS", None)
         if before is not None:
             os.environ["QVL_KERNELS"] = before
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

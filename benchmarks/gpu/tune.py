@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.gpu.place import Place
 from qvl_kernels import UnsupportedError, ops_for
+from qvl_kernels.util import cdiv
 
 if TYPE_CHECKING:
     from qvl_kernels.layouts.gpu import PackedInt4
@@ -43,7 +44,7 @@ def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iter
 
     built_in = config(capability, kind, ROWS[kind], inputs, outputs)
     yield built_in
-    tiles = -(-inputs // TILE)
+    tiles = cdiv(inputs, TILE)
     near = {max(1, built_in.splits * quarters // 4) for quarters in (2, 3, 4, 5, 6, 8)}
     splits = [n for n in sorted(near) if n <= tiles and (kind == "small_m" or tiles % n == 0)]
     for *cut, split in product(*GRID[kind], splits):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels.ops import Ops
+from qvl_kernels.util import cdiv
 
 WIDTH, MLP, HEADS, HEAD = 4096, 11008, 32, 128
 VISION_HEADS, VISION_HEAD, VISION_MLP, PATCHES = 16, 104, 8192, 1024
@@ -117,7 +118,7 @@ def swiglu(at: Setting, rows: int) -> Case:
 
 def decode_attention(at: Setting, context: int, int8: bool) -> Case:
     stored, heads, context = torch.int8 if int8 else at.dtype, HEADS // at.scale, context // at.scale
-    blocks, width = -(-context // SLOTS), at.ops.cache_width(HEAD, stored)
+    blocks, width = cdiv(context, SLOTS), at.ops.cache_width(HEAD, stored)
     nbytes = 2 * context * heads * width * stored.itemsize
     copies = max(1, COLD // nbytes)
     table = torch.randperm(blocks).view(1, -1).to(at.device)
@@ -133,7 +134,7 @@ def decode_attention(at: Setting, context: int, int8: bool) -> Case:
 
 def prefill_attention(at: Setting, tokens: int) -> Case:
     heads, tokens = HEADS // at.scale, tokens // at.scale
-    blocks = -(-tokens // SLOTS)
+    blocks = cdiv(tokens, SLOTS)
     cache = torch.randn(2, blocks, heads, SLOTS, HEAD, device=at.device).to(at.dtype)
     q = torch.randn(tokens, heads, HEAD, device=at.device).to(at.dtype)
     table = torch.arange(blocks, device=at.device).view(1, -1)

@@ -8,6 +8,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
+
 HUGE_PAGE = 2 << 20  # bytes; smaller buffers gain nothing from huge pages
 LINE = 64
 PIECE = 32 << 10  # bytes written at a time; with pieces this large a huge page fills up soon
@@ -37,7 +39,7 @@ def buffer(nbytes: int, huge: int | None = None) -> Tensor:
 
 def touched_bytes(nbytes: int, piece: int) -> int:
     """Return the bytes that become resident when the first `nbytes` of a buffer are written, `piece` at a time."""
-    return -(-nbytes // HUGE_PAGE) * HUGE_PAGE if piece >= PIECE else nbytes
+    return cdiv(nbytes, HUGE_PAGE) * HUGE_PAGE if piece >= PIECE else nbytes
 
 
 def mapping(nbytes: int) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_kernels.ops import Packer
+from qvl_kernels.util import dtype_name
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.journal import Journal
 from qvl_runtime.convert.prefetch import prefetch
@@ -123,7 +124,7 @@ class _Job(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     def key(self) -> dict[str, object]:
         """The source files and options that must be equal to resume a conversion."""
@@ -199,7 +200,7 @@ class _Job(NamedTuple):
         """A tensor of the source, floats in the dtype of the conversion."""
         tensor = self.checkpoint.tensor(name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        return Entry(name, str(dtype).removeprefix("torch."), tuple(tensor.shape), pieces(tensor, dtype))
+        return Entry(name, dtype_name(dtype), tuple(tensor.shape), pieces(tensor, dtype))
 
     def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]]) -> Manifest:
         """Copy the small files of the source, and describe the whole folder."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from qvl_kernels.util import dtype_name
 from qvl_runtime.weights.manifest import PackedLinear, ShardRecord
 from qvl_runtime.weights.tensor_file import TensorFile, Written, header_of
 
@@ -30,7 +31,7 @@ class Entry(NamedTuple):
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Entry:
         """An entry of a whole tensor."""
-        return cls(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), [tensor])
+        return cls(name, dtype_name(tensor.dtype), tuple(tensor.shape), [tensor])
 
     @property
     def nbytes(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qvl_kernels import cpu, reference
+from qvl_kernels.util import dtype_name
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.warm_up import MARGIN, workspace_bytes
@@ -92,7 +93,7 @@ def memory_after_loading(
 
     Raises `CapacityError` if not even the workspace of a step and the requested KV cache fit.
     """
-    name, free = str(dtype).removeprefix("torch."), free_memory(device)
+    name, free = dtype_name(dtype), free_memory(device)
     plan = Plan(model_config, checkpoint_options(folder, name, config.precision, config.kv_dtype), device.type)
     tokens = BLOCK_SIZE if config.kv_cache_bytes is None else config.kv_cache_bytes // plan.kv_per_token
     workload = Workload(tokens, min(config.max_step_tokens, model_config.context_limit), 1)

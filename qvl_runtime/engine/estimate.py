@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qvl_kernels.util import dtype_name
 from qvl_runtime.engine.engine import Engine
 from qvl_runtime.plan.gpus import Device
 from qvl_runtime.plan.options import Workload, checkpoint_options
@@ -13,7 +14,7 @@ from qvl_runtime.plan.plan import Plan
 def plan_of(engine: Engine) -> Plan:
     """The plan of the running model, as it was made before loading; synthetic weights are entirely in memory."""
     config, model = engine.engine_config, engine.core.runner.model
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     options = checkpoint_options(engine.folder, dtype, config.precision, config.kv_dtype)
     if config.synthetic is not None:
         options = replace(options, mapped=())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qvl_kernels import report as kernel_report
+from qvl_kernels.util import dtype_name
 from qvl_runtime.host import device_name
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.kv_cache import KVCache
@@ -30,7 +31,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
             "load_s": load_s,
         },
         "device": device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "threads": torch.get_num_threads(),
         "precision": model.precision,
         "kernels": kernel_report(model.device) | model.kernels,
@@ -43,7 +44,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
         },
         "caches": {
             "kv": {
-                "dtype": str(cache.layers[0].k.dtype).removeprefix("torch."),
+                "dtype": dtype_name(cache.layers[0].k.dtype),
                 "slots": cache.num_slots,
                 "free": cache.free_tokens,
                 "kept": cache.pool.evictable,

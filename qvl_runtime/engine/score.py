@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
@@ -35,7 +36,7 @@ def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool =
     core.check_length(len(ids))
     features = runner.features([span.image for span in encoded.spans])
     spans = [Span(span.start, image_features) for span, image_features in zip(encoded.spans, features, strict=True)]
-    core.scheduler.make_room(-(-len(ids) // BLOCK_SIZE))
+    core.scheduler.make_room(cdiv(len(ids), BLOCK_SIZE))
     with runner.cache.sequence(ntk_alpha(config, len(ids))) as sequence:
         hidden = runner.run([Chunk(sequence, ids, spans)])
     chunk = len(ids) if return_logits else max(1, LOGIT_BYTES // (4 * config.vocab_size))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.grid import Grid, grid_between
@@ -102,7 +103,7 @@ class GPTQLinear:
     def outputs(self, first: int, end: int) -> GPTQLinear:
         """The linear of outputs `first` to `end` only: multiples of 32 / bits, except for an `end` that is the last."""
         per_int32 = 32 // self.bits
-        columns, bias = slice(first // per_int32, -(-end // per_int32)), self.bias
+        columns, bias = slice(first // per_int32, cdiv(end, per_int32)), self.bias
         return replace(
             self,
             qweight=self.qweight[:, first:end],

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from qvl_kernels.util import cdiv
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -29,7 +31,7 @@ def release(tensor: Tensor) -> None:
     if advise is None or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
+    start = cdiv(tensor.data_ptr(), page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
     if end > start:
         advise(start, end - start, mmap.MADV_DONTNEED)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
 
 # Buffers that older savers wrote with the weights; nothing reads them.
@@ -76,7 +77,7 @@ def _gptq_linear(
 ) -> dict[str, TensorSpec]:
     """AutoGPTQ's five tensors. It may store a bias where the float model has none; such a bias is added."""
     per_int32 = 32 // quantization.bits
-    groups = 1 if quantization.group_size == -1 else -(-in_features // quantization.group_size)
+    groups = 1 if quantization.group_size == -1 else cdiv(in_features, quantization.group_size)
     return {
         f"{name}.qweight": TensorSpec((in_features // per_int32, out_features), packed=True),
         f"{name}.qzeros": TensorSpec((groups, out_features // per_int32), packed=True),

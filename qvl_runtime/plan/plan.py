@@ -7,6 +7,7 @@ encodes together. Logits are counted for one token.
 
 from __future__ import annotations
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.model.cache_layout import BLOCK_SIZE, bytes_per_token
@@ -133,7 +134,7 @@ class Plan:
         """Bytes of the blocks of `tokens` and of the null block; on a CPU in whole pages."""
         from qvl_kernels.memory import touched_bytes
 
-        blocks, tensors = -(-tokens // BLOCK_SIZE), 2 * self.config.num_hidden_layers
+        blocks, tensors = cdiv(tokens, BLOCK_SIZE), 2 * self.config.num_hidden_layers
         block = BLOCK_SIZE * self.kv_per_token // tensors
         resident = touched_bytes(blocks * block, block) if self.device == "cpu" else blocks * block
         return tensors * (resident + block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig, VisionConfig
 from qvl_runtime.formats.layout import decoder_linears, expected_tensors
 
@@ -56,7 +57,7 @@ def _head(size: int, inputs: int, width: int, head: str) -> int:
 def _rounded(size: int, inputs: int, bits: int) -> int:
     """Codes, a scale for each group of inputs, the last one padded, and for 4 bits a zero point of a byte."""
     group = GROUP if inputs >= GROUP else 32
-    groups = size // inputs * -(-inputs // group)
+    groups = size // inputs * cdiv(inputs, group)
     return groups * (group * bits // 8 + SCALE + (bits == 4))
 
 

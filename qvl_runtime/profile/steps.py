@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.engine.engine import Engine
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
@@ -47,7 +48,7 @@ def decoding(engine: Engine, max_context: int, batch: int = 1) -> Iterator[Calla
     Raises `CapacityError` if the KV cache is too small.
     """
     runner = engine.core.runner
-    blocks = batch * -(-(max_context + 1) // BLOCK_SIZE)
+    blocks = batch * cdiv(max_context + 1, BLOCK_SIZE)
     if blocks * BLOCK_SIZE > runner.cache.num_slots:
         raise CapacityError(
             f"{batch} sequences of {max_context} tokens need {blocks * BLOCK_SIZE} slots of KV cache, which has "
@@ -77,7 +78,7 @@ def prefill(engine: Engine, tokens: int, before: int = 0, rounds: int = 3) -> Sp
     Several rounds are preceded by a warm-up; a single round is cold.
     """
     runner, chunk = engine.core.runner, engine.engine_config.max_step_tokens
-    engine.core.scheduler.make_room(-(-(before + tokens) // BLOCK_SIZE))
+    engine.core.scheduler.make_room(cdiv(before + tokens, BLOCK_SIZE))
     samples = []
     with runner.cache.sequence(1.0) as sequence:
         _write(engine, sequence, before)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference import gptq_dequantize
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.formats.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
@@ -65,7 +66,7 @@ class CalibrationBatch(NamedTuple):
     def of(cls, config: ModelConfig, lengths: Sequence[int], held_out: int, device: torch.device) -> CalibrationBatch:
         """The batch of conversations of these lengths, the last `held_out` of which are only measured."""
         starts = list(accumulate(lengths, initial=0))
-        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+        blocks = [cdiv(length, BLOCK_SIZE) for length in lengths]
         firsts = list(accumulate(blocks, initial=0))
         tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int64, device=device)
         for i, count in enumerate(blocks):
@@ -118,7 +119,7 @@ class BlockQuantizer:
         A slice of outputs at a time: five float copies of the weight would be 1 GB at full size.
         """
         q = self.solver.quantization
-        measured = x[self.num_fitted :][:: -(-(len(x) - self.num_fitted) // MEASURED_TOKENS)].float()
+        measured = x[self.num_fitted :][:: cdiv(len(x) - self.num_fitted, MEASURED_TOKENS)].float()
         rounded = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
         exact, *errors = (measured.new_empty(len(measured), len(weight)) for _ in range(3))
         for first in range(0, len(weight), OUTPUTS_AT_ONCE):

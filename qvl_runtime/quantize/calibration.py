@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvl_kernels import ops_for
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError, ImageError, PromptError
 from qvl_runtime.model.linear import LinearBuilder
@@ -74,7 +75,7 @@ def read_calibration(
         sample, complete = _read(config, tokenizer, conversation, max_tokens, limits)
         samples.append(sample)
         shortened += not complete
-    return Calibration(samples, -(-len(samples) // HELD_OUT_EVERY), shortened)
+    return Calibration(samples, cdiv(len(samples), HELD_OUT_EVERY), shortened)
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.gptq import GPTQLinear, pack_linear
@@ -134,7 +135,7 @@ class _Rounding:
         self.group_of = group_of.tolist()
         self._diagonal: list[float] = factor.upper.diagonal().tolist()
         self._solver, self._size = solver, group_size
-        shape = (-(-len(weight) // group_size), weight.shape[1])
+        shape = (cdiv(len(weight), group_size), weight.shape[1])
         self.scales, self.zeros = weight.new_empty(shape), weight.new_empty(shape)
         self._grids_chosen = False
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
@@ -163,7 +164,7 @@ class DecodeGraphs:
         max_batch_size = min(max_batch_size, buckets[-1])
         self._model, self._cache, self._frequencies, self._capture = model, cache, frequencies, capture
         self._max_batch_size = max_batch_size
-        width = COLUMNS + -(-max_seq_len // BLOCK_SIZE)
+        width = COLUMNS + cdiv(max_seq_len, BLOCK_SIZE)
         on_gpu = model.device.type == "cuda"
         host = torch.zeros(
             max_batch_size * width, dtype=torch.int64, pin_memory=on_gpu

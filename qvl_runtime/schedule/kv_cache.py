@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qvl_kernels.memory import PIECE, buffer
 from qvl_kernels.reference import cache_width
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CapacityError
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
@@ -33,7 +34,7 @@ class KVCache:
         self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, prefixes: bool = True
     ) -> None:
         """tokens: rounded up to whole blocks; dtype int8 keeps a float32 scale behind each vector."""
-        blocks = max(1, -(-tokens // BLOCK_SIZE))
+        blocks = max(1, cdiv(tokens, BLOCK_SIZE))
         shape = (blocks + 1, config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
         self.layers = [
             LayerCache(_allocate_blocks(shape, dtype, device), _allocate_blocks(shape, dtype, device))

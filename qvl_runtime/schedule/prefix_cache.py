@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import NamedTuple, TypeAlias
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.schedule.block_pool import BlockPool
 
@@ -84,7 +85,7 @@ class PrefixCache:
         for span in reversed(spans):
             if span.start < length < span.start + span.length:
                 length = span.start
-        del blocks[-(-length // size) :]
+        del blocks[cdiv(length, size) :]
         for block in blocks:
             self._pool.acquire(block)
         return Hit(length, blocks, parents[: length // size + 1])

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from types import TracebackType
 from typing import Protocol
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.schedule.block_pool import BlockPool
 from qvl_runtime.schedule.prefix_cache import Parent, PrefixCache, Root
@@ -44,7 +45,7 @@ class Sequence:
 
     def needed(self, count: int) -> int:
         """Blocks that `reserve(count)` would allocate."""
-        fresh = -(-(self.length + count) // self._size) - len(self.blocks)
+        fresh = cdiv(self.length + count, self._size) - len(self.blocks)
         return max(0, fresh) + (1 if self._writes_shared() else 0)
 
     def reserve(self, count: int) -> None:
@@ -71,7 +72,7 @@ class Sequence:
         """Forget the tokens from `length` on, and give back the blocks that only they were in."""
         if length < self.length:
             self.length = length
-            self._drop(-(-length // self._size))
+            self._drop(cdiv(length, self._size))
 
     def find_prefix(self, tokens: Items[int], spans: Items[ImageSpan]) -> int:
         """Take over what the prefix cache knows of a prompt; for an empty sequence. Returns the tokens found."""
@@ -104,7 +105,7 @@ class Sequence:
     def fork(self) -> Sequence:
         """Another sequence with the same content; the two share blocks until one of them writes."""
         twin = self._store.register(Sequence(self._store, self.root, self._size))
-        twin.length, twin.blocks = self.length, self.blocks[: -(-self.length // self._size)]
+        twin.length, twin.blocks = self.length, self.blocks[: cdiv(self.length, self._size)]
         twin._parents = self._parents.copy()
         for block in twin.blocks:
             self._store.pool.acquire(block)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_kernels.util import cdiv, dtype_name
 from qvl_runtime.config.model import QuantizationConfig
 from qvl_runtime.weights.files import sync, write_json
 from qvl_runtime.weights.partial import write_folder
@@ -30,7 +31,7 @@ def save_checkpoint(
     """
     tied = raw_config.get("tie_word_embeddings", False)
     infos = {
-        name: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        name: TensorInfo(tuple(tensor.shape), dtype_name(tensor.dtype))
         for name, tensor in state.items()
         if not (tied and name == "lm_head.weight")
     }
@@ -109,7 +110,7 @@ def _write_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[s
         entries[name] = Written(CODES[info.dtype], info.shape, end, end + info.nbytes, "")
         end += info.nbytes
     header = header_of(entries)
-    start = -(-(LENGTH + len(header)) // LENGTH) * LENGTH
+    start = cdiv(LENGTH + len(header), LENGTH) * LENGTH
     with TensorFile(path, start, digests=False) as out:
         for name, info in tensors.items():
             written = out.append(read(name), info.dtype, info.shape)

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from qvl_kernels.util import dtype_name
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.tensor_file import CODES
 
@@ -90,10 +91,7 @@ class _TorchShard:
             if not isinstance(value, torch.Tensor):
                 raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__}; expected only tensors")
         self._tensors: dict[str, Tensor] = tensors
-        self.infos = {
-            name: TensorInfo(tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for name, value in tensors.items()
-        }
+        self.infos = {name: TensorInfo(tuple(value.shape), dtype_name(value.dtype)) for name, value in tensors.items()}
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name].detach().contiguous()

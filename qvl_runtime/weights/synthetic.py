@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING
 
+from qvl_kernels.util import dtype_name
 from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors
@@ -101,7 +102,7 @@ class SyntheticState(MutableMapping[str, "Tensor"]):
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor, without creating it."""
         spec = self._specs[name]
-        scales = "float16" if name.endswith(".scales") else str(self._dtype).removeprefix("torch.")
+        scales = "float16" if name.endswith(".scales") else dtype_name(self._dtype)
         return TensorInfo(spec.shape, "int32" if spec.packed else scales)
 
     def forget(self, name: str) -> None:

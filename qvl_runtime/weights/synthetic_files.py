@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.config.checks import require_choice, require_positive
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.weights.partial import check_absent, write_folder
@@ -65,7 +66,7 @@ def _divided(config: ModelConfig, by: int, min_vocabulary: int) -> ModelConfig:
         hidden_size=config.hidden_size // by,
         intermediate_size=config.intermediate_size // by // 256 * 256,
         num_attention_heads=config.num_attention_heads // by,
-        vocab_size=max(config.vocab_size // by, -(-min_vocabulary // 64) * 64),
+        vocab_size=max(config.vocab_size // by, cdiv(min_vocabulary, 64) * 64),
     )
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
+
 from .network import Nano
 from .packing import ASK, END, SYSTEM, Packer
 
@@ -19,7 +21,7 @@ def answers(
 ) -> list[str]:
     """One answer for each question about images[which]: uint8 [P, S, S, 3]; in the order asked."""
     visual = model.transformer["visual"]
-    features = torch.cat([visual(torch.from_numpy(p))[1] for p in np.array_split(images, -(-len(images) // 64))])
+    features = torch.cat([visual(torch.from_numpy(p))[1] for p in np.array_split(images, cdiv(len(images), 64))])
     prefix = packer.encode(SYSTEM + "Picture 1:" + packer.image)
     start = prefix.index(packer.visual.image_start_id) + 1
     rows = torch.arange(len(features))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qvl_kernels.cpu.library import CODES, FLOATS, LibraryError, library, pointer
 from qvl_kernels.cpu.memory import empty
+from qvl_kernels.util import dtype_name
 
 FEW_DENSE = 4  # rows up to which a dense linear is memory-bound; beyond, AMX tiles or torch's GEMM
 
@@ -66,7 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
     if not dense or rows == 0:
         return F.linear(x, weight, bias)
-    if rows > FEW_DENSE and not in_tiles(str(x.dtype).removeprefix("torch.")):
+    if rows > FEW_DENSE and not in_tiles(dtype_name(x.dtype)):
         return in_steps(x, len(weight), partial(_gemm, weight=weight.t(), bias=bias))
     x = x.contiguous()
     y = empty((*x.shape[:-1], len(weight)), x.dtype)

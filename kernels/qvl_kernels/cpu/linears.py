@@ -18,6 +18,7 @@ from qvl_kernels.layouts.binding import bind_published
 from qvl_kernels.layouts.gpu import symmetric_zero_point
 from qvl_kernels.layouts.repack import zero_points
 from qvl_kernels.reference import BoundLinear, Packed, Precision
+from qvl_kernels.util import cdiv, dtype_name
 
 LAYOUT = "cpu-1"  # the layout id in files; increase the number when csrc/linear_int8.inl reads them differently
 LAYOUTS = (LAYOUT, *reference.LAYOUTS)
@@ -114,7 +115,7 @@ def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precis
     """Bind a dense linear; fast: its weight is rounded to 8 bits for each output and group of inputs."""
     if precision == "exact":
         weight = weight.contiguous()
-        return BoundLinear(lambda x: linear(x, weight, bias), str(weight.dtype).removeprefix("torch."), weight.nbytes)
+        return BoundLinear(lambda x: linear(x, weight, bias), dtype_name(weight.dtype), weight.nbytes)
     packed = pack_dense(weight, bias)
     return BoundLinear(packed.int8, f"int8 W8A8, groups of {packed.group}", packed.nbytes)
 
@@ -208,7 +209,7 @@ class _Grouping(NamedTuple):
 def _group_inputs(inputs: int, groups: int, g_idx: Tensor | None) -> _Grouping:
     """Sort inputs by group (act-order), each group padded to whole groups of the largest size that fits."""
     if g_idx is None:
-        g_idx = torch.arange(inputs) // -(-inputs // groups)
+        g_idx = torch.arange(inputs) // cdiv(inputs, groups)
     counts = torch.bincount(g_idx.long(), minlength=groups)
     largest = int(counts.max())
     size = next((s for s in GROUPS if largest % s == 0), GROUPS[-1])
@@ -242,7 +243,7 @@ def _by_block(table: Tensor, groups: Tensor) -> Tensor:
 
 
 def _up(n: int, to: int) -> int:
-    return -(-n // to) * to
+    return cdiv(n, to) * to
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -15,6 +15,7 @@ from qvl_kernels.cpu.memory import empty, empty_like
 from qvl_kernels.reference import (
     SampledTokens,
 )
+from qvl_kernels.util import dtype_name
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -156,5 +157,5 @@ def _same_floats(x: Tensor, *others: Tensor) -> bool:
 
 def _unsupported(*tensors: Tensor) -> str:
     """Say which dtypes and shapes a kernel does not support."""
-    kinds = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors)
+    kinds = (f"{dtype_name(t.dtype)} {list(t.shape)}" for t in tensors)
     return f"its kernel does not support {', '.join(kinds)}"

@@ -26,6 +26,7 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.layouts.interleave import WORDS
 from qvl_kernels.reference import Packed
+from qvl_kernels.util import cdiv
 
 LAYOUT = "gpu-1"  # the layout id in files; increase the number when the kernels read them differently
 LAYOUT_INT8 = "gpu-int8-1"
@@ -73,7 +74,7 @@ class PackedWeight:
         if packed.layout != cls.LAYOUT:
             raise ValueError(f"these GPU kernels read the layout {cls.LAYOUT!r}; found {packed.layout!r}")
         inputs, outputs, group = (packed.fields[name] for name in ("inputs", "outputs", "group"))
-        tiles, padded, groups = -(-inputs // cls.TILE), -(-outputs // OUTPUTS) * OUTPUTS, -(-inputs // group)
+        tiles, padded, groups = cdiv(inputs, cls.TILE), cdiv(outputs, OUTPUTS) * OUTPUTS, cdiv(inputs, group)
         expected = {
             "words": ((tiles, padded, WORDS), torch.int32),
             "scales": ((groups, padded), None),

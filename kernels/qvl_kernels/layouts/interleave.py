@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
+
 WORDS = 16  # words of a tile for each output, and rows of qweight in a tile
 ROTATION = {4: 3, 8: 0}  # bits that a word is rotated left by, for each number of bits of a code
 _OUTPUTS_AT_ONCE = 4096  # 256 KiB of words in a tile, and temporaries of half that size, fit a core's cache
@@ -30,7 +32,7 @@ _DIGITS = {4: 2, 8: 1}  # digits of a row's number that are swapped: the highest
 def to_tiles(qweight: Tensor, bits: int, outputs: int) -> Tensor:
     """Convert `qweight` [rows, N] to int32 words [tiles, outputs, 16], padding rows and outputs with zeros."""
     rows, unpadded = qweight.shape
-    words = qweight.new_empty(-(-rows // WORDS), outputs, WORDS)
+    words = qweight.new_empty(cdiv(rows, WORDS), outputs, WORDS)
     words[:, unpadded:] = 0
     for tile, part in _pieces(len(words), unpadded):
         piece = qweight[tile * WORDS : (tile + 1) * WORDS, part]

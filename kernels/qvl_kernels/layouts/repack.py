@@ -20,6 +20,7 @@ from qvl_kernels.layouts.gpu import (
 )
 from qvl_kernels.layouts.interleave import from_tiles, permute_inputs, to_tiles
 from qvl_kernels.reference import Packed, pack_rows, unpack_rows
+from qvl_kernels.util import cdiv
 
 __all__ = [
     "LAYOUTS",
@@ -144,7 +145,7 @@ def _grouping(inputs: int, groups: int, g_idx: Tensor | None) -> tuple[int, Tens
     The last group may be smaller.
     """
     if g_idx is None:
-        return -(-inputs // groups), None, True
+        return cdiv(inputs, groups), None, True
     sizes = torch.bincount(g_idx.long(), minlength=groups)
     group = int(sizes[0])
     by_group, perm = torch.sort(g_idx.long(), stable=True)

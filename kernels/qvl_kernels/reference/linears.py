@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl_kernels.util import cdiv, dtype_name
+
 LAYOUTS = ("gptq",)  # layouts of packed linears that these ops read
 Precision = Literal["exact", "fast"]  # fast: kernels may round activations and dense weights to int8
 
@@ -50,7 +52,7 @@ def gptq_dequantize(
     q = unpack_rows(qweight, bits)
     zeros = unpack_rows(qzeros.t(), bits).t() + zero_offset
     if g_idx is None:
-        size = -(-q.shape[0] // scales.shape[0])
+        size = cdiv(q.shape[0], scales.shape[0])
         g_idx = torch.arange(q.shape[0], device=q.device) // size
     group = g_idx.long()
     return (scales.float()[group] * (q - zeros[group])).t()
@@ -163,4 +165,4 @@ def unpack_to_qweight(packed: Packed) -> Tensor:
 
 
 def _name(weight: Tensor) -> str:
-    return str(weight.dtype).removeprefix("torch.")
+    return dtype_name(weight.dtype)

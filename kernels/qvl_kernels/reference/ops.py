@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvl_kernels.util import cdiv
+
 
 def sum_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Add a linear's float32 partial sums [S, n, out], rounded to `dtype`; an output [n, out] is unchanged."""
@@ -178,7 +180,7 @@ def paged_attention(
     query_starts, context_lens = on_host(query_starts), on_host(context_lens)
     for r, length in enumerate(context_lens):
         start, end = query_starts[r], query_starts[r + 1]
-        blocks = block_tables[r, : -(-length // block_size)]
+        blocks = block_tables[r, : cdiv(length, block_size)]
         k, v = (
             from_cached(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], q.dtype)
             for cache in (k_cache, v_cache)

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
+from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
 from qvl_kernels.triton.to_float32 import to_float32
+from qvl_kernels.util import cdiv
 
 MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
 LOWEST = tl.constexpr(-40.0)  # silu(-40) is -2e-16; (1 + exp(40))^2 is still a float32
@@ -99,7 +100,7 @@ def _swiglu_plan(up_gate: Tensor, y: Tensor) -> Launch:
     shape = (None, 2 * y.shape[-1]) if whole else (None, None, 2 * y.shape[-1])
     checks.tensor("swiglu", "up_gate", up_gate, shape, y.dtype if whole else torch.float32)
     rows, width = y.shape
-    grid = (rows, blocks(width, 2 * BLOCK))
+    grid = (rows, cdiv(width, 2 * BLOCK))
     return Launch(
         swiglu_kernel,
         grid,
@@ -111,7 +112,7 @@ def _swiglu_plan(up_gate: Tensor, y: Tensor) -> Launch:
 
 def _gelu_plan(x: Tensor, y: Tensor) -> Launch:
     checks.tensor("gelu", "x", x, tuple(x.shape))
-    return Launch(gelu_kernel, (blocks(x.numel(), 1024),), {"x_ptr": x, "y_ptr": y, "n": x.numel()}, {"BLOCK": 1024})
+    return Launch(gelu_kernel, (cdiv(x.numel(), 1024),), {"x_ptr": x, "y_ptr": y, "n": x.numel()}, {"BLOCK": 1024})
 
 
 def aot_specs(capability: int) -> list[Spec]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.triton.launch import interpreted
+from qvl_kernels.util import dtype_name
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -15,15 +16,15 @@ def tensor(op: str, name: str, value: Tensor, shape: tuple[int | None, ...], *dt
     fits = value.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, value.shape, strict=True))
     if fits and value.dtype in (dtypes or FLOATS) and value.is_contiguous():
         return
-    expected = f"{' or '.join(_short(dtype) for dtype in dtypes or FLOATS)} {_shape(shape)}"
-    found = f"{_short(value.dtype)} {_shape(tuple(value.shape))}{'' if value.is_contiguous() else ', strided'}"
+    expected = f"{' or '.join(dtype_name(dtype) for dtype in dtypes or FLOATS)} {_shape(shape)}"
+    found = f"{dtype_name(value.dtype)} {_shape(tuple(value.shape))}{'' if value.is_contiguous() else ', strided'}"
     raise ValueError(f"{op}: {name} is {found}; expected contiguous {expected}")
 
 
 def dtype(op: str, value: torch.dtype) -> None:
     """Raises ValueError unless an output's dtype is a float that the kernels write."""
     if value not in FLOATS:
-        raise ValueError(f"{op}: the output is {_short(value)}; expected {' or '.join(map(_short, FLOATS))}")
+        raise ValueError(f"{op}: the output is {dtype_name(value)}; expected {' or '.join(map(dtype_name, FLOATS))}")
 
 
 def device(op: str, *tensors: Tensor | None) -> None:
@@ -37,10 +38,6 @@ def device(op: str, *tensors: Tensor | None) -> None:
             f"{op}: tensors on {types.pop()}; Triton kernels run on cuda, or anywhere with TRITON_INTERPRET=1 set"
             " before triton is imported"
         )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:

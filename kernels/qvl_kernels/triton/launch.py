@@ -67,8 +67,3 @@ def interpreted() -> bool:
 def counted(n: int, noun: str) -> str:
     """ "1 row", "16 rows"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def blocks(n: int, size: int) -> int:
-    """How many blocks of `size` cover n."""
-    return -(-n // size)

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
+from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
 from qvl_kernels.triton.to_float32 import to_float32
+from qvl_kernels.util import cdiv
 
 MAX_WIDTH = 16384  # channels of a row that registers hold on 16 warps
 LAYER_NORM_ROWS = 2  # of a program: one leaves half of a warp idle where a chunk is 128 channels
@@ -169,14 +170,14 @@ def _layer_plan(
     rows, width = _check(op, x, weight, bias)
     if update is not None:
         checks.tensor(op, "update", update, tuple(x.shape), x.dtype)
-    warps = triton.next_power_of_2(blocks(width, 2048))
+    warps = triton.next_power_of_2(cdiv(width, 2048))
     chunk = 128 * warps  # of two rows: 8 values a lane
     return Launch(
         layer_norm_kernel,
-        (blocks(rows, LAYER_NORM_ROWS),),
+        (cdiv(rows, LAYER_NORM_ROWS),),
         {"x_ptr": x, "update_ptr": x if update is None else update, "weight_ptr": weight, "bias_ptr": bias,
          "total_ptr": y if total is None else total, "y_ptr": y, "rows": rows, "eps": eps},
-        {"WIDTH": width, "CHUNK": chunk, "CHUNKS": blocks(width, chunk), "ROWS": LAYER_NORM_ROWS,
+        {"WIDTH": width, "CHUNK": chunk, "CHUNKS": cdiv(width, chunk), "ROWS": LAYER_NORM_ROWS,
          "UPDATE": update is not None},
         warps,
     )  # fmt: skip

@@ -10,8 +10,9 @@ from torch import Tensor
 from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.attention.kv_tiles import scales_at
-from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
+from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
+from qvl_kernels.util import cdiv
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
 FULL_GPU_ROWS = 128  # that fill the GPU with programs
@@ -170,7 +171,7 @@ def _plan(
     block_half, block_pass = triton.next_power_of_2(half), triton.next_power_of_2(max(head_dim - 2 * half, 1))
     return Launch(
         rotary_kernel,
-        (rows, blocks(heads, heads_at_once)),
+        (rows, cdiv(heads, heads_at_once)),
         {"qkv_ptr": qkv, "cos_ptr": cos, "sin_ptr": sin, "logn_ptr": logn, "slots_ptr": slots, "q_ptr": q,
          "k_cache_ptr": k_cache, "v_cache_ptr": v_cache, "rows": rows, "H": heads},
         {"D": head_dim, "ROTARY_HALF": half, "BLOCK_SIZE": k_cache.shape[2], "WIDTH": width, "INT8": int8,

@@ -13,7 +13,8 @@ from qvl_kernels.reference import cache_width
 from qvl_kernels.triton.attention.decode_kv_fp16 import decode_kv_fp16_kernel
 from qvl_kernels.triton.attention.decode_kv_int8 import decode_kv_int8_kernel
 from qvl_kernels.triton.attention.softmax import LOG2E
-from qvl_kernels.triton.launch import Launch, Spec, blocks, counted
+from qvl_kernels.triton.launch import Launch, Spec, counted
+from qvl_kernels.util import cdiv
 
 PROGRAMS = 1024  # one warp each: 8 to 10 on an SM of the GPUs that this is for, with 8 KB under way each
 MOST_SPLITS = 32
@@ -106,7 +107,7 @@ def decode(
     at_once = max(1, MERGED // splits)
     merge = Launch(
         merge_kernel,
-        (blocks(heads, at_once), count),
+        (cdiv(heads, at_once), count),
         {"partial_ptr": partial, "lse_ptr": lse, "queries_ptr": list_or_any, "out_ptr": out, "H": heads},
         {"D": head_dim, "BLOCK_D": block_d, "SPLITS": splits, "HEADS": at_once, "EVEN_HEADS": heads % at_once == 0,
          "LISTED": listed},

@@ -15,7 +15,8 @@ from qvl_kernels.reference import cache_width
 from qvl_kernels.triton.attention.kv_tiles import load_tile
 from qvl_kernels.triton.attention.prefill_kv_int8 import LIFT, prefill_kv_int8_kernel
 from qvl_kernels.triton.attention.softmax import LOG2E, attend
-from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.launch import Launch, Spec
+from qvl_kernels.util import cdiv
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def aot_specs(capability: int) -> list[Spec]:
         cache = q.new_empty(512, 32, 16, cache_width(128, cache_dtype), dtype=cache_dtype)
         tables = q.new_empty(1, 128, dtype=torch.int64)
         choice = configuration(capability, rows, 128, q.dtype, cache_dtype == torch.int8)
-        tiles = q.new_empty(blocks(rows, choice.rows), 4, dtype=torch.int32)
+        tiles = q.new_empty(cdiv(rows, choice.rows), 4, dtype=torch.int32)
         name = f"prefill attention, {rows} rows, {'int8' if cache_dtype == torch.int8 else '16-bit'} KV"
         stored = 2 * 2048 * 32 * cache.shape[-1] * cache.element_size()
         keys = (2048 - rows) + rows / 2  # that a row sees on average

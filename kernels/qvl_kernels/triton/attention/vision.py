@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.attention.softmax import LOG2E, attend
-from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
+from qvl_kernels.triton.launch import Launch, Spec, capability
+from qvl_kernels.util import cdiv
 
 MAX_HEAD_DIM = 256
 
@@ -137,7 +138,7 @@ def _plan(
     choice = configuration(capability, dim, out.element_size())
     return Launch(
         image_kernel,
-        (blocks(queries, choice.queries), heads, images),
+        (cdiv(queries, choice.queries), heads, images),
         {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "queries": queries, "keys": keys, "heads": heads,
          "scale": LOG2E * dim**-0.5, "q_image": q_strides.image, "k_image": k_strides.image},
         {"D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "Q_HEAD": q_strides.head,

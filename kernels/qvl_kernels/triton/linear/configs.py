@@ -17,7 +17,8 @@ import torch
 
 from qvl_kernels.gpus import gpu_named
 from qvl_kernels.layouts.gpu import OUTPUTS, TILE
-from qvl_kernels.triton.launch import CAPABILITIES, blocks
+from qvl_kernels.triton.launch import CAPABILITIES
+from qvl_kernels.util import cdiv
 
 Regime = Literal["small_m", "gemm", "dequantize"]
 # By bits. Rows up to which a linear is memory-bound: for int4 one tensor-core tile; for int8 a few, and beyond the
@@ -66,10 +67,10 @@ def _config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int)
     if tuned is not None:
         return tuned if outputs % tuned.columns == 0 else tuned._replace(columns=OUTPUTS)
     made = _small_m(here, outputs) if kind == "small_m" else _gemm(here, rows, outputs)
-    programs = blocks(rows, made.rows) * (outputs // made.columns)
-    splits = _splits(here, programs, blocks(inputs, TILE))
+    programs = cdiv(rows, made.rows) * (outputs // made.columns)
+    splits = _splits(here, programs, cdiv(inputs, TILE))
     if kind == "gemm":  # its splits have the same number of tiles
-        splits = next(n for n in range(splits, 0, -1) if blocks(inputs, TILE) % n == 0)
+        splits = next(n for n in range(splits, 0, -1) if cdiv(inputs, TILE) % n == 0)
     return made._replace(splits=splits)
 
 
@@ -94,7 +95,7 @@ def _gemm(capability: int, rows: int, outputs: int) -> Config:
 
 def _splits(capability: int, programs: int, tiles: int) -> int:
     """Split-K that fills the GPU; with many rows there is none, since partial sums cost traffic."""
-    splits = blocks(int(PROGRAMS * MULTIPROCESSORS[capability]), programs)
+    splits = cdiv(int(PROGRAMS * MULTIPROCESSORS[capability]), programs)
     return max(1, min(splits, tiles // LEAST_TILES))
 
 

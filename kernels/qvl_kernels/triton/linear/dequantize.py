@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.launch import Launch, Spec
 from qvl_kernels.triton.linear.int4_tile import (
     BASE_BF16,
     BASE_FP16,
@@ -23,6 +23,7 @@ from qvl_kernels.triton.linear.int4_tile import (
 )
 from qvl_kernels.triton.linear.int8_tile import TILE_INT8, unpack_int8
 from qvl_kernels.triton.linear.published_shapes import example
+from qvl_kernels.util import cdiv
 
 COLUMNS = {4: 64, 8: 128}  # outputs of a program, by bits: 8192 weights, 64 a thread
 WARPS = 4
@@ -127,7 +128,7 @@ def _plan(weight: PackedInt4 | PackedInt8, dtype: torch.dtype, first: int, count
     columns = COLUMNS[weight.BITS]
     launch = Launch(
         int4_dequantize_kernel if weight.BITS == 4 else int8_dequantize_kernel,
-        (tiles, blocks(count, columns)),
+        (tiles, cdiv(count, columns)),
         {"words_ptr": weight.words[:, first:], "scales_ptr": weight.scales[:, first:],
          "zeros_ptr": None if weight.zeros is None else weight.zeros[:, first:]},
         {"INPUTS": weight.inputs, "OUTPUTS": count, "PADDED": padded, "GROUP": weight.group, "BN": columns},

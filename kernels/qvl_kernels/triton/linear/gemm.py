@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks, capability
+from qvl_kernels.triton.launch import Launch, Spec, capability
 from qvl_kernels.triton.linear.configs import Config, config
 from qvl_kernels.triton.linear.int4_tile import (
     BASE_BF16,
@@ -27,6 +27,7 @@ from qvl_kernels.triton.linear.int4_tile import (
 )
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
+from qvl_kernels.util import cdiv
 
 
 @triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
@@ -97,7 +98,7 @@ def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chose
         raise ValueError(f"int4_gemm: {tiles} tiles do not divide into {chosen.splits} splits")
     launch = Launch(
         int4_gemm_kernel,
-        (blocks(rows, chosen.rows), blocks(padded, chosen.columns), chosen.splits),
+        (cdiv(rows, chosen.rows), cdiv(padded, chosen.columns), chosen.splits),
         {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
         {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
          "TILES": tiles // chosen.splits, "BM": chosen.rows, "BN": chosen.columns},
@@ -120,7 +121,7 @@ def aot_specs(capability: int) -> list[Spec]:
                     f"int4_gemm {name}, {rows} rows",
                     launch,
                     x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-                    loop_trips=blocks(weight.inputs, weight.TILE) / chosen.splits,
+                    loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
                     flops=2 * rows * weight.inputs * weight.outputs,
                 )
             )

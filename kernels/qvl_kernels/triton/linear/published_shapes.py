@@ -7,8 +7,8 @@ from torch import Tensor
 
 from qvl_kernels.layouts.gpu import KINDS, OUTPUTS, PackedInt4, PackedInt8
 from qvl_kernels.layouts.interleave import WORDS
-from qvl_kernels.triton.launch import blocks
 from qvl_kernels.triton.linear.configs import config
+from qvl_kernels.util import cdiv
 
 SHAPES = {  # inputs, outputs
     "qkv": (4096, 12288),
@@ -32,7 +32,7 @@ def example(
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    kind, padded, groups = KINDS[bits], blocks(outputs, OUTPUTS) * OUTPUTS, inputs // GROUP
+    kind, padded, groups = KINDS[bits], cdiv(outputs, OUTPUTS) * OUTPUTS, inputs // GROUP
     weight = kind(
         words=empty(inputs // kind.TILE, padded, WORDS, dtype=torch.int32),
         scales=empty(groups, padded),

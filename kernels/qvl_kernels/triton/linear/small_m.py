@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks, capability, counted
+from qvl_kernels.triton.launch import Launch, Spec, capability, counted
 from qvl_kernels.triton.linear.configs import SMALL_M, Config, config
 from qvl_kernels.triton.linear.int4_tile import (
     BASE_BF16,
@@ -28,6 +28,7 @@ from qvl_kernels.triton.linear.int4_tile import (
 from qvl_kernels.triton.linear.int8_tile import TILE_INT8, unpack_int8
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
+from qvl_kernels.util import cdiv
 
 MOST_RATIO, LEAST_WIDE = 0.6, 0.9  # bars of the kernel report
 
@@ -152,10 +153,10 @@ def plan_small_m(
 
 def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
     padded, int8 = weight.words.shape[1], weight.BITS == 8
-    grid = (blocks(padded, chosen.columns), chosen.splits)
+    grid = (cdiv(padded, chosen.columns), chosen.splits)
     launch = Launch(
         int8_small_m_kernel if int8 else int4_small_m_kernel,
-        (blocks(rows, chosen.rows), *grid) if int8 else grid,
+        (cdiv(rows, chosen.rows), *grid) if int8 else grid,
         {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
         {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
          "BM": chosen.rows, "BN": chosen.columns},
@@ -191,7 +192,7 @@ def _spec(capability: int, bits: int, name: str, rows: int, dtype: torch.dtype, 
         x.nbytes + weight_bytes(weight, bias) + out.nbytes,
         max_ratio=MOST_RATIO if rows <= 16 else None,
         min_wide=LEAST_WIDE,
-        loop_trips=blocks(weight.inputs, weight.TILE) / chosen.splits,
+        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
         flops=2 * rows * weight.inputs * weight.outputs,
         per_layer=int(bits == 4 and dtype == torch.float16 and symmetric),
         least_bytes=weight_bytes(weight, bias),

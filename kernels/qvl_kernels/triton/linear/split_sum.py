@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.launch import Launch, Spec
+from qvl_kernels.util import cdiv
 
 BLOCK, WARPS = 1024, 4  # elements of a program: 8 a thread, two loads of 128 bits
 
@@ -37,7 +38,7 @@ def sum_partials(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _plan(parts: Tensor, out: Tensor) -> Launch:
     return Launch(
         split_sum_kernel,
-        (blocks(out.numel(), BLOCK),),
+        (cdiv(out.numel(), BLOCK),),
         {"parts_ptr": parts, "out_ptr": out, "size": out.numel()},
         {"SPLITS": len(parts), "BLOCK": BLOCK},
         WARPS,

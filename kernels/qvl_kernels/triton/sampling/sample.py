@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, blocks
+from qvl_kernels.triton.launch import Launch, Spec
 from qvl_kernels.triton.sampling.select import pick_kernel
+from qvl_kernels.util import cdiv
 
 CHUNK = 2048  # tokens of a program that goes over the vocabulary
 LEVELS = 32  # thresholds below the highest score: 0.25 * 1.17^j, so that the last one is 32.5
@@ -162,7 +163,7 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     checks.tensor("sample", "logits", logits, (m, vocab))
     if rows is not None:
         _check_rows(rows, m, vocab)
-    chunks = blocks(vocab, CHUNK)
+    chunks = cdiv(vocab, CHUNK)
     sizes: Arguments = {"vocab": vocab, "chunks": chunks}
     scores, scaled = (logits.new_empty(m, vocab, dtype=torch.float32) for _ in range(2))
     tops, masses, best = (logits.new_empty(m, chunks, dtype=torch.float32) for _ in range(3))
@@ -245,5 +246,5 @@ def aot_specs(capability: int) -> list[Spec]:
     specs = [Spec(f"sampling {name}, {m} rows", launch, n) for name, launch, n in zip(names, plan, moved, strict=True)]
     plan = _plan(logits[:1], None, empty(1, dtype=torch.int64), floats[:1])
     specs.append(Spec("greedy scores, 1 row", plan[0], 6 * vocab))
-    specs.append(Spec("greedy pick, 1 row", plan[1], 12 * blocks(vocab, CHUNK)))
+    specs.append(Spec("greedy pick, 1 row", plan[1], 12 * cdiv(vocab, CHUNK)))
     return specs
