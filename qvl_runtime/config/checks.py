@@ -45,7 +45,7 @@ def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, 
     return found
 
 
-def mapping(value: Any, name: str) -> Mapping[str, Any]:
+def require_object(value: Any, name: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"config.json has {name} {value!r}; expected an object")
     return value

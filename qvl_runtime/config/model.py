@@ -13,7 +13,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.config.checks import mapping, read_fields, read_json, require_choice, require_divides, require_positive
+from qvl_runtime.config.checks import (
+    read_fields,
+    read_json,
+    require_choice,
+    require_divides,
+    require_object,
+    require_positive,
+)
 from qvl_runtime.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -192,15 +199,15 @@ class ModelConfig:
 
         Raises `ConfigError` for another architecture, a missing or mistyped key and a setting that is not supported.
         """
-        _refuse_other_models(raw)
+        _check_supported(raw)
         where, section = "config.json", raw.get("quantization_config")
         quantization = None
         if section is not None:
-            quantization = QuantizationConfig.from_dict(mapping(section, "quantization_config"), where)
+            quantization = QuantizationConfig.from_dict(require_object(section, "quantization_config"), where)
         elif quantize is not None:
             quantization = QuantizationConfig.from_dict(quantize)
         own = read_fields(cls, raw, where, skip=("visual", "dtype", "quantization"))
-        visual = mapping(raw["visual"], "visual")
+        visual = require_object(raw["visual"], "visual")
         vision = VisionConfig(**read_fields(VisionConfig, visual, f"{where}, section visual,"))
         return cls(**own, visual=vision, dtype=_read_dtype(raw), quantization=quantization)
 
@@ -214,7 +221,7 @@ class ModelConfig:
         return cls.from_dict(read_json(folder / "config.json"), read_json(quantize) if quantize.is_file() else None)
 
 
-def _refuse_other_models(raw: Mapping[str, Any]) -> None:
+def _check_supported(raw: Mapping[str, Any]) -> None:
     kind, architectures = raw.get("model_type") or "qwen", raw.get("architectures") or ["QWenLMHeadModel"]
     if kind != "qwen" or architectures != ["QWenLMHeadModel"]:
         names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures

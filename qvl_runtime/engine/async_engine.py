@@ -28,7 +28,7 @@ Item: TypeAlias = "StreamPiece | BaseException"
 class Reader:
     """One `async for`: what the worker has sent it and what it has taken, counted on either side of the thread."""
 
-    home: asyncio.AbstractEventLoop
+    loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
     request: Request | None = None  # the worker's
     sent: int = 0  # the worker's
@@ -44,8 +44,8 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, max_pending: int = 256, max_unread: int = 64) -> None:
         self.engine, self.max_pending, self.max_unread = engine, max_pending, max_unread
-        self._places = asyncio.Semaphore(max_pending)
-        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._slots = asyncio.Semaphore(max_pending)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._readers: set[Reader] = set()  # the worker's
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="qvl-model", daemon=True)
@@ -54,7 +54,7 @@ class AsyncEngine:
     @property
     def busy(self) -> bool:
         """Whether a new request would have to wait for a place."""
-        return self._places.locked()
+        return self._slots.locked()
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True
@@ -87,25 +87,25 @@ class AsyncEngine:
 
     async def report(self) -> dict[str, Any]:
         """`Engine.report`, asked between two steps."""
-        home = asyncio.get_running_loop()
-        answer: asyncio.Future[dict[str, Any]] = home.create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[dict[str, Any]] = loop.create_future()
 
         def ask() -> None:
             try:
                 report = self.engine.report()
             except Exception as error:
-                home.call_soon_threadsafe(set_exception, answer, error)
+                loop.call_soon_threadsafe(set_exception, answer, error)
             else:
-                home.call_soon_threadsafe(set_result, answer, report)
+                loop.call_soon_threadsafe(set_result, answer, report)
 
-        self._order(ask)
+        self._send_command(ask)
         return await answer
 
     async def close(self) -> None:
         """End the worker; requests that are not done end with an error. The engine may be used directly again."""
         if not self._closed:
             self._closed = True
-            self._orders.put(lambda: None)
+            self._commands.put(lambda: None)
             await asyncio.to_thread(self._worker.join)
 
     async def __aenter__(self) -> AsyncEngine:
@@ -121,61 +121,61 @@ class AsyncEngine:
     ) -> AsyncGenerator[StreamPiece, None]:
         if self.busy and not wait:
             raise CapacityError(f"{self.max_pending} requests are under way, which is the limit: try again later")
-        async with self._places:
+        async with self._slots:
             encoded = await asyncio.to_thread(self.engine.encode, prompt)  # images are decoded while the model runs
             reader = Reader(asyncio.get_running_loop())
-            self._order(lambda: self._begin(reader, encoded, params, streamed))
+            self._send_command(lambda: self._submit(reader, encoded, params, streamed))
             try:
                 while True:
                     item = await reader.items.get()
                     reader.taken += 1
                     if isinstance(item, BaseException):
                         raise item
-                    if reader.request is not None and reader.request.held and not self._closed:
-                        self._order(lambda: None)  # the worker looks again who may go on
+                    if reader.request is not None and reader.request.paused and not self._closed:
+                        self._send_command(lambda: None)  # the worker looks again who may go on
                     yield item
                     if item.completion is not None:
                         return
             finally:
                 if not self._closed:
-                    self._order(lambda: self._end(reader))
+                    self._send_command(lambda: self._cancel(reader))
 
-    def _order(self, order: Callable[[], None]) -> None:
+    def _send_command(self, command: Callable[[], None]) -> None:
         """Have the worker do something before its next step. Only the event loop's thread orders, and closes."""
         if self._closed:
             raise QVLError("the engine is closed: make another AsyncEngine")
-        self._orders.put(order)
+        self._commands.put(command)
 
     # --- the worker's side -------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         idle = True
         while True:
-            self._carry_out(wait=idle)
+            self._run_commands(wait=idle)
             if self._closed:
                 break
             for reader in self._readers:
                 if reader.request is not None:
-                    reader.request.held = reader.sent - reader.taken > self.max_unread
+                    reader.request.paused = reader.sent - reader.taken > self.max_unread
             try:
                 idle = not self.engine.core.step()
             except Exception as error:  # whatever it is, it goes to everyone who waits for this step
                 self._fail(error)
             self._deliver()
-        self._carry_out(wait=False)  # what was ordered just before the end
+        self._run_commands(wait=False)  # what was ordered just before the end
         self._fail(QVLError("the engine was closed before the answer was whole"))
 
-    def _carry_out(self, wait: bool) -> None:
-        """Do what was ordered; with `wait`, sleep until there is an order or a deadline may have passed."""
+    def _run_commands(self, wait: bool) -> None:
+        """Do what was ordered; with `wait`, sleep until there is a command or a deadline may have passed."""
         try:
             if wait:
-                self._orders.get(timeout=0.05 if self._readers else None)()
+                self._commands.get(timeout=0.05 if self._readers else None)()
             while True:
-                self._orders.get_nowait()()
+                self._commands.get_nowait()()
         except queue.Empty:
             pass
 
-    def _begin(self, reader: Reader, encoded: Encoded, params: SamplingParams | None, streamed: bool) -> None:
+    def _submit(self, reader: Reader, encoded: Encoded, params: SamplingParams | None, streamed: bool) -> None:
         try:
             reader.request = self.engine.submit(encoded, params, streamed)
         except Exception as error:  # whatever it is, it is its reader's: the worker lives on
@@ -183,7 +183,7 @@ class AsyncEngine:
         else:
             self._readers.add(reader)
 
-    def _end(self, reader: Reader) -> None:
+    def _cancel(self, reader: Reader) -> None:
         self._readers.discard(reader)
         if reader.request is not None:
             self.engine.core.cancel(reader.request)
@@ -204,7 +204,7 @@ class AsyncEngine:
 
     def _fail(self, error: BaseException) -> None:
         for reader in list(self._readers):
-            self._end(reader)
+            self._cancel(reader)
             self._send(reader, [error])
 
     def _send(self, reader: Reader, items: list[Item]) -> None:
@@ -213,8 +213,8 @@ class AsyncEngine:
                 reader.items.put_nowait(item)
 
         reader.sent += len(items)
-        if not reader.home.is_closed():
-            reader.home.call_soon_threadsafe(put)
+        if not reader.loop.is_closed():
+            reader.loop.call_soon_threadsafe(put)
 
 
 def set_result(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
     """Return the content of `Engine.report()`. Memory in bytes, time in seconds."""
     model, cache, images = core.runner.model, core.runner.cache, core.runner.images
     c = model.config
-    looked_up = images.hits + images.misses
+    lookups = images.hits + images.misses
     return {
         "model": {
             "folder": str(folder),
@@ -51,7 +51,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
                 "evictions": cache.pool.evictions,
             },
             "prefixes": describe_prefixes(cache),
-            "images": {"held": len(images), "lookups": looked_up, "hit_rate": images.hits / max(1, looked_up)},
+            "images": {"held": len(images), "lookups": lookups, "hit_rate": images.hits / max(1, lookups)},
         },
         "requests": {
             "running": len(core.scheduler.running),
@@ -69,7 +69,7 @@ def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
     prefixes = cache.prefixes
     if prefixes is None:
         return None
-    queried, hit = prefixes.asked_tokens, prefixes.hit_tokens
+    queried, hit = prefixes.queried_tokens, prefixes.hit_tokens
     return {
         "blocks": len(prefixes.blocks),
         "asked_tokens": queried,

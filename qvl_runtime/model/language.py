@@ -59,21 +59,25 @@ class Block:
     down: Linear  # the published mlp.c_proj
 
     def __call__(
-        self, x: Tensor, normed: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer
+        self, x: Tensor, normed: Tensor, positions: Positions, layout: Layout, cache: LayerCache, observe: Observer
     ) -> tuple[Tensor, Tensor]:
         """The residual stream x [n, D] and its ln_1, to x after attention and what the MLP is to add to it.
 
         Keys and values of the rows enter the cache. The residual add is fused with the next norm. Attention's
         temporaries are freed before the MLP starts: 11 n D numbers would be live at once instead of 4, plus the MLP's.
         """
-        x, normed = self.ops.add_rms_norm(x, self._attend(normed, x, at, layout, cache, observe), self.ln_2, self.eps)
+        x, normed = self.ops.add_rms_norm(
+            x, self._attend(normed, x, positions, layout, cache, observe), self.ln_2, self.eps
+        )
         return x, self._mlp(normed, x, observe)
 
     def _attend(
-        self, normed: Tensor, x: Tensor, at: Positions, layout: Layout, cache: LayerCache, observe: Observer
+        self, normed: Tensor, x: Tensor, positions: Positions, layout: Layout, cache: LayerCache, observe: Observer
     ) -> Tensor:
         qkv = self.c_attn.forward_partial_sums(normed)
-        q = self.ops.rotary_to_cache(qkv, at.cos, at.sin, at.logn, cache.k, cache.v, layout.slots, x.dtype)
+        q = self.ops.rotary_to_cache(
+            qkv, positions.cos, positions.sin, positions.logn, cache.k, cache.v, layout.slots, x.dtype
+        )
         context = self.ops.paged_attention(
             q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
         )
@@ -115,12 +119,17 @@ class Decoder:
         self._head = linears.of_tensors("lm_head", head)
 
     def forward(
-        self, x: Tensor, at: Positions, layout: Layout, caches: Sequence[LayerCache], observe: Observer = unobserved
+        self,
+        x: Tensor,
+        positions: Positions,
+        layout: Layout,
+        caches: Sequence[LayerCache],
+        observe: Observer = unobserved,
     ) -> Tensor:
         """Embedded rows x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f."""
         hidden = self._ops.rms_norm(x, self._blocks[0].ln_1, self._eps)
         for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
-            x, update = block(x, hidden, at, layout, cache, _of_layer(observe, i))
+            x, update = block(x, hidden, positions, layout, cache, _of_layer(observe, i))
             x, hidden = self._ops.add_rms_norm(x, update, self._next_norm(i), self._eps)
             del update  # else it is there until the next block gives its own
             observe(f"block{i}", x)

@@ -28,9 +28,9 @@ class Step:
     positions: Tensor  # int64 [n], from 0 in each request
     frequencies: Tensor  # float32 [n, rotary_dim / 2], by the NTK factor that the row's request was admitted with
     layout: Layout
-    image_rows: Tensor | None = None  # int64 [m], rows inside image spans
+    image_indices: Tensor | None = None  # int64 [m], rows inside image spans
     image_features: Tensor | None = None  # [m, D], replaces the embeddings of those rows
-    embedded: Tensor | None = None  # [n, D] on the model's device, where the rows have been looked up already
+    inputs_embeds: Tensor | None = None  # [n, D] on the model's device, where the rows have been looked up already
 
 
 class QwenVL:
@@ -80,13 +80,13 @@ class QwenVL:
     def forward(self, step: Step, caches: Sequence[LayerCache], observe: Observer = unobserved) -> Tensor:
         """Run the rows of a step: hidden states [n, D]; their keys and values enter the caches."""
         at = positions_of(self.config, step.positions, step.frequencies, self.ops)
-        return self.decoder.forward(self._embedded(step, observe), at, step.layout, caches, observe)
+        return self.decoder.forward(self._embed(step, observe), at, step.layout, caches, observe)
 
-    def _embedded(self, step: Step, observe: Observer) -> Tensor:
+    def _embed(self, step: Step, observe: Observer) -> Tensor:
         """The rows [n, D] that the decoder begins with, which alone holds them: they go with its first block."""
-        x = self.embed_tokens(step.token_ids) if step.embedded is None else step.embedded
-        if step.image_rows is not None and step.image_features is not None:
-            x[step.image_rows] = step.image_features.to(x.dtype)
+        x = self.embed_tokens(step.token_ids) if step.inputs_embeds is None else step.inputs_embeds
+        if step.image_indices is not None and step.image_features is not None:
+            x[step.image_indices] = step.image_features.to(x.dtype)
         observe("embed", x)
         return x
 

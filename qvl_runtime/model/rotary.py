@@ -47,10 +47,10 @@ def inverse_frequencies(base: float, dim: int, alpha: float) -> Tensor:
 class Frequencies:
     """The inverse frequencies of every NTK factor in use, in one tensor that stays where it is."""
 
-    MOST = 16  # factors are 2^k - 1 for a prompt of up to 2^(k - 1) training lengths
+    MAX_FACTORS = 16  # factors are 2^k - 1 for a prompt of up to 2^(k - 1) training lengths
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.table = torch.zeros(self.MOST, config.rotary_dim // 2, device=device)  # float32, a row a factor
+        self.table = torch.zeros(self.MAX_FACTORS, config.rotary_dim // 2, device=device)  # float32, a row a factor
         self._config = config
         self._rows: dict[float, int] = {}
 
@@ -59,7 +59,7 @@ class Frequencies:
         row = self._rows.get(alpha)
         if row is None:
             row = len(self._rows)
-            if row == self.MOST:
+            if row == self.MAX_FACTORS:
                 raise RuntimeError(f"alpha {alpha:g} would be the 17th NTK factor; expected powers of 2, less 1")
             self.table[row] = inverse_frequencies(self._config.rotary_emb_base, self._config.rotary_dim, alpha)
             self._rows[alpha] = row

@@ -15,7 +15,7 @@ from qvl_runtime.model.linear import Linear, LinearBuilder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Norm:
+class LayerNorm:
     """A LayerNorm."""
 
     ops: Ops
@@ -31,8 +31,8 @@ class Norm:
 class VisionBlock:
     ops: Ops
     heads: int
-    ln_1: Norm
-    ln_2: Norm
+    ln_1: LayerNorm
+    ln_2: LayerNorm
     in_proj: Linear
     out_proj: Linear
     c_fc: Linear
@@ -121,8 +121,8 @@ def resize_table(table: Tensor, grid: int) -> Tensor:
     return image.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 
-def _norm(config: VisionConfig, linears: LinearBuilder, name: str) -> Norm:
-    return Norm(linears.ops, linears.state[f"{name}.weight"], linears.state[f"{name}.bias"], config.layer_norm_eps)
+def _norm(config: VisionConfig, linears: LinearBuilder, name: str) -> LayerNorm:
+    return LayerNorm(linears.ops, linears.state[f"{name}.weight"], linears.state[f"{name}.bias"], config.layer_norm_eps)
 
 
 def _block(config: VisionConfig, linears: LinearBuilder, name: str) -> VisionBlock:

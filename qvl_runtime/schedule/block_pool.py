@@ -84,18 +84,22 @@ class BlockPool:
     def check_integrity(self, tables: Iterable[Sequence[int]], published: Iterable[int]) -> None:
         """Compare the reference counts with the block tables of all sequences and the published blocks.
 
-        Raises `RuntimeError` with the first contradiction. For tests and for hunting leaks; takes time in proportion to
-        the number of blocks.
+        Raises `RuntimeError` with the first contradiction. For tests and for finding leaks; the time is
+        proportional to the number of blocks.
         """
-        held = Counter(block for table in tables for block in table)
+        references = Counter(block for table in tables for block in table)
         if self._published != set(published):
-            raise RuntimeError(f"published {sorted(self._published)}, but by prefix {sorted(published)} are found")
+            raise RuntimeError(
+                f"published blocks are {sorted(self._published)}, but the prefix cache holds {sorted(published)}"
+            )
         if len(set(self._free)) != len(self._free):
             raise RuntimeError("a block is free twice")
-        free, kept = set(self._free), set(self._evictable)
-        for block, holders in enumerate(self._ref_counts):
-            if holders != held[block]:
-                raise RuntimeError(f"block {block} counts {holders} holders, and {held[block]} tables hold it")
-            expected = (holders == 0 and block not in self._published, holders == 0 and block in self._published)
-            if (block in free, block in kept) != expected:
-                raise RuntimeError(f"block {block}, holders {holders}, is free: {block in free}, kept: {block in kept}")
+        free, evictable = set(self._free), set(self._evictable)
+        for block, count in enumerate(self._ref_counts):
+            if count != references[block]:
+                raise RuntimeError(f"block {block} counts {count} references, but is in {references[block]} tables")
+            expected = (count == 0 and block not in self._published, count == 0 and block in self._published)
+            if (block in free, block in evictable) != expected:
+                raise RuntimeError(
+                    f"block {block} with {count} references is free: {block in free}, evictable: {block in evictable}"
+                )

@@ -22,7 +22,7 @@ from qvl_runtime.schedule.speculative import Drafter
 
 
 class Outcome(NamedTuple):
-    """What a step sampled for a branch: one token, and one more for each draft."""
+    """The tokens that a step sampled for a branch: one, and one more for each draft."""
 
     planned: ScheduledBranch
     samples: list[Sample]
@@ -57,7 +57,7 @@ class EngineCore:
     ) -> Request:
         """Put a request in the queue; params: resolved. Its NTK factor is fixed here, from the whole prompt.
 
-        Raises `CapacityError` for one that could never run, and `SamplingError` for token ids that do not exist.
+        Raises `CapacityError` for a request that could never run, and `SamplingError` for invalid token ids.
         """
         self.check_length(len(prompt.token_ids), answer=1)
         request = Request(next(self._numbers), prompt, params, Clock(image_s), tag, streamed)
@@ -96,20 +96,20 @@ class EngineCore:
             self._append_tokens(planned, samples)
         for planned in plan:
             if not planned.samples:
-                planned.branch.computed()
+                planned.branch.finish_step()
         self.steps += 1
         return True
 
     def _compute(self, plan: list[ScheduledBranch]) -> list[Outcome]:
-        """Run the model and sample. If that is interrupted, Ctrl-C included, all branches are as they were before."""
+        """Run the model and sample. On any exception, Ctrl-C included, restore all branches."""
         lengths = [planned.branch.sequence.length for planned in plan]
-        begun = [len(planned.branch.request.branches) for planned in plan]
+        num_branches = [len(planned.branch.request.branches) for planned in plan]
         try:
             self._encode_images(plan)
             chunks = [Chunk(p.branch.sequence, p.tokens, p.branch.chunk_spans(p.known)) for p in plan]
             return self._sample(plan, self.runner.compute(chunks))
         except BaseException:
-            for planned, length, branches in zip(plan, lengths, begun, strict=True):
+            for planned, length, branches in zip(plan, lengths, num_branches, strict=True):
                 planned.branch.sequence.truncate(length)
                 for fork in planned.branch.request.branches[branches:]:
                     self.scheduler.remove(fork)
@@ -118,8 +118,8 @@ class EngineCore:
 
     def _new_branch(self, request: Request, sequence: Sequence) -> Branch:
         index, ids, runner = len(request.branches), request.prompt.token_ids, self.runner
-        room = min(self.max_model_len, runner.cache.num_slots) - len(ids)
-        output = OutputBuilder(request.prompt, request.params, self._tokenizer, room)
+        remaining = min(self.max_model_len, runner.cache.num_slots) - len(ids)
+        output = OutputBuilder(request.prompt, request.params, self._tokenizer, remaining)
         sampling_state = SamplingState(request.params, ids, runner.model.config.vocab_size, runner.model.device, index)
         branch = Branch(request, index, sequence, output, sampling_state)
         request.branches.append(branch)
@@ -127,24 +127,24 @@ class EngineCore:
 
     def _encode_images(self, plan: list[ScheduledBranch]) -> None:
         """Get the features of all images with tokens in this step; new ones share a pass of the vision encoder."""
-        wanted = [
+        missing = [
             (p.branch, i, span.image)
             for p in plan
-            for i, span in p.branch.uncovered(p.known)
+            for i, span in p.branch.spans_in_next(p.known)
             if i not in p.branch.features
         ]
-        if not wanted:
+        if not missing:
             return
         began = time.perf_counter()
-        for (branch, i, _), rows in zip(wanted, self.runner.features([w[2] for w in wanted]), strict=True):
+        for (branch, i, _), rows in zip(missing, self.runner.features([w[2] for w in missing]), strict=True):
             branch.features[i] = rows
-        took = time.perf_counter() - began
-        for request in {branch.request for branch, _, _ in wanted}:
-            request.clock.vision_s += took
+        elapsed = time.perf_counter() - began
+        for request in {branch.request for branch, _, _ in missing}:
+            request.clock.vision_s += elapsed
 
     def _sample(self, plan: list[ScheduledBranch], logits_of: LogitsOf) -> list[Outcome]:
         """Compute logits for the tokens that need them, and sample a token from each."""
-        at: list[int] = []
+        indices: list[int] = []
         rows: list[SamplingRow] = []
         outcomes: list[Outcome] = []
         end = 0
@@ -153,17 +153,17 @@ class EngineCore:
             if not planned.samples:
                 continue
             for branch in [planned.branch, *self._fork_branches(planned.branch)]:
-                own = planned if branch is planned.branch else ScheduledBranch(branch, 0)
-                at += range(start, end)
+                scheduled = planned if branch is planned.branch else ScheduledBranch(branch, 0)
+                indices += range(start, end)
                 rows += [
                     SamplingRow(branch.sampling_state, len(branch.output.token_ids) + i) for i in range(end - start)
                 ]
-                outcomes.append(Outcome(own, []))
-        if not at:
+                outcomes.append(Outcome(scheduled, []))
+        if not indices:
             return []
-        samples = iter(sample(logits_of(at), rows, self._ops))
-        for planned, own_samples in outcomes:
-            own_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
+        samples = iter(sample(logits_of(indices), rows, self._ops))
+        for planned, branch_samples in outcomes:
+            branch_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes
 
     def _fork_branches(self, branch: Branch) -> list[Branch]:
@@ -190,7 +190,7 @@ class EngineCore:
         if drafts and self.drafter is not None:
             self.drafter.count(len(drafts), taken - 1)
         branch.sequence.truncate(len(branch.token_ids) - 1)
-        branch.computed()
+        branch.finish_step()
         if branch.output.finish_reason is not None:
             self._finish(branch, branch.output.finish_reason)
 
@@ -208,7 +208,7 @@ class EngineCore:
             for branch in request.branches:
                 if branch.index not in request.completions:
                     self._finish(branch, "deadline")
-            for index in range(len(request.branches), request.params.n):  # not even begun
+            for index in range(len(request.branches), request.params.n):  # not started
                 request.completions[index] = replace(request.completions[0])
             self._timed.discard(request)
         return bool(late)

@@ -1,7 +1,7 @@
-"""Recorded calls of CPU kernels as the capture of `decode_graphs`.
+"""Decode graphs on a CPU: recordings of the kernel calls of a step, for `decode_graphs`.
 
-Nothing runs ahead of time: the first step of each batch size runs op by op and is recorded. Each number of
-rows has a recording of its own, since a row of padding would cost as much as a request's.
+Nothing is captured ahead of time: the first step of each batch size runs op by op and is recorded. Each batch size has
+its own recording, because a row of padding would cost as much as a row of a request.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from qvl_kernels.cpu.library import library
 from qvl_kernels.cpu.replay import Arena, Recording
 
-BUCKETS = range(1, 65)  # of rows; a longer step takes so long that Python's part is lost in it
+BUCKETS = range(1, 65)  # batch sizes; in larger steps the overhead of Python is negligible
 
 
 class CpuCapture:
@@ -23,15 +23,17 @@ class CpuCapture:
         self._arena = Arena()
 
     def __call__(self, function: Callable[[], Tensor]) -> RecordedStep:
+        """Return `function` as a step that is recorded when it first runs."""
         return RecordedStep(function, self._arena)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the shared arena."""
         return self._arena.nbytes
 
 
 class RecordedStep:
-    """A function over static buffers: the first run is recorded, later ones replay it; other kernels record again."""
+    """A function over static buffers: its first run is recorded and later ones replay it, until the kernels change."""
 
     def __init__(self, function: Callable[[], Tensor], arena: Arena) -> None:
         self._function, self._arena = function, arena
@@ -39,10 +41,12 @@ class RecordedStep:
 
     @property
     def fallback_reason(self) -> str | None:
+        """Why the step runs op by op; None if it is recorded or has not run yet."""
         recording = self._recording
         return None if recording is None else recording.fallback_reason
 
     def __call__(self) -> Tensor:
+        """Run or replay the step. The next call overwrites the result."""
         recording = self._recording
         if recording is None:
             self._cached_recording, output = Recording.of(self._function, self._arena)

@@ -1,4 +1,4 @@
-"""CUDA graphs as the capture of `decode_graphs`, and the memory of a CUDA device as the meter of `warm_up`."""
+"""CUDA graphs for `decode_graphs`, and the memory meter of a CUDA device for `engine.warm_up`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from qvl_runtime.schedule.decode_graphs import Captured
 
 
 class CudaCapture:
-    """Captures on a stream of its own; all graphs share one pool, as they never run at the same time."""
+    """Captures CUDA graphs on a side stream. All graphs share one memory pool, as they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
-        self.nbytes = None  # torch's allocator counts them, with all else
+        self.nbytes = None  # not counted separately by torch's allocator
 
     def __call__(self, function: Callable[[], Tensor]) -> Captured:
+        """Run `function` once to warm up, then capture it."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            function()  # kernels are compiled and libraries find their workspaces, neither of which can be captured
+            function()  # warm-up: compiling kernels and allocating library workspaces cannot be captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             output = function()
@@ -31,24 +32,24 @@ class CudaCapture:
 
 
 class CudaMeter:
-    """Memory of a CUDA device, in bytes."""
+    """Measures the memory of a CUDA device, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, 0
 
     def begin(self) -> None:
-        """From here on growth is counted."""
+        """Start measuring growth from here."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         self._before = torch.cuda.memory_allocated(self._device)
 
     def grown(self) -> int:
-        """By how much more than at `begin` was held at most, fragments of the allocator's blocks included."""
+        """Return the peak growth since `begin`, fragmentation of the allocator's blocks included."""
         torch.cuda.synchronize(self._device)
         return torch.cuda.max_memory_reserved(self._device) - self._before
 
     def free(self) -> int:
-        """What can be had, after everything unused was given back."""
+        """Return the free bytes, after returning the allocator's unused memory to the device."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0]

@@ -98,7 +98,7 @@ class DecodeInputs:
     def __init__(self, rows: int, host: Tensor, device: Tensor, host_embedding: HostEmbedding | None = None) -> None:
         """host, device: flat buffers of the same size, for rows * (COLUMNS + blocks of a table) numbers."""
         self.rows, self._host, self._device, self._host_embedding = rows, host, device, host_embedding
-        self.embedded = None if host_embedding is None else host_embedding.rows(rows)
+        self.inputs_embeds = None if host_embedding is None else host_embedding.rows(rows)
         self._ids = self._parts(host)[0][0]
         self._columns, self._tables = (part.numpy() for part in self._parts(host))
         columns, self.block_tables = self._parts(device)  # which on a CPU is `host` itself
@@ -180,7 +180,7 @@ class DecodeGraphs:
             on_host = host[: rows * width]
             inputs = DecodeInputs(rows, on_host, on_host if device is host else device[: rows * width], host_embedding)
             inputs.send((), (), (), cache.null_block)
-            self._buckets[rows] = self._captured(inputs)
+            self._buckets[rows] = self._capture_bucket(inputs)
 
     def can_run(self, rows: int) -> bool:
         """Whether a decode step of `rows` rows has a graph, or may still get one."""
@@ -216,13 +216,13 @@ class DecodeGraphs:
     def _bucket(self, rows: int) -> Bucket:
         return self._buckets[self.buckets[bisect_left(self.buckets, rows)]]
 
-    def _captured(self, inputs: DecodeInputs, with_head: bool = True) -> Bucket:
+    def _capture_bucket(self, inputs: DecodeInputs, with_head: bool = True) -> Bucket:
         return Bucket(inputs, self._capture(self._step(inputs, with_head)), with_head)
 
     def _retry_without_head(self, bucket: Bucket, reason: str) -> None:
         rows = bucket.inputs.rows
         if bucket.with_head:
-            self._buckets[rows] = self._captured(bucket.inputs, with_head=False)
+            self._buckets[rows] = self._capture_bucket(bucket.inputs, with_head=False)
         else:
             _log.info("decode steps of %d rows have no graph: %s", rows, reason)
 
@@ -232,7 +232,7 @@ class DecodeGraphs:
 
         def step() -> Tensor:
             frequencies = model.ops.embedding(inputs.frequency_rows, table)
-            rows = Step(inputs.token_ids, inputs.positions, frequencies, layout, embedded=inputs.embedded)
+            rows = Step(inputs.token_ids, inputs.positions, frequencies, layout, inputs_embeds=inputs.inputs_embeds)
             hidden = model.forward(rows, layers)
             return model.logits(hidden) if with_head else hidden
 

@@ -1,4 +1,4 @@
-"""Image features by content, so that the vision encoder runs once for each image."""
+"""A cache of image features by content, so that the vision encoder runs once for each image."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class ImageCache:
-    """Least recently used features under a cap in bytes; the key is the digest of the pixels the model sees."""
+    """An LRU cache of image features, limited in bytes; the key is the digest of the pixels that the model sees."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes, self.hits, self.misses = max_bytes, 0, 0, 0
         self._features: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, digest: bytes) -> Tensor | None:
-        """Features [queries, D], or None; counts as a use."""
+        """Return the features [queries, D] of a digest and mark them as used, or None."""
         features = self._features.get(digest)
         if features is None:
             self.misses += 1
@@ -25,14 +25,14 @@ class ImageCache:
         return features
 
     def put(self, digest: bytes, features: Tensor) -> None:
-        """Keep features, dropping the least recently used ones over the cap; what is over it alone is not kept."""
+        """Store features, evicting the least recently used; features larger than the limit are not stored."""
         if digest in self._features or features.nbytes > self.max_bytes:
             return
         self._features[digest] = features
         self.bytes += features.nbytes
         while self.bytes > self.max_bytes:
-            _, dropped = self._features.popitem(last=False)
-            self.bytes -= dropped.nbytes
+            _, evicted = self._features.popitem(last=False)
+            self.bytes -= evicted.nbytes
 
     def __len__(self) -> int:
         return len(self._features)

@@ -26,14 +26,14 @@ from qvl_runtime.schedule.sequence import Sequence
 class KVCache:
     """A pool of blocks for keys and values, [blocks, H, BLOCK_SIZE, d] for each layer.
 
-    Memory is reserved at once and touched as it is used: on a CPU pages that no token reached cost nothing. One block
-    more, `null_block`, is in no sequence: what pads a step to a fixed size may write there.
+    Memory is reserved at once and touched only when used: on a CPU, pages without tokens cost nothing. An additional
+    block, `null_block`, belongs to no sequence: rows that pad a step to a fixed size write there.
     """
 
     def __init__(
         self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, prefixes: bool = True
     ) -> None:
-        """tokens: rounded up to whole blocks; dtype int8 keeps a float32 scale behind each vector."""
+        """tokens: rounded up to whole blocks; dtype int8 stores a float32 scale after each vector."""
         blocks = max(1, cdiv(tokens, BLOCK_SIZE))
         shape = (blocks + 1, config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
         self.layers = [
@@ -50,22 +50,25 @@ class KVCache:
 
     @property
     def num_slots(self) -> int:
+        """Capacity in tokens."""
         return self.pool.num_blocks * BLOCK_SIZE
 
     @property
     def free_tokens(self) -> int:
+        """Tokens that fit in free and evictable blocks."""
         return self.pool.available * BLOCK_SIZE
 
     @property
     def bytes_per_token(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
         return sum(t[0].nbytes for layer in self.layers for t in layer) // BLOCK_SIZE
 
     def sequence(self, alpha: float, salt: str = "") -> Sequence:
-        """A new, empty sequence with its NTK factor; use it in a `with` block, which gives its blocks back."""
+        """Return an empty sequence with NTK factor `alpha`; a `with` block frees its blocks at the end."""
         return self.register(Sequence(self, Root(alpha, salt), BLOCK_SIZE))
 
     def register(self, sequence: Sequence) -> Sequence:
-        """Count a sequence's block table in `check_integrity`."""
+        """Include a sequence's block table in `check_integrity`, and return the sequence."""
         self._sequences.add(sequence)
         return sequence
 
@@ -104,9 +107,9 @@ def _allocate_blocks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.d
 
 
 def layout_of(sequences: Items[Sequence], counts: Items[int]) -> tuple[Tensor, Layout]:
-    """The last counts[r] tokens of each sequence, for one model call: positions int64 [n], and where they stand.
+    """Return the positions int64 [n] and the layout of the last counts[r] tokens of each sequence, for one model call.
 
-    All on the CPU, and built in numpy: for 64 sequences in a tenth of the time that as many small tensors would take.
+    The tensors are on the CPU and built in numpy: for 64 sequences, ten times as fast as with small tensors.
     """
     starts = list(accumulate(counts, initial=0))
     tables = np.zeros((len(sequences), max(len(s.blocks) for s in sequences)), np.int64)
@@ -114,7 +117,7 @@ def layout_of(sequences: Items[Sequence], counts: Items[int]) -> tuple[Tensor, L
     for r, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
         tables[r, : len(sequence.blocks)] = sequence.blocks
         row, first = starts[r], sequence.length - count
-        if count == 1:  # decoding, where a handful of numpy calls would cost more than all the rest
+        if count == 1:  # decoding: numpy calls for one token would dominate the time
             positions[row] = first
             slots[row] = sequence.blocks[first // BLOCK_SIZE] * BLOCK_SIZE + first % BLOCK_SIZE
             continue

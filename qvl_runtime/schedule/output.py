@@ -17,22 +17,22 @@ from qvl_runtime.schedule.sampler import Sample
 class OutputBuilder:
     """Collects the samples of one answer; `finish_reason` is None until it ends."""
 
-    def __init__(self, prompt: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer, room: int) -> None:
-        """params: resolved; room: tokens that fit the context after the prompt."""
-        own = frozenset() if params.ignore_eos else prompt.stop_ids
-        self._stop_ids = own | set(params.stop_token_ids)
+    def __init__(self, prompt: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer, max_tokens: int) -> None:
+        """params: resolved; max_tokens: tokens that fit the context after the prompt."""
+        eos_ids = frozenset() if params.ignore_eos else prompt.stop_ids
+        self._stop_ids = eos_ids | set(params.stop_token_ids)
         sequences = () if params.ignore_eos else prompt.stop_sequences
         self._matcher = StopMatcher((*params.stop, *(tokenizer.decode(ids) for ids in sequences)))
         self._decoder = StreamDecoder(tokenizer)
-        self._limit = min(params.max_tokens or room, room)
-        self._ends: list[int] = []  # characters decoded when each token was in
+        self._limit = min(params.max_tokens or max_tokens, max_tokens)
+        self._ends: list[int] = []  # characters decoded up to and including each token
         self._shown: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
 
     def add(self, sample: Sample) -> str:
-        """Take a token: the text it adds, which may be empty while a character or a stop string is unfinished."""
+        """Append a token and return the text it adds, empty while a character or a stop string is incomplete."""
         self.token_ids.append(sample.token_id)
         self.logprobs.append(sample.logprob)
         if sample.token_id in self._stop_ids:
@@ -50,21 +50,22 @@ class OutputBuilder:
         return self._show(text)
 
     @property
-    def room(self) -> int:
-        """Tokens that may still come."""
+    def remaining(self) -> int:
+        """How many more tokens the answer may have."""
         return self._limit - len(self.token_ids)
 
     @property
     def text(self) -> str:
+        """The text so far, without stop strings."""
         return "".join(self._shown)
 
     def boxes(self, images: int) -> tuple[Box, ...]:
-        """Boxes of the text, each scored by the mean probability of its tokens, with their image if there is one."""
-        found = parse_boxes(self.text, image_index=0 if images == 1 else None)
-        return tuple(replace(box, score=self._score(box.span)) for box in found)
+        """Parse the boxes of the text, each scored by the mean probability of its tokens; images: of the prompt."""
+        boxes = parse_boxes(self.text, image_index=0 if images == 1 else None)
+        return tuple(replace(box, score=self._score(box.span)) for box in boxes)
 
     def _score(self, span: tuple[int, int] | None) -> float | None:
-        """Geometric mean of the probabilities of the tokens that reach into these characters."""
+        """Return the geometric mean of the probabilities of the tokens that overlap these characters."""
         if span is None:
             return None
         first, last = bisect_right(self._ends, span[0]), bisect_left(self._ends, span[1])

@@ -1,4 +1,4 @@
-"""Prefix caching: find the blocks that hold the beginning of a prompt, by exact comparison of all they depend on."""
+"""Prefix caching: find cached blocks of a prompt by exact comparison of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qvl_kernels.util import cdiv
 from qvl_runtime.prompt.chatml import ImageSpan
 from qvl_runtime.schedule.block_pool import BlockPool
 
-SIBLINGS = 64  # continuations of one block that are compared, the latest first: a search takes 0.1 ms at most
+SIBLINGS = 64  # continuations of one block that are compared, the latest first, in at most 0.1 ms
 
 
 class Root(NamedTuple):
-    """What all blocks of a sequence depend on: keys are cached rotated by alpha, and a salt keeps tenants apart."""
+    """What every block of a sequence depends on: the NTK alpha of its rotated keys, and the salt of its tenant."""
 
     alpha: float
     salt: str
@@ -25,7 +25,7 @@ Images: TypeAlias = tuple[tuple[int, bytes], ...]  # first row counted from the 
 
 
 class Key(NamedTuple):
-    """Compared as a whole: two blocks are the same only if all of this is equal."""
+    """Identifies the content of a block; two blocks are the same only if the whole keys are equal."""
 
     parent: Parent
     tokens: tuple[int, ...]
@@ -33,7 +33,7 @@ class Key(NamedTuple):
 
 
 class Node(NamedTuple):
-    """A published block. Its number is never used again, so that a child's key names this very content."""
+    """A published block. Its number is never reused, so a child's key identifies this content and no other."""
 
     number: int
     block: int
@@ -48,14 +48,14 @@ class Hit(NamedTuple):
 
 
 class PrefixCache:
-    """Blocks by what they hold. A block belongs to it from `publish` until the pool takes it for another use.
+    """Finds published blocks by their content. A block belongs to the cache from `publish` until the pool evicts it.
 
-    A question about an image rarely ends where a block does, so a hit may end inside one: its reader copies the block
-    before it writes.
+    A shared prompt rarely ends at the end of a block, so a hit may end inside one: the sequence that uses it copies the
+    block before it writes.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
-        self.asked_tokens = self.hit_tokens = 0
+        self.queried_tokens = self.hit_tokens = 0
         self._pool, self._block_size = pool, block_size
         self._children: dict[Parent, dict[Key, Node]] = {}
         self._keys: dict[int, Key] = {}  # by block
@@ -63,9 +63,9 @@ class PrefixCache:
         pool.on_evict = self._forget
 
     def match(self, tokens: Sequence[int], spans: Sequence[ImageSpan], root: Root) -> Hit:
-        """The longest known beginning, with each of its blocks held once more for the caller.
+        """Find the longest cached prefix of a prompt, and add a reference to each of its blocks for the caller.
 
-        It leaves at least one token to compute, and never ends inside an image span.
+        The hit leaves at least one token to compute, and never ends inside an image span.
         """
         size, most = self._block_size, len(tokens) - 1
         blocks: list[int] = []
@@ -78,7 +78,7 @@ class PrefixCache:
             blocks.append(node.block)
             parents.append(node.number)
         length = len(blocks) * size
-        partial, common = self._longest(self._key(parents[-1], len(blocks), tokens, spans))
+        partial, common = self._longest_match(self._key(parents[-1], len(blocks), tokens, spans))
         if partial is not None:
             blocks.append(partial.block)
             length = min(length + common, most)
@@ -93,12 +93,11 @@ class PrefixCache:
     def publish(
         self, parent: Parent, index: int, block: int, tokens: Sequence[int], spans: Sequence[ImageSpan]
     ) -> Node:
-        """Make block number `index` of a sequence known, the last of `tokens` perhaps in it and not at its end.
+        """Publish block number `index` of a sequence, which `tokens` may fill in part, and return its node.
 
-        The block is immutable from here on, and its sequence must continue with the node's block.
-
-        Where the same content is known already, that is the other one: the caller's is released, so that a block which
-        is in use always has its parents in use.
+        The block is immutable from here on. If its content is already published, the caller's block is released and the
+        node names the published one, so that a referenced block always has referenced parents. The sequence must
+        continue with the node's block.
         """
         key = self._key(parent, index, tokens, spans)
         siblings = self._children.setdefault(parent, {})
@@ -113,24 +112,25 @@ class PrefixCache:
         self._pool.publish(block)
         return node
 
-    def count(self, asked: int, hit: int) -> None:
-        """Note an admitted prompt for the hit rate: its tokens, and those of them that were found."""
-        self.asked_tokens += asked
+    def count(self, queried: int, hit: int) -> None:
+        """Count an admitted prompt of `queried` tokens, of which `hit` were cached, for the hit rate."""
+        self.queried_tokens += queried
         self.hit_tokens += hit
 
     @property
     def blocks(self) -> list[int]:
+        """The numbers of all published blocks."""
         return list(self._keys)
 
     def check_integrity(self) -> None:
-        """Raises `RuntimeError` where a block has no parent or two names."""
+        """Raise `RuntimeError` if a block has two keys or an unpublished parent."""
         nodes = {key: node for siblings in self._children.values() for key, node in siblings.items()}
         numbers = {node.number for node in nodes.values()}
         for key, node in nodes.items():
             if self._keys.get(node.block) != key:
-                raise RuntimeError(f"block {node.block} is known by two keys")
+                raise RuntimeError(f"block {node.block} is published under two keys")
             if not isinstance(key.parent, Root) and key.parent not in numbers:
-                raise RuntimeError(f"block {node.block} is known, but its parent is not")
+                raise RuntimeError(f"block {node.block} is published, but its parent is not")
         if len(self._keys) != len(nodes) or not all(self._children.values()):
             raise RuntimeError(f"{len(nodes)} nodes, but {len(self._keys)} blocks with a key")
 
@@ -143,12 +143,12 @@ class PrefixCache:
         )
         return Key(parent, tuple(tokens[start:end]), images)
 
-    def _longest(self, wanted: Key) -> tuple[Node | None, int]:
-        """Of the blocks after the same parent the one that begins most like `wanted`, and how many tokens agree."""
+    def _longest_match(self, target: Key) -> tuple[Node | None, int]:
+        """Return the block with the same parent that shares most tokens with `target`, and how many it shares."""
         best, most = None, 0
-        siblings = self._children.get(wanted.parent, {})
+        siblings = self._children.get(target.parent, {})
         for key, node in islice(reversed(siblings.items()), SIBLINGS):
-            common = common_tokens(key, wanted)
+            common = common_tokens(key, target)
             if common > most:
                 best, most = node, common
         return best, most
@@ -162,7 +162,7 @@ class PrefixCache:
 
 
 def common_tokens(one: Key, other: Key) -> int:
-    """How many tokens two blocks of one parent have in common from the start, in their images too."""
+    """Return how many leading tokens two blocks of one parent share, their images included."""
     common = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None)
     common = min(len(one.tokens), len(other.tokens)) if common is None else common
     for mine, theirs in zip_longest(one.images, other.images):

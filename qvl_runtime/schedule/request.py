@@ -20,16 +20,19 @@ from qvl_runtime.schedule.sequence import Sequence
 
 @dataclass(slots=True, eq=False)
 class Clock:
-    """Timestamps of a request, in seconds of `time.perf_counter`."""
+    """The timestamps of a request, in seconds of `time.perf_counter`."""
 
-    image_s: float  # what encoding the prompt took
+    image_s: float  # spent encoding the prompt
     submitted: float = field(default_factory=time.perf_counter)
     scheduled: float | None = None
     vision_s: float = 0.0
     first_token: float | None = None
 
-    def timings(self, computed: int, made: int) -> Timings:
-        """computed: tokens of the prompt that were not found in the cache; made: tokens of the answer."""
+    def timings(self, computed: int, completed: int) -> Timings:
+        """Return the durations up to now.
+
+        computed: prompt tokens that were not cached; completed: tokens of the answer.
+        """
         now = time.perf_counter()
         scheduled = now if self.scheduled is None else self.scheduled
         first = now if self.first_token is None else self.first_token
@@ -39,14 +42,14 @@ class Clock:
             prefill_s=max(0.0, first - scheduled - self.vision_s),
             decode_s=now - first,
             prompt_tokens=computed,
-            decoded_tokens=max(0, made - 1),
+            decoded_tokens=max(0, completed - 1),
             queue_s=scheduled - self.submitted,
         )
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """An admitted prompt with n answers. `pieces` waits for its reader, where it has one."""
+    """An admitted prompt with n answers. For a streamed request, `pieces` queues what its reader has not taken."""
 
     number: int  # in order of arrival
     prompt: EncodedPrompt
@@ -54,7 +57,7 @@ class Request:
     clock: Clock
     tag: Any = None  # the caller's
     streamed: bool = False
-    held: bool = False  # by a reader that is too far behind: it keeps its place and takes no part in steps
+    paused: bool = False  # its reader is too far behind: it keeps its blocks but is not scheduled
     cached_tokens: int = 0
     branches: list[Branch] = field(default_factory=list)
     completions: dict[int, Completion] = field(default_factory=dict)  # by answer
@@ -62,69 +65,71 @@ class Request:
 
     @property
     def done(self) -> bool:
+        """Whether all n answers are complete."""
         return len(self.completions) == self.params.n
 
     @property
     def deadline(self) -> float | None:
-        """In seconds of `time.perf_counter`."""
+        """When the request expires, in seconds of `time.perf_counter`; None without a timeout."""
         timeout = self.params.timeout_s
         return None if timeout is None else self.clock.submitted + timeout
 
     def completion(self) -> Completion:
-        """All answers, the first with the others in `alternatives`; for a request that is done."""
+        """Return the first answer with the others in `alternatives`. The request must be done."""
         first, *others = (self.completions[i] for i in range(self.params.n))
         return replace(first, alternatives=tuple(others))
 
 
 class Branch:
-    """One answer: the tokens known so far, and the sequence that holds those computed."""
+    """One answer of a request: its tokens so far, and the sequence with the KV cache of the computed ones."""
 
     def __init__(
         self, request: Request, index: int, sequence: Sequence, output: OutputBuilder, sampling_state: SamplingState
     ) -> None:
         self.request, self.index = request, index
         self.sequence, self.output, self.sampling_state = sequence, output, sampling_state
-        self.running = False  # the scheduler's: it has blocks and takes part in steps
+        self.running = False  # set by the scheduler: the branch has blocks and takes part in steps
         self.token_ids: list[int] = list(request.prompt.token_ids)
-        self.features: dict[int, Tensor] = {}  # of the images that are being prefilled, by the span's number
+        self.features: dict[int, Tensor] = {}  # of the images being prefilled, by the span's number
 
     @property
     def order(self) -> tuple[int, int]:
-        """First come, first served."""
+        """The scheduling order: by arrival of the request, then by answer."""
         return self.request.number, self.index
 
     @property
     def pending(self) -> int:
-        """Known tokens that are not computed: 1 while decoding, more during prefill."""
+        """The number of tokens that are not computed yet: 1 while decoding, more during prefill."""
         return len(self.token_ids) - self.sequence.length
 
     @property
     def spans(self) -> Items[ImageSpan]:
+        """The image spans of the prompt."""
         return self.request.prompt.spans
 
-    def uncovered(self, count: int) -> list[tuple[int, ImageSpan]]:
-        """The images, by number, with rows among the next `count` tokens."""
+    def spans_in_next(self, count: int) -> list[tuple[int, ImageSpan]]:
+        """Return the image spans, by number, that overlap the next `count` tokens."""
         start = self.sequence.length
         end = start + count
         return [(i, s) for i, s in enumerate(self.spans) if s.start < end and start < s.start + s.length]
 
     def chunk_spans(self, count: int) -> list[Span]:
-        """What replaces the embeddings of images among the next `count` tokens; `features` must hold them."""
+        """Return the image features that replace embeddings of the next `count` tokens, taken from `features`."""
         start, spans = self.sequence.length, []
-        for i, span in self.uncovered(count):
+        for i, span in self.spans_in_next(count):
             first, last = max(span.start, start), min(span.start + span.length, start + count)
             spans.append(Span(first - start, self.features[i][first - span.start : last - span.start]))
         return spans
 
-    def computed(self) -> None:
-        """The step is over: what is full can be found by others, and features that were used are let go."""
+    def finish_step(self) -> None:
+        """Publish the blocks that the step filled, and drop the image features that are no longer needed."""
         self.sequence.publish(self.token_ids, self.spans)
         if self.features:
-            live = dict(self.uncovered(self.pending))
-            self.features = {i: rows for i, rows in self.features.items() if i in live}
+            needed = dict(self.spans_in_next(self.pending))
+            self.features = {i: rows for i, rows in self.features.items() if i in needed}
 
     def add(self, sample: Sample) -> None:
-        """Take the next token of the answer."""
+        """Append the next token of the answer, and stream its text."""
         clock = self.request.clock
         if clock.first_token is None:
             clock.first_token = time.perf_counter()
@@ -134,17 +139,17 @@ class Branch:
             self.request.pieces.append(StreamPiece(text, (sample.token_id,)))
 
     def complete(self, finish_reason: str) -> None:
-        """Hand the answer over; what was computed for it stays to be found."""
+        """Store the completion of this answer, and publish its blocks for later prompts."""
         self.sequence.publish(self.token_ids, self.spans, tail=True)
-        request, made = self.request, len(self.output.token_ids)
+        request, completed = self.request, len(self.output.token_ids)
         spans, prompt = request.prompt.spans, len(request.prompt.token_ids)
         images = tuple(span.image for span in spans)
         completion = Completion(
             text=self.output.text,
             token_ids=tuple(self.output.token_ids),
             finish_reason=finish_reason,
-            usage=Usage(prompt, made, sum(span.length for span in spans), len(spans), request.cached_tokens),
-            timings=request.clock.timings(prompt - request.cached_tokens, made),
+            usage=Usage(prompt, completed, sum(span.length for span in spans), len(spans), request.cached_tokens),
+            timings=request.clock.timings(prompt - request.cached_tokens, completed),
             boxes=self.output.boxes(len(images)),
             logprobs=None if request.params.logprobs is None else tuple(self.output.logprobs),
             images=images,

@@ -24,13 +24,14 @@ from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.sequence import Sequence
 
-# Passes of the tower after which the heap's free memory is given back. What requests keep lies between the activations
-# of steps of all sizes: with images on nano in float32 20 MiB of holes after 100 requests, 34 after 500; 111 in use.
+# Passes of the vision encoder after which the heap's free memory is returned to the OS. Long-lived memory of requests
+# is scattered among the activations of steps: with images on nano in float32, holes of 20 MiB after 100 requests and
+# 34 MiB after 500, with 111 MiB in use.
 TRIM_AFTER = 32
 
 
 class Span(NamedTuple):
-    """Rows of a chunk that an image's features replace: the first row, counted in the chunk, and features [m, D]."""
+    """Image features [m, D] that replace the embeddings of a chunk from token `start` of the chunk on."""
 
     start: int
     features: Tensor
@@ -44,10 +45,12 @@ class Chunk(NamedTuple):
     spans: Items[Span] = ()
 
 
-LogitsOf = Callable[[Items[int]], Tensor]  # rows of a step, by number, to their logits [m, vocab]
+LogitsOf = Callable[[Items[int]], Tensor]  # indices of tokens of a step to their logits [m, vocab]
 
 
 class Runner:
+    """Runs a model over one KV cache, with an image cache and, if captured, decode graphs."""
+
     def __init__(self, model: QwenVL, cache: KVCache, images: ImageCache) -> None:
         self.model, self.cache, self.images = model, cache, images
         self.graphs: DecodeGraphs | None = None
@@ -64,40 +67,41 @@ class Runner:
         )
 
     def features(self, images: Items[LoadedImage]) -> list[Tensor]:
-        """Features [queries, D] of each image; those not cached go through the tower together, each once."""
+        """Return the features [queries, D] of each image; missing ones are encoded together, each image once."""
         known = {p.digest: self.images.get(p.digest) for p in images}
         missing = list({p.digest: p for p in images if known[p.digest] is None}.values())
         for start in range(0, len(missing), self.images_at_once):
             batch = missing[start : start + self.images_at_once]
             encoded = self.model.encode_images(torch.cat([to_pixels(p.rgb[None]) for p in batch]))
             for image, features in zip(batch, encoded, strict=True):
-                known[image.digest] = own = _apart(features)  # a view would keep the whole batch alive
-                self.images.put(image.digest, own)
+                known[image.digest] = cached = _copy_outside_heap(features)  # a view would keep the whole batch alive
+                self.images.put(image.digest, cached)
             self._passes += 1
             if self._passes % TRIM_AFTER == 0:
                 trim_heap()
         return [features for p in images if (features := known[p.digest]) is not None]
 
     def run(self, chunks: Items[Chunk], observe: Observer = unobserved) -> Tensor:
-        """Compute the chunks in one model call: hidden states [n, D] of all rows, in order.
+        """Compute the chunks in one model call, and return the hidden states [n, D] of all tokens in order.
 
-        Where it does not come to an end, Ctrl-C included, the sequences are as they were.
+        On any exception, Ctrl-C included, the sequences are restored.
         """
-        with _grown(chunks):
+        with _appended(chunks):
             return self.model.forward(self._step(chunks), self.cache.layers, observe)
 
     def compute(self, chunks: Items[Chunk]) -> LogitsOf:
-        """The same for a step of the loop, by a graph where there is one: gives the way to the logits of its rows.
+        """Compute the chunks, by a decode graph if there is one, and return the function that computes logits.
 
-        What that gives holds until the next step.
+        Its results are valid until the next step.
         """
         decoding = all(len(chunk.token_ids) == 1 and not chunk.spans for chunk in chunks)
         if self.graphs is None or not decoding or not self.graphs.can_run(len(chunks)):
             hidden = self.run(chunks)
-            return lambda at: self.model.logits(hidden[torch.tensor(at, device=hidden.device)])
-        with _grown(chunks):
+            return lambda indices: self.model.logits(hidden[torch.tensor(indices, device=hidden.device)])
+        with _appended(chunks):
             logits = self.graphs.run([c.sequence for c in chunks], [c.token_ids[0] for c in chunks])
-        return lambda at: logits if at == [*range(len(logits))] else logits[torch.tensor(at, device=logits.device)]
+        every_row = [*range(len(logits))]
+        return lambda indices: logits if indices == every_row else logits[torch.tensor(indices, device=logits.device)]
 
     def _step(self, chunks: Items[Chunk]) -> Step:
         device, counts = self.model.device, [len(chunk.token_ids) for chunk in chunks]
@@ -115,15 +119,15 @@ class Runner:
             positions=positions.to(device),
             frequencies=self._frequencies.table[torch.from_numpy(factors).to(device)],
             layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),
-            image_rows=torch.cat(rows) if rows else None,
+            image_indices=torch.cat(rows) if rows else None,
             image_features=torch.cat(features) if features else None,
         )
 
 
-def _apart(features: Tensor) -> Tensor:
-    """A copy that may be kept for long: on a CPU in a mapping of its own.
+def _copy_outside_heap(features: Tensor) -> Tensor:
+    """Copy features for the image cache, on a CPU into a memory mapping of their own.
 
-    In the heap it would lie between the activations of a step, and leave holes there that no other step fits.
+    In the heap, long-lived copies among the activations of a step would leave holes that no other step fits.
     """
     if features.device.type != "cpu":
         return features.clone()
@@ -131,8 +135,8 @@ def _apart(features: Tensor) -> Tensor:
 
 
 @contextmanager
-def _grown(chunks: Items[Chunk]) -> Iterator[None]:
-    """The sequences with the tokens of a step; where it does not come to an end, Ctrl-C included, as they were."""
+def _appended(chunks: Items[Chunk]) -> Iterator[None]:
+    """Extend the sequences by the tokens of a step; on any exception, Ctrl-C included, restore them."""
     lengths = [chunk.sequence.length for chunk in chunks]
     try:
         for chunk in chunks:

@@ -1,8 +1,8 @@
-"""The scheduler: which tokens of which answers go into the next step. It knows blocks and budgets, no tensors.
+"""The scheduler chooses the tokens of each step. It knows blocks and budgets, no tensors.
 
-Policy. First come, first served: every choice is made in order of arrival, and when blocks run out the latest arrival
-gives way, so the oldest request always gets on and none can starve. Answers that decode go before prompts that are
-prefilled, so that no stream stalls behind a long prompt; prompts take what is left of the budget, in chunks.
+The policy is first come, first served (FCFS): every choice is made in order of arrival, and when blocks run out, the
+latest arrival is preempted. The oldest request always advances, so none can starve. Decoding precedes prefill, so that
+no stream stalls behind a long prompt; prompts use the rest of the budget, in chunks (chunked prefill).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from qvl_runtime.schedule.speculative import Drafter
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What one step may hold."""
+    """The limits of one step. Raises `ConfigError` for a value out of range."""
 
-    tokens: int = 1024  # prefill and decode together
-    running: int = 64  # answers
+    tokens: int = 1024  # prefill and decode together (max_step_tokens)
+    running: int = 64  # answers that take part (max_running)
 
     def __post_init__(self) -> None:
         if not 0 < self.running <= self.tokens:
@@ -39,22 +39,22 @@ class ScheduledBranch(NamedTuple):
     branch: Branch
     known: int
     drafts: tuple[int, ...] = ()
-    samples: bool = True  # the step reaches the last known token, so that a new one comes out
+    samples: bool = True  # whether the step reaches the last known token, so that a new one is sampled
 
     @property
     def size(self) -> int:
-        """What it takes of the step's budget."""
+        """The tokens of the step's budget that it uses."""
         return self.known + len(self.drafts)
 
     @property
     def tokens(self) -> list[int]:
-        """What to compute; to be asked before it is."""
+        """The tokens to compute. Valid until the sequence grows."""
         start = self.branch.sequence.length
         return [*self.branch.token_ids[start : start + self.known], *self.drafts]
 
 
 class Scheduler:
-    """Holds every branch from `add` until `remove`: waiting without blocks, or running with them."""
+    """Holds every branch from `add` to `remove`: waiting without blocks, or running with them."""
 
     def __init__(self, cache: KVCache, limits: StepLimits, drafter: Drafter | None = None) -> None:
         self.waiting: list[Branch] = []  # in order
@@ -63,17 +63,18 @@ class Scheduler:
         self._cache, self._limits, self._drafter = cache, limits, drafter
 
     def add(self, branch: Branch) -> None:
-        insort(self.waiting, branch, key=lambda t: t.order)
+        """Queue a branch in order of arrival."""
+        insort(self.waiting, branch, key=lambda branch: branch.order)
 
     def start(self, branch: Branch) -> bool:
-        """Let a branch that has its blocks already, by a fork, run at once; False where there is no place for it."""
+        """Run a forked branch, which already has its blocks, at once. Return False if max_running is reached."""
         if len(self.running) >= self._limits.running:
             return False
         self._run(branch)
         return True
 
     def remove(self, branch: Branch) -> None:
-        """Forget a branch, whose blocks are free from now on; one that is not here is none of its business."""
+        """Remove a branch and free its blocks; a branch that is not queued or running is only closed."""
         for branches in (self.waiting, self.running):
             if branch in branches:
                 branches.remove(branch)
@@ -82,17 +83,19 @@ class Scheduler:
         branch.features.clear()
 
     def schedule(self) -> list[ScheduledBranch]:
-        """The next step, in which each branch has its blocks; empty where nothing can be done."""
+        """Plan the next step and reserve the blocks of each branch in it; empty if no branch can advance."""
         plan: dict[Branch, ScheduledBranch] = {}
         budget, before = self._limits.tokens, self.preemptions
-        ready = [branch for branch in self.running if not branch.request.held]
-        for branch in sorted(ready, key=lambda t: t.pending > 1):  # stable: in order among the like
+        ready = [branch for branch in self.running if not branch.request.paused]
+        for branch in sorted(
+            ready, key=lambda branch: branch.pending > 1
+        ):  # decodes first; stable, so in order of arrival within each kind
             count, preemptions = min(branch.pending, budget), self.preemptions
-            if count == 0 or not self._make_room(branch, count, plan):
+            if count == 0 or not self._free_blocks(branch, count, plan):
                 continue
-            plan[branch] = self._reserved(branch, count, budget)
+            plan[branch] = self._schedule_branch(branch, count, budget)
             budget -= plan[branch].size
-            if self.preemptions > preemptions:  # what the victims had of the budget is there again
+            if self.preemptions > preemptions:  # the victims' tokens return to the budget
                 budget = self._limits.tokens - sum(planned.size for planned in plan.values())
         if self.preemptions == before:
             self._admit(plan, budget)
@@ -104,36 +107,36 @@ class Scheduler:
             self._preempt(self.running[-1])
 
     def _admit(self, plan: dict[Branch, ScheduledBranch], budget: int) -> None:
-        """Start waiting branches while there is room for the whole of what they know and a block for each that runs."""
+        """Start waiting branches whose tokens fit in the free blocks, less one block for each running branch."""
         while budget and self.waiting and len(self.running) < self._limits.running:
             candidates = islice(self.waiting, self._limits.running)
-            branch = next((t for t in candidates if not (t.request.held or self._better_later(t))), None)
+            branch = next((b for b in candidates if not (b.request.paused or self._waits_for_prefix(b))), None)
             if branch is None:
                 return
-            found = branch.sequence.find_prefix(branch.token_ids, branch.spans)
+            cached = branch.sequence.find_prefix(branch.token_ids, branch.spans)
             if branch.sequence.needed(branch.pending) + len(self.running) > self._cache.pool.available:
                 branch.sequence.close()
                 if self.running:
                     return
-                found = 0  # alone it does fit, if it need not copy a block that it found
-            self._count(branch, found)
+                cached = 0  # alone it fits, unless it must copy a cached block
+            self._count(branch, cached)
             self.waiting.remove(branch)
             self._run(branch)
             count = min(branch.pending, budget)
-            plan[branch] = self._reserved(branch, count, 0)
+            plan[branch] = self._schedule_branch(branch, count, 0)
             budget -= count
 
-    def _better_later(self, branch: Branch) -> bool:
-        """Whether a prompt that is being prefilled begins as this one does, its first image included.
+    def _waits_for_prefix(self, branch: Branch) -> bool:
+        """Whether a prompt that is being prefilled has the same prefix, up to and including the first image.
 
-        Waiting for it, a step or a few, saves computing the image's keys and values again.
+        Waiting for it, for one or a few steps, avoids computing the image's keys and values twice.
         """
         if self._cache.prefixes is None or not branch.spans:
             return False
         span = branch.spans[0]
         return any(
             other.pending > 1
-            and not other.request.held
+            and not other.request.paused
             and other.spans
             and (other.spans[0].start, other.spans[0].image.digest) == (span.start, span.image.digest)
             and other.sequence.root == branch.sequence.root
@@ -141,26 +144,26 @@ class Scheduler:
             for other in self.running
         )
 
-    def _count(self, branch: Branch, found: int) -> None:
-        """For the hit rate and the usage: a branch that was preempted has been counted."""
+    def _count(self, branch: Branch, cached: int) -> None:
+        """Count cached tokens for hit rate and usage, once for each request: not again after a preemption."""
         if not branch.output.token_ids and branch.index == 0:
-            branch.request.cached_tokens = found
+            branch.request.cached_tokens = cached
             if self._cache.prefixes is not None:
-                self._cache.prefixes.count(len(branch.token_ids), found)
+                self._cache.prefixes.count(len(branch.token_ids), cached)
 
-    def _reserved(self, branch: Branch, count: int, budget: int) -> ScheduledBranch:
+    def _schedule_branch(self, branch: Branch, count: int, budget: int) -> ScheduledBranch:
         """Reserve the blocks of a branch's part of the step; drafts only if they preempt no other branch."""
         drafts: tuple[int, ...] = ()
         if self._drafter is not None and branch.pending == 1 and branch.sampling_state.foreseeable:
-            room = min(budget - count, branch.output.room - 1)
-            drafts = self._drafter.propose(branch.token_ids, room)
+            max_tokens = min(budget - count, branch.output.remaining - 1)
+            drafts = self._drafter.propose(branch.token_ids, max_tokens)
             if branch.sequence.needed(count + len(drafts)) > self._cache.pool.available:
                 drafts = ()
         branch.sequence.reserve(count + len(drafts))
         return ScheduledBranch(branch, count, drafts, samples=count == branch.pending)
 
-    def _make_room(self, branch: Branch, count: int, plan: dict[Branch, ScheduledBranch]) -> bool:
-        """Free blocks for a branch; False where it is one that has given way, now or earlier in this step."""
+    def _free_blocks(self, branch: Branch, count: int, plan: dict[Branch, ScheduledBranch]) -> bool:
+        """Free blocks for a branch. Return False if the branch was itself preempted, now or earlier in this step."""
         while branch.running and branch.sequence.needed(count) > self._cache.pool.available:
             victim = self.running[-1]
             plan.pop(victim, None)
@@ -169,10 +172,10 @@ class Scheduler:
 
     def _run(self, branch: Branch) -> None:
         branch.running = True
-        insort(self.running, branch, key=lambda t: t.order)
+        insort(self.running, branch, key=lambda branch: branch.order)
 
     def _preempt(self, branch: Branch) -> None:
-        """Back to the queue without blocks: it will compute its tokens again, save what the prefix cache still has."""
+        """Return a branch to the queue without blocks; later it recomputes what the prefix cache no longer holds."""
         self.running.remove(branch)
         branch.running = False
         branch.sequence.close()

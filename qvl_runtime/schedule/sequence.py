@@ -14,7 +14,7 @@ from qvl_runtime.schedule.prefix_cache import Parent, PrefixCache, Root
 
 
 class BlockStore(Protocol):
-    """What a sequence needs of the KV cache that its blocks are in."""
+    """The part of the KV cache that a sequence uses."""
 
     pool: BlockPool
     prefixes: PrefixCache | None
@@ -29,14 +29,16 @@ class BlockStore(Protocol):
 
 
 class Sequence:
-    """The cached part of one answer: `length` tokens, in the blocks of its table. Closed, it is as new."""
+    """The computed part of one answer: `length` tokens in the blocks of its table. `close` resets it to empty."""
 
     def __init__(self, store: BlockStore, root: Root, block_size: int) -> None:
         self.root = root
         self.length = 0
         self.blocks: array[int] = array("q")
         self._store, self._size = store, block_size
-        self._parents: list[Parent] = [root]  # entry i: the parent of block i; known for published blocks and the next
+        self._parents: list[Parent] = [
+            root
+        ]  # entry i: the parent of block i, for the published blocks and the next one
 
     @property
     def alpha(self) -> float:
@@ -49,33 +51,33 @@ class Sequence:
         return max(0, fresh) + (1 if self._writes_shared() else 0)
 
     def reserve(self, count: int) -> None:
-        """Have room for `count` more tokens. Raises `CapacityError`, leaving what it got with the sequence.
+        """Allocate the blocks of `count` more tokens. A shared block that is not full is copied first (copy on write).
 
-        A block that another sequence or the prefix cache also relies on, and that is not full, is copied first.
+        Raises `CapacityError`; blocks allocated before the error stay with the sequence.
         """
         pool = self._store.pool
         if self._writes_shared():
             index = self.length // self._size
-            own, shared = pool.allocate(), self.blocks[index]
-            self._store.copy_block(shared, own)
-            self.blocks[index] = own
+            copy, shared = pool.allocate(), self.blocks[index]
+            self._store.copy_block(shared, copy)
+            self.blocks[index] = copy
             pool.release([shared])
         while len(self.blocks) * self._size < self.length + count:
             self.blocks.append(pool.allocate())
 
     def append(self, count: int) -> None:
-        """Make `count` more tokens part of it, reserving what is missing; the next model call is to compute them."""
+        """Extend the sequence by `count` tokens, which the next model call must compute; reserves missing blocks."""
         self.reserve(count)
         self.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from `length` on, and give back the blocks that only they were in."""
+        """Drop the tokens from `length` on, and release the blocks that held only those."""
         if length < self.length:
             self.length = length
             self._drop(cdiv(length, self._size))
 
     def find_prefix(self, tokens: Items[int], spans: Items[ImageSpan]) -> int:
-        """Take over what the prefix cache knows of a prompt; for an empty sequence. Returns the tokens found."""
+        """Start an empty sequence with the cached prefix of a prompt. Returns the number of cached tokens."""
         if self._store.prefixes is None:
             return 0
         self._drop(0)
@@ -86,9 +88,9 @@ class Sequence:
         return self.length
 
     def publish(self, tokens: Items[int], spans: Items[ImageSpan], tail: bool = False) -> None:
-        """Let others find the full blocks, and with `tail`, at the end, the one that is not full.
+        """Publish the full blocks to the prefix cache, and with `tail` also the last block, which is not full.
 
-        `tokens` are those of the whole sequence, which must be final as far as they are computed.
+        tokens: of the whole sequence; the computed ones must not change any more.
         """
         prefixes = self._store.prefixes
         if prefixes is None:
@@ -103,16 +105,16 @@ class Sequence:
             self.blocks[index] = node.block
 
     def fork(self) -> Sequence:
-        """Another sequence with the same content; the two share blocks until one of them writes."""
-        twin = self._store.register(Sequence(self._store, self.root, self._size))
-        twin.length, twin.blocks = self.length, self.blocks[: cdiv(self.length, self._size)]
-        twin._parents = self._parents.copy()
-        for block in twin.blocks:
+        """Return a sequence with the same content; the two share blocks until one of them writes."""
+        fork = self._store.register(Sequence(self._store, self.root, self._size))
+        fork.length, fork.blocks = self.length, self.blocks[: cdiv(self.length, self._size)]
+        fork._parents = self._parents.copy()
+        for block in fork.blocks:
             self._store.pool.acquire(block)
-        return twin
+        return fork
 
     def close(self) -> None:
-        """Give all blocks back; what was published stays findable until its blocks are needed."""
+        """Release all blocks. Published blocks stay cached until the pool evicts them."""
         self.length = 0
         self._drop(0)
 

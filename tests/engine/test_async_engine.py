@@ -84,7 +84,7 @@ def test_a_reader_that_lags_is_held_and_others_go_on(engine: Engine) -> None:
         assert (await served.generate({"token_ids": [7]}, greedy(100))).usage.completion_tokens == 100
         (request,) = [branch.request for branch in engine.core.scheduler.running]
         made = len(request.branches[0].output.token_ids)
-        assert request.held and made <= 8 + 2, "the limit, and what was on its way"
+        assert request.paused and made <= 8 + 2, "the limit, and what was on its way"
         rest = [piece async for piece in slow]
         assert sum(len(piece.token_ids) for piece in [first, *rest]) == 60
 
