@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from benchmarks.timing import say, setting
 from qvl_kernels.cpu.library import library
 from qvl_runtime import Engine, SamplingParams
+from qvl_runtime.schedule import core as schedule_core
 
 SCHEDULING = ("loop", "schedule", "layout")  # parts that know requests and blocks, and no numbers of the model
 
@@ -26,7 +27,7 @@ class Parts:
     """Seconds by part, each without the parts that it calls."""
 
     def __init__(self) -> None:
-        self.spent, self.calls = Counter[str](), Counter[str]()
+        self.spent, self.calls = defaultdict[str, float](float), Counter[str]()
         self._inner = [0.0]
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,7 +64,7 @@ def watched(engine: Engine) -> Parts:
     parts.watch(core.scheduler, "schedule", "schedule")
     if core.runner.graphs is not None:
         parts.watch(core.runner.graphs, "run", "layout")
-    parts.watch(core, "_sampler", "sampler")
+    parts.watch(schedule_core, "sample", "sampler")
     parts.watch(core, "step", "loop")
     return parts
 
@@ -79,12 +80,12 @@ def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int,
     while any(branch.pending > 1 for branch in core.scheduler.running) or len(core.scheduler.running) < running:
         core.step()
     core.step()  # is recorded
-    found: list[Counter[str]] = []
+    found: list[defaultdict[str, float]] = []
     for _ in range(steps):
         parts.spent.clear()
         parts.calls.clear()
         core.step()
-        found.append(Counter(parts.spent))
+        found.append(parts.spent.copy())
     for request in requests:
         core.cancel(request)
     ms = {name: 1000 * median(spent[name] for spent in found) for name in found[0]}

@@ -79,6 +79,8 @@ def logits_of(engine: Engine, said: Sequence[Answered], what: str) -> list[Tenso
     found = []
     for prompt, length in track(said, description=what, console=Console(stderr=True)):
         logits = engine.score(prompt, return_logits=True).logits
+        if logits is None:
+            raise RuntimeError("score returned no logits, though return_logits was set")
         found.append(logits[-length - 1 : -1])
     return found
 

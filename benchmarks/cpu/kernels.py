@@ -14,15 +14,18 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.timing import alternate, say, setting
 from qvl_kernels import bandwidth as ceiling
-from qvl_kernels import cpu
+from qvl_kernels import cpu, reference
 from qvl_kernels import memory as huge_pages
 from qvl_kernels.cpu import linears as cpu_linear
+from qvl_kernels.ops import Ops
 from qvl_kernels.reference import SCALE_BYTES
 from qvl_kernels.util import cdiv, dtype_name
 
@@ -111,13 +114,19 @@ def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: in
         caches = [random_cache((2, blocks, heads, block_size, width), dtype) for _ in range(layers)]
         name = dtype_name(dtype)
         sizes[name] = layers * 2 * context * heads * width * dtype.itemsize
-        calls[name] = lambda caches=caches: [cpu.paged_attention(q, *c, table, [0, 1], [context]) for c in caches]
+        calls[name] = partial(attend_each, q, caches, table, context)
     sizes["read"] = sizes["bfloat16"]
     found = alternate(calls | {"read": reader(sizes["read"])})
     ceiling_gb_s = sizes["read"] / found["read"].seconds / 1e9
     for name, timing in found.items():
         gb_s = sizes[name] / timing.seconds / 1e9
         say(attention=name, context=context, gb_s=gb_s, of_read=gb_s / ceiling_gb_s, load=timing.load)
+
+
+def attend_each(q: Tensor, caches: list[Tensor], table: Tensor, context: int) -> None:
+    """Run decode attention of q [1, heads, dim] over each of the caches, keys and values stacked."""
+    for k_cache, v_cache in caches:
+        cpu.paged_attention(q, k_cache, v_cache, table, [0, 1], [context])
 
 
 def random_cache(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -131,17 +140,16 @@ def random_cache(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def rows() -> None:
     """Prefill, a chunk of it, a second question, and drafts: (new rows, tokens in the cache)."""
-    from qvl_kernels import reference
-
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for new, context in ((512, 512), (2048, 2048), (256, 2256), (30, 330), (4, 2000)):
             table = torch.randperm(cdiv(context, 16)).view(1, -1)
-            caches = torch.randn(2, table.numel(), 32, 16, 128).to(dtype)
-            asked = (torch.randn(new, 32, 128).to(dtype), *caches, table, [0, new], [context])
+            q = torch.randn(new, 32, 128).to(dtype)
+            k_cache, v_cache = torch.randn(2, table.numel(), 32, 16, 128).to(dtype)
+            args = (q, k_cache, v_cache, table, [0, new], [context])
             found = alternate(
                 {
-                    "ours": lambda a=asked: cpu.paged_attention(*a),
-                    "torch": lambda a=asked: reference.paged_attention(*a),
+                    "ours": partial(cpu.paged_attention, *args),
+                    "torch": partial(reference.paged_attention, *args),
                 },
                 wanted=3,
                 limit_s=4,
@@ -159,8 +167,8 @@ def rows() -> None:
         qkv = torch.randn(1, PATCHES, 3 * VISION_WIDTH).to(dtype)
         found = alternate(
             {
-                "ours": lambda x=qkv: cpu.vision_attention(x, VISION_HEADS),
-                "torch": lambda x=qkv: reference.vision_attention(x, VISION_HEADS),
+                "ours": partial(cpu.vision_attention, qkv, VISION_HEADS),
+                "torch": partial(reference.vision_attention, qkv, VISION_HEADS),
             },
             wanted=3,
             limit_s=4,
@@ -182,12 +190,10 @@ def vision() -> None:
     norm = (torch.ones(w).bfloat16(), torch.zeros(w).bfloat16())
     x = torch.randn(1, PATCHES, w).bfloat16()
 
-    def block(ops: object, layers: list[Callable[[Tensor], Tensor]]) -> Tensor:
+    def block(ops: Ops, layers: list[reference.BoundLinear]) -> Tensor:
         qkv, out, fc, proj = layers
-        y = x + out(ops.vision_attention(qkv(ops.layer_norm(x, *norm, 1e-6)), VISION_HEADS))  # type: ignore[attr-defined]
-        return y + proj(ops.gelu(fc(ops.layer_norm(y, *norm, 1e-6))))  # type: ignore[attr-defined]
-
-    from qvl_kernels import reference
+        y = x + out(ops.vision_attention(qkv(ops.layer_norm(x, *norm, 1e-6)), VISION_HEADS))
+        return y + proj(ops.gelu(fc(ops.layer_norm(y, *norm, 1e-6))))
 
     kinds = {
         "torch bf16": (reference, [reference.prepare_linear(*d) for d in dense]),
@@ -195,7 +201,7 @@ def vision() -> None:
         "fast": (cpu, [cpu.prepare_linear(*d, "fast") for d in dense]),
     }
     with torch.inference_mode():
-        found = alternate({name: lambda k=kind: block(*k) for name, kind in kinds.items()})
+        found = alternate({name: partial(block, *kind) for name, kind in kinds.items()})
     for name, timing in found.items():
         say(vision_block=name, ms=timing.seconds * 1e3, s_a_image=timing.seconds * 48, load=timing.load)
 
@@ -246,7 +252,8 @@ def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
         from openvino import opset13 as op
     except ImportError:
         return {}
-    rng, results, parameters, held = np.random.default_rng(0), [], {}, []
+    rng, results, held = np.random.default_rng(0), [], []
+    parameters: dict[int, Any] = {}
     for inputs, outputs in shapes:
         x = parameters.setdefault(inputs, op.parameter([rows, inputs], ov.Type.f32))
         groups = inputs // GROUP
@@ -263,7 +270,11 @@ def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
     request = ov.Core().compile_model(model, "CPU", hints).create_infer_request()
     feeds = [rng.standard_normal((rows, inputs)).astype(np.float32) for inputs in parameters]
-    return {f"openvino {ov.__version__}": lambda held=held: request.infer(feeds)}
+
+    def infer(feeds: list[Any], _shared: list[Any]) -> object:
+        return request.infer(feeds)
+
+    return {f"openvino {ov.__version__}": partial(infer, feeds, held)}
 
 
 def main() -> None:

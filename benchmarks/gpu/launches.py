@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def record_launches(run: bool = True) -> Iterator[list[Recorded]]:
             with torch.utils._python_dispatch._disable_current_modes():
                 original(launch)
 
-    class Operators(TorchDispatchMode):
+    class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.__name__.partition(".")[0]
             made = func(*args, **(kwargs or {}))
@@ -60,12 +61,8 @@ def record_launches(run: bool = True) -> Iterator[list[Recorded]]:
                 seen.append(Recorded(f"torch {name}", 0, sum(t.nbytes for t in tensors)))
             return made
 
-    Launch.run = record  # type: ignore[method-assign]
-    try:
-        with Operators():
-            yield seen
-    finally:
-        Launch.run = original  # type: ignore[method-assign]
+    with patch.object(Launch, "run", record), Operators():  # type: ignore[no-untyped-call]
+        yield seen
 
 
 def of_a_layer(seen: list[Recorded]) -> list[Recorded]:

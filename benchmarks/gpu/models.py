@@ -64,7 +64,8 @@ def graphs(place: Place) -> Iterator[Row]:
     prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
     for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
         found, replays = [], 0
-        for options in ({"graphs": True}, {"graphs": False}, {"embedding_on_host": True}):
+        variants: list[dict[str, Any]] = [{"graphs": True}, {"graphs": False}, {"embedding_on_host": True}]
+        for options in variants:
             engine = Engine(
                 path,
                 device=str(place.device),

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -58,14 +59,15 @@ class Place:
             return time.perf_counter() - began
         call()
         flushed = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(20)]
+        event = partial(torch.cuda.Event, enable_timing=True)
+        events = [(event(), event()) for _ in range(20)]
         for start, end in events:
             flushed.zero_()  # larger than any L2
-            start.record()  # type: ignore[no-untyped-call]
+            start.record()
             call()
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
         torch.cuda.synchronize()
-        return median(start.elapsed_time(end) for start, end in events) / 1e3
+        return float(median(start.elapsed_time(end) for start, end in events)) / 1e3
 
     def copy_ceiling(self) -> float:
         """Bytes a second of a large copy, reads and writes counted."""

@@ -47,8 +47,8 @@ def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iter
     tiles = cdiv(inputs, TILE)
     near = {max(1, built_in.splits * quarters // 4) for quarters in (2, 3, 4, 5, 6, 8)}
     splits = [n for n in sorted(near) if n <= tiles and (kind == "small_m" or tiles % n == 0)]
-    for *cut, split in product(*GRID[kind], splits):
-        made = Config(*cut, split)
+    for numbers in product(*GRID[kind], splits):
+        made = Config._make(numbers)
         if made != built_in and outputs % made.columns == 0:
             yield made
 

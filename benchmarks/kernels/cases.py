@@ -62,12 +62,12 @@ def int4_linear(at: Setting, rows: int, inputs: int, outputs: int) -> Case:
     words = torch.randint(-(2**31), 2**31, (inputs // 8, outputs), dtype=torch.int64).to(torch.int32)
     zeros = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)
     scales = torch.full((inputs // GROUP, outputs), 0.002, dtype=torch.float16)
-    parts = [t.to(at.device) for t in (words, zeros, scales)]
+    words, zeros, scales = (t.to(at.device) for t in (words, zeros, scales))
     copies = max(1, COLD // nbytes) if rows <= 32 else 1
-    bound = [at.ops.prepare_gptq(*parts, None, 4, 1, None, "fast") for _ in range(copies)]
+    bound = [at.ops.prepare_gptq(words, zeros, scales, None, 4, 1, None, "fast") for _ in range(copies)]
     x, dense = (torch.randn(n, inputs, device=at.device).to(at.dtype) for n in (rows, outputs))
     return Case(
-        in_turn([lambda b=b: b(x) for b in bound]),
+        in_turn([partial(linear.call, x) for linear in bound]),
         lambda: F.linear(x, dense),
         nbytes + x.nbytes + rows * outputs * at.dtype.itemsize,
         2 * rows * inputs * outputs,
@@ -81,8 +81,8 @@ def dense_linear(at: Setting, rows: int) -> Case:
     x = torch.randn(rows, width, device=at.device).to(at.dtype)
     bound = [at.ops.prepare_linear(w) for w in weights]
     return Case(
-        in_turn([lambda b=b: b(x) for b in bound]),
-        in_turn([lambda w=w: F.linear(x, w) for w in weights]),
+        in_turn([partial(linear.call, x) for linear in bound]),
+        in_turn([partial(F.linear, x, weight) for weight in weights]),
         weights[0].nbytes + 2 * x.nbytes,
         2 * rows * width**2,
     )
@@ -124,24 +124,25 @@ def decode_attention(at: Setting, context: int, int8: bool) -> Case:
     table = torch.randperm(blocks).view(1, -1).to(at.device)
     caches = [torch.zeros(2, blocks, heads, SLOTS, width, dtype=stored, device=at.device) for _ in range(copies)]
     q = torch.randn(1, heads, HEAD, device=at.device).to(at.dtype)
-    ours = in_turn([lambda c=c: at.ops.paged_attention(q, *c, table, [0, 1], [context]) for c in caches])
+    ours = in_turn([partial(at.ops.paged_attention, q, k, v, table, [0, 1], [context]) for k, v in caches])
     if int8:
         return Case(ours, None, nbytes, 4 * context * heads * HEAD)
     keys = [torch.zeros(2, 1, heads, context, HEAD, dtype=at.dtype, device=at.device) for _ in range(copies)]
-    plain = in_turn([lambda c=c: F.scaled_dot_product_attention(q.transpose(0, 1)[None], *c) for c in keys])
+    query = q.transpose(0, 1)[None]
+    plain = in_turn([partial(F.scaled_dot_product_attention, query, k, v) for k, v in keys])
     return Case(ours, plain, nbytes, 4 * context * heads * HEAD)
 
 
 def prefill_attention(at: Setting, tokens: int) -> Case:
     heads, tokens = HEADS // at.scale, tokens // at.scale
     blocks = cdiv(tokens, SLOTS)
-    cache = torch.randn(2, blocks, heads, SLOTS, HEAD, device=at.device).to(at.dtype)
+    k_cache, v_cache = torch.randn(2, blocks, heads, SLOTS, HEAD, device=at.device).to(at.dtype)
     q = torch.randn(tokens, heads, HEAD, device=at.device).to(at.dtype)
     table = torch.arange(blocks, device=at.device).view(1, -1)
-    whole = torch.randn(3, 1, heads, tokens, HEAD, device=at.device).to(at.dtype)
+    query, keys, values = torch.randn(3, 1, heads, tokens, HEAD, device=at.device).to(at.dtype)
     return Case(
-        lambda: at.ops.paged_attention(q, *cache, table, [0, tokens], [tokens]),
-        lambda: F.scaled_dot_product_attention(*whole, is_causal=True),
+        lambda: at.ops.paged_attention(q, k_cache, v_cache, table, [0, tokens], [tokens]),
+        lambda: F.scaled_dot_product_attention(query, keys, values, is_causal=True),
         4 * q.nbytes,
         2 * tokens**2 * heads * HEAD,
     )

@@ -17,6 +17,7 @@ import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,8 +33,8 @@ Calls = dict[str, Callable[[], object]]
 
 def engines(precisions: list[str], kv_dtype: str, plain: bool) -> dict[str, Engine]:
     """What runs in this process, by name."""
-    common = {"device": "cpu", "max_model_len": 4096, "kv_cache_bytes": 3 << 30}
-    ours = {"synthetic": "qwen-vl-chat-int4", "kv_dtype": kv_dtype, **common}
+    common: dict[str, Any] = {"device": "cpu", "max_model_len": 4096, "kv_cache_bytes": 3 << 30}
+    ours: dict[str, Any] = {"synthetic": "qwen-vl-chat-int4", "kv_dtype": kv_dtype, **common}
     cache = "" if kv_dtype == "auto" else f", {kv_dtype} KV"
     made = {f"qvl {precision}{cache}": Engine(precision=precision, **ours) for precision in precisions}
     if plain:
@@ -72,7 +73,7 @@ def decode(found: dict[str, Engine], context: int, llama: Llama | None) -> None:
 
 
 def prefill(found: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
-    turns: Calls = {name: lambda e=engine: steps.prefill(e, tokens, rounds=1) for name, engine in found.items()}
+    turns: Calls = {name: partial(steps.prefill, engine, tokens, rounds=1) for name, engine in found.items()}
     if llama is not None:
         turns["llama.cpp"] = lambda: llama(f"pp {tokens}")
     timings = alternate(turns, wanted=3, processes=_processes(llama), limit_s=150)
@@ -82,7 +83,7 @@ def prefill(found: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
 
 def image(found: dict[str, Engine]) -> None:
     timings = alternate(
-        {name: lambda e=engine: steps.images(e, 1, rounds=1) for name, engine in found.items()}, wanted=3, limit_s=150
+        {name: partial(steps.images, engine, 1, rounds=1) for name, engine in found.items()}, wanted=3, limit_s=150
     )
     for name, timing in timings.items():
         _say(timings, name, image=name, s=timing.seconds)
@@ -111,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     say(**setting())
     found = engines(asked.precisions.split(","), asked.kv_dtype, not asked.no_torch)
-    llama = Llama(*asked.llama, asked.threads) if asked.llama else None
+    llama = Llama(asked.llama[0], asked.llama[1], asked.threads) if asked.llama else None
     for context in map(int, filter(None, asked.contexts.split(","))):
         decode(found, context, llama)
     if asked.prefill:

@@ -83,7 +83,7 @@ def server(work: Path, python: Path) -> Path:
 
 def write_gguf(path: Path) -> None:
     """Runs in the environment that has gguf; one layer's random blocks are written for every layer."""
-    import gguf  # type: ignore[import-not-found]
+    import gguf
     import numpy as np
 
     rng, kinds = np.random.default_rng(0), gguf.GGMLQuantizationType

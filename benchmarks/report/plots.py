@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
     for model in models:
         if model["growth"]:
             name = "growth-" + model["label"].replace(",", "").replace(" ", "-").lower() + ".png"
-            plots[name] = (f"How cost grows: {model['label']}", lambda m=model: growth(pyplot, m))
+            plots[name] = (f"How cost grows: {model['label']}", partial(growth, pyplot, model))
     drawn = {}
     for name, (title, plot) in plots.items():
         if plot():

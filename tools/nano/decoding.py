@@ -20,13 +20,12 @@ def answers(
     model: Nano, packer: Packer, images: np.ndarray, which: Sequence[int], questions: Sequence[str]
 ) -> list[str]:
     """One answer for each question about images[which]: uint8 [P, S, S, 3]; in the order asked."""
-    visual = model.transformer["visual"]
-    features = torch.cat([visual(torch.from_numpy(p))[1] for p in np.array_split(images, cdiv(len(images), 64))])
+    features = torch.cat([model.visual(torch.from_numpy(p))[1] for p in np.array_split(images, cdiv(len(images), 64))])
     prefix = packer.encode(SYSTEM + "Picture 1:" + packer.image)
     start = prefix.index(packer.visual.image_start_id) + 1
     rows = torch.arange(len(features))
     slots = torch.stack([rows, torch.full_like(rows, start), rows], 1)
-    past: list[list[Tensor]] = [[] for _ in model.transformer["h"]]
+    past: list[list[Tensor]] = [[] for _ in model.blocks]
     _step(model, model.embed(torch.tensor(prefix).expand(len(features), -1), features, slots), 0, past)
 
     by_length: dict[int, list[int]] = defaultdict(list)
@@ -49,7 +48,7 @@ def _greedy(
     made: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool)
     while not done.all() and len(made) < limit:
-        h = _step(model, model.transformer["wte"](ids), position, past)
+        h = _step(model, model.wte(ids), position, past)
         position += ids.shape[1]
         ids = model.lm_head(h[:, -1]).argmax(-1, keepdim=True)
         made.append(ids)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Explicit attention: at these sizes torch's fused CPU kernel takes twice as long, forward and backward."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores if mask is None else scores + mask).softmax(-1) @ v
+    out: Tensor = (scores if mask is None else scores + mask).softmax(-1) @ v
+    return out
 
 
 class _Normalize(torch.autograd.Function):
@@ -70,7 +71,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Normalize.apply(x, self.eps) * self.weight
+        out: Tensor = _Normalize.apply(x, self.eps) * self.weight  # type: ignore[no-untyped-call]
         return out
 
 
@@ -83,7 +84,8 @@ class VisualAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, w = x.shape
         q, k, v = self.in_proj(x).view(b, n, self.heads, 3, w // self.heads).permute(3, 0, 2, 1, 4)
-        return self.out_proj(attend(q, k, v).transpose(1, 2).reshape(b, n, w))
+        out: Tensor = self.out_proj(attend(q, k, v).transpose(1, 2).reshape(b, n, w))
+        return out
 
 
 class VisualBlock(nn.Module):
@@ -95,7 +97,8 @@ class VisualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        out: Tensor = x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        return out
 
 
 def sincos(side: int, dim: int) -> Tensor:
@@ -116,6 +119,16 @@ def resized(table: Tensor, grid: int) -> Tensor:
     return image.permute(0, 2, 3, 1).reshape(grid * grid, -1).to(table.dtype)
 
 
+class ResamplerAttention(nn.Module):
+    """The parameters of the resampler's cross-attention, named as in `nn.MultiheadAttention`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * dim, dim) * dim**-0.5)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+
 class Resampler(nn.Module):
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
@@ -124,10 +137,7 @@ class Resampler(nn.Module):
         self.query = nn.Parameter(torch.randn(c.n_queries, d) * 0.02)
         self.pos_embed = nn.Parameter(sincos(math.isqrt(c.n_queries), d), requires_grad=False)
         self.kv_proj = nn.Linear(c.width, d, bias=False)
-        self.attn = nn.Module()
-        self.attn.in_proj_weight = nn.Parameter(torch.randn(3 * d, d) * d**-0.5)
-        self.attn.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
-        self.attn.out_proj = nn.Linear(d, d)
+        self.attn = ResamplerAttention(d)
         self.ln_q, self.ln_kv = nn.LayerNorm(d, eps=1e-6), nn.LayerNorm(d, eps=1e-6)
 
     def start_local(self, gain: float = 6.0) -> None:
@@ -155,7 +165,8 @@ class Resampler(nn.Module):
         q = (self.ln_q(self.query) + self.pos_embed).to(kv.dtype)[None].expand(b, -1, -1)
         parts = zip((q, k, kv), self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3), strict=True)
         q, k, v = (F.linear(t, w, bias).view(b, -1, self.heads, self.head_dim).transpose(1, 2) for t, w, bias in parts)
-        return self.attn.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        out: Tensor = self.attn.out_proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        return out
 
 
 class Visual(nn.Module):
@@ -177,7 +188,7 @@ class Visual(nn.Module):
         x = x.to(self.conv1.weight.dtype).view(-1, grid, p, grid, p, 3).permute(0, 1, 3, 5, 2, 4)
         x = F.linear(x.reshape(-1, grid * grid, 3 * p * p), self.conv1.weight.flatten(1))  # patches are disjoint
         x = self.ln_pre(x + resized(self.positional_embedding, grid).to(x.dtype))
-        for block in self.transformer["resblocks"]:
+        for block in cast("nn.ModuleList", self.transformer["resblocks"]):
             x = block(x)
         return x, self.ln_post(self.attn_pool(x)) @ self.proj
 
@@ -192,12 +203,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None) -> Tensor:
         b, n, w = x.shape
         q, k, v = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(w, -1))
-        q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+        q, k = (_Rotate.apply(t, cos, sin) for t in (q, k))  # type: ignore[no-untyped-call]
         if past is not None:
             if past:
                 k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
             past[:] = [k, v]
-        return self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, n, w))
+        out: Tensor = self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, n, w))
+        return out
 
 
 class Mlp(nn.Module):
@@ -208,7 +220,8 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(c.ffn_width, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+        out: Tensor = self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -219,7 +232,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cos, sin, mask, past)
-        return x + self.mlp(self.ln_2(x))
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
 
 
 class Nano(nn.Module):
@@ -240,6 +254,21 @@ class Nano(nn.Module):
         )
         self._initialize()
 
+    @property
+    def wte(self) -> nn.Embedding:
+        """The token embedding, [vocab_size, hidden_size]."""
+        return cast("nn.Embedding", self.transformer["wte"])
+
+    @property
+    def visual(self) -> Visual:
+        """The vision encoder with its resampler."""
+        return cast("Visual", self.transformer["visual"])
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks in order."""
+        return cast("nn.ModuleList", self.transformer["h"])
+
     def _initialize(self) -> None:
         for name, p in self.named_parameters():
             if p.dim() == 2 and name.endswith("weight") and "in_proj_weight" not in name:
@@ -247,8 +276,8 @@ class Nano(nn.Module):
                 nn.init.normal_(p, std=p.shape[1] ** -0.5 * (0.3 if residual else 1.0))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        visual = self.transformer["visual"]
-        nn.init.normal_(self.transformer["wte"].weight, std=0.5)
+        visual = self.visual
+        nn.init.normal_(self.wte.weight, std=0.5)
         nn.init.normal_(self.lm_head.weight, std=0.02)
         nn.init.normal_(visual.conv1.weight, std=(3 * self.c.visual.patch_size**2) ** -0.5)
         nn.init.normal_(visual.attn_pool.attn.out_proj.weight, std=self.c.hidden_size**-0.5)
@@ -256,7 +285,7 @@ class Nano(nn.Module):
 
     def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
         """ids [R, T], images [P, queries, D]; slots [K, 3]: row, first position, which picture. Gives [R, T, D]."""
-        h = self.transformer["wte"](ids)
+        h: Tensor = self.wte(ids)
         if len(slots) == 0:
             return h
         rows, starts, which = slots.unbind(1)
@@ -266,15 +295,16 @@ class Nano(nn.Module):
     def decode(self, h: Tensor, positions: Tensor, mask: Tensor, past: Sequence[list[Tensor]] | None = None) -> Tensor:
         angles = self.angles[positions].unsqueeze(1)
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
-        for i, block in enumerate(self.transformer["h"]):
+        for i, block in enumerate(self.blocks):
             h = block(h, cos, sin, mask, None if past is None else past[i])
-        return self.transformer["ln_f"](h)
+        out: Tensor = self.transformer["ln_f"](h)
+        return out
 
     def forward(
         self, images: Tensor, ids: Tensor, slots: Tensor, positions: Tensor, segments: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Packed training pass: segment 0 is the shared prefix, k the k-th dialogue on its own, -1 padding."""
-        patches, features = self.transformer["visual"](images)
+        patches, features = self.visual(images)
         h, n = self.embed(ids, features, slots), ids.shape[1]
         seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         seen &= torch.ones(n, n, dtype=torch.bool).tril()

@@ -24,7 +24,8 @@ def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return (x.mT if tall else x).float()
+    out: Tensor = (x.mT if tall else x).float()
+    return out
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class Optimizer:
             done.append((group, room))
         team.wait()
         for group, room in done:
-            for (s, _), direction in zip(group, room.split([len(parts) for _, parts in group]), strict=True):
+            for (s, _), direction in zip(group, room.split_with_sizes([len(parts) for _, parts in group]), strict=True):
                 update = s.join(direction).view_as(s.master)  # type: ignore[misc]
                 s.master.mul_(1 - rate * self.decay).add_(update, alpha=-rate)
 

@@ -62,7 +62,7 @@ class Probe(nn.Module):
         return self._loss(self.patch(self.patch_norm(patches)), at_patch), self._loss(self.token(tokens), at_token)
 
     def _loss(self, outputs: Tensor, labels: Labels) -> Tensor:
-        colour, kind, box, digit, word = outputs.float().flatten(0, 1).split(self.sizes, -1)
+        colour, kind, box, digit, word = outputs.float().flatten(0, 1).split_with_sizes(self.sizes, -1)
         want = [torch.from_numpy(field).flatten() for field in labels]
         there = want[0] > 0
         loss = F.cross_entropy(colour, want[0]) + F.cross_entropy(kind, want[1])

@@ -6,6 +6,7 @@ coloured shape, an emoji or a plate that carries a number or a short word. Names
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -70,6 +71,9 @@ class Sprite(NamedTuple):
     glyphs: tuple[tuple[int, float, float], ...] = ()
 
 
+SpriteMaker = Callable[[Generator, SceneConfig, list[str]], Sprite]  # rng, config, colours to choose from
+
+
 def check_fonts() -> None:
     """Raise with the way out where a font that the scenes need is not installed."""
     for name in [EMOJI_FONT, *LATIN_FONTS, *CHINESE_FONTS]:
@@ -97,7 +101,7 @@ def _compose(rng: Generator, config: SceneConfig) -> tuple[Image.Image, list[Thi
     ground, base = _ground(rng, side)
     canvas = Image.fromarray(ground)
     colours = [c for c, rgb in COLOURS.items() if np.abs(np.array(rgb) - base).max() > 70]
-    makers = [_object] * int(rng.integers(config.least, config.most + 1))
+    makers: list[SpriteMaker] = [_object] * int(rng.integers(config.least, config.most + 1))
     if rng.random() < config.plate:
         makers[0] = _plate  # plates are the widest: place them first
     taken: list[tuple[int, int, int, int]] = []
@@ -188,7 +192,8 @@ def _corners(kind: str, rng: Generator) -> np.ndarray:
         radius = np.where(k % 2 == 0, 1.0, 0.42)
         points = np.stack([radius * np.sin(k * np.pi / 5), -radius * np.cos(k * np.pi / 5)], 1)
         turn = rng.uniform(-0.3, 0.3)
-    return points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    rotated: np.ndarray = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    return rotated
 
 
 def _plate(rng: Generator, config: SceneConfig, _: list[str]) -> Sprite:

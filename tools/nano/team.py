@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Team:
@@ -18,9 +18,9 @@ class Team:
         self.size, self.rank = size, 0
         self.context = multiprocessing.get_context("fork")
         self.barrier = self.context.Barrier(size)
-        self.clock = torch.zeros(1, dtype=torch.float64).share_memory_()
-        self.flat = torch.zeros(size, room if size > 1 else 0).share_memory_()
-        self.directions = torch.zeros(room).share_memory_()
+        self.clock = _shared_zeros(1, dtype=torch.float64)
+        self.flat = _shared_zeros(size, room if size > 1 else 0)
+        self.directions = _shared_zeros(room)
 
     def run(self, work: Callable[[Team], None]) -> None:
         """Run `work` in every process; this one is rank 0. A process that dies breaks the barrier for all."""
@@ -59,6 +59,12 @@ class Team:
         self.wait()
         mean, clock = self.flat[:, :total].mean(0), float(self.clock[0])
         self.wait()
-        for p, g in zip(params, mean.split([g.numel() for g in grads]), strict=True):
+        for p, g in zip(params, mean.split_with_sizes([g.numel() for g in grads]), strict=True):
             p.grad = g.view_as(p).to(p.dtype)
         return clock
+
+
+def _shared_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros in memory that forked processes share."""
+    shared: Tensor = torch.zeros(shape, dtype=dtype).share_memory_()  # type: ignore[no-untyped-call]
+    return shared
