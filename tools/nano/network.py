@@ -309,4 +309,4 @@ class Nano(nn.Module):
         seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         seen &= torch.ones(n, n, dtype=torch.bool).tril()
         mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill_(~seen, -1e4)[:, None]
-        return self.decode(h, positions, mask), patches, images
+        return self.decode(h, positions, mask), patches, features

@@ -120,7 +120,7 @@ class Trainer:
 
     def _learn(self, batch: Batch, share: float) -> list[float]:
         ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
-        h, patches, images = self.model(
+        h, patches, features = self.model(
             torch.from_numpy(batch.images),
             ids,
             torch.from_numpy(batch.slots),
@@ -131,7 +131,7 @@ class Trainer:
         weight = weights[:, :-1][predicted]
         logits = self.model.lm_head(h[:, :-1][predicted]).float()
         lm = (F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none") * weight).sum() / weight.sum()
-        patch, token = self.probe(patches.float(), images.float(), batch.at_patch, batch.at_token)
+        patch, token = self.probe(patches.float(), features.float(), batch.at_patch, batch.at_token)
         (lm + self.recipe.probe_at(share) * (patch + token)).backward()
         return [float(x.detach()) for x in (lm, patch, token)]
 
