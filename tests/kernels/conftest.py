@@ -1,4 +1,4 @@
-"""Each instruction set that this machine runs, one after another, and tensors to try the kernels on."""
+"""Fixtures: each instruction set that this machine supports, and a seeded generator."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ except cpu_library.LibraryError:
 
 @pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with the kernels of one instruction set; skips where the build or the CPU lacks it."""
+    """Run the test with the kernels of one instruction set; skip it if the build or the CPU lacks them."""
     if request.param not in AVAILABLE:
-        pytest.skip(f"no {request.param} kernels here: the build and the CPU have {AVAILABLE or 'none'}")
+        pytest.skip(f"no {request.param} kernels here: the build and the CPU support {AVAILABLE or 'none'}")
     with cpu_library.instruction_set(request.param):
         yield request.param
 
 
 @pytest.fixture
 def rng() -> torch.Generator:
+    """A generator with a fixed seed."""
     return torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Random GPTQ linears to try kernels on."""
+"""Random GPTQ linears for the tests of kernels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ def checkpoint(
     act_order: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """qweight, qzeros, scales and g_idx of a GPTQ linear with random levels and zero points.
+    """Return qweight, qzeros, scales and g_idx of a GPTQ linear with random codes and zero points.
 
-    Of 4 bits every zero point is among these; of 8 the even ones as stored: 255 stored is 256, which few kernels take.
+    At 4 bits every zero point occurs; at 8 bits only those stored as even numbers: 255 stored is 256, which few kernels
+    support.
     """
     rng = torch.Generator().manual_seed(seed)
 
-    def words(rows: int, columns: int) -> Tensor:
+    def random_int32(rows: int, columns: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, (rows, columns), generator=rng).to(torch.int32)
 
     groups = -(-inputs // group)
-    qzeros = words(groups, outputs * bits // 32)
+    qzeros = random_int32(groups, outputs * bits // 32)
     if bits == 8:
         qzeros &= ~0x01010101
     if symmetric:
@@ -35,4 +36,4 @@ def checkpoint(
     g_idx = torch.arange(inputs, dtype=torch.int32) // group
     if act_order:
         g_idx = g_idx[torch.randperm(inputs, generator=rng)]
-    return words(inputs * bits // 32, outputs), qzeros, scales, g_idx if act_order or inputs % group else None
+    return random_int32(inputs * bits // 32, outputs), qzeros, scales, g_idx if act_order or inputs % group else None

@@ -1,4 +1,4 @@
-"""Every implementation of the ops offers all of the protocol, with its signatures."""
+"""Every implementation of the ops has all ops of the protocol, with the same signatures."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def implementations() -> list[ModuleType]:
 
 
 def parameters(function: object) -> list[tuple[str, object]]:
-    """Names and defaults, without `self`."""
-    found = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
-    return [(p.name, p.default) for p in found if p.name != "self"]
+    """Return names and defaults, without `self`."""
+    signature = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return [(p.name, p.default) for p in signature if p.name != "self"]
 
 
 @pytest.mark.parametrize("ops", implementations(), ids=lambda ops: ops.__name__)
@@ -36,6 +36,6 @@ def test_it_offers_the_protocol(ops: ModuleType) -> None:
     for name in NAMES:
         if name == "LAYOUTS":
             continue
-        wanted = getattr(Ops, name)
-        assert parameters(getattr(ops, name)) == parameters(wanted), f"{ops.__name__}.{name}"
+        expected = getattr(Ops, name)
+        assert parameters(getattr(ops, name)) == parameters(expected), f"{ops.__name__}.{name}"
         assert name in ops.__all__, f"{ops.__name__} does not export {name}"

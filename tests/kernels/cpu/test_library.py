@@ -1,4 +1,4 @@
-"""A library that does not fit is refused with the way out, and one is built with whatever the compiler can build."""
+"""A library that does not match is rejected with the way out, and the build includes what the compiler supports."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ COMPILER = shutil.which("g++")
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")
-def test_a_library_of_another_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_with_another_abi_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_library, "ABI", -1)
     with pytest.raises(cpu_library.LibraryError, match=r"its ABI is \d+, this version needs -1; rebuild it"):
         cpu_library.Library()
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")
-def test_a_kernel_that_takes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_with_another_signature_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cpu_library.SIGNATURES, "gelu", "PiiPd")
     with pytest.raises(cpu_library.LibraryError, match="'gelu' takes PiiP, this version passes PiiPd; rebuild it"):
         cpu_library.Library()
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no g++ here")
-def test_a_library_before_there_were_numbers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_without_an_abi_number_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, old = tmp_path / "old.cpp", tmp_path / "old.so"
     source.write_text('extern "C" const char* qvl_instruction_sets() { return "portable"; }')
     subprocess.run(["g++", "-shared", "-fPIC", source, "-o", old], check=True)
@@ -42,7 +42,7 @@ def test_a_library_before_there_were_numbers_is_refused(tmp_path: Path, monkeypa
 
 
 def build(tmp_path: Path, compiler: str) -> subprocess.CompletedProcess[str]:
-    """setup.py with a compiler of our own, on copies, with the smallest sources that link."""
+    """Run setup.py in a copy with the given compiler script and the smallest sources that link."""
     shutil.copy(ROOT / "setup.py", tmp_path)
     sources = tmp_path / "kernels" / "csrc"
     shutil.copytree(ROOT / "kernels" / "csrc", sources)
@@ -61,18 +61,18 @@ def build(tmp_path: Path, compiler: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(COMPILER is None or "amx" not in AVAILABLE, reason="no g++, or a CPU without AMX")
-def test_a_compiler_without_amx_loses_amx_only(tmp_path: Path) -> None:
+def test_without_amx_in_the_compiler_only_amx_is_skipped(tmp_path: Path) -> None:
     done = build(tmp_path, '#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
     assert done.returncode == 0, done.stderr
     assert "built without amx" in done.stderr and "without avx512" not in done.stderr
     (built,) = (tmp_path / "kernels" / "qvl_kernels").glob("_cpu*.so")
     code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).qvl_instruction_sets; f.restype = ctypes.c_char_p"
     code += "; print(f())"
-    found = subprocess.run([sys.executable, "-c", code, built], capture_output=True, text=True, check=True)
-    assert found.stdout == "b'avx512 avx2 portable'\n"
+    loaded = subprocess.run([sys.executable, "-c", code, built], capture_output=True, text=True, check=True)
+    assert loaded.stdout == "b'avx512 avx2 portable'\n"
 
 
-def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path: Path) -> None:
+def test_without_a_compiler_the_build_succeeds_with_a_warning(tmp_path: Path) -> None:
     done = build(tmp_path, "#!/bin/sh\nexit 1\n")
     assert done.returncode == 0, done.stderr
     assert "the CPU kernels are not built, and plain torch will run instead" in done.stderr

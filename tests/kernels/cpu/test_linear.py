@@ -16,7 +16,7 @@ pytestmark = pytest.mark.unit
 
 ROWS = (1, 2, 3, 7, 16, 17, 255, 257)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INT8_ACCUMULATION = 1e-5  # the int8 products are exact; scales and sums are float32
+INT8_ACCUMULATION = 1e-5  # int8 products are exact; scales and sums are float32
 
 
 def gptq(
@@ -28,7 +28,7 @@ def gptq(
 
 
 def shuffled(w: GPTQLinear, rng: torch.Generator) -> GPTQLinear:
-    """The same sizes with act-order: inputs belong to groups in no order."""
+    """The same linear with act-order: inputs are assigned to groups at random."""
     from dataclasses import replace
 
     g_idx = torch.arange(w.in_features, dtype=torch.int32) // w.group_size
@@ -46,7 +46,7 @@ def in_float64(x: Tensor, w: GPTQLinear) -> Tensor:
 
 
 def rounded_activations(x: Tensor, group: int) -> Tensor:
-    """x as the fast kernels see it: int8 for each row and group, inputs in order."""
+    """x rounded as in the fast kernels, to int8 for each row and group, with inputs in order."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % group)).view(len(x), -1, group)
     top = padded.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     return (padded * (127 / top)).round().mul(top / 127).flatten(1)[:, : x.shape[1]]
@@ -55,7 +55,7 @@ def rounded_activations(x: Tensor, group: int) -> Tensor:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_fast_is_exact_on_rounded_activations(isa: str, rng: torch.Generator, rows: int, bits: int) -> None:
-    """Nothing but the rounding of activations is lost: 272 outputs are no multiple of four blocks."""
+    """The rounding of activations is the only loss; 272 outputs are not a multiple of four blocks."""
     w = gptq(rng, 272, 384, 128, bits=bits)
     x = torch.randn(rows, 384, generator=rng)
     y = prepare(w, "fast")(x)
@@ -69,8 +69,8 @@ def test_fast_is_exact_on_rounded_activations(isa: str, rng: torch.Generator, ro
 def test_fast_groups_and_zero_points(isa: str, rng: torch.Generator, group: int, sym: bool, rows: int) -> None:
     w = gptq(rng, 96, 512, group, sym)
     x = torch.randn(rows, 512, generator=rng)
-    own = 128 if group == -1 else group
-    assert relative(prepare(w, "fast")(x), in_float64(rounded_activations(x, own), w)) < INT8_ACCUMULATION
+    kernel_group = 128 if group == -1 else group
+    assert relative(prepare(w, "fast")(x), in_float64(rounded_activations(x, kernel_group), w)) < INT8_ACCUMULATION
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -79,7 +79,7 @@ def test_fast_groups_and_zero_points(isa: str, rng: torch.Generator, group: int,
 def test_act_order_and_a_group_tail(
     isa: str, rng: torch.Generator, precision: reference.Precision, rows: int, inputs: int
 ) -> None:
-    """352 inputs in groups of 128: the last group is short, and its places are filled with nothing."""
+    """352 inputs in groups of 128: the last group is short and is padded."""
     w = shuffled(gptq(rng, 64, inputs, 128, sym=False), rng)
     x = torch.randn(rows, inputs, generator=rng)
     y = prepare(w, precision)(x)
@@ -106,7 +106,7 @@ def test_exact_is_as_good_as_torch(isa: str, rng: torch.Generator, dtype: torch.
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_leading_axes_and_strides(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
-    """7 rows and 14 are served by one kernel, so that not a bit may differ."""
+    """7 and 14 rows run in the same kernel, so results must be bitwise equal."""
     w = gptq(rng, 32, 64, 32)
     x = torch.randn(64, 7, 2, generator=rng).to(dtype).permute(2, 1, 0)
     for precision in ("exact", "fast"):
@@ -121,9 +121,9 @@ def test_a_dense_weight_in_8_bits(isa: str, rng: torch.Generator, rows: int, out
     x = torch.randn(rows, inputs, generator=rng)
     bound = cpu.prepare_linear(weight, bias, "fast")
     packed = bound.call.__self__  # type: ignore[attr-defined]
-    held = packed.unpacked(0, packed.padded_outputs, torch.float32)[:, :outputs].t()
-    assert relative(held, weight) < W8_ERROR
-    want = rounded_activations(x, 128 if inputs >= 128 else 32).double() @ held.double().t() + bias.double()
+    dequantized = packed.unpacked(0, packed.padded_outputs, torch.float32)[:, :outputs].t()
+    assert relative(dequantized, weight) < W8_ERROR
+    want = rounded_activations(x, 128 if inputs >= 128 else 32).double() @ dequantized.double().t() + bias.double()
     assert relative(bound(x), want) < INT8_ACCUMULATION
 
 
@@ -134,24 +134,24 @@ def test_a_dense_weight_in_8_bits_with_float_activations(
 ) -> None:
     """W8A16: only the weight is rounded."""
     packed = cpu_linear.pack_dense(torch.randn(50, 200, generator=rng))
-    held = packed.unpacked(0, packed.padded_outputs, torch.float32)[:, :50].t()
+    dequantized = packed.unpacked(0, packed.padded_outputs, torch.float32)[:, :50].t()
     x = torch.randn(rows, 200, generator=rng).to(dtype)
-    as_good_as_torch(packed.exact(x), x @ held.to(dtype).t(), x.double() @ held.double().t())
+    as_good_as_torch(packed.exact(x), x @ dequantized.to(dtype).t(), x.double() @ dequantized.double().t())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_and_smallest_activations(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
-    """Where a kernel takes a number apart, its largest and smallest ones come through, and infinity stays that."""
+    """Kernels that split a number keep the largest and smallest ones, and infinity."""
     w = gptq(rng, 16, 32, 32, bias=False)
-    held = in_float64(torch.eye(32), w).t()
+    dequantized = in_float64(torch.eye(32), w).t()
     limits = torch.finfo(dtype)
     x = torch.zeros(8, 32, dtype=dtype)
     x[0, 1], x[1, 1], x[2, 3] = limits.max / 64, limits.smallest_normal * 64, torch.inf
     y = prepare(w, "exact")(x).double()
-    assert relative(y[0], held[:, 1] * x[0, 1].double()) < 2 * EPSILON[dtype]
-    assert relative(y[1], held[:, 1] * x[1, 1].double()) < 2 * EPSILON[dtype] + 2**-6
-    level_zero = held[:, 3] == 0  # infinity times nothing is no number
-    assert torch.equal(y[2][~level_zero], held[:, 3][~level_zero].sign() * torch.inf)
+    assert relative(y[0], dequantized[:, 1] * x[0, 1].double()) < 2 * EPSILON[dtype]
+    assert relative(y[1], dequantized[:, 1] * x[1, 1].double()) < 2 * EPSILON[dtype] + 2**-6
+    level_zero = dequantized[:, 3] == 0  # infinity times nothing is no number
+    assert torch.equal(y[2][~level_zero], dequantized[:, 3][~level_zero].sign() * torch.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +178,9 @@ def test_rows_of_a_batch_do_not_touch_each_other(isa: str, rng: torch.Generator)
     assert relative(fast(x)[:1], alone[:1]) < 1e-6
 
 
-def test_what_cannot_be_packed_says_so(rng: torch.Generator, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsupported_linear_falls_back_with_a_warning(
+    rng: torch.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
     if not _built():
         pytest.skip("the CPU kernels were not built")
     from dataclasses import replace
@@ -197,20 +199,20 @@ def _built() -> bool:
     return bool(AVAILABLE)
 
 
-def test_torch_sees_few_numbers_of_rows() -> None:
-    """oneDNN compiles and keeps code for each: many prompts of many lengths must not be many codes."""
+def test_torch_gemm_gets_few_numbers_of_rows() -> None:
+    """oneDNN compiles and keeps code for each number of rows, so prompts of many lengths must use few."""
     assert len({size for rows in range(5, 4097) for size in cpu_dense.step_sizes(rows)}) <= 16
     for rows in (5, 16, 17, 33, 64, 65, 200, 375, 500, 1023, 1024, 1025, 4096):
         sizes = cpu_dense.step_sizes(rows)
         assert len(sizes) <= 2 and rows <= sum(sizes) <= max(rows + 16, rows * 5 / 4)
     ones = torch.ones(2, 9, 3, dtype=torch.bfloat16)
     assert torch.equal(cpu_dense.in_steps(ones, 3, lambda rows, into: into.copy_(2 * rows)), 2 * ones)
-    given: list[int] = []
+    sizes_seen: list[int] = []
 
     def copied(rows: torch.Tensor, into: torch.Tensor) -> None:
-        given.append(len(rows))
+        sizes_seen.append(len(rows))
         into.copy_(rows)
 
     many = torch.arange(3 * 300.0).view(300, 3).bfloat16()
     assert torch.equal(cpu_dense.in_steps(many, 3, copied), many)
-    assert given == [256, 48]
+    assert sizes_seen == [256, 48]

@@ -1,4 +1,4 @@
-"""Tensors that ops give on a CPU: what they are, and that the place of one fits the next."""
+"""Outputs of ops on a CPU: shape, alignment, and reuse of freed memory by the next tensor."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not AVAILABLE, reason="the CPU
 
 @pytest.mark.parametrize("shape", [(0, 3), (1,), (7, 5), (333, 1001), (2, LARGE // 4), (3, 1, 12345)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_a_tensor_is_as_asked_aligned_and_its_own(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_tensor_has_its_shape_alignment_and_own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     first, second = empty(shape, dtype).fill_(1), empty(shape, dtype).fill_(2)
     assert first.shape == shape and first.dtype == dtype and first.is_contiguous()
     assert first.numel() == 0 or first.data_ptr() % LINE == 0
     assert bool((first == 1).all()) and bool((second == 2).all())
 
 
-def test_the_shape_of_another_is_taken_without_its_strides() -> None:
+def test_empty_like_ignores_strides() -> None:
     x = torch.zeros(300, 400).t()
     assert empty_like(x).shape == (400, 300) and empty_like(x).is_contiguous()
 
 
-def test_a_place_that_was_left_is_taken_again() -> None:
-    """Between two that stay, as in a step; 100 KB, which glibc has in its heap."""
-    kept = [empty((100_000 + LINE,), torch.uint8) for _ in range(64)]
-    places = {tensor.data_ptr() for tensor in kept[1::2]}
-    del kept[1::2]
-    again = [empty((100_000 + LINE,), torch.uint8) for _ in range(32)]
-    assert len(places & {tensor.data_ptr() for tensor in again}) >= 24  # others may be in holes of before the test
+def test_freed_memory_is_reused() -> None:
+    """Holes between live tensors, as in a step; 100 KB, which glibc allocates in its heap."""
+    tensors = [empty((100_000 + LINE,), torch.uint8) for _ in range(64)]
+    freed = {tensor.data_ptr() for tensor in tensors[1::2]}
+    del tensors[1::2]
+    reallocated = [empty((100_000 + LINE,), torch.uint8) for _ in range(32)]
+    assert (
+        len(freed & {tensor.data_ptr() for tensor in reallocated}) >= 24
+    )  # others may fill holes from before the test
 
 
-def test_a_recorded_step_keeps_what_it_wrote_to() -> None:
-    """Its calls name addresses: memory that went back to the heap would be another's at the replay."""
+def test_a_recorded_step_keeps_its_memory() -> None:
+    """Recorded calls hold addresses: memory returned to the heap could belong to another tensor at the replay."""
     from qvl_kernels import cpu
 
     x, weight = torch.randn(64, 512), torch.ones(512)

@@ -54,18 +54,18 @@ def test_elementwise(isa: str, rng: torch.Generator, dtype: torch.dtype, shape: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (7, 255), (2, 1024), (5, 1025), (1, 151936)])
 def test_greedy(isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int, width: int) -> None:
-    """The first of the highest, wherever it stands, and its log probability."""
+    """The first of the largest logits, at any position, and its log probability."""
     logits = (torch.randn(rows, width, generator=rng) * 4 - 30).to(dtype)
     logits[-1, width // 2 :] = logits[-1].max()
     tokens, logprobs = cpu.greedy(logits)
-    want, wanted = reference.greedy(logits)
+    want, want_logprobs = reference.greedy(logits)
     assert torch.equal(tokens, want)
-    as_good_as_torch(logprobs, wanted, logits.double().log_softmax(-1).gather(1, want[:, None])[:, 0])
+    as_good_as_torch(logprobs, want_logprobs, logits.double().log_softmax(-1).gather(1, want[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "left", "right"), [(1, 16, 16), (7, 255, 3), (2, 4096, 11008)])
-def test_rows_side_by_side_and_of_a_table(
+def test_concat_outputs_and_embedding(
     rng: torch.Generator, dtype: torch.dtype, rows: int, left: int, right: int
 ) -> None:
     first, second = (torch.randn(rows, width, generator=rng).to(dtype) for width in (left, right))
@@ -78,22 +78,22 @@ def test_rows_side_by_side_and_of_a_table(
 @pytest.mark.parametrize("logn_from", [None, 512])
 @pytest.mark.parametrize("rows", [1, 7, 257])
 def test_rotary_tables(rng: torch.Generator, logn_from: int | None, rows: int) -> None:
-    """Angles are rounded as torch rounds them, at any position; their functions at least as well."""
+    """Angles are rounded as in torch at any position; cos, sin and log-n are at least as accurate."""
     positions = torch.randint(32768, (rows,), generator=rng)
     frequencies = 1e4 ** -torch.rand(rows, 32, generator=rng)
-    found = cpu.rotary_tables(positions, frequencies, logn_from)
+    ours = cpu.rotary_tables(positions, frequencies, logn_from)
     plain = reference.rotary_tables(positions, frequencies, logn_from)
     angles = (positions.float()[:, None] * frequencies).double().repeat(1, 2)
     logn = (positions.double() + 1).log() / torch.tensor(logn_from or 2.0).double().log()
     logn = logn.clamp(min=1) if logn_from else torch.ones(rows).double()
-    for got, torchs, want in zip(found, plain, (angles.cos(), angles.sin(), logn), strict=True):
+    for got, torchs, want in zip(ours, plain, (angles.cos(), angles.sin(), logn), strict=True):
         as_good_as_torch(got, torchs, want)
     whole = cpu.rotary_tables(positions, frequencies[0], logn_from)
     assert torch.equal(whole[0], cpu.rotary_tables(positions, frequencies[:1].expand(rows, 32), logn_from)[0])
 
 
 def test_far_from_zero(isa: str) -> None:
-    """Where exp would overflow or vanish."""
+    """Inputs for which exp overflows or underflows."""
     x = torch.tensor([-1e4, -100.0, -88.0, -30.0, 0.0, 30.0, 100.0, 1e4])
     as_good_as_torch(cpu.gelu(x), reference.gelu(x), torch.nn.functional.gelu(x.double()))
     both = torch.cat([torch.ones_like(x), x])[None]
@@ -125,7 +125,7 @@ def test_rotary_to_cache(
         a, b = (reference.from_cached(c, torch.float32) for c in (mine, theirs))
         if cache_dtype is None:
             _one_rounding(a, b, dtype)
-        else:  # a tie may fall to either side: one level of 127
+        else:  # a tie may round either way: one step of 127
             assert (a - b).abs().max() <= b.abs().max() / 127 * 1.01
 
 
@@ -135,23 +135,23 @@ def test_rotary_to_cache(
 def test_decode_attention(
     isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, heads: int, dim: int
 ) -> None:
-    """Requests of 1, 2, 15, 16, 17 and 257 tokens in one step: a last block with one, some and all slots."""
+    """Requests of 1, 2, 15, 16, 17 and 257 tokens in one step: the last block has one, some or all slots filled."""
     _attention(rng, dtype, cache_dtype, heads, dim, rows=[1] * 6, lengths=[1, 2, 15, 16, 17, 257])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
-def test_prefill_beside_decode(
+def test_prefill_together_with_decode(
     isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None
 ) -> None:
-    """Whole prompts, chunks of prompts, a few rows at a time, and single rows."""
+    """Whole prompts, chunks of prompts, a few rows and single rows in one step."""
     _attention(rng, dtype, cache_dtype, 2, 64, rows=[33, 1, 20, 3, 4], lengths=[33, 40, 100, 3, 50])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])
 @pytest.mark.parametrize("dim", [8, 24, 104])
-def test_head_sizes_that_fill_no_line(
+def test_head_sizes_below_a_cache_line(
     isa: str, rng: torch.Generator, dtype: torch.dtype, cache_dtype: torch.dtype | None, dim: int
 ) -> None:
     _attention(rng, dtype, cache_dtype, 2, dim, rows=[1, 5, 17], lengths=[20, 5, 33])
@@ -159,7 +159,7 @@ def test_head_sizes_that_fill_no_line(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_over_several_passes(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
-    """More keys than one pass takes (256), more rows than one job (512), and chunks that end across both."""
+    """More keys than one pass reads (256), more rows than one job (512), and chunks that cross both limits."""
     _attention(rng, dtype, None, 1, 32, rows=[530, 31, 2], lengths=[530, 300, 257])
 
 
@@ -181,7 +181,7 @@ def test_cross_attention(isa: str, rng: torch.Generator, dtype: torch.dtype, ima
     as_good_as_torch(cpu.cross_attention(q, k, v, 2), reference.cross_attention(q, k, v, 2), want)
 
 
-def test_what_runs_in_plain_torch_is_said_once(
+def test_a_fallback_to_plain_torch_warns_once(
     rng: torch.Generator, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_library, "FALLBACKS", {})
@@ -203,15 +203,17 @@ def _attention(
     rows: Sequence[int],
     lengths: Sequence[int],
 ) -> None:
-    """Ours against float64 over the same cache, in blocks in no order, with garbage where no token is."""
+    """Compare with float64 over the same cache, with shuffled blocks and garbage in unused slots."""
     widest = max(-(-n // BLOCK_SIZE) for n in lengths)
     blocks = torch.randperm(widest * len(lengths), generator=rng).view(len(lengths), widest)
     caches = [empty_cache(blocks.numel(), heads, dim, cache_dtype or dtype) for _ in range(2)]
     for r, length in enumerate(lengths):
-        at = torch.arange(length)
+        positions = torch.arange(length)
         for cache in caches:
             vectors = torch.randn(length, heads, dim, generator=rng).to(dtype)
-            cache[blocks[r, at // BLOCK_SIZE], :, at % BLOCK_SIZE] = reference.to_cached(vectors, cache.dtype)
+            cache[blocks[r, positions // BLOCK_SIZE], :, positions % BLOCK_SIZE] = reference.to_cached(
+                vectors, cache.dtype
+            )
     q = torch.randn(sum(rows), heads, dim, generator=rng).to(dtype) * 2
     starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
     got = cpu.paged_attention(q, *caches, blocks, starts, lengths)

@@ -1,4 +1,4 @@
-"""Recorded kernel calls, run again: the same results from other values, and what cannot be recorded is refused."""
+"""Recorded kernel calls: replays compute from changed values, and what cannot be recorded is rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.skipif(not AVAILABLE, reason="the CP
 
 
 def chain(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
-    """Some ops after one another, each with a result that the next one but one no longer needs."""
+    """A chain of ops, each with a result that is no longer needed two ops later."""
 
     def run() -> Tensor:
         y = x
@@ -43,26 +43,26 @@ def test_a_replay_computes_what_the_function_would(isa: str, rng: torch.Generato
 
 
 def test_recordings_share_the_memory_of_an_arena(rng: torch.Generator) -> None:
-    """A tensor that is let go leaves its place to the next: 18 results in the room of a few, and of all recordings."""
+    """Freed memory is reused: 18 results of each recording use the memory of a few, shared by all recordings."""
     arena, weight = Arena(), torch.ones(64)
-    made = [torch.randn(rows, 64, generator=rng) for rows in (4, 1, 3)]
-    recordings = [Recording.of(chain(x, weight), arena)[0] for x in made]
-    assert arena.nbytes <= 8 * made[0].nbytes
+    inputs = [torch.randn(rows, 64, generator=rng) for rows in (4, 1, 3)]
+    recordings = [Recording.of(chain(x, weight), arena)[0] for x in inputs]
+    assert arena.nbytes <= 8 * inputs[0].nbytes
     for _ in range(2):
-        for x, recording in zip(made, recordings, strict=True):
+        for x, recording in zip(inputs, recordings, strict=True):
             assert torch.equal(recording.replay(), chain(x, weight)())
 
 
-def test_a_result_that_is_held_is_no_place_for_another(rng: torch.Generator) -> None:
+def test_the_memory_of_a_live_result_is_not_reused(rng: torch.Generator) -> None:
     arena, x = Arena(), torch.randn(2, 64, generator=rng)
-    _, held = Recording.of(lambda: cpu.gelu(x), arena)
-    copy = held.clone()
+    _, result = Recording.of(lambda: cpu.gelu(x), arena)
+    copy = result.clone()
     Recording.of(lambda: cpu.gelu(x + 1), arena)
-    assert torch.equal(held, copy)
+    assert torch.equal(result, copy)
 
 
-def test_what_a_recording_cannot_hold_is_refused(rng: torch.Generator) -> None:
-    """Ops of torch, and numbers that would stay as they were; the run gives its result all the same."""
+def test_what_cannot_be_recorded_is_rejected(rng: torch.Generator) -> None:
+    """Torch ops, and host numbers that a replay cannot update; the run still returns its result."""
     x = torch.randn(2, 64, generator=rng)
     cache = torch.zeros(2, 1, 16, 64)
     attend = (x.view(2, 1, 64), cache, cache, torch.tensor([[0], [1]]))
@@ -80,19 +80,19 @@ def test_what_a_recording_cannot_hold_is_refused(rng: torch.Generator) -> None:
     ):
         recording, result = Recording.of(function, Arena())
         assert torch.equal(result, function())
-        found = recording.fallback_reason
-        assert found is None if reason is None else found is not None and reason in found, (found, reason)
+        actual = recording.fallback_reason
+        assert actual is None if reason is None else actual is not None and reason in actual, (actual, reason)
 
 
-def test_lengths_are_read_when_it_is_replayed(rng: torch.Generator) -> None:
-    """Attention over tables, slots and lengths that change between replays."""
+def test_a_replay_reads_the_current_lengths(rng: torch.Generator) -> None:
+    """Attention over block tables and lengths that change between replays."""
     q, (k, v) = torch.randn(2, 2, 32, generator=rng), torch.randn(2, 5, 2, 16, 32, generator=rng)
     tables, starts, lengths = torch.tensor([[0, 1], [2, 3]]), torch.arange(3), torch.tensor([5, 16])
     recording, _ = Recording.of(lambda: cpu.paged_attention(q, k, v, tables, starts, lengths), Arena())
-    for own in ([1, 1], [17, 32], [31, 2]):
-        lengths.copy_(torch.tensor(own))
+    for new_lengths in ([1, 1], [17, 32], [31, 2]):
+        lengths.copy_(torch.tensor(new_lengths))
         tables.copy_(torch.randperm(5, generator=rng)[:4].view(2, 2))
-        want = cpu.paged_attention(q, k, v, tables, [0, 1, 2], own)
+        want = cpu.paged_attention(q, k, v, tables, [0, 1, 2], new_lengths)
         assert torch.equal(recording.replay(), want)
 
 

@@ -1,4 +1,4 @@
-"""The pool: the same results with any number of threads, after a fork, from several threads at once, and at exit."""
+"""The thread pool: equal results for any number of threads, after a fork, with concurrent callers, and at exit."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_any_number_of_threads_gives_the_same(rng: torch.Generator) -> None:
-    """Chunks do not depend on the number of threads, so that results are equal to the last bit."""
+def test_results_do_not_depend_on_the_number_of_threads(rng: torch.Generator) -> None:
+    """Chunks do not depend on the number of threads, so results are bitwise equal."""
     weight, x = torch.randn(2048, 256, generator=rng), torch.randn(3, 256, generator=rng)
     before, results = torch.get_num_threads(), []
     try:
@@ -56,7 +56,7 @@ def test_several_callers_at_once(rng: torch.Generator) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want * 4, strict=True))
 
 
-def test_a_child_of_fork_makes_a_pool_of_its_own() -> None:
+def test_a_forked_child_creates_its_own_pool() -> None:
     code = """
 child = os.fork()
 if child == 0:
@@ -67,5 +67,5 @@ print(os.waitstatus_to_exitcode(status), torch.equal(cpu.linear(x, weight), want
     assert run(code) == "0 True\n"
 
 
-def test_the_interpreter_ends_while_workers_sleep() -> None:
+def test_the_interpreter_exits_while_workers_sleep() -> None:
     assert run("import time; time.sleep(0.05); print('done')") == "done\n"

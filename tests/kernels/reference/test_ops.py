@@ -1,4 +1,4 @@
-"""The ops that define all others, against their formulas in float64 and in a loop, at odd shapes."""
+"""The reference ops, which define all others, against their formulas in float64 and in loops, at odd shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from qvl_kernels import reference
 
 pytestmark = pytest.mark.unit
-FLOAT32 = 2e-5  # a few hundred additions of numbers around one, rounded at 6e-8
+FLOAT32 = 2e-5  # the error of a few hundred additions of numbers near one, each rounded at 6e-8
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,8 @@ def test_rms_norm_rounds_before_the_weight(rows: int) -> None:
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     got = reference.rms_norm(x, weight, 1e-6)
     assert got.dtype == torch.bfloat16
-    # float32 and float64 round apart where a value is next to a tie: a few in a million. Rounding once, after the
-    # weight, would differ in a third of all values.
+    # float32 and float64 round differently close to a tie: a few values in a million. Rounding once, after the weight,
+    # would change a third of all values.
     differing = (got != exact.float().bfloat16() * weight).float().mean().item()
     assert differing < 1e-3
 
@@ -43,32 +43,32 @@ def test_swiglu_gates_with_its_second_half() -> None:
 
 
 @pytest.mark.parametrize(("dim", "rotated"), [(8, 8), (16, 8)])
-def test_rotation_turns_pairs_and_leaves_the_rest(dim: int, rotated: int) -> None:
+def test_rotate_half_rotates_pairs_and_keeps_the_rest(dim: int, rotated: int) -> None:
     x, half = torch.randn(5, 3, dim), rotated // 2
     angles = torch.randn(5, half)
     both = torch.cat([angles, angles], 1)
     got = reference.rotate_half(x, both.cos(), both.sin())
-    turned = torch.complex(x[..., :half], x[..., half:rotated]) * torch.polar(torch.ones(5, 1, half), angles[:, None])
-    assert torch.allclose(got[..., :rotated], torch.cat([turned.real, turned.imag], -1), atol=1e-6)
+    pairs = torch.complex(x[..., :half], x[..., half:rotated]) * torch.polar(torch.ones(5, 1, half), angles[:, None])
+    assert torch.allclose(got[..., :rotated], torch.cat([pairs.real, pairs.imag], -1), atol=1e-6)
     assert torch.equal(got[..., rotated:], x[..., rotated:])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_unpacking_reads_words_as_unsigned(bits: int) -> None:
+def test_unpack_rows_reads_int32_as_unsigned(bits: int) -> None:
     per_word, top = 32 // bits, 2**bits - 1
     values = torch.randint(0, top + 1, (3 * per_word, 5))
-    values[per_word - 1] = top  # sets the sign bit of the word
-    words = sum(values.view(3, per_word, 5)[:, i].long() << (bits * i) for i in range(per_word))
-    assert isinstance(words, Tensor)
-    words = torch.where(words >= 2**31, words - 2**32, words).int()
-    assert torch.equal(reference.unpack_rows(words, bits).long(), values)
+    values[per_word - 1] = top  # sets the sign bit of the int32
+    packed = sum(values.view(3, per_word, 5)[:, i].long() << (bits * i) for i in range(per_word))
+    assert isinstance(packed, Tensor)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    assert torch.equal(reference.unpack_rows(packed, bits).long(), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [[1], [17], [1, 1, 1], [3, 1, 16], [16, 33]])
 @pytest.mark.parametrize("cached", [0, 1, 15, 16, 40])
 def test_paged_attention_is_attention(rows: list[int], cached: int, dtype: torch.dtype) -> None:
-    """Prefill, chunks and decoding through scattered blocks, against a softmax over what each row may see."""
+    """Prefill, chunks and decoding through scattered blocks, against a softmax over the visible keys of each row."""
     heads, dim, block = 2, 8, 16
     lengths = [cached + n + i for i, n in enumerate(rows)]
     tables, pool = _scattered(lengths, block)
@@ -95,7 +95,7 @@ def test_paged_attention_is_attention(rows: list[int], cached: int, dtype: torch
 
 
 def _scattered(lengths: list[int], block: int) -> tuple[Tensor, int]:
-    """Block tables in no order, and the size of the pool."""
+    """Shuffled block tables, and the size of the pool."""
     counts = [-(-n // block) for n in lengths]
     free = torch.randperm(sum(counts) + 3).tolist()
     tables = torch.zeros(len(lengths), max(counts), dtype=torch.long)
@@ -132,7 +132,7 @@ def test_vision_attention_reads_q_k_v_per_head(heads: int) -> None:
         assert (got[..., h * dim : (h + 1) * dim] - want).abs().max() < FLOAT32
 
 
-def test_cross_attention_gives_each_image_the_same_queries() -> None:
+def test_cross_attention_uses_the_same_queries_for_each_image() -> None:
     q, k, v = torch.randn(5, 12), torch.randn(3, 9, 12), torch.randn(3, 9, 12)
     got = reference.cross_attention(q, k, v, heads=2)
     for p in range(3):
@@ -142,8 +142,8 @@ def test_cross_attention_gives_each_image_the_same_queries() -> None:
             assert (got[p, :, part] - want).abs().max() < FLOAT32
 
 
-def test_partial_sums_are_added_up_by_who_reads_them() -> None:
-    """A kernel that splits the inputs of a linear leaves the sum to the next op."""
+def test_partial_sums_are_added_by_the_next_op() -> None:
+    """A kernel that splits the inputs of a linear leaves the addition to the next op."""
     parts, norm = torch.randn(3, 7, 48), torch.rand(48).half()
     whole, x = parts.sum(0).half(), torch.randn(7, 48).half()
     cos, sin, logn, slots = torch.rand(7, 8), torch.rand(7, 8), torch.ones(7), torch.arange(7)
