@@ -1,9 +1,10 @@
-"""Decoding as captured graphs: one for each bucket of batch sizes, over buffers that never move.
+"""Decode graphs: decode steps captured once for each bucket of batch sizes, over static buffers.
 
-A decode step of the full model is some 300 launches; queued one by one from Python they take longer than they run (2 to
-4 microseconds each on an A100, against 6 for a layer's smaller kernels). A graph holds them all and is queued at once.
-On a CPU Python's part is 18 ms of 230, and the graph a list of calls.
-It repeats addresses and shapes as they were, so a step fills the buffers of the smallest bucket that holds it. Rows
+A decode step of the full model has about 300 kernel launches. Launched one by one from Python, their overhead exceeds
+the kernel time: a launch costs 2 to 4 microseconds on an A100, a layer's smaller kernels run for 6. A graph launches
+them all at once. On a CPU, Python's overhead is 18 of 230 ms, and a graph is a list of kernel calls.
+
+A graph replays fixed addresses and shapes, so a step fills the buffers of the smallest bucket that holds it. Rows
 without a request are padding: they read and write the cache's null block, which no sequence uses, and are ignored.
 """
 
@@ -28,19 +29,21 @@ from qvl_runtime.schedule.sequence import Sequence
 
 _log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # of rows; max_batch_size has a bucket of its own
-COLUMNS = 5  # numbers of a row in addition to its block table
+BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))  # batch sizes; max_batch_size is another
+COLUMNS = 5  # int64 inputs of a row besides its block table
 
 
 class Graph(Protocol):
-    """A function over static buffers; each call overwrites the result of the one before."""
+    """A function over static buffers; each call overwrites the result of the previous one."""
 
     @property
     def fallback_reason(self) -> str | None:
-        """Why it runs op by op instead of being captured, known once it has run; None if it is captured."""
+        """Why it runs op by op, known once it has run; None if it is captured."""
         ...
 
-    def __call__(self) -> Tensor: ...
+    def __call__(self) -> Tensor:
+        """Run the function over the current content of its buffers."""
+        ...
 
 
 class Captured(NamedTuple):
@@ -51,9 +54,11 @@ class Captured(NamedTuple):
 
     @property
     def fallback_reason(self) -> str | None:
+        """None: it is captured."""
         return None
 
     def __call__(self) -> Tensor:
+        """Replay the graph and return its output."""
         self.replay()
         return self.output
 
@@ -61,30 +66,32 @@ class Captured(NamedTuple):
 class Capture(Protocol):
     """Captures a function that reads and writes static tensors only, and whose launches depend on no value."""
 
-    def __call__(self, function: Callable[[], Tensor]) -> Graph: ...
+    def __call__(self, function: Callable[[], Tensor]) -> Graph:
+        """Capture `function`, now or when it first runs."""
+        ...
 
     @property
     def nbytes(self) -> int | None:
-        """Bytes that all of its graphs hold, where it counts them."""
+        """Bytes that all its graphs hold; None if they are not counted."""
         ...
 
 
 class HostEmbedding:
-    """Rows of an embedding table in the host's memory, gathered there and copied to where graphs read them."""
+    """Looks up embeddings in a table in host memory, and copies them to the static buffer that graphs read."""
 
     def __init__(self, table: Tensor, max_batch_size: int, device: torch.device) -> None:
         self._table = table
         self._gathered = torch.empty(
             max_batch_size, table.shape[1], dtype=table.dtype, pin_memory=device.type == "cuda"
         )
-        self._sent = self._gathered.to(device)  # on a CPU the same
+        self._sent = self._gathered.to(device)  # on a CPU the same tensor
 
     def rows(self, count: int) -> Tensor:
-        """Where the first `count` rows arrive, [count, D] on the device."""
+        """Return the static buffer of the first `count` embeddings, [count, D] on the device."""
         return self._sent[:count]
 
     def send(self, token_ids: Tensor) -> None:
-        """Look up ids int64 [n] of the host. The copy of the last ones must have arrived."""
+        """Look up ids int64 [n] on the host and start copying. The previous copy must have completed."""
         n = len(token_ids)
         torch.index_select(self._table, 0, token_ids, out=self._gathered[:n])
         if self._sent is not self._gathered:
@@ -92,16 +99,18 @@ class HostEmbedding:
 
 
 class DecodeInputs:
-    """What a decode step of `rows` rows reads: int64 packed so that one copy brings it to the device; and embeddings
-    where their table is on the host."""
+    """The static inputs of a decode step of `rows` rows: packed int64, so that one copy moves them to the device.
+
+    If the embedding table is on the host, the inputs include the embeddings.
+    """
 
     def __init__(self, rows: int, host: Tensor, device: Tensor, host_embedding: HostEmbedding | None = None) -> None:
-        """host, device: flat buffers of the same size, for rows * (COLUMNS + blocks of a table) numbers."""
+        """host, device: flat buffers of the same size, of rows * (COLUMNS + blocks of a table) int64."""
         self.rows, self._host, self._device, self._host_embedding = rows, host, device, host_embedding
         self.inputs_embeds = None if host_embedding is None else host_embedding.rows(rows)
         self._ids = self._parts(host)[0][0]
         self._columns, self._tables = (part.numpy() for part in self._parts(host))
-        columns, self.block_tables = self._parts(device)  # which on a CPU is `host` itself
+        columns, self.block_tables = self._parts(device)  # on a CPU, `device` is `host` itself
         self.token_ids, self.positions, self.slots, self.context_lens, self.frequency_rows = columns
         self.query_starts = torch.arange(rows + 1, device=device.device)
 
@@ -112,9 +121,9 @@ class DecodeInputs:
     def send(
         self, sequences: Items[Sequence], token_ids: Items[int], frequency_rows: Items[int], null_block: int
     ) -> None:
-        """Fill with the last token of each sequence, and with padding that uses block `null_block`; copy to the device.
+        """Fill the inputs with the last token of each sequence and with padding on `null_block`; copy to the device.
 
-        The last copy must have arrived: it has, where the tokens of the last step have been read.
+        The previous copy must have completed, as it has once the tokens of the previous step have been read.
         """
         n = len(sequences)
         for row, (sequence, token, factor) in enumerate(zip(sequences, token_ids, frequency_rows, strict=True)):
@@ -132,17 +141,18 @@ class DecodeInputs:
 
 
 class Bucket(NamedTuple):
+    """The decode step of one batch size, padding included."""
+
     inputs: DecodeInputs
-    graph: Graph  # returns logits, or hidden states without the head
+    graph: Graph  # returns logits, or hidden states if `with_head` is false
     with_head: bool
 
 
 class DecodeGraphs:
-    """The decode steps of a model over one KV cache, for up to `max_batch_size` sequences of up to
-    `max_seq_len` tokens.
+    """The decode graphs of a model over one KV cache, for up to `max_batch_size` sequences of `max_seq_len` tokens.
 
-    More than the last bucket of sequences are decoded without a graph. Where a capture refuses a step, it is tried once
-    more without the head: a dense one may run in torch's GEMM from a few rows on, whatever the blocks are made of.
+    Larger batches run without a graph. If a step cannot be captured, it is captured without the head: a dense head may
+    use torch's GEMM from a few rows on, whatever kernels the blocks use.
     """
 
     def __init__(
@@ -155,9 +165,9 @@ class DecodeGraphs:
         max_seq_len: int,
         buckets: Items[int] | None = None,
     ) -> None:
-        """Captures every bucket at once, the largest first, so that the smaller ones find its memory to use.
+        """Capture every bucket, the largest first, so that the smaller ones reuse its memory.
 
-        buckets: numbers of rows, None for `BUCKETS`.
+        buckets: batch sizes; None for `BUCKETS`.
         """
         self.replays = 0
         buckets = BUCKETS if buckets is None else buckets
@@ -166,16 +176,15 @@ class DecodeGraphs:
         self._max_batch_size = max_batch_size
         width = COLUMNS + cdiv(max_seq_len, BLOCK_SIZE)
         on_gpu = model.device.type == "cuda"
-        host = torch.zeros(
-            max_batch_size * width, dtype=torch.int64, pin_memory=on_gpu
-        )  # pinned, or the copy would wait
+        # pinned: copies from pageable memory would block
+        host = torch.zeros(max_batch_size * width, dtype=torch.int64, pin_memory=on_gpu)
         device = host.to(model.device)
         host_embedding = (
             HostEmbedding(model.decoder.embedding, max_batch_size, model.device) if model.embedding_on_host else None
         )
         self.buckets = (*buckets[: bisect_left(buckets, max_batch_size)], max_batch_size)
         self._buckets: dict[int, Bucket] = {}
-        frequencies.row(1.0)  # row 0, which padding reads
+        frequencies.row(1.0)  # row 0, read by padding
         for rows in reversed(self.buckets):
             on_host = host[: rows * width]
             inputs = DecodeInputs(rows, on_host, on_host if device is host else device[: rows * width], host_embedding)
@@ -187,7 +196,7 @@ class DecodeGraphs:
         return rows <= self._max_batch_size and self._bucket(rows).graph.fallback_reason is None
 
     def run(self, sequences: Items[Sequence], token_ids: Items[int]) -> Tensor:
-        """Compute the last token of each sequence: logits [n, vocab], which hold until the next call."""
+        """Return the logits [n, vocab] of the last token of each sequence, valid until the next call."""
         inputs, graph, with_head = bucket = self._bucket(len(sequences))
         rows = [self._frequencies.row(sequence.alpha) for sequence in sequences]
         inputs.send(sequences, token_ids, rows, self._cache.null_block)
@@ -199,7 +208,7 @@ class DecodeGraphs:
         return (result if with_head else self._model.logits(result))[: len(sequences)]
 
     def report(self) -> dict[str, Any]:
-        """Rows of the graphs, how often they ran, the bytes that they hold, and the rows that have none and why."""
+        """Return the captured batch sizes, replays, bytes, and the batch sizes without a graph and why."""
         fallback_reasons = {
             rows: bucket.graph.fallback_reason for rows, bucket in self._buckets.items() if bucket.graph.fallback_reason
         }

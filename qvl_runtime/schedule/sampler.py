@@ -18,6 +18,8 @@ from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 
 
 class Sample(NamedTuple):
+    """A sampled token and its log probability."""
+
     token_id: int
     logprob: TokenLogprob
 
@@ -25,14 +27,14 @@ class Sample(NamedTuple):
 class SamplingState:
     """The sampling parameters and state of one answer.
 
-    The random numbers are a function of seed and position in the answer only, so an answer
-    does not depend on its neighbors, on being interrupted, or on drafts.
+    The random numbers are a function of seed and position in the answer only, so an answer does not depend on its
+    neighbors in the batch, on preemption, or on drafts.
     """
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Iterable[int], vocab: int, device: torch.device, index: int = 0
     ) -> None:
-        """params: resolved; prompt_ids: what the repetition penalty counts from the start; index: of n answers."""
+        """params: resolved; prompt_ids: already counted by the repetition penalty; index: of the answer, among n."""
         out_of_range = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab]
         if out_of_range:
             raise SamplingError(f"token id {out_of_range[0]} is not in the vocabulary; expected 0 to {vocab - 1}")
@@ -50,17 +52,17 @@ class SamplingState:
 
     @property
     def foreseeable(self) -> bool:
-        """Whether several positions may be sampled in one step: a penalty makes each depend on those before it."""
+        """Whether several positions may be sampled in one step. With a penalty, each depends on the previous ones."""
         return self.seen is None
 
     def uniform(self, position: int) -> float:
-        """The random number in [0, 1) for this position of the answer."""
+        """Return the random number in [0, 1) for this position of the answer."""
         digest = blake2b(b"%d/%d" % (self._seed, position), digest_size=8).digest()
         return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 class SamplingRow(NamedTuple):
-    """A row of logits: the answer it is for, and the position there of the token that it gives."""
+    """The sampling state of the answer that a row of logits belongs to, and the position there of the next token."""
 
     state: SamplingState
     position: int
@@ -123,7 +125,7 @@ def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> Sampling
 
 
 def _on_host(sampled: SampledTokens) -> tuple[list[int], list[float]]:
-    """Token ids and log probabilities, by one copy: ids are exact in float64."""
+    """Copy token ids and log probabilities to the host at once; ids are exact in float64."""
     if sampled.token_ids.device.type == "cpu":
         return sampled.token_ids.tolist(), sampled.logprobs.tolist()
     token_ids, logprobs = torch.stack([sampled.token_ids.double(), sampled.logprobs.double()]).tolist()
@@ -131,17 +133,17 @@ def _on_host(sampled: SampledTokens) -> tuple[list[int], list[float]]:
 
 
 def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[tuple[int, float], ...]]:
-    """The alternatives that each row asks for, with their log probabilities."""
-    wanted = [min(row.state.params.logprobs or 0, raw.shape[1]) for row in rows]
-    if not any(wanted):
+    """Return the `logprobs` likeliest tokens of each row, with their log probabilities."""
+    counts = [min(row.state.params.logprobs or 0, raw.shape[1]) for row in rows]
+    if not any(counts):
         return [()] * len(rows)
-    values, ids = raw.topk(max(wanted))
+    values, ids = raw.topk(max(counts))
     logprobs = (values - normalizer[:, None]).tolist()
-    return [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), logprobs, wanted, strict=True)]
+    return [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), logprobs, counts, strict=True)]
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensors as rows of one, zeros where there is none; None where there are none at all."""
+    """Stack the tensors, zeros for None; None if all are None."""
     like = next((part for part in parts if part is not None), None)
     if like is None:
         return None
