@@ -1,12 +1,12 @@
-"""Names the packages and where they lie, and builds the CPU kernels; all else stands in pyproject.toml.
+"""List the packages and their folders, and build the CPU kernels; all other metadata is in pyproject.toml.
 
-The kernels live in the folder `kernels/`, which is not a package, and are imported as `qvl_kernels`: Hugging Face
-publishes a package named `kernels`, and a second one of that name in site-packages breaks transformers for its owner.
+The folder `kernels/` is not a package; its package is imported as `qvl_kernels`. Hugging Face publishes a package named
+`kernels`, and a second package of that name in site-packages would break transformers.
 
-The C++ part is one shared library with plain C entry points, which knows neither Python's ABI nor torch's. Each
-instruction set is a source file with flags of its own and is chosen at run time, so that a wheel runs on any CPU of
-its architecture. A compiler that does not know an instruction set loses that one only; without a compiler the package
-installs all the same, and runs on plain torch. Both are said in a line.
+The C++ part is one shared library with plain C entry points. It depends on neither Python's ABI nor torch's. Each
+instruction set has a source file with its own flags and is chosen at run time, so a wheel runs on any CPU of its
+architecture. If the compiler does not support an instruction set, the build leaves out that one only. Without a
+compiler the package still installs, and runs on plain torch. The build prints a line in both cases.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KERNELS = find_packages("kernels", include=["qvl_kernels*"])
 
 CSRC = Path("kernels/csrc")
 COMMON = ["-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-# g++ 12's own intrinsics headers warn of the first two; the pragmas are other compilers'
+# g++ 12's intrinsics headers trigger the first two warnings; the unknown pragmas are for other compilers.
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 SHARED = {
     "threads.cpp": ["-O2"],
@@ -38,7 +38,7 @@ SHARED = {
 }
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-VARIANTS = {  # of x86: what a compiler may lack, and library.cpp then does without (QVL_NO_AMX and so on)
+VARIANTS = {  # x86 only; a compiler may not support one, and library.cpp is then built with QVL_NO_AMX and so on
     "variant_amx.cpp": ["-O3", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "variant_avx512.cpp": ["-O3", *AVX512],
     "variant_avx2.cpp": ["-O2", *AVX2],
@@ -48,17 +48,17 @@ ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class BuildKernels(build_ext):
-    """Compiles each source with its own flags, which distutils' extensions cannot say, several at a time."""
+    """Compile each source with its own flags, which distutils cannot express, several sources at a time."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """A name without Python's ABI tag: the library is loaded by ctypes, so one build serves every version."""
+        """Return a name without Python's ABI tag: ctypes loads the library, so one build works for every version."""
         return os.path.join(*fullname.split(".")) + (".pyd" if os.name == "nt" else ".so")
 
     def build_extension(self, ext: Extension) -> None:
         try:
             self._build(ext)
         except (CCompilerError, CompileError, ExecError, LinkError, PlatformError, OSError) as fault:
-            if os.environ.get("QVL_CXXFLAGS"):  # a build that was asked for by name, as by `make asan`
+            if os.environ.get("QVL_CXXFLAGS"):  # an explicit build, such as `make asan`
                 raise SystemExit(f"the CPU kernels are not built: {fault}") from fault
             say(f"the CPU kernels are not built, and plain torch will run instead: {fault}")
 
@@ -82,20 +82,20 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, target, extra_postargs=["-pthread", *extra], target_lang="c++")
 
     def _compile(self, ext: Extension, name: str, flags: list[str]) -> list[str]:
-        extra = os.environ.get("QVL_CXXFLAGS", "").split()  # the sanitizers of `make asan`
+        extra = os.environ.get("QVL_CXXFLAGS", "").split()  # the sanitizer flags of `make asan`
         flags = [*COMMON, *flags, *extra]
         return self.compiler.compile([str(CSRC / name)], self.build_temp, extra_postargs=flags, depends=ext.depends)
 
 
 class AbiFreeWheel(bdist_wheel):
-    """A wheel tagged py3-none-PLATFORM: its only binary knows neither Python's ABI nor torch's."""
+    """A wheel tagged py3-none-PLATFORM: its only binary depends on neither Python's ABI nor torch's."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 def say(line: str) -> None:
-    """To the standard error, which pip shows with -v and a build from a checkout always."""
+    """Print to standard error, which pip shows only with -v and a build from a checkout always shows."""
     print(f"qvl_runtime: {line}", file=sys.stderr)
 
 

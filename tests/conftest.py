@@ -1,4 +1,4 @@
-"""What every test can rely on: golden files, one torch thread, no network, and a count of what was skipped."""
+"""Shared by every test: golden files, one torch thread, no network, and a count of the skipped tests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-# The models under test are tiny: a second thread costs more in waiting than it computes, and one thread keeps the
-# order of every sum the same from run to run. Set before torch is imported, so that subprocesses inherit it too.
+# The models under test are tiny: a second thread waits longer than it computes, and one thread keeps the order of
+# every sum the same from run to run. Set before torch is imported, so that subprocesses inherit it too.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
-# Triton looks at this when a kernel is defined, so it is one choice for the whole process, made before any test
-# imports triton. What compiles kernels does so in a subprocess without it.
+# Triton reads this when a kernel is defined, so it holds for the whole process and is set before any test imports
+# triton. A test that compiles kernels does so in a subprocess without it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["tests.checkpoints"]
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_LOCAL = ROOT / "tests" / "golden"
 # A test that starts Python again must find this checkout, whatever is installed.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-# A shell that runs the tests in its background leaves Ctrl-C ignored in what they start, and some of it is stopped so.
+# A shell that runs the tests in the background makes their subprocesses ignore SIGINT, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
@@ -40,19 +40,19 @@ HAS_FULL = (SHARED / "golden" / "vision.safetensors").is_file()
 def shared() -> Path:
     """The folder with the published vocabulary and the photos: next to the checkout, or where QVL_SHARED points."""
     if not HAS_FULL:
-        pytest.skip(f"rests on the published vocabulary or photos, which are not at {SHARED}: set QVL_SHARED")
+        pytest.skip(f"needs the published vocabulary and photos, which are not at {SHARED}: set QVL_SHARED")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def full_golden(shared: Path) -> Path:
-    """Everything that the original code answered, photos included."""
+    """All outputs of the original code, including those for photos."""
     return shared / "golden"
 
 
 @pytest.fixture(scope="session")
 def committed_golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What of it is kept with the tests, so that it always runs; see tests/golden/README.md."""
+    """The part committed with the tests, which is always available; see tests/golden/README.md."""
     folder = tmp_path_factory.mktemp("golden")
     shutil.copytree(GOLDEN_LOCAL, folder, dirs_exist_ok=True)
     complete_int4(folder)
@@ -61,14 +61,14 @@ def committed_golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", params=["committed", "full"] if HAS_FULL else ["committed"])
 def golden(request: pytest.FixtureRequest) -> Path:
-    """The golden files, of either kind that is there."""
+    """The golden files: each available set in turn."""
     folder: Path = request.getfixturevalue(f"{request.param}_golden")
     return folder
 
 
 @pytest.fixture(scope="session")
 def one_golden(request: pytest.FixtureRequest) -> Path:
-    """One of them, for tests that take long: the full one where it is there."""
+    """One set of golden files, for slow tests: the full set if it is available."""
     folder: Path = request.getfixturevalue("full_golden" if HAS_FULL else "committed_golden")
     return folder
 
@@ -96,7 +96,7 @@ def complete_int4(folder: Path) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Count what was skipped, and say why: in a clone less runs than where everything is at hand."""
+    """Count the skipped tests by reason: a clone has fewer files and skips more tests."""
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
     if reasons:
@@ -107,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Refuses every connection that leaves the machine, so that no test passes or fails by the weather outside."""
+    """Refuse every connection that leaves the machine, so that no result depends on the network."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:

@@ -84,7 +84,7 @@ def test_every_requirement_is_pinned_and_every_pin_exact() -> None:
     assert {name.lower() for name in wanted} <= {name.lower() for name in pins}
 
 
-def test_the_licence_is_apache_2() -> None:
+def test_the_license_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 

@@ -1,4 +1,4 @@
-"""The CUDA path on a machine without a GPU: it imports, plans, and refuses with the right words."""
+"""The CUDA path on a machine without a GPU: it imports, plans, and raises errors that say what is missing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Machine = Callable[..., None]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Makes this machine look like one with such a GPU and such packages."""
+    """Make this machine look like one with a given GPU and given packages."""
 
     def like(capability: tuple[int, int] = (8, 0), triton: bool = True, **environment: str) -> None:
         for name in ("QVL_KERNELS", "TRITON_INTERPRET"):
@@ -117,7 +117,7 @@ def test_it_imports_without_cuda(name: str) -> None:
     assert importlib.import_module(f"qvl_runtime.{name}").__doc__
 
 
-def test_triton_is_imported_for_nobody_who_does_not_ask() -> None:
+def test_an_engine_on_the_cpu_does_not_import_triton() -> None:
     code = """
 import sys, torch, qvl_kernels, qvl_runtime, qvl_runtime.engine.engine, qvl_runtime.schedule.cuda_graphs
 qvl_runtime.Engine(device="cpu", max_model_len=64)

@@ -219,7 +219,7 @@ def test_a_folder_made_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         no_worse([ours[part], plain[part]], exact[part], name)
 
 
-def test_nobody_watching_changes_nothing(pair: Pair) -> None:
+def test_a_forward_without_observers_is_the_same(pair: Pair) -> None:
     """The way that is taken in earnest, without observers, gives what the observed one gives."""
     ids, results = [5, 6, 7, 8, 9], []
     for observe in (unobserved, lambda name, value: None):

@@ -29,7 +29,7 @@ def record(*texts: str) -> dict[str, Any]:
     return {"id": "x", "conversations": [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]}
 
 
-def test_images_are_found_beside_the_file(tmp_path: Path) -> None:
+def test_images_are_found_next_to_the_file(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     url = "https://example.org/b.png"
     file = write(tmp_path / "data.json", [record(f"Picture 1: <img>a.png</img>\n<img>{url}</img>", "好"), record("hi")])

@@ -116,7 +116,7 @@ def test_memory_is_shared_by_all_numbers_of_rows(nano: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", AVAILABLE[1:])
-def test_other_kernels_are_recorded_anew(nano: Engine, name: str) -> None:
+def test_other_kernels_are_recorded_again(nano: Engine, name: str) -> None:
     prompt = prompt_of(nano, [5, 6], image(1), [7])
     found = [nano.generate([prompt], greedy(12))[0].token_ids]
     graphs = nano.core.runner.graphs

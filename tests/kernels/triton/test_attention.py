@@ -112,7 +112,7 @@ def test_long_prefill(poisoned: None, rng: torch.Generator, rows: int) -> None:
     check(c := case(rng, [rows], [rows], heads=1), paged_attention(*c))
 
 
-def test_prefill_beside_decode_beside_drafts(poisoned: None, rng: torch.Generator) -> None:
+def test_prefill_decode_and_drafts_in_one_batch(poisoned: None, rng: torch.Generator) -> None:
     rows, lengths = [33, 1, 20, 3, 4, 1], [33, 40, 100, 3, 50, 1]
     check(c := case(rng, rows, lengths), paged_attention(*c))
 
