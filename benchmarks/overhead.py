@@ -31,10 +31,12 @@ class Parts:
         self._inner = [0.0]
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any, **named: Any) -> Any:
+        """Wrap the function so that its seconds, less those of parts that it calls, count for `name`."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             self._inner.append(0.0)
-            result = function(*given, **named)
+            result = function(*args, **kwargs)
             took = time.perf_counter() - began
             self.spent[name] += took - self._inner.pop()
             self._inner[-1] += took
@@ -44,6 +46,7 @@ class Parts:
         return run
 
     def watch(self, owner: Any, attribute: str, name: str) -> None:
+        """Replace an attribute, a callable, by its timed wrapper."""
         setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
 
@@ -70,7 +73,7 @@ def watched(engine: Engine) -> Parts:
 
 
 def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int, temperature: float) -> None:
-    """Medians over the steps of so many requests of about `context` tokens, whose beginnings are shared."""
+    """Medians over the steps of `running` requests of about `context` tokens that share a prefix."""
     params = SamplingParams(max_tokens=10**4, temperature=temperature, ignore_eos=True, seed=0)
     core, requests = engine.core, []
     for i in range(running):
@@ -80,15 +83,15 @@ def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int,
     while any(branch.pending > 1 for branch in core.scheduler.running) or len(core.scheduler.running) < running:
         core.step()
     core.step()  # is recorded
-    found: list[defaultdict[str, float]] = []
+    by_step: list[defaultdict[str, float]] = []
     for _ in range(steps):
         parts.spent.clear()
         parts.calls.clear()
         core.step()
-        found.append(parts.spent.copy())
+        by_step.append(parts.spent.copy())
     for request in requests:
         core.cancel(request)
-    ms = {name: 1000 * median(spent[name] for spent in found) for name in found[0]}
+    ms = {name: 1000 * median(spent[name] for spent in by_step) for name in by_step[0]}
     step = sum(ms.values())
     calls = parts.calls["kernels"]
     marshalling = calls * empty_call()
@@ -110,7 +113,7 @@ def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int,
 
 
 def empty_call(repeats: int = 1000) -> float:
-    """Milliseconds of a kernel call that has nothing to do: what ctypes takes for its arguments."""
+    """Milliseconds of a kernel call that has nothing to do: the cost of passing its arguments through ctypes."""
     kernel = library().kernels.rms_norm
     began = time.perf_counter()
     for _ in range(repeats):
@@ -119,6 +122,7 @@ def empty_call(repeats: int = 1000) -> float:
 
 
 def main() -> None:
+    """Print the overhead of decode steps at each number of running requests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint; without it the shipped nano")
     parser.add_argument("--synthetic", help="qwen-vl-chat-int4: random weights of that size")
@@ -128,19 +132,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-graphs", action="store_true", help="decode op by op")
     parser.add_argument("--temperature", type=float, default=0.0)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     engine = Engine(
-        asked.model,
-        synthetic=asked.synthetic,
-        precision=asked.precision,
+        args.model,
+        synthetic=args.synthetic,
+        precision=args.precision,
         device="cpu",
         max_model_len=4096,
-        graphs=not asked.no_graphs,
+        graphs=not args.no_graphs,
     )
-    say(**setting(), model=engine.folder.name, precision=asked.precision, temperature=asked.temperature)
+    say(**setting(), model=engine.folder.name, precision=args.precision, temperature=args.temperature)
     parts = watched(engine)
-    for running in map(int, asked.running.split(",")):
-        decode(engine, parts, running, asked.context, asked.steps, asked.temperature)
+    for running in map(int, args.running.split(",")):
+        decode(engine, parts, running, args.context, args.steps, args.temperature)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing on a machine that others share: what is compared is run in turns, and samples say how disturbed they were."""
+"""Time calls in turns on a shared machine; each sample records the load of other processes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ PAUSE = 0.02  # seconds between two samples: a peer's threads, and torch's, spin
 
 
 class Timing(NamedTuple):
+    """The time of one call and how disturbed its samples were."""
+
     seconds: float  # a call: the median of undisturbed samples, or of the least disturbed third where they are few
     best: float
     samples: int
@@ -27,12 +29,12 @@ class Timing(NamedTuple):
 
 def alternate(
     calls: Mapping[str, Callable[[], object]],
-    wanted: int = 5,
+    min_samples: int = 5,
     limit_s: float = 60.0,
     sample_s: float = 0.25,
     processes: tuple[int, ...] = (),
 ) -> dict[str, Timing]:
-    """Time the calls in turns until each has `wanted` undisturbed samples, or `limit_s` is over.
+    """Time the calls in turns until each has `min_samples` undisturbed samples, or `limit_s` is over.
 
     processes: ids whose work counts as ours, such as a peer's server.
     """
@@ -43,24 +45,26 @@ def alternate(
     while time.perf_counter() - began < limit_s:
         for name, call in calls.items():
             taken[name].append(_sample(call, sample_s, processes))
-        if all(sum(load < DISTURBED for _, load in samples) >= wanted for samples in taken.values()):
+        if all(sum(load < DISTURBED for _, load in samples) >= min_samples for samples in taken.values()):
             break
     return {name: _summary(samples) for name, samples in taken.items()}
 
 
 def others() -> Callable[[], float]:
-    """Start watching the machine; what comes back says how many cores other processes have used since."""
-    busy, own, start = machine_cpu_seconds(), _own(()), time.perf_counter()
-    return lambda: max(0.0, (machine_cpu_seconds() - busy) - (_own(()) - own)) / (time.perf_counter() - start)
+    """Start watching the machine; the returned function tells how many cores other processes have used since."""
+    busy, ours, start = machine_cpu_seconds(), _own_cpu_seconds(()), time.perf_counter()
+    return lambda: (
+        max(0.0, (machine_cpu_seconds() - busy) - (_own_cpu_seconds(()) - ours)) / (time.perf_counter() - start)
+    )
 
 
 def say(**figures: Any) -> None:
-    """One JSON line."""
+    """Print the figures as one JSON line."""
     print(json.dumps({key: _short(value) for key, value in figures.items()}), flush=True)
 
 
 def setting() -> dict[str, Any]:
-    """Where and when this is measured."""
+    """Date, commit, hardware, torch version and kernels of this run."""
     import torch
 
     from qvl_kernels import report
@@ -76,14 +80,14 @@ def setting() -> dict[str, Any]:
     }
 
 
-def _sample(call: Callable[[], object], least_s: float, processes: tuple[int, ...]) -> tuple[float, float]:
+def _sample(call: Callable[[], object], min_s: float, processes: tuple[int, ...]) -> tuple[float, float]:
     time.sleep(PAUSE)
-    busy, own, start, count = machine_cpu_seconds(), _own(processes), time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < least_s:
+    busy, ours, start, count = machine_cpu_seconds(), _own_cpu_seconds(processes), time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < min_s:
         call()
         count += 1
     spent = time.perf_counter() - start
-    return spent / count, max(0.0, (machine_cpu_seconds() - busy) - (_own(processes) - own)) / spent
+    return spent / count, max(0.0, (machine_cpu_seconds() - busy) - (_own_cpu_seconds(processes) - ours)) / spent
 
 
 def _summary(samples: list[tuple[float, float]]) -> Timing:
@@ -93,7 +97,7 @@ def _summary(samples: list[tuple[float, float]]) -> Timing:
     return Timing(seconds, min(s for s, _ in samples), len(samples), len(calm), load)
 
 
-def _own(processes: tuple[int, ...]) -> float:
+def _own_cpu_seconds(processes: tuple[int, ...]) -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     total = used.ru_utime + used.ru_stime
     return total + sum(map(process_cpu_seconds, processes))

@@ -1,12 +1,12 @@
-"""Kernels on this CPU beside their peers, in turns, with the read ceiling of the same run. One JSON line a figure.
+"""Time kernels and their peers on this CPU in turns, with the read ceiling of the same run. One JSON line a figure.
 
     python -m benchmarks.cpu.kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
     python -m benchmarks.cpu.kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
     python -m benchmarks.cpu.kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
     python -m benchmarks.cpu.kernels rows     # attention of many rows and of an image's patches; torch's in turns
-    python -m benchmarks.cpu.kernels vision   # a block of the visual tower in bf16 and W8A8; torch in bf16
+    python -m benchmarks.cpu.kernels vision   # a block of the vision encoder in bf16 and W8A8; torch in bf16
 
-Peers are no dependency: pip install onnx onnxruntime openvino into the environment to see them.
+Peers are optional: pip install onnx onnxruntime openvino into the environment to see them.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ Calls = dict[str, Callable[[], object]]
 
 
 def random_int4(inputs: int, outputs: int) -> cpu_linear.PackedWeight:
+    """A packed weight of random int4 values with the same scale in every group."""
     lines = huge_pages.buffer(inputs * outputs // 2).random_()
     scales = torch.full((outputs // 16, inputs // GROUP, 16), 0.002, dtype=torch.float16)
     return cpu_linear.PackedWeight(lines, scales, None, None, None, 4, GROUP, inputs, inputs, outputs)
 
 
 def reader(nbytes: int) -> Callable[[], object]:
-    """Reads a buffer of its own as fast as the machine can."""
+    """A call that reads `nbytes` bytes at the machine's full bandwidth."""
     return ceiling.reader(torch.device("cpu"), nbytes).call
 
 
 def gemv() -> None:
+    """Time one row through each of the four layer shapes, with at least 400 MB of weights."""
     for inputs, outputs in SHAPES:
         copies = max(2, (400 << 20) // (inputs * outputs // 2))
         weights = [random_int4(inputs, outputs) for _ in range(copies)]
@@ -55,8 +57,9 @@ def gemv() -> None:
 
 
 def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> None:
+    """Time x [1, inputs] through the weights and through the peers, and print microseconds and GB/s."""
     nbytes = sum(w.nbytes for w in weights)
-    found = alternate(
+    timings = alternate(
         {
             "W4A8": lambda: [w.int8(x) for w in weights],
             "exact": lambda: [w.exact(x) for w in weights],
@@ -64,45 +67,48 @@ def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> 
             **peers,
         }
     )
-    for name, timing in found.items():
+    for name, timing in timings.items():
         say(
             gemv=name,
             inputs=weights[0].inputs,
             outputs=weights[0].outputs,
             us=timing.seconds / len(weights) * 1e6,
             gb_s=nbytes / timing.seconds / 1e9,
-            of_read=found["read"].seconds / timing.seconds,
-            over_ours=timing.seconds / found["W4A8"].seconds,
+            of_read=timings["read"].seconds / timing.seconds,
+            over_ours=timing.seconds / timings["W4A8"].seconds,
             load=timing.load,
             samples=timing.samples,
         )
 
 
 def gemm(rows: int = 512) -> None:
+    """Time `rows` rows through the linears of one layer."""
     weights = [random_int4(*shape) for shape in SHAPES]
     inputs = [torch.randn(rows, w.inputs) for w in weights]
     work = 2 * rows * sum(i * o for i, o in SHAPES)
     calls: Calls = {"W4A8": lambda: [w.int8(x) for w, x in zip(weights, inputs, strict=True)]}
     calls |= onnxruntime_linears(list(SHAPES), rows) | openvino_linears(list(SHAPES), rows)
-    found = alternate(calls, wanted=3)
-    for name, timing in found.items():
+    timings = alternate(calls, min_samples=3)
+    for name, timing in timings.items():
         say(
             gemm=name,
             rows=rows,
             ms_a_layer=timing.seconds * 1e3,
             gop_s=work / timing.seconds / 1e9,
-            over_ours=timing.seconds / found["W4A8"].seconds,
+            over_ours=timing.seconds / timings["W4A8"].seconds,
             load=timing.load,
             samples=timing.samples,
         )
 
 
 def attention() -> None:
+    """Time decode attention at 300 and at 2000 tokens."""
     for context in (300, 2000):
         attention_over(context)
 
 
 def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: int = 16) -> None:
+    """Time decode attention after `context` tokens with a 16-bit and an int8 cache."""
     blocks = cdiv(context, block_size)
     table = torch.randperm(blocks).view(1, -1)
     q = torch.randn(1, heads, dim).bfloat16()
@@ -116,9 +122,9 @@ def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: in
         sizes[name] = layers * 2 * context * heads * width * dtype.itemsize
         calls[name] = partial(attend_each, q, caches, table, context)
     sizes["read"] = sizes["bfloat16"]
-    found = alternate(calls | {"read": reader(sizes["read"])})
-    ceiling_gb_s = sizes["read"] / found["read"].seconds / 1e9
-    for name, timing in found.items():
+    timings = alternate(calls | {"read": reader(sizes["read"])})
+    ceiling_gb_s = sizes["read"] / timings["read"].seconds / 1e9
+    for name, timing in timings.items():
         gb_s = sizes[name] / timing.seconds / 1e9
         say(attention=name, context=context, gb_s=gb_s, of_read=gb_s / ceiling_gb_s, load=timing.load)
 
@@ -130,7 +136,7 @@ def attend_each(q: Tensor, caches: list[Tensor], table: Tensor, context: int) ->
 
 
 def random_cache(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Keys and values in huge pages, as the engine's are; int8 levels with a scale of 0.01 behind them."""
+    """Keys and values in huge pages, as the engine's are; int8 values, each row followed by its scale of 0.01."""
     cache = huge_pages.buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
     if dtype != torch.int8:
         return cache.normal_()
@@ -146,44 +152,45 @@ def rows() -> None:
             q = torch.randn(new, 32, 128).to(dtype)
             k_cache, v_cache = torch.randn(2, table.numel(), 32, 16, 128).to(dtype)
             args = (q, k_cache, v_cache, table, [0, new], [context])
-            found = alternate(
+            timings = alternate(
                 {
                     "ours": partial(cpu.paged_attention, *args),
                     "torch": partial(reference.paged_attention, *args),
                 },
-                wanted=3,
+                min_samples=3,
                 limit_s=4,
             )
-            for name, timing in found.items():
+            for name, timing in timings.items():
                 say(
                     rows=name,
                     new=new,
                     context=context,
                     dtype=str(dtype),
                     ms=timing.seconds * 1e3,
-                    over_ours=timing.seconds / found["ours"].seconds,
+                    over_ours=timing.seconds / timings["ours"].seconds,
                     load=timing.load,
                 )
         qkv = torch.randn(1, PATCHES, 3 * VISION_WIDTH).to(dtype)
-        found = alternate(
+        timings = alternate(
             {
                 "ours": partial(cpu.vision_attention, qkv, VISION_HEADS),
                 "torch": partial(reference.vision_attention, qkv, VISION_HEADS),
             },
-            wanted=3,
+            min_samples=3,
             limit_s=4,
         )
-        for name, timing in found.items():
+        for name, timing in timings.items():
             say(
                 patches=name,
                 dtype=str(dtype),
                 ms=timing.seconds * 1e3,
-                over_ours=timing.seconds / found["ours"].seconds,
+                over_ours=timing.seconds / timings["ours"].seconds,
                 load=timing.load,
             )
 
 
 def vision() -> None:
+    """Time one block of the vision encoder on 1,024 patches: torch, bfloat16 and W8A8."""
     w, mlp = VISION_WIDTH, VISION_MLP
     linears = [(3 * w, w), (w, w), (mlp, w), (w, mlp)]
     dense = [(torch.randn(o, i).bfloat16(), torch.zeros(o).bfloat16()) for o, i in linears]
@@ -201,13 +208,13 @@ def vision() -> None:
         "fast": (cpu, [cpu.prepare_linear(*d, "fast") for d in dense]),
     }
     with torch.inference_mode():
-        found = alternate({name: partial(block, *kind) for name, kind in kinds.items()})
-    for name, timing in found.items():
+        timings = alternate({name: partial(block, *kind) for name, kind in kinds.items()})
+    for name, timing in timings.items():
         say(vision_block=name, ms=timing.seconds * 1e3, s_a_image=timing.seconds * 48, load=timing.load)
 
 
 def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
-    """MatMulNBits at accuracy level 4 (int8 activations), all shapes in one session; nothing where not installed."""
+    """MatMulNBits at accuracy level 4 (int8 activations), all shapes in one session; empty if it is not installed."""
     try:
         import numpy as np
         import onnx
@@ -245,7 +252,7 @@ def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
 
 
 def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
-    """Compressed int4 weights with its own choice of dynamic quantization; nothing where not installed."""
+    """Compressed int4 weights with OpenVINO's default dynamic quantization; empty if it is not installed."""
     try:
         import numpy as np
         import openvino as ov
@@ -258,11 +265,11 @@ def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
         x = parameters.setdefault(inputs, op.parameter([rows, inputs], ov.Type.f32))
         groups = inputs // GROUP
         raw = rng.integers(0, 256, outputs * inputs // 2, dtype=np.uint8)
-        middle = np.array([0x88], dtype=np.uint8)
-        held += [raw, middle]  # openvino shares their memory
-        levels = ov.op.Constant(ov.Tensor(raw, ov.Shape([outputs, groups, GROUP]), ov.Type.u4))
-        zero = ov.op.Constant(ov.Tensor(middle, ov.Shape([1, 1, 1]), ov.Type.u4))
-        centred = op.subtract(op.convert(levels, "f16"), op.convert(zero, "f16"))
+        zero_point = np.array([0x88], dtype=np.uint8)
+        held += [raw, zero_point]  # openvino shares their memory
+        values = ov.op.Constant(ov.Tensor(raw, ov.Shape([outputs, groups, GROUP]), ov.Type.u4))
+        zero = ov.op.Constant(ov.Tensor(zero_point, ov.Shape([1, 1, 1]), ov.Type.u4))
+        centred = op.subtract(op.convert(values, "f16"), op.convert(zero, "f16"))
         scaled = op.multiply(centred, op.constant(np.full((outputs, groups, 1), 0.002, np.float16)))
         weight = op.convert(op.reshape(scaled, op.constant(np.array([outputs, inputs])), False), "f32")
         results.append(op.matmul(x, weight, False, True))
@@ -278,14 +285,15 @@ def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
 
 
 def main() -> None:
+    """Run the benchmarks named on the command line."""
     what = {"gemv": gemv, "gemm": gemm, "attention": attention, "rows": rows, "vision": vision}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=what)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     say(**setting())
-    for name in asked.what:
+    for name in args.what:
         what[name]()
 
 

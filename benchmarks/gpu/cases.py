@@ -57,12 +57,14 @@ class Maker:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._dice = torch.Generator().manual_seed(0)
+        self._rng = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._dice) * scale).to(self.device, self.dtype)
+        """Normally distributed values of this shape, times `scale`."""
+        return (torch.randn(shape, generator=self._rng) * scale).to(self.device, self.dtype)
 
     def case(self, op: str, inputs: tuple[Any, ...], moved: int, note: str, timed: bool) -> Case:
+        """A case that calls the op by name; `moved` is in bytes."""
         return Case(f"{op}, {note}", inputs, plain(op), moved, timed)
 
     def rows(self, rows: int, width: int, timed: bool = False) -> Iterator[Case]:
@@ -78,12 +80,12 @@ class Maker:
         yield self.case("gelu", (x,), 2 * x.nbytes, note, timed)
 
     def cached(self, contexts: list[int], heads: int, dim: int, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Caches with blocks in no order, and the block tables."""
-        most = cdiv(max(contexts), BLOCK)
-        blocks = torch.randperm(len(contexts) * most, generator=self._dice)
+        """Caches with blocks in random order, and the block tables."""
+        blocks_each = cdiv(max(contexts), BLOCK)
+        blocks = torch.randperm(len(contexts) * blocks_each, generator=self._rng)
         shape = (len(blocks), heads, BLOCK, dim)
         caches = [to_cached(self.normal(*shape), kv_dtype).contiguous() for _ in "kv"]
-        return caches[0], caches[1], blocks.view(len(contexts), most).to(self.device)
+        return caches[0], caches[1], blocks.view(len(contexts), blocks_each).to(self.device)
 
     def attention(
         self, rows: int, context: int, requests: int, heads: int, dim: int, int8: bool = False, timed: bool = False
@@ -98,12 +100,13 @@ class Maker:
         return self.case("paged_attention", (q, k, v, tables, starts, contexts), moved, note, timed)
 
     def rotary(self, rows: int, heads: int, dim: int, int8: bool = False, timed: bool = False) -> Case:
+        """Rotary embedding of `rows` tokens, and the write of their keys and values to the cache."""
         kv_dtype = torch.int8 if int8 else self.dtype
         qkv, angle = self.normal(rows, 3 * heads * dim), torch.arange(rows * dim, device=self.device).view(rows, dim)
         k = torch.zeros(
             cdiv(rows, BLOCK) + 1, heads, BLOCK, cache_width(dim, kv_dtype), dtype=kv_dtype, device=self.device
         )
-        slots = torch.randperm(rows, generator=self._dice).to(self.device)
+        slots = torch.randperm(rows, generator=self._rng).to(self.device)
         logn = torch.linspace(1, 1.2, rows, device=self.device)
         moved = 2 * qkv.nbytes + 8 * rows * dim
         inputs = (qkv, angle.float().cos(), angle.float().sin(), logn, k, k.clone(), slots)
@@ -111,6 +114,7 @@ class Maker:
         return self.case("rotary_to_cache", inputs, moved, note, timed)
 
     def images(self, images: int, patches: int, heads: int, dim: int, timed: bool = False) -> Iterator[Case]:
+        """Attention of the vision encoder, and of the resampler with a quarter as many queries as patches."""
         width, queries = heads * dim, max(1, patches // 4)
         qkv, note = self.normal(images, patches, 3 * width), f"{images} x {patches}, {heads} x {dim}"
         yield self.case("vision_attention", (qkv, heads), qkv.nbytes * 4 // 3, note, timed)
@@ -118,15 +122,15 @@ class Maker:
         yield self.case("cross_attention", (q, k, v, heads), 2 * k.nbytes + images * q.nbytes, note, timed)
 
     def linears(self, rows: int, inputs: int, outputs: int, timed: bool = False, odd: bool = False) -> Iterator[Case]:
-        """int4 as GPTQ packs it, in order and symmetric, or `odd`: act-order with zero points of its own; and dense."""
+        """int4 as GPTQ packs it, in order and symmetric, or `odd`: act-order and asymmetric; and dense."""
         groups, x = cdiv(inputs, GROUP), self.normal(rows, inputs)
 
         def words(*shape: int) -> Tensor:
-            return torch.randint(-(2**31), 2**31, shape, generator=self._dice).to(self.device, torch.int32)
+            return torch.randint(-(2**31), 2**31, shape, generator=self._rng).to(self.device, torch.int32)
 
         zeros = words(groups, outputs // 8) if odd else torch.full_like(words(groups, outputs // 8), 0x77777777)
-        order = torch.randperm(inputs, generator=self._dice).to(self.device) // GROUP if odd else None
-        scales = (torch.rand(groups, outputs, generator=self._dice) / 64 + 1 / 64).to(self.device, torch.float16)
+        order = torch.randperm(inputs, generator=self._rng).to(self.device) // GROUP if odd else None
+        scales = (torch.rand(groups, outputs, generator=self._rng) / 64 + 1 / 64).to(self.device, torch.float16)
         packed = (x, words(inputs // 8, outputs), zeros, scales, None if order is None else order.int(), 4, 1)
         moved = inputs * outputs // 2 + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
         note = f"{rows} x {inputs} to {outputs}{', act-order, asymmetric' if odd else ''}"
@@ -140,9 +144,9 @@ class Maker:
     def int8_linear(self, rows: int, inputs: int, outputs: int, timed: bool = False) -> Case:
         """Symmetric, in order: as a converted head or vision encoder has it."""
         groups, x = cdiv(inputs, GROUP), self.normal(rows, inputs)
-        words = torch.randint(-(2**31), 2**31, (inputs // 4, outputs), generator=self._dice).int().to(self.device)
+        words = torch.randint(-(2**31), 2**31, (inputs // 4, outputs), generator=self._rng).int().to(self.device)
         zeros = torch.full((groups, outputs // 4), 0x7F7F7F7F, dtype=torch.int32, device=self.device)
-        scales = ((torch.rand(groups, outputs, generator=self._dice) + 1) / 1024).to(self.device, torch.float16)
+        scales = ((torch.rand(groups, outputs, generator=self._rng) + 1) / 1024).to(self.device, torch.float16)
         moved = inputs * outputs + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
         packed = (x, words, zeros, scales, None, 8, 1)
         return Case(f"int8 linear, {rows} x {inputs} to {outputs}", packed, prepared("prepare_gptq"), moved, timed)

@@ -30,7 +30,7 @@ MAKES_NO_KERNEL = ("empty", "detach", "_local_scalar_dense")  # torch's operator
 
 
 class Recorded(NamedTuple):
-    """A launch: its kernel, or torch's operator, and the bytes of its tensors, the most it can read and write."""
+    """A launch: its kernel, or torch's operator, and the bytes of its tensors, which bound what it moves."""
 
     kernel: str
     programs: int  # 0 for torch's

@@ -57,7 +57,7 @@ def parts_of(place: Place, golden: Path | None) -> Parts:
 
 
 def launches(place: Place) -> Iterator[Row]:
-    """Count launches in a process of its own, which records launches and does not run them."""
+    """Count launches in another process, which records launches and does not run them."""
     command = [sys.executable, "-m", "benchmarks.gpu.launches", "--json", *["--quarter"] * place.tiny]
     counted = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     if counted.returncode:
@@ -72,21 +72,21 @@ def sanitizer(place: Place) -> Iterator[Row]:
         yield {"tool": "memcheck", "ran": False, "note": "no GPU" if place.tiny else "compute-sanitizer is not in PATH"}
         return
     command = [tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.gpu.suite", "--only", "correct"]
-    found = subprocess.run([*command, "--out", "out/sanitized"], capture_output=True, text=True, check=False)
-    summary = [line for line in found.stdout.splitlines() if "ERROR SUMMARY" in line]
-    yield {"tool": "memcheck", "ran": True, "note": "; ".join(summary), "right": found.returncode == 0}
+    checked = subprocess.run([*command, "--out", "out/sanitized"], capture_output=True, text=True, check=False)
+    summary = [line for line in checked.stdout.splitlines() if "ERROR SUMMARY" in line]
+    yield {"tool": "memcheck", "ran": True, "note": "; ".join(summary), "right": checked.returncode == 0}
 
 
 def run(parts: Parts, deadline: float) -> tuple[dict[str, list[Row]], list[str]]:
     """Run the parts; returns their rows, and notes on skipped or failed ones. A failure stops no other part."""
-    found: dict[str, list[Row]] = {}
+    rows_by_part: dict[str, list[Row]] = {}
     notes: list[str] = []
     for name, part in parts.items():
         began = time.perf_counter()
         if began > deadline:
             notes.append(f"{name} was skipped: the time budget is used up (--budget)")
             continue
-        rows = found.setdefault(name, [])
+        rows = rows_by_part.setdefault(name, [])
         try:
             for row in part():
                 rows.append(row)
@@ -95,7 +95,7 @@ def run(parts: Parts, deadline: float) -> tuple[dict[str, list[Row]], list[str]]
             notes.append(f"{name} FAILED after {len(rows)} rows: {type(fault).__name__}: {fault}")
             rows.append({"failed": str(fault), "right": False})
         print(f"# {name}: {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    return found, notes
+    return rows_by_part, notes
 
 
 def environment(place: Place) -> Row:
@@ -131,17 +131,19 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(parts)}")
     deadline = time.perf_counter() + options.budget
-    found, notes = run({name: parts[name] for name in selected}, deadline)
+    rows_by_part, notes = run({name: parts[name] for name in selected}, deadline)
     if place.tiny:
         notes.insert(0, "There is no GPU here: tiny sizes in Triton's interpreter, and no time below is a figure.")
     from benchmarks.gpu.page import page
 
     setting = environment(place)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "suite.json").write_text(json.dumps({"setting": setting, "notes": notes, "parts": found}, indent=1))
-    (options.out / "suite.md").write_text(page(setting, found, notes))
+    (options.out / "suite.json").write_text(
+        json.dumps({"setting": setting, "notes": notes, "parts": rows_by_part}, indent=1)
+    )
+    (options.out / "suite.md").write_text(page(setting, rows_by_part, notes))
     print(f"# written to {options.out}", file=sys.stderr)
-    wrong = [row for rows in found.values() for row in rows if row.get("right") is False]
+    wrong = [row for rows in rows_by_part.values() for row in rows if row.get("right") is False]
     return 1 if wrong else 0
 
 

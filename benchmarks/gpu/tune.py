@@ -58,7 +58,7 @@ def fastest(tried: Iterable[Config], cost: Cost) -> tuple[Config, float]:
     costs = [(made, seconds) for made in tried if (seconds := cost(made)) is not None]
     if not costs:
         raise RuntimeError("no configuration runs on this GPU: each needs more shared memory than it has")
-    return min(costs, key=lambda found: found[1])
+    return min(costs, key=lambda pair: pair[1])
 
 
 def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: tuple[int, str]) -> Cost:
@@ -95,7 +95,7 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
     from qvl_kernels.triton.linear.published_shapes import DECODER, SHAPES
 
     here, ceiling = configs.known(capability(place.device)), place.copy_ceiling()
-    found: dict[str, list[int]] = {}
+    configs_by_label: dict[str, list[int]] = {}
     for kind, name in product(ROWS, DECODER):
         inputs, outputs = SHAPES[name]
         label = f"{kind} {inputs} {outputs}"
@@ -103,9 +103,9 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
         tried = [*candidates(kind, here, inputs, outputs)]
         weight = random_weight(inputs, outputs, place.device)
         best, seconds = fastest(tried, timed(place, ceiling, kind, weight, (here, label)))
-        found[label] = [*best]
+        configs_by_label[label] = [*best]
         print(f"{name}, {label}: {[*best]} takes {seconds * 1e6:.1f} us; built in is {[*tried[0]]}", flush=True)
-    return here, found
+    return here, configs_by_label
 
 
 def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4:
@@ -118,10 +118,10 @@ def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4
     return PackedInt4(words, scales, zeros=None, perm=None, inputs=inputs, outputs=outputs, group=TILE)
 
 
-def write(path: Path, capability: int, found: dict[str, list[int]]) -> None:
+def write(path: Path, capability: int, tuned: dict[str, list[int]]) -> None:
     """Write the configurations of one capability into the file and keep those of other GPUs."""
     entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**entries, str(capability): found}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**entries, str(capability): tuned}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

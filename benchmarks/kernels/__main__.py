@@ -4,7 +4,7 @@
     python -m benchmarks.kernels --keep           # and make this run the one to compare with
     python -m benchmarks.kernels --quick          # sizes divided by 16, one round: does it still run?
 
-A ratio above 1 is a faster kernel than then. Beside it stands torch's own op in the same run: times slower than ours.
+A ratio above 1 is a kernel faster than the baseline's. Another column holds torch's time over ours in the same run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / "benchmarks" / "results" / "kernels.json"
+BASELINE = ROOT / "benchmarks" / "results" / "kernels.json"
 OUT = ROOT / "out" / "kernels.json"
 
 
 def measure(out: Path, quick: bool) -> None:
-    """Run the benchmarks in a process of their own. Raises `SystemExit` where one of them fails."""
+    """Run the benchmarks in their own process. Raises `SystemExit` if one of them fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
     options = ["--benchmark-max-time=0.05", "--benchmark-min-rounds=1"] if quick else ["--benchmark-max-time=0.7"]
     command = [
@@ -47,14 +47,14 @@ def measure(out: Path, quick: bool) -> None:
 
 def figures(path: Path) -> dict[str, dict[str, Any]]:
     """By case: seconds of ours and of torch, with the spread of ours."""
-    found: dict[str, dict[str, Any]] = {}
+    by_case: dict[str, dict[str, Any]] = {}
     for bench in json.loads(path.read_text())["benchmarks"]:
         way, stats = bench["params"]["way"], bench["stats"]
-        kept = found.setdefault(bench["group"], {})
-        kept[way] = stats["median"]
+        case = by_case.setdefault(bench["group"], {})
+        case[way] = stats["median"]
         if way == "ours":
-            kept |= {"q1": stats["q1"], "q3": stats["q3"], **bench["extra_info"]}
-    return found
+            case |= {"q1": stats["q1"], "q3": stats["q3"], **bench["extra_info"]}
+    return by_case
 
 
 def compared(new: dict[str, dict[str, Any]], old: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -79,24 +79,26 @@ HEADINGS = ("op", "us, median (quartiles)", "GB/s", "Gop/s", "torch / ours", "th
 
 
 def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table of the rows under HEADINGS."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
+    """Measure, print the comparison, and with `--keep` make this run the baseline."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--keep", action="store_true", help="make this run the one that later ones are compared with")
     parser.add_argument("--quick", action="store_true")
-    asked = parser.parse_args()
-    measure(asked.out, asked.quick)
-    print(markdown(compared(figures(asked.out), figures(KEPT) if KEPT.is_file() and not asked.quick else {})))
-    if asked.keep:
-        KEPT.parent.mkdir(exist_ok=True)
-        kept = json.loads(asked.out.read_text())
-        for bench in kept["benchmarks"]:
+    args = parser.parse_args()
+    measure(args.out, args.quick)
+    print(markdown(compared(figures(args.out), figures(BASELINE) if BASELINE.is_file() and not args.quick else {})))
+    if args.keep:
+        BASELINE.parent.mkdir(exist_ok=True)
+        baseline = json.loads(args.out.read_text())
+        for bench in baseline["benchmarks"]:
             bench["stats"].pop("data", None)  # every round: 1.8 MB
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+        BASELINE.write_text(json.dumps(baseline, indent=1) + "\n")
 
 
 if __name__ == "__main__":

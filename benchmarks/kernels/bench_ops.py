@@ -16,8 +16,9 @@ from qvl_runtime.profile.run_info import finish
 SCALE = int(os.environ.get("QVL_BENCH_SCALE", "1"))
 
 
-@lru_cache(maxsize=1)  # ours and torch's one after the other, then the memory goes
-def made(name: str) -> tuple[Setting, Case]:
+@lru_cache(maxsize=1)  # ours and torch's one after the other, then the memory is freed
+def setting_and_case(name: str) -> tuple[Setting, Case]:
+    """The setting and the case of this name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     at = Setting(ops_for(device), device, torch.bfloat16, SCALE)
     return at, makers()[name](at)
@@ -26,7 +27,8 @@ def made(name: str) -> tuple[Setting, Case]:
 @pytest.mark.parametrize("way", ["ours", "torch"])
 @pytest.mark.parametrize("name", makers())
 def test_op(benchmark: Any, name: str, way: str) -> None:
-    at, case = made(name)
+    """Time one case, ours or torch's, and record GB/s and Gop/s."""
+    at, case = setting_and_case(name)
     call = case.ours if way == "ours" else case.torch
     if call is None:
         pytest.skip("torch has no such op")

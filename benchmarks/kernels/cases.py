@@ -1,4 +1,4 @@
-"""Every op in every regime at the sizes of the 9.6 B model: ours, what torch has for the same, bytes and operations."""
+"""Every op in every regime at the sizes of the 9.6 B model: ours, torch's equivalent, bytes and operations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qvl_kernels.util import cdiv
 WIDTH, MLP, HEADS, HEAD = 4096, 11008, 32, 128
 VISION_HEADS, VISION_HEAD, VISION_MLP, PATCHES = 16, 104, 8192, 1024
 GROUP, SLOTS, EPS = 128, 16, 1e-6
-COLD = 256 << 20  # bytes of weights or cache that calls go round, so that none is found in the caches
+COLD = 256 << 20  # bytes of weights or cache that calls go round, so that none is in the CPU's caches
 
 
 class Case(NamedTuple):
     """One op in one regime; a call does the work once."""
 
     ours: Callable[[], object]
-    torch: Callable[[], object] | None  # torch's own way to the same, in the same dtype
+    torch: Callable[[], object] | None  # torch's equivalent in the same dtype
     nbytes: int  # that must be read and written
     operations: int
 
@@ -39,24 +39,25 @@ class Setting(NamedTuple):
 
 def makers() -> dict[str, Callable[[Setting], Case]]:
     """Every case by its name; made when called, for each holds some hundred megabytes."""
-    found: dict[str, Callable[[Setting], Case]] = {}
+    case_makers: dict[str, Callable[[Setting], Case]] = {}
     for rows in (1, 8, 32, 512):
-        found[f"int4 linear, qkv, {rows}"] = partial(int4_linear, rows=rows, inputs=WIDTH, outputs=3 * WIDTH)
-        found[f"int4 linear, down, {rows}"] = partial(int4_linear, rows=rows, inputs=MLP, outputs=WIDTH)
+        case_makers[f"int4 linear, qkv, {rows}"] = partial(int4_linear, rows=rows, inputs=WIDTH, outputs=3 * WIDTH)
+        case_makers[f"int4 linear, down, {rows}"] = partial(int4_linear, rows=rows, inputs=MLP, outputs=WIDTH)
     for rows in (1, 512):
-        found[f"dense linear, {rows}"] = partial(dense_linear, rows=rows)
+        case_makers[f"dense linear, {rows}"] = partial(dense_linear, rows=rows)
         for op in (rms_norm, add_rms_norm, swiglu):
-            found[f"{op.__name__}, {rows}"] = partial(op, rows=rows)
+            case_makers[f"{op.__name__}, {rows}"] = partial(op, rows=rows)
     for context in (300, 2000):
         for kind in ("16-bit", "int8"):
             name = f"decode attention, context {context}, {kind}"
-            found[name] = partial(decode_attention, context=context, int8=kind == "int8")
+            case_makers[name] = partial(decode_attention, context=context, int8=kind == "int8")
     for tokens in (512, 2048):
-        found[f"prefill attention, {tokens}"] = partial(prefill_attention, tokens=tokens)
-    return found | {"vision attention": vision_attention, "layer_norm": layer_norm, "gelu": gelu}
+        case_makers[f"prefill attention, {tokens}"] = partial(prefill_attention, tokens=tokens)
+    return case_makers | {"vision attention": vision_attention, "layer_norm": layer_norm, "gelu": gelu}
 
 
 def int4_linear(at: Setting, rows: int, inputs: int, outputs: int) -> Case:
+    """A GPTQ linear in the `fast` precision against a dense one; few rows go round cold weights."""
     inputs, outputs = inputs // at.scale // GROUP * GROUP, outputs // at.scale // 16 * 16
     nbytes = inputs * outputs // 2 + 2 * outputs * (inputs // GROUP)
     words = torch.randint(-(2**31), 2**31, (inputs // 8, outputs), dtype=torch.int64).to(torch.int32)
@@ -75,6 +76,7 @@ def int4_linear(at: Setting, rows: int, inputs: int, outputs: int) -> Case:
 
 
 def dense_linear(at: Setting, rows: int) -> Case:
+    """A square linear of the model's width over cold weights."""
     width = WIDTH // at.scale
     copies = max(1, COLD // (width * width * at.dtype.itemsize))
     weights = [torch.randn(width, width, device=at.device).to(at.dtype) for _ in range(copies)]
@@ -89,6 +91,7 @@ def dense_linear(at: Setting, rows: int) -> Case:
 
 
 def rms_norm(at: Setting, rows: int) -> Case:
+    """RMSNorm of x [rows, width]."""
     x, _, weight = _stream(at, rows)
     shape = weight.shape
     return Case(
@@ -97,6 +100,7 @@ def rms_norm(at: Setting, rows: int) -> Case:
 
 
 def add_rms_norm(at: Setting, rows: int) -> Case:
+    """The residual add fused with the next RMSNorm, [rows, width]."""
     x, update, weight = _stream(at, rows)
     return Case(
         lambda: at.ops.add_rms_norm(x, update, weight, EPS),
@@ -107,6 +111,7 @@ def add_rms_norm(at: Setting, rows: int) -> Case:
 
 
 def swiglu(at: Setting, rows: int) -> Case:
+    """SwiGLU of the fused up and gate projections, [rows, 2 * mlp] to [rows, mlp]."""
     both = torch.randn(rows, 2 * (MLP // at.scale), device=at.device).to(at.dtype)
 
     def plain() -> Tensor:
@@ -117,6 +122,7 @@ def swiglu(at: Setting, rows: int) -> Case:
 
 
 def decode_attention(at: Setting, context: int, int8: bool) -> Case:
+    """Attention of one token after `context` tokens, over cold caches."""
     stored, heads, context = torch.int8 if int8 else at.dtype, HEADS // at.scale, context // at.scale
     blocks, width = cdiv(context, SLOTS), at.ops.cache_width(HEAD, stored)
     nbytes = 2 * context * heads * width * stored.itemsize
@@ -134,6 +140,7 @@ def decode_attention(at: Setting, context: int, int8: bool) -> Case:
 
 
 def prefill_attention(at: Setting, tokens: int) -> Case:
+    """Causal attention of a prompt of `tokens` tokens."""
     heads, tokens = HEADS // at.scale, tokens // at.scale
     blocks = cdiv(tokens, SLOTS)
     k_cache, v_cache = torch.randn(2, blocks, heads, SLOTS, HEAD, device=at.device).to(at.dtype)
@@ -149,6 +156,7 @@ def prefill_attention(at: Setting, tokens: int) -> Case:
 
 
 def vision_attention(at: Setting) -> Case:
+    """Attention of the vision encoder over the patches of one image."""
     patches, heads = PATCHES // at.scale, max(1, VISION_HEADS // at.scale)
     width = heads * VISION_HEAD
     qkv = torch.randn(1, patches, 3 * width, device=at.device).to(at.dtype)
@@ -162,6 +170,7 @@ def vision_attention(at: Setting) -> Case:
 
 
 def layer_norm(at: Setting) -> Case:
+    """LayerNorm of the patches of one image."""
     width = VISION_HEADS * VISION_HEAD
     x = torch.randn(PATCHES // at.scale, width, device=at.device).to(at.dtype)
     one, none = torch.ones_like(x[0]), torch.zeros_like(x[0])
@@ -174,6 +183,7 @@ def layer_norm(at: Setting) -> Case:
 
 
 def gelu(at: Setting) -> Case:
+    """GELU in the vision encoder's MLP, [patches, mlp]."""
     x = torch.randn(PATCHES // at.scale, VISION_MLP, device=at.device).to(at.dtype)
     return Case(lambda: at.ops.gelu(x), lambda: F.gelu(x), 2 * x.nbytes, 8 * x.numel())
 
@@ -185,7 +195,7 @@ def _stream(at: Setting, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
-    """One call after the other, round and round: each works on memory of its own."""
+    """A call that runs the next of `calls` each time, round and round; each works on its own memory."""
     state = {"next": 0}
 
     def call() -> object:

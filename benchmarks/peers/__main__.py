@@ -6,7 +6,7 @@
 qvl runs the full-size Int4 model, llama.cpp its Q4_0 twin (`benchmarks.peers.llama_build`), torch the definition of
 every op in bfloat16: a faithful implementation of the original without tricks. All weights are random, which costs the
 same. `over_ours` is how many times longer than the first qvl it takes. torch's blocks share the memory of one, which
-is larger than the caches, for 19 GB beside the others would not fit.
+is larger than the caches, for 19 GB would not fit in memory with the others.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ Calls = dict[str, Callable[[], object]]
 
 
 def engines(precisions: list[str], kv_dtype: str, plain: bool) -> dict[str, Engine]:
-    """What runs in this process, by name."""
+    """The engines that run in this process, by name."""
     common: dict[str, Any] = {"device": "cpu", "max_model_len": 4096, "kv_cache_bytes": 3 << 30}
     ours: dict[str, Any] = {"synthetic": "qwen-vl-chat-int4", "kv_dtype": kv_dtype, **common}
     cache = "" if kv_dtype == "auto" else f", {kv_dtype} KV"
-    made = {f"qvl {precision}{cache}": Engine(precision=precision, **ours) for precision in precisions}
+    built = {f"qvl {precision}{cache}": Engine(precision=precision, **ours) for precision in precisions}
     if plain:
         os.environ["QVL_KERNELS"] = "reference"
-        made["torch bf16"] = Engine(synthetic="qwen-vl-chat", repeat_blocks=True, dtype="bfloat16", **common)
+        built["torch bf16"] = Engine(synthetic="qwen-vl-chat", repeat_blocks=True, dtype="bfloat16", **common)
         del os.environ["QVL_KERNELS"]
-    return made
+    return built
 
 
-def decode(found: dict[str, Engine], context: int, llama: Llama | None) -> None:
+def decode(engines_by_name: dict[str, Engine], context: int, llama: Llama | None) -> None:
+    """Time decode steps after `context` tokens, with the read ceiling in turns, and print tokens/s and GB/s."""
     with ExitStack() as stack:
         turns: Calls = {
             name: partial(stack.enter_context(steps.decoding(engine, context)), context)
-            for name, engine in found.items()
+            for name, engine in engines_by_name.items()
         }
         read = reader(torch.device("cpu"), READ)
         if llama is not None:
@@ -58,7 +59,7 @@ def decode(found: dict[str, Engine], context: int, llama: Llama | None) -> None:
     ceiling = read.nbytes / timings["read"].seconds
     for name, timing in timings.items():
         if name != "read":
-            reads = steps.bytes_read(found[name], context) if name in found else None
+            reads = steps.bytes_read(engines_by_name[name], context) if name in engines_by_name else None
             rate = None if reads is None else reads / timing.seconds
             _say(
                 timings,
@@ -72,18 +73,22 @@ def decode(found: dict[str, Engine], context: int, llama: Llama | None) -> None:
             )
 
 
-def prefill(found: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
-    turns: Calls = {name: partial(steps.prefill, engine, tokens, rounds=1) for name, engine in found.items()}
+def prefill(engines_by_name: dict[str, Engine], tokens: int, llama: Llama | None) -> None:
+    """Time the prefill of `tokens` tokens and print tokens/s."""
+    turns: Calls = {name: partial(steps.prefill, engine, tokens, rounds=1) for name, engine in engines_by_name.items()}
     if llama is not None:
         turns["llama.cpp"] = lambda: llama(f"pp {tokens}")
-    timings = alternate(turns, wanted=3, processes=_processes(llama), limit_s=150)
+    timings = alternate(turns, min_samples=3, processes=_processes(llama), limit_s=150)
     for name, timing in timings.items():
         _say(timings, name, prefill=name, tokens=tokens, tok_s=tokens / timing.seconds, s=timing.seconds)
 
 
-def image(found: dict[str, Engine]) -> None:
+def image(engines_by_name: dict[str, Engine]) -> None:
+    """Time one image through the vision encoder and the resampler, in seconds."""
     timings = alternate(
-        {name: partial(steps.images, engine, 1, rounds=1) for name, engine in found.items()}, wanted=3, limit_s=150
+        {name: partial(steps.images, engine, 1, rounds=1) for name, engine in engines_by_name.items()},
+        min_samples=3,
+        limit_s=150,
     )
     for name, timing in timings.items():
         _say(timings, name, image=name, s=timing.seconds)
@@ -99,29 +104,30 @@ def _processes(llama: Llama | None) -> tuple[int, ...]:
 
 
 def main() -> None:
+    """Run the comparisons that the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", default="fast", help="of qvl: fast, exact, or both with a comma")
     parser.add_argument("--kv-dtype", default="auto", help="of qvl's cache: auto or int8")
     parser.add_argument("--contexts", default="0,300,2000")
     parser.add_argument("--prefill", type=int, default=512)
-    parser.add_argument("--image", action="store_true", help="also one image through the full visual tower")
+    parser.add_argument("--image", action="store_true", help="also one image through the full vision encoder")
     parser.add_argument("--no-torch", action="store_true", help="leave plain torch out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--llama", nargs=2, metavar=("SERVE", "MODEL"))
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     say(**setting())
-    found = engines(asked.precisions.split(","), asked.kv_dtype, not asked.no_torch)
-    llama = Llama(asked.llama[0], asked.llama[1], asked.threads) if asked.llama else None
-    for context in map(int, filter(None, asked.contexts.split(","))):
-        decode(found, context, llama)
-    if asked.prefill:
-        prefill(found, asked.prefill, llama)
-    if asked.image:
-        image(found)
-    if len(found) == 1:
+    engines_by_name = engines(args.precisions.split(","), args.kv_dtype, not args.no_torch)
+    llama = Llama(args.llama[0], args.llama[1], args.threads) if args.llama else None
+    for context in map(int, filter(None, args.contexts.split(","))):
+        decode(engines_by_name, context, llama)
+    if args.prefill:
+        prefill(engines_by_name, args.prefill, llama)
+    if args.image:
+        image(engines_by_name)
+    if len(engines_by_name) == 1:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        say(peak_resident_gb=peak / 1e9, of=next(iter(found)))
+        say(peak_resident_gb=peak / 1e9, of=next(iter(engines_by_name)))
 
 
 if __name__ == "__main__":

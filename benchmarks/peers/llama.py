@@ -1,4 +1,4 @@
-"""A llama.cpp server as a peer: a process that does what a line tells it, and answers with a line."""
+"""A llama.cpp server as a peer: a process that reads one command a line and answers each with a line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import IO, cast
 
 
 class Llama:
-    """A llama.cpp that keeps its model loaded and times what it is told."""
+    """A llama.cpp that keeps its model loaded and runs one command at a time."""
 
     def __init__(self, server: str, model: str, threads: int) -> None:
         self.process = subprocess.Popen(
@@ -18,6 +18,7 @@ class Llama:
             raise SystemExit(f"{server} did not load {model}")
 
     def __call__(self, command: str) -> None:
+        """Run a command such as `tg 1` or `pp 512` and wait until it is done."""
         self._in.write(command + "\n")
         self._in.flush()
         self._out.readline()

@@ -1,10 +1,10 @@
 """Build llama.cpp for this CPU and write the language model of Qwen-VL for it, with random weights.
 
-    python -m benchmarks.peers.llama_build --work DIR      # prints the two paths that `benchmarks.peers --llama` takes
+    python -m benchmarks.peers.llama_build --work DIR      # prints the two paths that `benchmarks.peers --llama` needs
 
-llama.cpp has no visual tower for this model; its decoder is architecture "qwen" with a fused qkv. Weights are Q4_0, the
-head Q6_K: what its users run. The source is that inside the sdist of llama-cpp-python, so PyPI is all it needs; a build
-takes about 4 minutes on two cores, DIR some 9 GB. What is there already is used again.
+llama.cpp has no vision encoder for this model; its decoder is "qwen" with a fused qkv. Weights are Q4_0, the
+head Q6_K, as its users run it. The source is that inside the sdist of llama-cpp-python, so it needs PyPI alone; a build
+takes about 4 minutes on two cores, DIR some 9 GB. Files of an earlier build are reused.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
 
 
 def run(*command: object) -> None:
+    """Run a command; raises `SystemExit` with the end of its output if it fails."""
     print("+", *command, file=sys.stderr)
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -30,7 +31,7 @@ def run(*command: object) -> None:
 
 
 def environment(work: Path) -> Path:
-    """A Python of its own with gguf and cmake."""
+    """The Python of a virtual environment with gguf and cmake, which is created if it is missing."""
     python = work / "venv" / "bin" / "python"
     if not python.exists():
         run(sys.executable, "-m", "venv", work / "venv")
@@ -39,7 +40,7 @@ def environment(work: Path) -> Path:
 
 
 def server(work: Path, python: Path) -> Path:
-    """The program that keeps the model loaded and times what it is told: llama_serve.cpp."""
+    """The program that keeps the model loaded and times commands: llama_serve.cpp."""
     built = work / "llama_serve"
     if built.exists():
         return built
@@ -138,14 +139,15 @@ def write_gguf(path: Path) -> None:
 
 
 def main() -> None:
+    """Build what is missing and print the paths of the server and of the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder to build in and to keep the model in")
     parser.add_argument("--write-gguf", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.write_gguf:
-        write_gguf(asked.write_gguf)
+    args = parser.parse_args()
+    if args.write_gguf:
+        write_gguf(args.write_gguf)
         return
-    work = asked.work.resolve()
+    work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     python = environment(work)
     serve, model = server(work, python), work / "random-qwen7b-q4_0-head-q6_k.gguf"

@@ -4,8 +4,8 @@
     python -m benchmarks.report --quick     # nano alone, little of everything, to out/report: under 3 minutes
     python -m benchmarks.report --only "full-size Int4, fast" --only nano
 
-Each model runs in a process of its own, three times in turns with the others, so that spreads show how much the machine
-drifts in all that time. What does not fit this machine is left out, and the page says why.
+Each model runs in its own process, three times in turns with the others, so that spreads show how much the machine
+drifts in all that time. A model that does not fit this machine is left out, and the page says why.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def measured(label: str, quick: bool, again: bool = False) -> dict[str, Any]:
-    """What `gather` says of one model, or why it was left out. again: a pass after the first."""
+    """The output of `gather` for one model, or why it was left out. again: a pass after the first."""
     needed, free = MODELS[label].memory_gib, free_memory(device()) / 2**30
     if needed > free:
         return {"label": label, "skipped": f"needs {needed:.0f} GiB of memory, and {free:.1f} are free"}
-    chosen = [flag for flag, wanted in (("--quick", quick), ("--again", again)) if wanted]
+    chosen = [flag for flag, enabled in (("--quick", quick), ("--again", again)) if enabled]
     command = [sys.executable, "-m", "benchmarks.report.gather", label, *chosen]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{label}: {' '.join(command)} ended with code {done.returncode}; what it said is above")
+        raise SystemExit(f"{label}: {' '.join(command)} ended with code {done.returncode}; its output is above")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -60,18 +60,19 @@ def in_turns(labels: Sequence[str], quick: bool, passes: int) -> list[dict[str, 
             print(f"pass {number + 1} of {passes}: {label}", file=sys.stderr, flush=True)
             record = measured(label, quick, again=number > 0)
             if number and "skipped" in record:
-                print(f"{label}: {record['skipped']}, so it goes without this pass", file=sys.stderr)
+                print(f"{label}: {record['skipped']}, so this pass leaves it out", file=sys.stderr)
             else:
                 records.append(record)
     return [pooled(records) for records in taken.values()]
 
 
 def device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def computed() -> list[dict[str, Any]]:
-    """The bounds of GPUs that nobody here has, beside what the original was measured at on one of them."""
+    """The computed bounds of GPUs, with the published figure of the original on one of them."""
     published = {
         ("A100-SXM4-80GB", name, context): PUBLISHED[kind, length]
         for name, kind in zip(SYNTHETIC, ("bf16", "int4"), strict=True)
@@ -87,25 +88,26 @@ def folder_name(machine: RunInfo) -> str:
 
 
 def main() -> None:
+    """Measure the models and serving, and write the JSON, the plots and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", action="append", choices=MODELS, help="measure this model; repeat for several")
     parser.add_argument("--passes", type=int, help="how often each model is measured (default 3; 1 with --quick)")
     parser.add_argument("--out", type=Path, help="the folder to write; without it, one named after machine and day")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     began, machine = time.perf_counter(), RunInfo.collect(device())
-    out = asked.out or (
-        ROOT / "out" / "report" if asked.quick else ROOT / "benchmarks" / "results" / folder_name(machine)
+    out = args.out or (
+        ROOT / "out" / "report" if args.quick else ROOT / "benchmarks" / "results" / folder_name(machine)
     )
     out.mkdir(parents=True, exist_ok=True)
-    passes = asked.passes or (1 if asked.quick else 3)
-    models = in_turns(asked.only or [*(QUICK if asked.quick else MODELS)], asked.quick, passes)
+    passes = args.passes or (1 if args.quick else 3)
+    models = in_turns(args.only or [*(QUICK if args.quick else MODELS)], args.quick, passes)
     print("serving", file=sys.stderr)
-    rates, count = ([float("inf")], 6) if asked.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
+    rates, count = ([float("inf")], 6) if args.quick else ([2.0, 5.0, 10.0, 20.0, float("inf")], 60)
     report = {
         "machine": jsonable(machine),
         "command": " ".join(["python -m benchmarks.report", *sys.argv[1:]]),
-        "quick": asked.quick,
+        "quick": args.quick,
         "passes": passes,
         "models": models,
         "serving": serving.measure({}, rates, count, 6),

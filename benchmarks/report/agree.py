@@ -27,6 +27,7 @@ class Compared(NamedTuple):
 
     @property
     def meet(self) -> bool:
+        """Whether the intervals from p10 to p90 overlap."""
         return self.one["p10"] <= self.other["p90"] and self.other["p10"] <= self.one["p90"]
 
 
@@ -49,22 +50,24 @@ def spreads(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> list[Compared]:
     """The figures that both have, with a spread."""
-    found = dict(spreads(other))
-    both = (Compared(name, value, found[name]) for name, value in spreads(one) if name in found)
+    others = dict(spreads(other))
+    both = (Compared(name, value, others[name]) for name, value in spreads(one) if name in others)
     return [row for row in both if min(row.one["samples"], row.other["samples"]) > 1]
 
 
 def load(path: Path) -> dict[str, Any]:
+    """Read a report from its folder or its report.json."""
     file = path / "report.json" if path.is_dir() else path
     return dict(json.loads(file.read_text()))
 
 
 def main() -> None:
+    """Print how many figures of two reports agree and a table of those that do not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("one", type=Path)
     parser.add_argument("two", type=Path)
-    asked = parser.parse_args()
-    rows = compare(load(asked.one), load(asked.two))
+    args = parser.parse_args()
+    rows = compare(load(args.one), load(args.two))
     apart = [row for row in rows if not row.meet]
     print(f"{len(rows) - len(apart)} of {len(rows)} figures agree: the spreads that the reports state meet")
     if apart:

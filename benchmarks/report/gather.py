@@ -26,7 +26,7 @@ NANO_INT4 = ROOT / "qvl_runtime" / "nano_int4"
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What is measured: options of `Engine`, and how much of it."""
+    """A model to measure: options of `Engine`, and which figures."""
 
     label: str
     options: dict[str, Any]
@@ -73,11 +73,11 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
         print(f"{model.label}: {what}", file=sys.stderr, flush=True)
 
     memory = None
-    if not again and not model.options.get("repeat_blocks"):  # first, while the process is as new
-        given = model.options
-        folder = Path(given.get("model", NANO))
-        base = process_bytes(folder, given.get("dtype", "auto"), given.get("synthetic"))
-        memory = jsonable(profile_memory(lambda: Engine(**given), base, progress))
+    if not again and not model.options.get("repeat_blocks"):  # first, while the process holds nothing else
+        options = model.options
+        folder = Path(options.get("model", NANO))
+        base = process_bytes(folder, options.get("dtype", "auto"), options.get("synthetic"))
+        memory = jsonable(profile_memory(lambda: Engine(**options), base, progress))
         gc.collect()
     engine = Engine(**model.options)
     lengths = LENGTHS[:1] if quick else model.lengths
@@ -86,7 +86,7 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
     curves = growth(engine, speed.ceilings, quick, progress, AGAIN_S if again else math.inf) if model.curves else []
     return {
         "label": model.label,
-        "options": said(model.options),
+        "options": portable_options(model.options),
         "note": model.note,
         "summary": engine.summary(),
         "kernels": engine.report()["kernels"],
@@ -97,19 +97,20 @@ def gather(model: Model, quick: bool, again: bool = False) -> dict[str, Any]:
     }
 
 
-def said(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as a report names them: a checkpoint that ships by its place in the checkout, on any machine."""
+def portable_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the path of a shipped checkpoint relative to the checkout."""
     model = options.get("model")
     return options | ({"model": str(Path(model).relative_to(ROOT))} if model else {})
 
 
 def main() -> None:
+    """Print one model's figures as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("label", choices=MODELS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="a later pass: without memory and the long ends of curves")
-    asked = parser.parse_args()
-    print(json.dumps(gather(MODELS[asked.label], asked.quick, asked.again)))
+    args = parser.parse_args()
+    print(json.dumps(gather(MODELS[args.label], args.quick, args.again)))
 
 
 if __name__ == "__main__":

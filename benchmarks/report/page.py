@@ -18,7 +18,7 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
         f"`{report['command']}`: {report['minutes']:.0f} minutes; {machine['system']}, {machine['memory_gib']:.0f} "
         f"GiB, Python {machine['python']}, torch {machine['torch_version']}, qvl {machine['qvl']} at commit "
         f"{machine['commit'] or 'unknown'}.",
-        f"{spreads_said(report['passes'])} Full-size weights are random, which costs the same. "
+        f"{spread_notes(report['passes'])} Full-size weights are random, which costs the same. "
         "Published figures are those of the original code on one A100-SXM4-80G: other hardware, for orientation.",
         "",
         *table(
@@ -68,7 +68,7 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
         "",
         *image(images, "time.png"),
         *table(
-            ("model", "tokens", "first token", "p50", "p95", "p99", "image", "tower", "prefill", "decode"),
+            ("model", "tokens", "first token", "p50", "p95", "p99", "image", "vision", "prefill", "decode"),
             [timing(m) for m in measured],
         ),
         "## Memory",
@@ -98,8 +98,8 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
     for model in measured:
         for curve in model["growth"]:
             points = ", ".join(f"{p['x']}: {spread(p['seconds'], 's')}" for p in curve["points"])
-            said = f"**{model['label']}, {curve['name']}** against {curve['axis']}. {curve['bound']}"
-            lines += [said, "", points, ""]
+            text = f"**{model['label']}, {curve['name']}** against {curve['axis']}. {curve['bound']}"
+            lines += [text, "", points, ""]
         if model["growth"]:
             lines += image(images, f"growth-{model['label'].replace(',', '').replace(' ', '-').lower()}.png")
     lines += [
@@ -115,7 +115,7 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
         ),
         "## On a GPU: computed, not measured",
         "",
-        "What the memory's bandwidth allows at most for the mean step of the published lengths, with a 16-bit cache; "
+        "The most that the memory's bandwidth allows for the mean step of the published lengths, with a 16-bit cache; "
         "the original was measured on that A100. No GPU has run this software yet.",
         "",
         *table(
@@ -136,14 +136,14 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def spreads_said(passes: int) -> str:
-    """What stands in the brackets."""
+def spread_notes(passes: int) -> str:
+    """A sentence or two on what the figures and the parentheses are."""
     if passes == 1:
         return "Figures are medians, with p10 and p90 behind them."
     return (
         f"Every model was measured in {passes} passes, in turns with the others over the whole time. Figures are the "
-        "median of the passes' medians; behind them, from the lowest p10 of a pass to the highest p90. What was "
-        "measured once, since it takes long, has no spread. Sentences on what bounds a curve are the first pass's."
+        "median of the passes' medians; behind them, from the lowest p10 of a pass to the highest p90. Long "
+        "measurements that ran once have no spread. Sentences on what bounds a curve are the first pass's."
     )
 
 
@@ -156,15 +156,18 @@ def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
 
 
 def image(images: dict[str, str], name: str) -> list[str]:
+    """The Markdown line of a plot and an empty line, or nothing if it was not drawn."""
     return [f"![{images[name]}]({name})", ""] if name in images else []
 
 
 def spread(value: dict[str, float], unit: str = "") -> str:
+    """The median with p10 and p90 in parentheses, if there are several samples."""
     between = f" ({value['p10']:.3g}-{value['p90']:.3g})" if value["samples"] > 1 else ""
     return f"{value['median']:.3g}{between} {unit}".strip()
 
 
 def timing(model: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of the time table: one answer's time to first token, time per token, and time by part."""
     answer = model["speed"]["answer"]
     gaps = [f"{1e3 * answer['tpot_s'][p]:.1f} ms" for p in ("p50", "p95", "p99")]
     parts = [f"{answer['timings'][part]:.2f} s" for part in ("image_s", "vision_s", "prefill_s", "decode_s")]
@@ -172,13 +175,15 @@ def timing(model: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def planned(case: dict[str, Any]) -> str:
-    """What `qvl plan` said before, and how far off it was; of loading it says nothing."""
+    """The peak that `qvl plan` estimates and how far off it is; empty for loading, which it does not estimate."""
     if not case["planned"]:
         return ""
     return f"{case['planned'] / GIB:.2f} ({case['planned'] / case['peak'] - 1:+.1%})"
 
 
 def serving(record: dict[str, Any]) -> tuple[Any, ...]:
+    """A row of the serving table."""
+
     def three(name: str, unit: float) -> str:
         return " / ".join(f"{unit * value:.3g}" for value in record.get(name, {}).values())
 

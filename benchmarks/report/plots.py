@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Colour-blind safe (Okabe and Ito, 2008): ours, the original's published figure, what the machine could do at best.
+# Color-blind safe (Okabe and Ito, 2008): ours, the original's published figure, the machine's bound.
 OURS, PUBLISHED, BEST = "#0072B2", "#E69F00", "#999999"
 SHADES = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00")
 Model = dict[str, Any]
@@ -43,7 +43,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, str]:
 
 
 def speed(pyplot: Any, models: list[Model]) -> bool:
-    """Bars of each model and length, beside the published figure and what reading the bytes would allow."""
+    """Bars of each model and length, with the published figure and the bound of the read bandwidth."""
     full = [m for m in models if any(mean["published"] for mean in m["speed"]["means"])] or models
     rows = [(m, mean) for m in full for mean in m["speed"]["means"]]
     if not rows:
@@ -71,7 +71,7 @@ def speed(pyplot: Any, models: list[Model]) -> bool:
 
 
 def split(pyplot: Any, models: list[Model]) -> bool:
-    """One stacked bar a model: image decode, tower, prefill, decode, as shares."""
+    """One stacked bar a model: image decode, vision encoder, prefill, decode, as shares."""
     if not models:
         return False
     _, axes = pyplot.subplots(figsize=(8, 0.8 + 0.5 * len(models)))
@@ -79,9 +79,9 @@ def split(pyplot: Any, models: list[Model]) -> bool:
     for y, model in enumerate(models):
         timings, left = model["speed"]["answer"]["timings"], 0.0
         total = sum(timings[part] for part in parts)
-        for part, colour in zip(parts, SHADES, strict=False):
-            label = {"image_s": "image decode", "vision_s": "vision tower"}.get(part, part.removesuffix("_s"))
-            axes.barh(y, timings[part] / total, left=left, color=colour, label=label if not y else None)
+        for part, color in zip(parts, SHADES, strict=False):
+            label = {"image_s": "image decode", "vision_s": "vision encoder"}.get(part, part.removesuffix("_s"))
+            axes.barh(y, timings[part] / total, left=left, color=color, label=label if not y else None)
             left += timings[part] / total
         axes.text(1.01, y, f"{total:.2f} s", va="center")
     names = [f"{m['label']}\n1 image, {m['speed']['answer']['tokens']} tokens" for m in models]
@@ -93,7 +93,7 @@ def split(pyplot: Any, models: list[Model]) -> bool:
 
 
 def memory(pyplot: Any, models: list[Model]) -> bool:
-    """Weights by part and the rest of the peak, for both published cases, beside the published peaks."""
+    """Weights by part and the rest of the peak, for both published cases, with the published peaks."""
     rows = [(m, case) for m in models if m["memory"] for case in m["memory"]["cases"] if case["name"] != "load"]
     rows = [row for row in rows if row[1]["published_gib"]] or rows
     if not rows:
@@ -104,8 +104,8 @@ def memory(pyplot: Any, models: list[Model]) -> bool:
         parts["KV cache"] = case["tokens"] * model["memory"]["kv_per_token"]
         parts["all else"] = max(0, case["peak"] - sum(parts.values()))
         left = 0.0
-        for (name, size), colour in zip(parts.items(), SHADES, strict=False):
-            axes.barh(y, size / 2**30, 0.6, left=left, color=colour, label=name if not y else None)
+        for (name, size), color in zip(parts.items(), SHADES, strict=False):
+            axes.barh(y, size / 2**30, 0.6, left=left, color=color, label=name if not y else None)
             left += size / 2**30
         axes.text(left, y, f" {case['peak'] / 2**30:.2f}", va="center")
         if case["published_gib"]:
@@ -130,9 +130,9 @@ def serving(pyplot: Any, records: list[dict[str, Any]]) -> bool:
         return False
     _, axes = pyplot.subplots(figsize=(6, 3.4))
     x = [record["tok_s"] for record in points]
-    for name, colour in zip(("p50", "p95"), SHADES, strict=False):
+    for name, color in zip(("p50", "p95"), SHADES, strict=False):
         waits = [record["ttft_s"][name] for record in points]
-        axes.plot(x, waits, "o-", color=colour, label=f"time to first token, {name}")
+        axes.plot(x, waits, "o-", color=color, label=f"time to first token, {name}")
     for record in points:
         label = "at once" if record["rate"] == float("inf") else f"{record['rate']:g}/s"
         axes.annotate(label, (record["tok_s"], record["ttft_s"]["p95"]), (4, 4), textcoords="offset points")

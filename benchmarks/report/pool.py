@@ -1,4 +1,4 @@
-"""Several passes over the same figures, minutes apart, as one: so that a spread tells how much the machine drifts."""
+"""Several passes over the same figures, minutes apart, as one: so that the spread shows how much the machine drifts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qvl_runtime.profile.spread import Spread
 
 
 def pooled(passes: Sequence[Any]) -> Any:
-    """One record of many, all as JSON gives them, of the same shape.
+    """One record of many, all of the same JSON shape.
 
     A spread becomes the median of the medians, from the lowest p10 to the highest p90; any other number the median.
-    What the later passes leave out, a figure or the end of a list, is taken from those that have it; words are the
-    first pass's.
+    A figure or the end of a list that later passes leave out is taken from those that have it; text is the first
+    pass's.
     """
     first = passes[0]
     if isinstance(first, dict):

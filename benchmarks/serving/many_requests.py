@@ -1,4 +1,4 @@
-"""What many requests cost and gain: `python -m benchmarks.serving.many_requests COMMAND`, --help lists them.
+"""Measure many requests together: `python -m benchmarks.serving.many_requests COMMAND`, --help lists them.
 
 Every figure is printed with what it ran on. Without --model the shipped nano checkpoint runs; `equal` and `soak` end
 with code 1 where they do not hold.
@@ -39,16 +39,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def equal(args: argparse.Namespace) -> int:
-    """Greedy tokens of random mixed requests, together against one at a time; what --results has is not run again."""
+    """Greedy tokens of random mixed requests, together against one at a time; skips cases already in --results."""
     model, references = args.model.name, dict[str, list[tuple[int, ...]]]()
-    kept = args.results.read_text().splitlines() if args.results and args.results.exists() else []
-    done = {(line["equal"], line["switches"]): line["differ"] for line in map(json.loads, kept) if "switches" in line}
+    lines = args.results.read_text().splitlines() if args.results and args.results.exists() else []
+    done = {(line["equal"], line["switches"]): line["differ"] for line in map(json.loads, lines) if "switches" in line}
     note(args, **setting())
     for name, options in SWITCHES.items():
         if (model, name) in done:
             continue
         engine = Engine(args.model, dtype=args.dtype, max_model_len=4096, **options)
-        wanted = random_requests(engine, args.requests, 2500)
+        workload = random_requests(engine, args.requests, 2500)
         kind = str(options.get("kv_dtype", "auto"))
         if kind not in references:
             alone = Engine(
@@ -59,11 +59,11 @@ def equal(args: argparse.Namespace) -> int:
                 prefix_caching=False,
                 max_step_tokens=4096,
             )
-            references[kind] = one_at_a_time(alone, wanted)
-        got = all_together(engine, wanted, preempt="all" in name or name == "preemption")
+            references[kind] = one_at_a_time(alone, workload)
+        got = all_together(engine, workload, preempt="all" in name or name == "preemption")
         differ = [i for i, (a, b) in enumerate(zip(got, references[kind], strict=True)) if a is not None and a != b]
-        said = engine.report()
-        hits = said["caches"]["prefixes"]
+        report = engine.report()
+        hits = report["caches"]["prefixes"]
         done[model, name] = differ
         note(
             args,
@@ -74,22 +74,22 @@ def equal(args: argparse.Namespace) -> int:
             answered=sum(a is not None for a in got),
             differ=differ,
             steps=engine.core.steps,
-            preemptions=said["requests"]["preemptions"],
+            preemptions=report["requests"]["preemptions"],
             hit_tokens=0 if hits is None else hits["hit_tokens"],
-            drafts=said["drafts"],
+            drafts=report["drafts"],
         )
     return int(any(done.values()))
 
 
 def soak(args: argparse.Namespace) -> int:
-    """Requests with images, many of them new: resident memory after the first tenth must stay where it is."""
+    """Requests with images, many of them new: resident memory after the first tenth must not grow."""
     engine = Engine(args.model, kv_cache_bytes=16 * 2**20, image_cache_bytes=4 * 2**20)
-    dice, marks = random.Random(0), list[float]()
+    rng, marks = random.Random(0), list[float]()
 
     def requests() -> Any:
         for i in range(args.requests):
-            prompt = prompt_of(engine, range(10), image(dice.randrange(args.requests // 2)), [dice.randrange(256)] * 9)
-            yield i, prompt, SamplingParams(max_tokens=dice.randrange(1, 24), temperature=dice.choice((0.0, 1.0)))
+            prompt = prompt_of(engine, range(10), image(rng.randrange(args.requests // 2)), [rng.randrange(256)] * 9)
+            yield i, prompt, SamplingParams(max_tokens=rng.randrange(1, 24), temperature=rng.choice((0.0, 1.0)))
 
     for done, _ in enumerate(engine.as_completed(requests()), start=1):
         if done % (args.requests // 10) == 0:
@@ -113,7 +113,7 @@ def soak(args: argparse.Namespace) -> int:
 
 
 def of_size(args: argparse.Namespace, **options: Any) -> Engine:
-    """The model named, or a synthetic one of a published size."""
+    """The engine of --model, or of a synthetic model of a published size."""
     if args.synthetic is None:
         return Engine(args.model, max_model_len=2048, **options)
     return Engine(synthetic=args.synthetic, precision=args.precision, device="cpu", max_model_len=2048, **options)
@@ -196,14 +196,14 @@ def drafts(args: argparse.Namespace) -> int:
     }
     for name, prompt in prompts.items():
         spent: dict[bool, list[float]] = {False: [], True: []}
-        said: dict[bool, tuple[int, ...]] = {}
+        tokens: dict[bool, tuple[int, ...]] = {}
         proposed, accepted = (drafter.proposed, drafter.accepted) if drafter else (0, 0)
         for _ in range(args.repeats + 1):
             for on in spent:
                 engine.core.drafter = engine.core.scheduler._drafter = drafter if on else None
                 answer = engine.generate([prompt], greedy(args.steps))[0]
                 spent[on].append(answer.timings.decode_s / answer.timings.decoded_tokens)
-                said[on] = answer.token_ids
+                tokens[on] = answer.token_ids
         plain, drafted = (median(spent[on][1:]) for on in (False, True))
         if drafter:
             proposed, accepted = drafter.proposed - proposed, drafter.accepted - accepted
@@ -218,14 +218,14 @@ def drafts(args: argparse.Namespace) -> int:
             gain=plain / drafted,
             proposed=proposed,
             accepted=accepted,
-            same_tokens=said[False] == said[True],
+            same_tokens=tokens[False] == tokens[True],
             repeats=args.repeats,
         )
     return 0
 
 
 def note(args: argparse.Namespace, **figures: Any) -> None:
-    """One JSON line, printed and kept in the file of results where there is one."""
+    """One JSON line, printed and appended to the results file, if there is one."""
     say(**figures)
     if args.results:
         with args.results.open("a") as lines, redirect_stdout(lines):
@@ -233,6 +233,7 @@ def note(args: argparse.Namespace, **figures: Any) -> None:
 
 
 def main() -> int:
+    """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {f.__name__: f for f in (equal, soak, second, throughput, drafts)}
     parser.add_argument("command", choices=commands)

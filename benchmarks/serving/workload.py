@@ -18,7 +18,7 @@ def image(seed: int, size: int = 32) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8))
 
 
-class Wanted(NamedTuple):
+class WorkloadRequest(NamedTuple):
     """A request of the workload: token ids with images, the tokens to generate, and when to cancel it."""
 
     prompt: dict[str, Any]
@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
 
 
 def prompt_of(engine: Engine, *parts: Sequence[int] | Image.Image) -> dict[str, Any]:
-    """Token ids and images in this order, as the engine takes them."""
+    """Token ids and images in this order, as the engine expects them."""
     ids: list[int] = []
     images = [part for part in parts if isinstance(part, Image.Image)]
     for part in parts:
@@ -35,13 +35,13 @@ def prompt_of(engine: Engine, *parts: Sequence[int] | Image.Image) -> dict[str, 
     return {"token_ids": ids, "images": images}
 
 
-def random_requests(engine: Engine, count: int, longest: int, seed: int = 0) -> list[Wanted]:
+def random_requests(engine: Engine, count: int, longest: int, seed: int = 0) -> list[WorkloadRequest]:
     """0 to 3 images of a few, 5 to `longest` tokens, some beginnings shared; one in ten is cancelled."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     images = [image(i) for i in range(4)]
 
     def text(length: int) -> list[int]:
-        return [dice.randrange(256) for _ in range(length)]
+        return [rng.randrange(256) for _ in range(length)]
 
     openings: list[list[Any]] = [
         [],
@@ -50,16 +50,16 @@ def random_requests(engine: Engine, count: int, longest: int, seed: int = 0) -> 
         [text(9), images[0]],
         [images[1], text(20), images[2]],
     ]
-    wanted = []
+    requests = []
     for _ in range(count):
-        parts = list(dice.choice(openings))
-        for _ in range(dice.choice((0, 0, 0, 1)) if len(parts) > 1 else dice.choice((0, 0, 1, 2, 3))):
-            parts += [dice.choice(images), text(dice.randrange(1, 8))]
-        length = dice.choice((dice.randrange(5, 40), dice.randrange(5, 40), dice.randrange(40, 300), 0))
-        parts.append(text(length or (longest if dice.random() < 0.2 else 17)))
-        cancelled = dice.randrange(0, 5) if dice.random() < 0.1 else None
-        wanted.append(Wanted(prompt_of(engine, *parts), dice.randrange(1, 12), cancelled))
-    return wanted
+        parts = list(rng.choice(openings))
+        for _ in range(rng.choice((0, 0, 0, 1)) if len(parts) > 1 else rng.choice((0, 0, 1, 2, 3))):
+            parts += [rng.choice(images), text(rng.randrange(1, 8))]
+        length = rng.choice((rng.randrange(5, 40), rng.randrange(5, 40), rng.randrange(40, 300), 0))
+        parts.append(text(length or (longest if rng.random() < 0.2 else 17)))
+        cancelled = rng.randrange(0, 5) if rng.random() < 0.1 else None
+        requests.append(WorkloadRequest(prompt_of(engine, *parts), rng.randrange(1, 12), cancelled))
+    return requests
 
 
 def greedy(max_tokens: int, **others: Any) -> SamplingParams:
@@ -67,33 +67,33 @@ def greedy(max_tokens: int, **others: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, **others)
 
 
-def one_at_a_time(engine: Engine, wanted: Sequence[Wanted]) -> list[tuple[int, ...]]:
+def one_at_a_time(engine: Engine, requests: Sequence[WorkloadRequest]) -> list[tuple[int, ...]]:
     """Return the answer to each request when it runs alone and nothing is cached."""
-    return [engine.generate([w.prompt], greedy(w.max_tokens))[0].token_ids for w in wanted]
+    return [engine.generate([w.prompt], greedy(w.max_tokens))[0].token_ids for w in requests]
 
 
 def all_together(
-    engine: Engine, wanted: Sequence[Wanted], preempt: bool = False, seed: int = 0
+    engine: Engine, requests: Sequence[WorkloadRequest], preempt: bool = False, seed: int = 0
 ) -> list[tuple[int, ...] | None]:
-    """Requests arriving at random while others run; None for those cancelled. Checks the books as it goes.
+    """Answers to requests that arrive at random while others run; None for cancelled ones. Checks the cache as it runs.
 
-    preempt: now and then some of those that run lose their blocks, as if there were no more.
+    preempt: at random steps some running requests lose their blocks, as if the cache were full.
     """
-    dice, core = random.Random(seed), engine.core
-    coming, running = list(enumerate(wanted)), dict[int, Request]()
-    answers: list[tuple[int, ...] | None] = [None] * len(wanted)
-    while coming or running:
-        for _ in range(dice.choice((0, 0, 1, 2, 8))):
-            if coming:
-                index, want = coming.pop(0)
+    rng, core = random.Random(seed), engine.core
+    arriving, running = list(enumerate(requests)), dict[int, Request]()
+    answers: list[tuple[int, ...] | None] = [None] * len(requests)
+    while arriving or running:
+        for _ in range(rng.choice((0, 0, 1, 2, 8))):
+            if arriving:
+                index, want = arriving.pop(0)
                 running[index] = engine.submit(engine.encode(want.prompt), greedy(want.max_tokens))
-        if preempt and dice.random() < 0.2:
-            core.scheduler.make_room(core.runner.cache.pool.available + dice.randrange(1, 40))
+        if preempt and rng.random() < 0.2:
+            core.scheduler.make_room(core.runner.cache.pool.available + rng.randrange(1, 40))
         core.step()
         if core.steps % 7 == 0:
             core.runner.cache.check_integrity()
         for index, request in list(running.items()):
-            limit, made = wanted[index].cancelled_after, len(request.branches[0].output.token_ids)
+            limit, made = requests[index].cancelled_after, len(request.branches[0].output.token_ids)
             if request.done:
                 answers[index] = request.completion().token_ids
             elif limit is not None and made >= limit:

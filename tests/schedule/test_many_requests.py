@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.workload import Wanted, all_together, greedy, image, one_at_a_time, prompt_of, random_requests
+from benchmarks.serving.workload import (
+    WorkloadRequest,
+    all_together,
+    greedy,
+    image,
+    one_at_a_time,
+    prompt_of,
+    random_requests,
+)
 from qvl_runtime import Engine
 from tests.schedule.drive import checkpoint, engine_of
 
@@ -27,7 +35,7 @@ COUNT = {"tiny": 24, "tiny-int4": 14, "nano": 24}
 
 
 @lru_cache(maxsize=8)
-def alone(folder: Path, kv_dtype: str) -> tuple[list[Wanted], list[tuple[int, ...]]]:
+def alone(folder: Path, kv_dtype: str) -> tuple[list[WorkloadRequest], list[tuple[int, ...]]]:
     engine = engine_of(folder, prefix_caching=False, max_running=1, max_step_tokens=4096, kv_dtype=kv_dtype)
     wanted = random_requests(engine, COUNT[folder.name], 400)
     return wanted, one_at_a_time(engine, wanted)
