@@ -26,7 +26,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install the pinned versions
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.* kernels/csrc/*/*)
 	@python="$${PYTHON:-$$($(FIND_PYTHON))}"; \
 	if [ -z "$$python" ]; then echo "error: no Python of 3.10 or newer with the venv module; install one, or name it: make PYTHON=..." >&2; exit 2; fi; \
 	echo "setting up $(VENV) with $$python: once, a few minutes"; \

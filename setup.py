@@ -84,7 +84,9 @@ class BuildKernels(build_ext):
     def _compile(self, ext: Extension, name: str, flags: list[str]) -> list[str]:
         extra = os.environ.get("QVL_CXXFLAGS", "").split()  # the sanitizer flags of `make asan`
         flags = [*COMMON, *flags, *extra]
-        return self.compiler.compile([str(CSRC / name)], self.build_temp, extra_postargs=flags, depends=ext.depends)
+        return self.compiler.compile(
+            [str(CSRC / name)], self.build_temp, include_dirs=[str(CSRC)], extra_postargs=flags, depends=ext.depends
+        )
 
 
 class AbiFreeWheel(bdist_wheel):
@@ -106,7 +108,7 @@ setup(
         Extension(
             "qvl_kernels._cpu",
             [str(CSRC / name) for name in [LIBRARY, *SHARED, *VARIANTS]],
-            depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in CSRC.glob(pattern)),
+            depends=sorted(str(path) for pattern in ("*.h", "*.inl") for path in CSRC.rglob(pattern)),
             language="c++",
             optional=True,
         )

@@ -1,6 +1,6 @@
-// From checkpoint tensors to the packed layout of linear_int8.inl: once, at load, at the speed of memory.
+// From checkpoint tensors to the packed layout of linear/int8.inl: once, at load, at the speed of memory.
 #include "library.h"
-#include "simd_portable.h"
+#include "simd/portable.h"
 
 #include "common.h"
 

@@ -3,33 +3,33 @@
 
 #include "common.h"
 
-#include "quantize.inl"
+#include "linear/quantize.inl"
 
-#include "linear_int8.inl"
+#include "linear/int8.inl"
 
 #if defined(__AMX_BF16__)
-#include "dense_amx.inl"
+#include "linear/dense_amx.inl"
 #endif
 
-#include "linear_float.inl"
+#include "linear/float.inl"
 
 #include "norms.inl"
 
 #include "rotary.inl"
 
-#include "attention_job.inl"
+#include "attention/job.inl"
 
-#include "attention_decode.inl"
+#include "attention/decode.inl"
 
-#include "attention_rows.inl"
+#include "attention/rows.inl"
 
-#include "attention_float.inl"
+#include "attention/float.inl"
 
 #if defined(__AMX_BF16__)
-#include "attention_amx.inl"
+#include "attention/amx.inl"
 #endif
 
-#include "attention.inl"
+#include "attention/attention.inl"
 
 #include "greedy.inl"
 

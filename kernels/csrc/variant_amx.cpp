@@ -1,5 +1,5 @@
 // AVX-512 VNNI, with GEMMs on AMX tiles.
-#include "simd_avx512.h"
+#include "simd/avx512.h"
 
 #include "variant.inl"
 

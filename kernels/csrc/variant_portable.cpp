@@ -1,4 +1,4 @@
-#include "simd_portable.h"
+#include "simd/portable.h"
 
 #include "variant.inl"
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU: the choice between the kernel of csrc/attention.inl and torch's fused attention.
+"""Attention on a CPU: the choice between the kernel of csrc/attention/attention.inl and torch's fused attention.
 
 The kernel's two products use AMX tiles for bfloat16, and float32 fused multiply-adds otherwise. Torch's attention is
 used where it was measured to be faster: 512 rows of 128 channels on a machine without any of our vector instruction

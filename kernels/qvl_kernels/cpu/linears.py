@@ -20,7 +20,7 @@ from qvl_kernels.layouts.repack import zero_points
 from qvl_kernels.reference import BoundLinear, Packed, Precision
 from qvl_kernels.util import cdiv, dtype_name
 
-LAYOUT = "cpu-1"  # the layout id in files; increase the number when csrc/linear_int8.inl reads them differently
+LAYOUT = "cpu-1"  # the layout id in files; increase the number when csrc/linear/int8.inl reads them differently
 LAYOUTS = (LAYOUT, *reference.LAYOUTS)
 BLOCK = 16  # outputs that are interleaved in a packed weight
 GROUPS = (128, 64, 32)  # group sizes (inputs that share a scale) that the kernels support
@@ -32,7 +32,7 @@ OUTPUTS_AT_ONCE = 1024  # 45 MB of floats at 11008 inputs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedWeight:
-    """A weight of 4 or 8 bits in the layout of csrc/linear_int8.inl."""
+    """A weight of 4 or 8 bits in the layout of csrc/linear/int8.inl."""
 
     lines: Tensor  # uint8
     scales: Tensor  # float16 [blocks, groups, 16]

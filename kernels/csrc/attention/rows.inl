@@ -2,8 +2,8 @@
 //
 // A job is up to kRowsAtOnce rows of a head, against kKeysAtOnce keys after keys, with a running maximum for each row
 // (Dao 2023). Keys and values of a pass are laid out for the products once, and serve all strips of rows. The products
-// are a policy: AMX tiles for bfloat16 (attention_amx.inl), fused multiply-adds in float for all else
-// (attention_float.inl).
+// are a policy: AMX tiles for bfloat16 (attention/amx.inl), fused multiply-adds in float for all else
+// (attention/float.inl).
 
 namespace {
 

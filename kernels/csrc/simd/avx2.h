@@ -1,4 +1,4 @@
-// Sixteen lanes in two AVX2 registers: the names of simd_avx512.h.
+// Sixteen lanes in two AVX2 registers: the names of simd/avx512.h.
 #pragma once
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "compile with -mavx2 -mfma -mf16c"

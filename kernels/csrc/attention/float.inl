@@ -1,4 +1,4 @@
-// The products of attention_rows.inl in float32: kTileRows x 32 sums in registers, as in a GEMM.
+// The products of attention/rows.inl in float32: kTileRows x 32 sums in registers, as in a GEMM.
 
 namespace {
 

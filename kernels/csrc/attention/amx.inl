@@ -1,4 +1,4 @@
-// The products of attention_rows.inl on AMX tiles, for bfloat16: 16 rows x 32 channels times 32 channels x 16 columns.
+// The products of attention/rows.inl on AMX tiles, for bfloat16: 16 rows x 32 channels times 32 channels x 16 columns.
 //
 // A row of the right-hand tile holds pairs of channels of sixteen columns. For scores, columns are keys: their vectors,
 // taken as words of two channels, are transposed. For values, columns are channels: two neighbouring keys are zipped.

@@ -7,7 +7,7 @@
 // Few registers are in use at a time, and each is written seldom. A loop of products, zeros and stores alone, its data in
 // L1, takes 25 ns a product with tiles 2 x 2 and 18 as here, in the slow of two states that this machine changes between
 // (15 and 10 in the fast one). In the whole kernel the difference is below 5 %: scaling the sums costs a third of it.
-#include "amx_tiles.inl"
+#include "simd/amx_tiles.inl"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Sixteen lanes in plain C++, for any machine: the names of simd_avx512.h, and what they mean.
+// Sixteen lanes in plain C++, for any machine: the names of simd/avx512.h, and what they mean.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -184,7 +184,7 @@ template <int BITS> void by_regime(const Packed& w, const Activations& a, const 
 
 #if defined(__AMX_INT8__)
 }  // namespace
-#include "gemm_amx.inl"
+#include "linear/gemm_amx.inl"
 namespace {
 #endif
 
