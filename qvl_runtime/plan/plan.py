@@ -116,9 +116,9 @@ class Plan:
 
     def compiled_bytes(self, workload: Workload) -> int:
         """Bytes of code that a CPU compiles while it runs, and keeps: oneDNN's products of dense 16-bit weights."""
-        from qvl_kernels.cpu.dense import in_tiles
+        from qvl_kernels.cpu.dense import uses_amx_tiles
 
-        if self.device != "cpu" or self.item_size == 4 or in_tiles(self.dtype):
+        if self.device != "cpu" or self.item_size == 4 or uses_amx_tiles(self.dtype):
             return 0
         c, v, step = self.config, self.config.visual, self.options.max_step_tokens
         sizes = 0

@@ -16,7 +16,7 @@ from qvl_kernels.util import dtype_name
 FEW_DENSE = 4  # rows up to which a dense linear is memory-bound; beyond, AMX tiles or torch's GEMM
 
 
-def in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
+def gemm_in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
     """Map x [.., in] to [.., outputs] by calls of gemm(rows, into); in 16-bit floats with padded numbers of rows.
 
     For 16-bit floats torch's GEMMs (oneDNN) compile code for each new number of rows and keep it, 0.5 MiB for each
@@ -52,7 +52,7 @@ def step_sizes(rows: int) -> list[int]:
     return [2 * whole] if padded == whole else [whole, padded]
 
 
-def in_tiles(dtype: str) -> bool:
+def uses_amx_tiles(dtype: str) -> bool:
     """Whether many rows of a dtype, by name, are multiplied by dense weights on AMX tiles here, not by torch's GEMM."""
     try:
         return dtype == "bfloat16" and library().instruction_set == "amx"
@@ -67,8 +67,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
     if not dense or rows == 0:
         return F.linear(x, weight, bias)
-    if rows > FEW_DENSE and not in_tiles(dtype_name(x.dtype)):
-        return in_steps(x, len(weight), partial(_gemm, weight=weight.t(), bias=bias))
+    if rows > FEW_DENSE and not uses_amx_tiles(dtype_name(x.dtype)):
+        return gemm_in_steps(x, len(weight), partial(_gemm, weight=weight.t(), bias=bias))
     x = x.contiguous()
     y = empty((*x.shape[:-1], len(weight)), x.dtype)
     library().ready().linear_dense(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvl_kernels import memory as huge_pages
 from qvl_kernels import reference
-from qvl_kernels.cpu.dense import in_steps, linear
+from qvl_kernels.cpu.dense import gemm_in_steps, linear
 from qvl_kernels.cpu.library import CODES, library, pointer
 from qvl_kernels.cpu.memory import empty
 from qvl_kernels.layouts.binding import bind_published
@@ -77,7 +77,7 @@ class PackedWeight:
         y = empty((*x.shape[:-1], self.outputs), x.dtype)
         for first in range(0, self.outputs, step):
             part = self.unpacked(first, min(step, self.padded_outputs - first), x.dtype)
-            y[..., first : first + step] = in_steps(x, part.shape[1], partial(_product, part=part))[
+            y[..., first : first + step] = gemm_in_steps(x, part.shape[1], partial(_product, part=part))[
                 ..., : self.outputs - first
             ]
         return y if self.bias is None else y + self.bias.to(x.dtype)

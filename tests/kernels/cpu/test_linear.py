@@ -206,7 +206,7 @@ def test_torch_gemm_gets_few_numbers_of_rows() -> None:
         sizes = cpu_dense.step_sizes(rows)
         assert len(sizes) <= 2 and rows <= sum(sizes) <= max(rows + 16, rows * 5 / 4)
     ones = torch.ones(2, 9, 3, dtype=torch.bfloat16)
-    assert torch.equal(cpu_dense.in_steps(ones, 3, lambda rows, into: into.copy_(2 * rows)), 2 * ones)
+    assert torch.equal(cpu_dense.gemm_in_steps(ones, 3, lambda rows, into: into.copy_(2 * rows)), 2 * ones)
     sizes_seen: list[int] = []
 
     def copied(rows: torch.Tensor, into: torch.Tensor) -> None:
@@ -214,5 +214,5 @@ def test_torch_gemm_gets_few_numbers_of_rows() -> None:
         into.copy_(rows)
 
     many = torch.arange(3 * 300.0).view(300, 3).bfloat16()
-    assert torch.equal(cpu_dense.in_steps(many, 3, copied), many)
+    assert torch.equal(cpu_dense.gemm_in_steps(many, 3, copied), many)
     assert sizes_seen == [256, 48]
