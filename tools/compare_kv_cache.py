@@ -49,6 +49,7 @@ def logits_error(reference: list[torch.Tensor], logits: list[torch.Tensor]) -> d
 
 
 def main() -> None:
+    """Print the figures of both caches, and the int8 cache's error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=NANO, help="checkpoint folder (default: the shipped nano)")
     parser.add_argument("--scenes", type=int, default=100, help="scenes to score, 0 for none (default: %(default)s)")

@@ -65,6 +65,7 @@ def prompts(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
 
 
 def answered(engine: Engine, count: int, tokens: int) -> list[Answered]:
+    """Answer `count` prompts greedily, `tokens` tokens each."""
     asked = list(prompts(engine, count))
     greedy = SamplingParams(max_tokens=tokens, temperature=0, repetition_penalty=1, ignore_eos=True)
     answers = engine.generate(asked, greedy)
@@ -86,6 +87,7 @@ def logits_of(engine: Engine, said: Sequence[Answered], what: str) -> list[Tenso
 
 
 def loss(right: Sequence[Tensor], found: Sequence[Tensor]) -> Loss:
+    """Compare logits [tokens, vocab] with the float32 ones `right`."""
     p, q = torch.cat(list(right)).double(), torch.cat(list(found)).double()
     error = (q - p).square().mean().sqrt() / (p - p.mean(-1, keepdim=True)).square().mean().sqrt()
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
@@ -105,6 +107,7 @@ def compare(folder: Path, count: int, tokens: int) -> dict[str, Loss]:
 
 
 def main() -> None:
+    """Print a Markdown table, one row for each checkpoint and precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", default=[PACKAGE / "nano", PACKAGE / "nano_int4"])
     parser.add_argument("--prompts", type=int, default=24, help="default: %(default)s")

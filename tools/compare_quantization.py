@@ -66,6 +66,7 @@ class Answers(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, scenes: int, seed: int) -> Answers:
+        """Ask the checkpoint all questions about `scenes` scenes that are drawn from `seed`."""
         engine, kept = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
 
         def answer(images: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
@@ -151,6 +152,7 @@ def variants(groups: Sequence[int], bits: int) -> Iterator[tuple[str, QuantizeOp
 
 
 def main() -> None:
+    """Quantize every variant, compare it with the float checkpoint, and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=PACKAGE / "nano", help="float checkpoint (default: nano)")
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 128], help="default: %(default)s")

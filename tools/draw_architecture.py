@@ -128,6 +128,7 @@ def draw(graph: dict[str, set[str]]) -> str:
 
 
 def main() -> None:
+    """Write the SVG."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("svg", type=Path, help="the file to write")
     path = parser.parse_args().svg

@@ -33,6 +33,7 @@ WANTED = {
 
 
 def evaluate(folder: Path, dtype: str, precision: str, scenes: int, chinese: bool) -> Tally:
+    """Score the checkpoint on `scenes` fresh scenes."""
     engine = Engine(folder, dtype=dtype, precision=precision, max_model_len=1024)
     print(engine.summary())
     config = SceneConfig(side=engine.config.visual.image_size)
@@ -53,6 +54,7 @@ def table(tallies: dict[str, Tally]) -> str:
 
 
 def main() -> None:
+    """Score the checkpoints, print the table, and write the counts if `--out` is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=Path, default=PACKAGE / "nano", help="checkpoint folder (default: the shipped one)"

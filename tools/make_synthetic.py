@@ -19,6 +19,7 @@ from qvl_runtime.weights.synthetic_files import write_synthetic
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write the checkpoint; returns the exit status, 2 for an error of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the new folder")
     parser.add_argument("--like", type=Path, required=True, help="a checkpoint folder whose tokenizer it is to have")

@@ -24,10 +24,13 @@ class Ratio(NamedTuple):
 
     @property
     def value(self) -> float:
+        """The rate over all scenes."""
         return float(self.amounts.sum() / self.counts.sum())
 
 
 class Difference(NamedTuple):
+    """A difference of two rates with its 95 % interval."""
+
     value: float
     low: float  # of the interval that holds it 95 times in 100
     high: float

@@ -80,6 +80,7 @@ def prepare(folder: Path, start: Path | None = None) -> Tokenizer:
 
 
 def main() -> None:
+    """Train, or export and plot a finished run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/nano"), help="state, log and scores (default: %(default)s)"

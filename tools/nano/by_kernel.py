@@ -53,6 +53,7 @@ def row(name: str, dtype: str, found: Sequence[bool], exact: Sequence[bool]) -> 
 
 
 def main() -> None:
+    """Print the table, one row for each instruction set and dtype."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=PACKAGE / "nano", help="checkpoint folder")
     parser.add_argument("--scenes", type=int, default=500, help="default: %(default)s")

@@ -38,6 +38,7 @@ def write_conversations(folder: Path, scenes: int, side: int) -> Path:
 
 
 def main() -> None:
+    """Write the scenes and print the path of scenes.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where scenes.json and the pictures go")
     parser.add_argument("--scenes", type=int, default=SCENES, help="default: %(default)s")

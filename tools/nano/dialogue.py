@@ -26,6 +26,8 @@ GREETINGS = [
 
 
 class Turn(NamedTuple):
+    """A question about a scene and its right answer."""
+
     sort: str  # caption, describe, box, count, color, shape, relation, exists, number, word, which, other
     question: str
     answer: str

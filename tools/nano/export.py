@@ -68,6 +68,7 @@ def export_int4(source: Path) -> Path:
 
 
 def main() -> None:
+    """Quantize the checkpoint DIR into DIR_int4."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the bfloat16 checkpoint")
     print(export_int4(parser.parse_args().folder))

@@ -131,6 +131,7 @@ def measure(
 
 
 def main() -> None:
+    """Print the table, one row for each variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, default=PACKAGE, help="folder of nano and nano_int4")
     parser.add_argument("--limit", type=float, default=8.0, help="look no farther, in logits (default: %(default)s)")

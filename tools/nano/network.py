@@ -66,22 +66,28 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """Root mean square normalization over the last axis (Zhang and Sennrich 2019)."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [.., dim] to the same shape."""
         out: Tensor = _Normalize.apply(x, self.eps) * self.weight  # type: ignore[no-untyped-call]
         return out
 
 
 class VisualAttention(nn.Module):
+    """Multi-head attention of the vision encoder, without a mask."""
+
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         self.heads = c.heads
         self.in_proj, self.out_proj = nn.Linear(c.width, 3 * c.width), nn.Linear(c.width, c.width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, patches, width] to the same shape."""
         b, n, w = x.shape
         q, k, v = self.in_proj(x).view(b, n, self.heads, 3, w // self.heads).permute(3, 0, 2, 1, 4)
         out: Tensor = self.out_proj(attend(q, k, v).transpose(1, 2).reshape(b, n, w))
@@ -89,6 +95,8 @@ class VisualAttention(nn.Module):
 
 
 class VisualBlock(nn.Module):
+    """A pre-norm transformer block of the vision encoder."""
+
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(c.width, eps=1e-6), nn.LayerNorm(c.width, eps=1e-6)
@@ -96,6 +104,7 @@ class VisualBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(c.width, c.mlp_width), "c_proj": nn.Linear(c.mlp_width, c.width)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, patches, width] to the same shape."""
         x = x + self.attn(self.ln_1(x))
         out: Tensor = x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
         return out
@@ -111,6 +120,7 @@ def sincos(side: int, dim: int) -> Tensor:
 
 
 def resized(table: Tensor, grid: int) -> Tensor:
+    """Resize position embeddings [side * side, dim] to [grid * grid, dim], bicubically."""
     side = math.isqrt(table.shape[0])
     if side == grid:
         return table
@@ -130,6 +140,8 @@ class ResamplerAttention(nn.Module):
 
 
 class Resampler(nn.Module):
+    """Cross-attention that compresses the patches of an image into a fixed number of image tokens."""
+
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         d = c.output_dim
@@ -159,6 +171,7 @@ class Resampler(nn.Module):
             self.ln_q.weight.mul_(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, patches, width] to [B, queries, output_dim]."""
         b = x.shape[0]
         kv = self.ln_kv(self.kv_proj(x))
         k = kv + resized(self.pos_embed, self.grid).to(kv.dtype)
@@ -170,6 +183,8 @@ class Resampler(nn.Module):
 
 
 class Visual(nn.Module):
+    """The vision encoder: patch embedding, blocks, resampler and projection."""
+
     def __init__(self, c: VisionConfig) -> None:
         super().__init__()
         self.c = c
@@ -194,6 +209,8 @@ class Visual(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal attention of the decoder with rotary embeddings."""
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.head_dim = c.kv_channels
@@ -201,6 +218,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None) -> Tensor:
+        """x [B, T, hidden] to the same shape; `past`, keys and values so far, is extended in place."""
         b, n, w = x.shape
         q, k, v = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(w, -1))
         q, k = (_Rotate.apply(t, cos, sin) for t in (q, k))  # type: ignore[no-untyped-call]
@@ -213,6 +231,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """The decoder's gated MLP (SwiGLU)."""
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(c.hidden_size, c.ffn_width, bias=False)
@@ -220,23 +240,29 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(c.ffn_width, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [.., hidden] to the same shape."""
         out: Tensor = self.c_proj(self.w1(x) * F.silu(self.w2(x)))
         return out
 
 
 class Block(nn.Module):
+    """A pre-norm block of the decoder."""
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = (RMSNorm(c.hidden_size, c.layer_norm_epsilon) for _ in range(2))
         self.attn, self.mlp = Attention(c), Mlp(c)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """x [B, T, hidden] to the same shape."""
         x = x + self.attn(self.ln_1(x), cos, sin, mask, past)
         out: Tensor = x + self.mlp(self.ln_2(x))
         return out
 
 
 class Nano(nn.Module):
+    """Qwen-VL at a tiny size, with the published parameter names."""
+
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.c = c
@@ -293,6 +319,7 @@ class Nano(nn.Module):
         return h.index_put((rows[:, None].expand_as(places), places), images[which].to(h.dtype))
 
     def decode(self, h: Tensor, positions: Tensor, mask: Tensor, past: Sequence[list[Tensor]] | None = None) -> Tensor:
+        """h [B, T, hidden] through the decoder; positions [B, T], mask added to the scores, `past` one list a block."""
         angles = self.angles[positions].unsqueeze(1)
         cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
         for i, block in enumerate(self.blocks):

@@ -42,6 +42,8 @@ class Slot:
 
 
 class Optimizer:
+    """Muon and AdamW over float32 masters, with gradient clipping at norm 1."""
+
     def __init__(
         self, model: nn.Module, probe: nn.Module, config: ModelConfig, rate: float, decay: float = 0.05
     ) -> None:
@@ -92,10 +94,12 @@ class Optimizer:
                 s.master.mul_(1 - rate * self.decay).add_(update, alpha=-rate)
 
     def state(self) -> dict[str, object]:
+        """The step count, masters and moments by parameter name."""
         tensors = {s.name: {"master": s.master, "first": s.first, "second": s.second} for s in self.slots}
         return {"steps": self.steps, "tensors": tensors}
 
     def load(self, state: dict[str, object]) -> None:
+        """Restore what `state` returned."""
         self.steps = state["steps"]  # type: ignore[assignment]
         for s in self.slots:
             saved = state["tensors"][s.name]  # type: ignore[index]
@@ -114,6 +118,7 @@ class Average:
         self.tensors = {n: p.detach().float().clone() for n, p in named}
 
     def update(self, masters: Iterable[Slot], step: int) -> None:
+        """Move the average toward the masters; early steps weigh more."""
         keep = min(self.decay, 1 - 10 / (step + 10))
         for s in masters:
             if s.name in self.tensors:

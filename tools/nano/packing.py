@@ -29,6 +29,8 @@ CHAINED, RAW, CHINESE, PAIRS = 0.25, 0.12, 0.2, 0.5  # shares of rows (PAIRS: of
 
 
 class Batch(NamedTuple):
+    """The arrays of one training step."""
+
     images: np.ndarray  # uint8 [P, S, S, 3]
     ids: np.ndarray  # int64 [R, T]
     weights: np.ndarray  # float32 [R, T]: of predicting the NEXT id
@@ -52,6 +54,7 @@ class Row:
     prefix: int = 0
 
     def start(self, ids: list[int]) -> None:
+        """Begin the row with the shared prefix."""
         self.prefix = len(ids)
         self._append(ids, [0.0] * len(ids), 0, 0)
 
@@ -73,6 +76,8 @@ class Row:
 
 
 class Packer:
+    """Draws scenes and packs their dialogues into rows of at most `length` ids."""
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -92,9 +97,11 @@ class Packer:
         self.box_start, self.box_end = tokenizer.box_start, tokenizer.box_end
 
     def encode(self, text: str) -> list[int]:
+        """The ids of a text, special tokens included."""
         return self.tokenizer.encode(text)
 
     def batch(self, rng: Generator, images: int) -> Batch:
+        """Draw `images` scenes and pack them, sometimes with a pair of images or a greeting."""
         hard = [self.weak > 0 and rng.random() < self.weak for _ in range(images)]
         drawn = [draw_scene(rng, crowded(self.scenes) if h else self.scenes) for h in hard]
         scenes = [things for _, things in drawn]

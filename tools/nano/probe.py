@@ -30,6 +30,7 @@ class Labels(NamedTuple):
 
 
 def dense_labels(things: list[Thing], grid: int) -> Labels:
+    """Label each cell of a grid x grid raster with the thing that covers most of it."""
     low = np.arange(grid) / grid
     high, middle = low + 1 / grid, low + 0.5 / grid
     best = np.full((grid, grid), COVER / grid**2)
@@ -52,6 +53,8 @@ def dense_labels(things: list[Thing], grid: int) -> Labels:
 
 
 class Probe(nn.Module):
+    """Two linear read-outs with their cross-entropy: of patches and of image tokens."""
+
     def __init__(self, patch_width: int, token_width: int) -> None:
         super().__init__()
         self.sizes = [len(COLOUR_ID) + 1, len(KIND_ID) + 1, 80, 10, len(WORD_ID)]
@@ -59,6 +62,7 @@ class Probe(nn.Module):
         self.patch, self.token = nn.Linear(patch_width, sum(self.sizes)), nn.Linear(token_width, sum(self.sizes))
 
     def forward(self, patches: Tensor, tokens: Tensor, at_patch: Labels, at_token: Labels) -> tuple[Tensor, Tensor]:
+        """Losses of patches [B, L, patch_width] and of image tokens [B, queries, token_width]."""
         return self._loss(self.patch(self.patch_norm(patches)), at_patch), self._loss(self.token(tokens), at_token)
 
     def _loss(self, outputs: Tensor, labels: Labels) -> Tensor:

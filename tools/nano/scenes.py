@@ -39,6 +39,8 @@ class SceneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
+    """A thing of a scene, with its place and its text."""
+
     kind: str  # a shape, an emoji's name, "number" or "word"
     colour: str  # a colour, "emoji" or "plate"
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the side
@@ -57,6 +59,7 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
+        """x and y of the middle of the box, as shares of the side."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 

@@ -26,11 +26,13 @@ class Tally:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, right: bool) -> None:
+        """Count one answer under `name`."""
         self.right[name] = self.right.get(name, 0) + right
         self.sizes[name] = self.sizes.get(name, 0) + 1
 
     @property
     def rates(self) -> dict[str, float]:
+        """Shares of right answers by name."""
         return {name: self.right[name] / self.sizes[name] for name in sorted(self.sizes)}
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 
 class Team:
+    """The processes of one run, and the memory that they share."""
+
     def __init__(self, size: int, room: int) -> None:
         """size: processes; room: parameters, an upper bound."""
         self.size, self.rank = size, 0
@@ -44,6 +46,7 @@ class Team:
             raise
 
     def wait(self) -> None:
+        """Wait until every process is here."""
         if self.size > 1:
             self.barrier.wait()
 

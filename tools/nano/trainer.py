@@ -30,6 +30,8 @@ from .warm import take_weights
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
+    """The hyperparameters of a run."""
+
     minutes: float = 104.0  # of training, on the clock of this machine; pauses do not count
     images: int = 8  # a process and step
     processes: int = 2
@@ -53,6 +55,7 @@ class Recipe:
         return min(1.0, step / self.warmup) * fall
 
     def probe_at(self, share: float) -> float:
+        """Weight of the auxiliary loss at a share of the time."""
         return self.probe * (1 - 0.9 * min(1.0, share / self.probe_until))
 
 
@@ -87,6 +90,7 @@ class Trainer:
         self._resume()
 
     def run(self) -> None:
+        """Train until the minutes are over, then save and score."""
         total, saved, recent = self.recipe.minutes * 60, self.spent, []
         batches, mark = self._batches(), time.perf_counter()
         clock = self.spent
@@ -172,6 +176,7 @@ class Trainer:
         print(json.dumps(entry), flush=True)
 
     def save(self) -> None:
+        """Write state.pt; a stop while it is written leaves the old one."""
         state = {
             "optimizer": self.optimizer.state(),
             "average": self.average.tensors,
