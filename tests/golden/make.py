@@ -65,13 +65,13 @@ def checkpoint(source: Path, name: str) -> None:
 
 
 def features(source: Path) -> None:
-    """The vision encoder's output for both photos, and its stages for the first, from the patch projection on."""
+    """The vision encoder's output for both photos, and rows of its last stages for the first.
+
+    No stage before the resampler: the photo can be rebuilt from those, from the patch projection to 32 dB.
+    """
     vision = load_file(source / "vision.safetensors")
-    stages = ("embed_plus_pos", "block0.attn", "block1", "attn_pool", "ln_post", "final")
-    kept = {f"a.{name}": vision[f"a.{name}"] for name in stages}
-    for name in ("block0.attn", "block1", "attn_pool", "ln_post"):
-        kept[f"a.{name}"] = kept[f"a.{name}"][:, ::STAGE_STEP].contiguous()
-    save_file(kept, HERE / "vision.safetensors")
+    stages = [f"a.{name}" for name in ("attn_pool", "ln_post", "final")]
+    save_file({name: vision[name][:, ::STAGE_STEP].contiguous() for name in stages}, HERE / "vision.safetensors")
     first, second = vision["encode_ab"]
     save_file({"images/beach.jpg": first.contiguous(), "images/city.png": second.contiguous()},
               HERE / "image_features.safetensors")  # fmt: skip

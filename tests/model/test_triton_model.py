@@ -148,7 +148,7 @@ def tower(pair: Pair, one_golden: Path, ids: Sequence[int]) -> list[Tensor]:
         no_worse([own[part][0] for own in seen[:2]], want[0], part)
     if photo is None:  # the photo is not committed; its features are
         return [image(oracle, ids) for oracle in pair.in_float16]
-    return [own["final"][0] for own in seen]
+    return [own["final"][0] for own in seen[:2]]
 
 
 def image(oracle: Oracle, ids: Sequence[int]) -> Tensor:

@@ -9,11 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.vision import resize_table
 from qvl_runtime.prompt.images import load_image, to_pixels
+from qvl_runtime.weights.checkpoint import load_state
 from tests.model.oracle import TOWER, Oracle, close
+from tools.nano.network import Nano
 
 pytestmark = pytest.mark.cpu
+STAGES = ("embed_plus_pos", "ln_pre", "block0.attn", "block0", "block1", "attn_pool", "ln_post", "final")
 
 
 def test_every_stage(full_golden: Path) -> None:
@@ -25,17 +29,49 @@ def test_every_stage(full_golden: Path) -> None:
         close(seen[name], want[f"a.{name}"], TOWER, name)
 
 
-def test_every_stage_behind_the_patches(committed_golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The photo's pixels are not committed: what the original's patch projection made of them takes its place."""
-    want, tiny = load_file(committed_golden / "vision.safetensors"), Oracle(committed_golden, "tiny")
-    tower, size = tiny.model.visual, tiny.config.visual.image_size
-    monkeypatch.setattr(tower, "_patch_proj", lambda _: want["a.embed_plus_pos"] - tower._positions)
+@torch.no_grad()
+def plain_stages(golden: Path, rgb: Tensor) -> dict[str, Tensor]:
+    """Every stage for images uint8 [P, S, S, 3], by the second implementation in plain torch."""
+    config = ModelConfig.from_folder(golden / "tiny")
+    network = Nano(config)
+    network.load_state_dict(load_state(golden / "tiny", config, torch.float32))
+    visual, seen = network.transformer["visual"], dict[str, Tensor]()
+    visual.ln_pre.register_forward_pre_hook(lambda _, args: seen.__setitem__("embed_plus_pos", args[0]))
+    parts = {"ln_pre": visual.ln_pre, "attn_pool": visual.attn_pool, "ln_post": visual.ln_post}
+    for i, block in enumerate(visual.transformer["resblocks"]):
+        parts |= {f"block{i}": block, f"block{i}.attn": block.attn}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda _module, _args, out, name=name: seen.__setitem__(name, out))
+    seen["final"] = visual(rgb)[1]
+    return seen
+
+
+def test_plain_torch_is_the_original(full_golden: Path) -> None:
+    """The second implementation gives the original's stages for the photo, so it can stand in for the original."""
+    want = load_file(full_golden / "vision.safetensors")
+    found = plain_stages(full_golden, want["a.resized_u8"][None])
+    for name in STAGES:
+        close(found[name], want[f"a.{name}"], TOWER, name)
+
+
+def test_every_stage_of_a_made_image(golden: Path) -> None:
+    """Photos are not committed, nor stages from which they can be rebuilt: plain torch says what is right."""
+    tiny = Oracle(golden, "tiny")
+    size = tiny.config.visual.image_size
+    noise = torch.randint(0, 256, (2, 12, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    rgb = noise.repeat_interleave(size // 12, 1).repeat_interleave(size // 12, 2)
     seen: dict[str, Tensor] = {}
-    seen["final"] = tiny.model.encode_images(torch.zeros(1, 3, size, size), seen.__setitem__)
-    for name in ("block0.attn", "block1", "attn_pool", "ln_post"):
-        close(seen[name][:, ::8], want[f"a.{name}"], TOWER, name)
-    for name in ("embed_plus_pos", "final"):
-        close(seen[name], want[f"a.{name}"], TOWER, name)
+    seen["final"] = tiny.model.encode_images(to_pixels(rgb.numpy()), seen.__setitem__)
+    want = plain_stages(golden, rgb)
+    for name in STAGES:
+        close(seen[name], want[name], TOWER, name)
+
+
+def test_last_stages_of_a_photo(golden: Path) -> None:
+    """What follows the resampler, from the original's resampler output; rows of both are the same."""
+    want, tower = load_file(golden / "vision.safetensors"), Oracle(golden, "tiny").model.visual
+    close(tower._ln_post(want["a.attn_pool"]), want["a.ln_post"], TOWER, "ln_post")
+    close(tower._proj(want["a.ln_post"]), want["a.final"], TOWER, "final")
 
 
 def test_two_files_in_one_pass(full_golden: Path) -> None:
