@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out() -> None:
 
 def test_an_engine_refuses_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvl_runtime.engine.capacity.free_memory", lambda device: 4 << 20)
-    monkeypatch.setattr("qvl_runtime.engine.engine.load_weights", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("qvl_runtime.engine.loading.load_weights", lambda *_: pytest.fail("loaded"))
     with pytest.raises(CapacityError, match="the model needs"):
         Engine(NANO)
 
