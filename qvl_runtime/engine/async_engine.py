@@ -1,4 +1,4 @@
-"""The engine for programs that wait for many things at once: the model in a thread of its own, `async for` outside.
+"""An asyncio front end of the engine: the model runs in a worker thread, and answers are read by `async for`.
 
 async with AsyncEngine(Engine("Qwen/Qwen-VL-Chat-Int4")) as engine:
     async for piece in engine.stream("Hello"):
@@ -26,42 +26,42 @@ Item: TypeAlias = "StreamPiece | BaseException"
 
 @dataclass(slots=True, eq=False)
 class Reader:
-    """One `async for`: what the worker has sent it and what it has taken, counted on either side of the thread."""
+    """The reader of one answer: its queue, and how many items the worker has sent and the reader has taken."""
 
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
-    request: Request | None = None  # the worker's
-    sent: int = 0  # the worker's
-    taken: int = 0  # the reader's
+    request: Request | None = None  # written by the worker
+    sent: int = 0  # written by the worker
+    taken: int = 0  # written by the reader
 
 
 class AsyncEngine:
-    """Answers any number of requests for one event loop. While it is open, the engine itself is the worker's alone.
+    """Answers any number of requests from one event loop. While it is open, only its worker may use the engine.
 
-    Back-pressure comes in two ways. Beyond `max_pending` requests a new one waits for its turn, or is refused with
-    `wait=False`; and a request whose reader is `max_unread` pieces behind is held until the reader catches up.
+    Back-pressure is applied in two ways. Beyond `max_pending` requests, a new one waits for its turn, or fails with
+    `wait=False`; and a request whose reader is `max_unread` pieces behind is paused until the reader catches up.
     """
 
     def __init__(self, engine: Engine, max_pending: int = 256, max_unread: int = 64) -> None:
         self.engine, self.max_pending, self.max_unread = engine, max_pending, max_unread
         self._slots = asyncio.Semaphore(max_pending)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._readers: set[Reader] = set()  # the worker's
+        self._readers: set[Reader] = set()  # used by the worker only
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="qvl-model", daemon=True)
         self._worker.start()
 
     @property
     def busy(self) -> bool:
-        """Whether a new request would have to wait for a place."""
+        """Whether `max_pending` requests are pending, so that a new one would have to wait."""
         return self._slots.locked()
 
     async def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True
     ) -> AsyncGenerator[StreamPiece, None]:
-        """Answer one prompt piece by piece, as `Engine.stream` does. Closing the iterator frees all it holds.
+        """Answer one prompt piece by piece, as `Engine.stream` does. Closing the iterator cancels the request.
 
-        Raises what `Engine.stream` raises, and `CapacityError` where there is no place and `wait` is off.
+        Raises the errors of `Engine.stream`, and `CapacityError` if the engine is busy and `wait` is false.
         """
         if params is not None and params.n != 1:
             raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
@@ -70,39 +70,39 @@ class AsyncEngine:
                 yield piece
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True) -> Completion:
-        """Answer one prompt; with n > 1 the further answers are in `alternatives`. Cancelling the task cancels it."""
+        """Answer one prompt; with n > 1 the other answers are in `alternatives`. Canceling the task cancels it."""
         completion = None
         async with aclosing(self._items(prompt, params, wait, streamed=False)) as items:
             async for piece in items:
                 completion = piece.completion
         if completion is None:
-            raise RuntimeError("an answer ended without a completion")
+            raise RuntimeError("the stream ended without a completion")
         return completion
 
     async def generate_all(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
     ) -> list[Completion | BaseException]:
-        """Answer several prompts together, in order; one that fails gives its error and stops no other."""
+        """Answer several prompts together, in order; one that fails returns its error and does not stop the others."""
         return await asyncio.gather(*(self.generate(p, params) for p in prompts), return_exceptions=True)
 
     async def report(self) -> dict[str, Any]:
-        """`Engine.report`, asked between two steps."""
+        """Return `Engine.report`, made between two steps."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[dict[str, Any]] = loop.create_future()
+        future: asyncio.Future[dict[str, Any]] = loop.create_future()
 
-        def ask() -> None:
+        def make_report() -> None:
             try:
                 report = self.engine.report()
             except Exception as error:
-                loop.call_soon_threadsafe(set_exception, answer, error)
+                loop.call_soon_threadsafe(set_exception, future, error)
             else:
-                loop.call_soon_threadsafe(set_result, answer, report)
+                loop.call_soon_threadsafe(set_result, future, report)
 
-        self._send_command(ask)
-        return await answer
+        self._send_command(make_report)
+        return await future
 
     async def close(self) -> None:
-        """End the worker; requests that are not done end with an error. The engine may be used directly again."""
+        """Stop the worker; unfinished requests fail with `QVLError`. The engine may then be used directly again."""
         if not self._closed:
             self._closed = True
             self._commands.put(lambda: None)
@@ -120,7 +120,7 @@ class AsyncEngine:
         self, prompt: Prompt, params: SamplingParams | None, wait: bool, streamed: bool
     ) -> AsyncGenerator[StreamPiece, None]:
         if self.busy and not wait:
-            raise CapacityError(f"{self.max_pending} requests are under way, which is the limit: try again later")
+            raise CapacityError(f"{self.max_pending} requests are pending, the limit of max_pending: try again later")
         async with self._slots:
             encoded = await asyncio.to_thread(self.engine.encode, prompt)  # images are decoded while the model runs
             reader = Reader(asyncio.get_running_loop())
@@ -132,7 +132,7 @@ class AsyncEngine:
                     if isinstance(item, BaseException):
                         raise item
                     if reader.request is not None and reader.request.paused and not self._closed:
-                        self._send_command(lambda: None)  # the worker looks again who may go on
+                        self._send_command(lambda: None)  # wake the worker, so that it resumes the request
                     yield item
                     if item.completion is not None:
                         return
@@ -141,7 +141,7 @@ class AsyncEngine:
                     self._send_command(lambda: self._cancel(reader))
 
     def _send_command(self, command: Callable[[], None]) -> None:
-        """Have the worker do something before its next step. Only the event loop's thread orders, and closes."""
+        """Have the worker run `command` before its next step. Only the event loop's thread may call this."""
         if self._closed:
             raise QVLError("the engine is closed: make another AsyncEngine")
         self._commands.put(command)
@@ -159,14 +159,16 @@ class AsyncEngine:
                     reader.request.paused = reader.sent - reader.taken > self.max_unread
             try:
                 idle = not self.engine.core.step()
-            except Exception as error:  # whatever it is, it goes to everyone who waits for this step
+            except Exception as error:  # every reader of this step receives the error
                 self._fail(error)
             self._deliver()
-        self._run_commands(wait=False)  # what was ordered just before the end
-        self._fail(QVLError("the engine was closed before the answer was whole"))
+        self._run_commands(wait=False)  # commands that were sent just before the end
+        self._fail(
+            QVLError("the engine was closed before the answer was complete: keep it open until the last answer is read")
+        )
 
     def _run_commands(self, wait: bool) -> None:
-        """Do what was ordered; with `wait`, sleep until there is a command or a deadline may have passed."""
+        """Run the queued commands; with `wait`, sleep until there is one or a deadline may have passed."""
         try:
             if wait:
                 self._commands.get(timeout=0.05 if self._readers else None)()
@@ -178,7 +180,7 @@ class AsyncEngine:
     def _submit(self, reader: Reader, encoded: Encoded, params: SamplingParams | None, streamed: bool) -> None:
         try:
             reader.request = self.engine.submit(encoded, params, streamed)
-        except Exception as error:  # whatever it is, it is its reader's: the worker lives on
+        except Exception as error:  # it fails this reader only; the worker continues
             self._send(reader, [error])
         else:
             self._readers.add(reader)
@@ -189,7 +191,7 @@ class AsyncEngine:
             self.engine.core.cancel(reader.request)
 
     def _deliver(self) -> None:
-        """Send every reader what its request has made; one whose request is done is done as well."""
+        """Send every reader the new pieces of its request, and remove the readers whose requests are done."""
         for reader in list(self._readers):
             if (request := reader.request) is None:
                 continue
@@ -218,12 +220,12 @@ class AsyncEngine:
 
 
 def set_result(future: asyncio.Future[dict[str, Any]], value: dict[str, Any]) -> None:
-    """Answer a future whose asker may have gone."""
+    """Set the result of a future, unless it was canceled."""
     if not future.done():
         future.set_result(value)
 
 
 def set_exception(future: asyncio.Future[dict[str, Any]], error: Exception) -> None:
-    """Fail a future whose asker may have gone."""
+    """Set the exception of a future, unless it was canceled."""
     if not future.done():
         future.set_exception(error)

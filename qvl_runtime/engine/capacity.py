@@ -1,4 +1,4 @@
-"""How much memory an engine may take: the size of its KV cache, and whether decode graphs are captured."""
+"""How much memory an engine may use: the size of its KV cache, and whether decode graphs are captured."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kv_cache_tokens(config: EngineConfig, per_token: int, context: int, free: in
         tokens = min(4 * context, budget // per_token)
     if tokens < BLOCK_SIZE:
         raise ConfigError(
-            f"{budget:,} bytes of KV cache hold {tokens} tokens at {per_token:,} bytes each; a block takes "
+            f"{budget:,} bytes of KV cache hold {tokens} tokens at {per_token:,} bytes each; a block needs "
             f"{BLOCK_SIZE}: raise kv_cache_bytes, or use kv_dtype='int8'"
         )
     if tokens < context:

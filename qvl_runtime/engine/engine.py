@@ -71,7 +71,7 @@ class Engine:
         self.defaults = defaults = GenerationDefaults.from_folder(self.folder)
         self.tokenizer = Tokenizer.from_folder(self.folder, config.visual.n_queries, config.visual.image_start_id)
         if engine_config.synthetic is not None:
-            self.folder = Path(f"synthetic {engine_config.synthetic}")  # reported as what runs
+            self.folder = Path(f"synthetic {engine_config.synthetic}")  # the name in reports
         self.max_model_len = engine_config.max_model_len or config.context_limit
         self._prompts = PromptEncoder(
             self.tokenizer,
@@ -92,15 +92,15 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Answer a list of prompts together, in their order; `params` applies to all, or is a list with one for each.
+        """Answer a list of prompts together, and return the completions in order; `params` is for all, or one for each.
 
         A prompt is a string with Qwen's tags, a list of parts, messages, or token ids with images. With n > 1 a
-        completion holds its further answers in `alternatives`.
+        completion has the other answers in `alternatives`.
         """
         batch = _prompt_list(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
-            raise PromptError(f"there are {len(batch)} prompts and {len(each)} sampling parameters; expected as many")
+            raise PromptError(f"there are {len(batch)} prompts and {len(each)} sampling parameters; expected one each")
         encoded = [
             self.encode(prompt) for prompt in batch
         ]  # all before the first is submitted: an error costs no answer
@@ -118,7 +118,7 @@ class Engine:
     def as_completed(
         self, requests: Iterable[tuple[Any, Prompt, SamplingParams | None]], window: int | None = None
     ) -> Iterator[tuple[Any, Completion | QVLError]]:
-        """Answer (tag, prompt, params) one after another as they are done: pairs of tag and completion, or error.
+        """Answer (tag, prompt, params) together, and yield (tag, completion or error) in the order of completion.
 
         Requests are read lazily, up to `window` ahead (by default twice as many as run together), so there may be any
         number of them. An invalid one yields its error and does not stop the others.
@@ -146,7 +146,7 @@ class Engine:
     def submit(
         self, encoded: Encoded, params: SamplingParams | None = None, streamed: bool = False, tag: Any = None
     ) -> Request:
-        """Put a request in the queue of `core`, for callers that run `core.step` themselves."""
+        """Queue a request in `core`, for callers that run `core.step` themselves."""
         resolved = (params or SamplingParams()).resolve(self.defaults)
         return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
 
@@ -181,7 +181,7 @@ class Engine:
         return score_prompt(self.core, self._prompts.encode(prompt), return_logits)
 
     def report(self) -> dict[str, Any]:
-        """Return what runs: model, device, dtype, kernels and why those, memory in bytes, caches and hit rates."""
+        """Report model, device, dtype, kernels and why they were chosen, memory in bytes, caches and hit rates."""
         return describe(self.folder, self.core, self._load_s)
 
     def summary(self) -> str:
@@ -192,20 +192,20 @@ class Engine:
         return f"{self.folder.name}: {size:,.1f} MiB in {dtype} on {device}; ops: {ops}"
 
     def defaults_note(self, params: SamplingParams | None = None) -> str | None:
-        """Return the parameters that generation_config.json sets for such a request, if not plain greedy; else None."""
+        """Describe the parameters that generation_config.json sets for a request; None if it is plain greedy."""
         requested = params or SamplingParams()
         resolved = requested.resolve(self.defaults)
         plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_tokens": None}
-        drawn = () if resolved.temperature else ("top_p", "top_k")  # greedy: the cuts have no effect
+        unused = () if resolved.temperature else ("top_p", "top_k")  # unused by greedy decoding
         parts = [
             f"{name} {getattr(resolved, name):g}"
             for name, value in plain.items()
-            if name not in drawn and getattr(requested, name) is None and getattr(resolved, name) != value
+            if name not in unused and getattr(requested, name) is None and getattr(resolved, name) != value
         ]
         return f"from generation_config.json: {', '.join(parts)}" if parts else None
 
     def encode(self, prompt: Prompt) -> Encoded:
-        """Encode a prompt of any form to tokens and images. It does not use the model, so any thread may call it."""
+        """Encode a prompt of any form to tokens and images. Safe in any thread, as it does not use the model."""
         return self._encoded(self._prompts.encode, prompt)
 
     def _stream(self, encode: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
@@ -234,7 +234,7 @@ class Engine:
 
     def _step(self) -> None:
         if not self.core.step():
-            raise RuntimeError("there are unanswered requests, but none of them can make progress")
+            raise RuntimeError("requests are unanswered, but none can make progress")
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

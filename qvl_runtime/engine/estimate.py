@@ -1,4 +1,4 @@
-"""What `qvl plan` estimates for an engine that is running, so that measurements can be compared with it."""
+"""The estimates of `qvl plan` for a running engine, to be compared with measurements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qvl_runtime.plan.plan import Plan
 
 
 def plan_of(engine: Engine) -> Plan:
-    """The plan of the running model, as it was made before loading; synthetic weights are entirely in memory."""
+    """Return the plan of the running model, as it was made before loading; synthetic weights are all in memory."""
     config, model = engine.engine_config, engine.core.runner.model
     dtype = dtype_name(model.dtype)
     options = checkpoint_options(engine.folder, dtype, config.precision, config.kv_dtype)
@@ -24,14 +24,14 @@ def plan_of(engine: Engine) -> Plan:
 
 
 def planned_peak(engine: Engine, kv_tokens: int, prompt_tokens: int, images: int, process_bytes: int) -> int:
-    """Estimated peak memory in bytes.
+    """Return the estimated peak memory in bytes.
 
-    kv_tokens: tokens in the KV cache; prompt_tokens: computed in prefill; process_bytes: held by the process itself.
+    kv_tokens: tokens in the KV cache; prompt_tokens: computed in prefill; process_bytes: of the process itself.
     """
     device = Device("", 0, None, process_bytes)
     return plan_of(engine).peak(Workload(kv_tokens, prompt_tokens, images), device).total
 
 
 def generated_code_bytes(engine: Engine, prompt_tokens: int, images: int) -> int:
-    """Bytes of machine code that oneDNN generates on a CPU for the shapes of this model and prompt."""
+    """Return the bytes of machine code that oneDNN generates on a CPU for the shapes of this model and prompt."""
     return plan_of(engine).compiled_bytes(Workload(0, prompt_tokens, images))

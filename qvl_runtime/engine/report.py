@@ -1,4 +1,4 @@
-"""What runs: the content of `Engine.report()`."""
+"""The content of `Engine.report()`: model, device, kernels, memory and caches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
 
 
 def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
-    """Return how much of the prompts was found in the KV cache; None without prefix caching."""
+    """Return how many prompt tokens were found in the prefix cache; None without prefix caching."""
     prefixes = cache.prefixes
     if prefixes is None:
         return None

@@ -1,4 +1,4 @@
-"""Score a prompt: the log probability of each of its tokens, for evaluation and calibration."""
+"""Score a prompt: the log probability of each of its tokens, for evaluation."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ BLOCK_SIZE = 16  # tokens per block: one head's block is 4 KiB in 16 bits at hea
 
 
 def bytes_per_token(config: ModelConfig, kv_dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one token in all layers; an int8 cache stores a float32 scale per vector."""
+    """Return the bytes of the keys and values of one token in all layers; int8 adds a float32 scale a vector."""
     from qvl_kernels.reference import cache_width
 
     vector = cache_width(config.kv_channels, kv_dtype) * kv_dtype.itemsize

@@ -1,4 +1,4 @@
-"""The decoder: blocks of attention over a paged KV cache and a gated MLP, on flat rows of many requests."""
+"""The decoder: blocks of paged attention and a gated MLP (SwiGLU), on the flat tokens of many requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qvl_runtime.model.rotary import Positions
 class LayerCache(NamedTuple):
     """The KV cache of one layer, [blocks, H, block_size, width] each; keys are stored rotated.
 
-    The width is that of a head, and of a float32 scale for each vector in int8 (`qvl_kernels.reference.cache_width`).
+    width: a head's size, plus a float32 scale for each vector if int8 (`qvl_kernels.reference.cache_width`).
     """
 
     k: Tensor
@@ -26,29 +26,33 @@ class LayerCache(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the n rows of a step stand in the cache: R requests, request r with rows query_starts[r] to [r + 1].
+    """Where the n tokens of a step are in the KV cache: R requests, request r with tokens query_starts[r] to [r + 1].
 
-    Starts and lengths are numbers; in a captured decode step, whose launches outlive them, int64 tensors.
+    Starts and lengths are Python numbers, but int64 tensors in a captured decode step, whose launches are replayed.
     """
 
-    slots: Tensor  # int64 [n], the slot each row's key and value go to
-    block_tables: Tensor  # int64 [R, most blocks]
-    query_starts: Sequence[int] | Tensor  # R + 1 row numbers
+    slots: Tensor  # int64 [n], the slot of each token's key and value
+    block_tables: Tensor  # int64 [R, blocks of the longest request]
+    query_starts: Sequence[int] | Tensor  # R + 1 token indices
     context_lens: Sequence[int] | Tensor  # R, tokens in the cache after this step
 
 
 class Observer(Protocol):
-    """Called with intermediate results by name, where asked for: tests compare them with the original's."""
+    """Receives intermediate results by name; tests compare them with the original model's."""
 
-    def __call__(self, name: str, value: Tensor) -> None: ...
+    def __call__(self, name: str, value: Tensor) -> None:
+        """Receive the result `name`."""
+        ...
 
 
 def unobserved(name: str, value: Tensor) -> None:
-    """Ignore the value."""
+    """Ignore an intermediate result; the default observer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
+    """One decoder block: attention and a gated MLP, each behind an RMS norm."""
+
     ops: Ops
     eps: float
     ln_1: Tensor  # [D]
@@ -61,10 +65,11 @@ class Block:
     def __call__(
         self, x: Tensor, normed: Tensor, positions: Positions, layout: Layout, cache: LayerCache, observe: Observer
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream x [n, D] and its ln_1, to x after attention and what the MLP is to add to it.
+        """Map the residual stream x [n, D] and its ln_1 to x after attention and the MLP's output, not yet added.
 
-        Keys and values of the rows enter the cache. The residual add is fused with the next norm. Attention's
-        temporaries are freed before the MLP starts: 11 n D numbers would be live at once instead of 4, plus the MLP's.
+        Keys and values of the tokens are written to the cache. The residual add is fused with the next norm.
+        Attention's temporaries are freed before the MLP starts: otherwise 11 n D numbers would be live at once instead
+        of 4, plus the MLP's.
         """
         x, normed = self.ops.add_rms_norm(
             x, self._attend(normed, x, positions, layout, cache, observe), self.ln_2, self.eps
@@ -108,14 +113,14 @@ class Block:
 
 
 class Decoder:
-    """Blocks, the final norm and the head."""
+    """The language model: token embedding, blocks, final norm and head."""
 
     def __init__(self, config: ModelConfig, linears: LinearBuilder) -> None:
         self._ops, self._eps = linears.ops, config.layer_norm_epsilon
         self.embedding = linears.state["transformer.wte.weight"]
         self._blocks = [make_block(config, linears, f"transformer.h.{i}") for i in range(config.num_hidden_layers)]
         self._ln_f = linears.state["transformer.ln_f.weight"]
-        head = linears.state.pop("lm_head.weight", self.embedding)  # absent where it is tied
+        head = linears.state.pop("lm_head.weight", self.embedding)  # absent if tied
         self._head = linears.of_tensors("lm_head", head)
 
     def forward(
@@ -126,17 +131,17 @@ class Decoder:
         caches: Sequence[LayerCache],
         observe: Observer = unobserved,
     ) -> Tensor:
-        """Embedded rows x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f."""
+        """Map embeddings x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f."""
         hidden = self._ops.rms_norm(x, self._blocks[0].ln_1, self._eps)
         for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
             x, update = block(x, hidden, positions, layout, cache, _of_layer(observe, i))
             x, hidden = self._ops.add_rms_norm(x, update, self._next_norm(i), self._eps)
-            del update  # else it is there until the next block gives its own
+            del update  # otherwise it stays allocated until the next block returns
             observe(f"block{i}", x)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows [m, D] of hidden states to logits [m, vocab], in the model's dtype."""
+        """Map hidden states [m, D] to logits [m, vocab], in the model's dtype."""
         return self._head(hidden)
 
     def _next_norm(self, i: int) -> Tensor:
@@ -150,7 +155,7 @@ def _of_layer(observe: Observer, i: int) -> Observer:
 
 
 def make_block(config: ModelConfig, linears: LinearBuilder, name: str) -> Block:
-    """The block whose tensors are called `name`.*, its linears built by `linears`."""
+    """Return the block whose tensors are named `name`.*, with linears built by `linears`."""
 
     def linear(part: str) -> Linear:
         return linears.decoder(f"{name}.{part}")

@@ -1,7 +1,7 @@
-"""A linear layer, dense or packed: what the model calls, whatever the checkpoint holds.
+"""Linear layers of the model, dense or packed, bound to the kernels of the device.
 
-Packed linears come ready from `weights.loader`; here each is bound to its kernel. A dense weight is taken out of the
-state before the ops module prepares it, so that memory holds at most one linear twice.
+`weights.loader` returns packed linears; here each is bound to its kernel. A dense weight is removed from the state
+before the ops prepare it, so that at most one linear is in memory twice.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from qvl_runtime.formats.host_memory import release_source
 
 
 class Linear(Protocol):
-    """A linear layer."""
+    """A linear layer bound to its kernel."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [.., in] to [.., out], in x's dtype."""
+        """Map x [.., in] to [.., out], in x's dtype."""
         ...
 
     def forward_partial_sums(self, x: Tensor) -> Tensor:
-        """x [n, in] to [n, out], or to float32 partial sums [S, n, out] for an op that adds them as it reads."""
+        """Map x [n, in] to [n, out], or to float32 partial sums [S, n, out] that the next op adds up as it reads."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConcatLinear:
-    """Two linears of the same input, their outputs concatenated: what runs where they cannot be merged."""
+    """Two linears of the same input with concatenated outputs, for linears that cannot be merged."""
 
     ops: Ops
     first: Linear
     second: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [.., in] to [.., out of both], in x's dtype."""
+        """Map x [.., in] to [.., out of both], in x's dtype."""
         return self.ops.concat_outputs(self.first(x), self.second(x))
 
     def forward_partial_sums(self, x: Tensor) -> Tensor:
-        """The same: there are no partial sums to defer."""
+        """Map x [n, in] to [n, out of both]; there are no partial sums to defer."""
         return self(x)
 
 
@@ -51,30 +51,30 @@ class LinearBuilder:
     """Binds the linears of a model to their kernels, and records what it bound."""
 
     ops: Ops
-    state: MutableMapping[str, Tensor]  # dense weights by published name; it is emptied
+    state: MutableMapping[str, Tensor]  # dense weights by published name; the builder empties it
     precision: Precision
     packed: Mapping[str, Packed] = field(default_factory=dict)  # by the model's name
     bound: dict[str, BoundLinear] = field(default_factory=dict)  # what was built, by the model's name
 
     def dense(self, name: str) -> Linear:
-        """The linear `name`, dense in a published checkpoint."""
+        """Build the linear `name`, which is dense in a published checkpoint."""
         if name in self.packed:
             return self._packed(name)
         return self.of_tensors(name, self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None))
 
     def of_tensors(self, name: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """A dense linear of weight [out, in] and bias [out], unless a converted checkpoint holds `name` packed."""
+        """Build a linear of weight [out, in] and bias [out], or the packed `name` of a converted checkpoint."""
         if name in self.packed:
             return self._packed(name)
         self.bound[name] = self.ops.prepare_linear(weight, bias, self.precision)
         if self.precision == "fast":
-            release_source(weight)  # at full size 5 GB of a published checkpoint's pages, which are not read again
+            release_source(weight)  # at full size 5 GB of a published checkpoint's pages, which are not needed any more
         return self.bound[name]
 
     def decoder(self, name: str) -> Linear:
-        """A linear of a decoder block, packed or dense.
+        """Build a linear of a decoder block, packed or dense.
 
-        Dense ones stay dense in fast mode: use the Int4 checkpoint for a smaller decoder.
+        Dense ones stay dense with precision "fast": use the Int4 checkpoint for a smaller decoder.
         """
         if name in self.packed:
             return self._packed(name)
@@ -83,7 +83,7 @@ class LinearBuilder:
         return self.bound[name]
 
     def merged(self, name: str, parts: Sequence[str]) -> Linear:
-        """Two linears of a decoder block with the same input: one called `name` where the loader merged them."""
+        """Build two linears of a decoder block with the same input, as one if the loader merged them as `name`."""
         if name in self.packed or f"{name}.weight" in self.state:
             return self.decoder(name)
         first, second = (self.decoder(part) for part in parts)

@@ -1,4 +1,4 @@
-"""Qwen-VL: the vision encoder and the decoder, one call per step for the tokens of many requests."""
+"""Qwen-VL: the vision encoder and the decoder, called once per step for the tokens of many requests."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from qvl_runtime.model.vision import VisionEncoder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """The rows of one model call: n rows of R requests, one after another, without padding."""
+    """The inputs of one model call: n tokens of R requests, one request after another, without padding."""
 
-    token_ids: Tensor  # int64 [n], where the embedding table is
+    token_ids: Tensor  # int64 [n], on the device of the embedding table
     positions: Tensor  # int64 [n], from 0 in each request
-    frequencies: Tensor  # float32 [n, rotary_dim / 2], by the NTK factor that the row's request was admitted with
+    frequencies: Tensor  # float32 [n, rotary_dim / 2], for the NTK factor of the token's request
     layout: Layout
-    image_indices: Tensor | None = None  # int64 [m], rows inside image spans
-    image_features: Tensor | None = None  # [m, D], replaces the embeddings of those rows
-    inputs_embeds: Tensor | None = None  # [n, D] on the model's device, where the rows have been looked up already
+    image_indices: Tensor | None = None  # int64 [m], indices of the image tokens among the n
+    image_features: Tensor | None = None  # [m, D], replace the embeddings of those tokens
+    inputs_embeds: Tensor | None = None  # [n, D] on the model's device, if already looked up
 
 
 class QwenVL:
-    """The model on one device. It holds weights and no state: the caches belong to the caller."""
+    """The model on one device. It holds weights but no state; the caches belong to the caller."""
 
     def __init__(
         self,
@@ -46,9 +46,9 @@ class QwenVL:
     ) -> None:
         """Build the model from the weights that `weights.loader` returns, on one device and in one dtype.
 
-        state: dense tensors by published name; it is emptied. packed: linears in the layout of their kernels, by the
-        model's name. embedding_on_host: the table stays in the host's memory, and its rows are sent to the device.
-        Raises `ConfigError` where the head reads the same table.
+        state: dense tensors by published name, emptied here. packed: linears in the layout of their kernels, by the
+        model's name. embedding_on_host: the table stays in host memory, and embeddings are copied to the device.
+        Raises `ConfigError` if the head is tied to that table.
         """
         norm = state["transformer.ln_f.weight"]
         self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
@@ -58,14 +58,14 @@ class QwenVL:
         if embedding_on_host:
             if tied:
                 raise ConfigError(
-                    "embedding_on_host is set, and this model's head is its embedding table (tie_word_embeddings), "
-                    "which every token reads whole: leave it out, or convert the checkpoint with --head int8"
+                    "embedding_on_host is set, but this model's head is its embedding table (tie_word_embeddings), "
+                    "which every token reads in full: leave it out, or convert the checkpoint with --head int8"
                 )
             state["transformer.wte.weight"] = state["transformer.wte.weight"].cpu()
         self.decoder = Decoder(config, linears)
         self.visual = VisionEncoder(config.visual, linears)
-        here = {name: tensor for name, tensor in state.items() if tensor.device == self.device}
-        self.bytes_by_part = _bytes_by_part(here, linears.bound, tied)
+        on_device = {name: tensor for name, tensor in state.items() if tensor.device == self.device}
+        self.bytes_by_part = _bytes_by_part(on_device, linears.bound, tied)
         self.kernels = _kernels_by_part(linears.bound)
         if embedding_on_host:
             self.kernels["embedding"] = "rows sent from the host"
@@ -73,17 +73,17 @@ class QwenVL:
 
     @torch.inference_mode()
     def encode_images(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
-        """Normalized pixels float32 [P, 3, S, S] to features [P, queries, D]."""
+        """Map normalized pixels float32 [P, 3, S, S] to features [P, queries, D]."""
         return self.visual.forward(pixels.to(self.device), observe)
 
     @torch.inference_mode()
     def forward(self, step: Step, caches: Sequence[LayerCache], observe: Observer = unobserved) -> Tensor:
-        """Run the rows of a step: hidden states [n, D]; their keys and values enter the caches."""
+        """Return the hidden states [n, D] of a step; its keys and values are written to the caches."""
         at = positions_of(self.config, step.positions, step.frequencies, self.ops)
         return self.decoder.forward(self._embed(step, observe), at, step.layout, caches, observe)
 
     def _embed(self, step: Step, observe: Observer) -> Tensor:
-        """The rows [n, D] that the decoder begins with, which alone holds them: they go with its first block."""
+        """Return the decoder's input [n, D]. The caller keeps no reference, so its first block frees it."""
         x = self.embed_tokens(step.token_ids) if step.inputs_embeds is None else step.inputs_embeds
         if step.image_indices is not None and step.image_features is not None:
             x[step.image_indices] = step.image_features.to(x.dtype)
@@ -91,7 +91,7 @@ class QwenVL:
         return x
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """The embeddings [n, D] of ids int64 [n] that are where the table is, on the model's device."""
+        """Return embeddings [n, D] on the model's device; token_ids: int64 [n], on the device of the table."""
         table = self.decoder.embedding
         if self.embedding_on_host:
             return F.embedding(token_ids, table).to(self.device)
@@ -99,7 +99,7 @@ class QwenVL:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Rows [m, D] of hidden states to logits [m, vocab]: ask only for the rows that need them."""
+        """Map hidden states [m, D] to logits [m, vocab]. Pass only the tokens that need logits."""
         return self.decoder.logits(hidden)
 
 
@@ -110,7 +110,7 @@ def _part(name: str) -> str:
 
 
 def _bytes_by_part(rest: Mapping[str, Tensor], linears: Mapping[str, BoundLinear], tied: bool) -> dict[str, int]:
-    """Bytes of the weights as they are held: vision, language, embedding and head."""
+    """Return the bytes of the weights in memory: vision, language, embedding and head."""
     parts = {"vision": 0, "language": 0, "embedding": 0, "head": 0}
     sizes = {name: t.nbytes for name, t in rest.items()} | {name: bound.nbytes for name, bound in linears.items()}
     for name, size in sizes.items():
@@ -120,11 +120,13 @@ def _bytes_by_part(rest: Mapping[str, Tensor], linears: Mapping[str, BoundLinear
 
 
 def _kernels_by_part(linears: Mapping[str, BoundLinear]) -> dict[str, str]:
-    """What runs the linears of each part; where they differ, how many run on what."""
+    """Return the kernel of the linears of each part; if there are several, with their counts."""
     counts: dict[str, Counter[str]] = {}
     for name, linear in linears.items():
         counts.setdefault(f"{_part(name)} linears", Counter())[linear.kernel] += 1
     return {
-        part: next(iter(found)) if len(found) == 1 else "; ".join(f"{n} x {kernel}" for kernel, n in found.items())
-        for part, found in counts.items()
+        part: next(iter(kernels))
+        if len(kernels) == 1
+        else "; ".join(f"{n} x {kernel}" for kernel, n in kernels.items())
+        for part, kernels in counts.items()
     }

@@ -15,17 +15,17 @@ from qvl_runtime.config.model import ModelConfig
 
 
 class Positions(NamedTuple):
-    """What attention needs to know of where each of n rows stands, all float32."""
+    """The positional inputs of attention for n tokens, all float32."""
 
     cos: Tensor  # [n, rotary_dim]
     sin: Tensor  # [n, rotary_dim]
-    logn: Tensor  # [n], the factor of the query
+    logn: Tensor  # [n], the log-n factor of the query
 
 
 def ntk_alpha(config: ModelConfig, prompt_tokens: int) -> float:
-    """The NTK factor of a request: max(1, 2^ceil(log2(n / seq_length) + 1) - 1) for a prompt of n tokens (§5.4).
+    """Return the NTK factor of a request: max(1, 2^ceil(log2(n / seq_length) + 1) - 1) for a prompt of n tokens (§5.4).
 
-    It is fixed when the request is admitted and stays while it decodes: cached keys are stored rotated.
+    It is fixed when the request is admitted, because cached keys are stored rotated.
     """
     if not config.use_dynamic_ntk or prompt_tokens <= config.seq_length:
         return 1.0
@@ -35,17 +35,17 @@ def ntk_alpha(config: ModelConfig, prompt_tokens: int) -> float:
 
 @lru_cache(maxsize=64)
 def inverse_frequencies(base: float, dim: int, alpha: float) -> Tensor:
-    """1 / base'^(2j / dim) for j < dim / 2, with base' = base * alpha^(dim / (dim - 2)): float32 [dim / 2].
+    """Return 1 / base'^(2j / dim) for j < dim / 2, with base' = base * alpha^(dim / (dim - 2)): float32 [dim / 2].
 
-    The power first, then the reciprocal, both in float32, as the original has it: base'^(-2j / dim) rounds
-    differently, which at position 600 moves logits by 3e-4.
+    As in the original, the power is computed first and then its reciprocal, both in float32: base'^(-2j / dim) rounds
+    differently, which changes logits by 3e-4 at position 600.
     """
     base = base * alpha ** (dim / (dim - 2))
     return 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
 
 
 class Frequencies:
-    """The inverse frequencies of every NTK factor in use, in one tensor that stays where it is."""
+    """The inverse frequencies of every NTK factor in use, in one tensor that is never moved."""
 
     MAX_FACTORS = 16  # factors are 2^k - 1 for a prompt of up to 2^(k - 1) training lengths
 
@@ -55,7 +55,7 @@ class Frequencies:
         self._rows: dict[float, int] = {}
 
     def row(self, alpha: float) -> int:
-        """Which row of the table a factor has; entered when it is first asked for."""
+        """Return the row of the table for a factor, which is added on first use."""
         row = self._rows.get(alpha)
         if row is None:
             row = len(self._rows)
@@ -67,7 +67,7 @@ class Frequencies:
 
 
 def positions_of(config: ModelConfig, positions: Tensor, frequencies: Tensor, ops: Ops = reference) -> Positions:
-    """Tables for n rows: positions int64 [n], inverse frequencies of each or of all float32 [.., rotary_dim / 2].
+    """Return the tables of n tokens: positions int64 [n]; frequencies float32 [.., rotary_dim / 2], of each or of all.
 
     Queries at a position t from seq_length on are scaled by log(t + 1) / log(seq_length) (docs/model.md 5.3).
     """

@@ -16,7 +16,7 @@ from qvl_runtime.model.linear import Linear, LinearBuilder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerNorm:
-    """A LayerNorm."""
+    """A LayerNorm with weight and bias [W]."""
 
     ops: Ops
     weight: Tensor
@@ -24,11 +24,14 @@ class LayerNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Normalize x [.., W] over its last dimension."""
         return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VisionBlock:
+    """One block of the ViT: attention and an MLP, each behind a LayerNorm."""
+
     ops: Ops
     heads: int
     ln_1: LayerNorm
@@ -39,7 +42,7 @@ class VisionBlock:
     c_proj: Linear
 
     def __call__(self, x: Tensor, observe: Observer) -> Tensor:
-        """x [P, L, W], the residual stream, to the same after this block."""
+        """Map the residual stream x [P, L, W] to the residual stream after this block."""
         attended = self.out_proj(self.ops.vision_attention(self.in_proj(self.ln_1(x)), self.heads))
         observe("attn", attended)
         x, normed = self.ops.add_layer_norm(x, attended, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
@@ -64,7 +67,7 @@ class Resampler:
         self._key_positions = resize_table(positions, config.grid)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Patches [P, L, W] to [P, queries, output_dim]."""
+        """Map patches [P, L, W] to features [P, queries, output_dim]."""
         kv = self._ln_kv(x if self._kv_proj is None else self._kv_proj(x))
         k, v = self._to_k(kv + self._key_positions), self._to_v(kv)
         return self._out_proj(self._ops.cross_attention(self._queries, k, v, self._heads))
@@ -76,7 +79,7 @@ class VisionEncoder:
     def __init__(self, config: VisionConfig, linears: LinearBuilder) -> None:
         root = "transformer.visual"
         self.config = config
-        # kernel and stride are one: the convolution is a product with the flattened patch
+        # the kernel is as large as the stride, so the convolution is a linear of flattened patches
         self._patch_proj = linears.of_tensors(f"{root}.conv1", linears.state.pop(f"{root}.conv1.weight").flatten(1))
         self._positions = resize_table(linears.state[f"{root}.positional_embedding"], config.grid)
         self._ln_pre = _norm(config, linears, f"{root}.ln_pre")
@@ -87,7 +90,7 @@ class VisionEncoder:
         self._proj = linears.of_tensors(f"{root}.proj", linears.state.pop(f"{root}.proj").t())  # published as [in, out]
 
     def forward(self, pixels: Tensor, observe: Observer = unobserved) -> Tensor:
-        """Normalized pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
+        """Map normalized pixels float32 [P, 3, S, S] to features [P, queries, output_dim] in the weights' dtype."""
         x = self._patch_proj(self._patches(pixels.to(self._positions))) + self._positions
         observe("embed_plus_pos", x)
         x = self._ln_pre(x)
@@ -102,16 +105,16 @@ class VisionEncoder:
         return self._proj(x)
 
     def _patches(self, pixels: Tensor) -> Tensor:
-        """[P, 3, S, S] to [P, L, 3 * p * p], row by row of the grid."""
+        """Cut pixels [P, 3, S, S] into flat patches [P, L, 3 * p * p], row by row of the grid."""
         grid, p = self.config.grid, self.config.patch_size
         cells = pixels.view(-1, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
         return cells.reshape(len(pixels), grid * grid, 3 * p * p)
 
 
 def resize_table(table: Tensor, grid: int) -> Tensor:
-    """A square positional table [s * s, C] resized to [grid * grid, C]: bicubic, a = -0.75, no antialiasing (§4.2).
+    """Resize a square positional table [s * s, C] to [grid * grid, C]: bicubic, a = -0.75, no antialiasing (§4.2).
 
-    Half-pixel centres, indices clamped at the border, in float32, then rounded to the table's dtype.
+    Uses half-pixel centers, clamps indices at the border, and computes in float32 before rounding to the table's dtype.
     """
     side = math.isqrt(len(table))
     if side == grid:

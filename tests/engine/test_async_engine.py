@@ -96,7 +96,7 @@ def test_beyond_the_limit_a_request_waits_or_is_refused(engine: Engine) -> None:
         stream = served.stream(PROMPT, greedy(8000))
         await anext(stream)
         assert served.busy
-        with pytest.raises(CapacityError, match="1 requests are under way"):
+        with pytest.raises(CapacityError, match="1 requests are pending"):
             await served.generate(PROMPT, greedy(1), wait=False)
         queued = asyncio.create_task(served.generate(PROMPT, greedy(1)))
         await asyncio.sleep(0.02)
