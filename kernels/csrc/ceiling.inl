@@ -1,9 +1,9 @@
-// How fast memory can be read at best: what memory-bound kernels are held against, in the same run.
+// The memory bandwidth roofline that memory-bound kernels are compared with, measured in the same run.
 
 namespace {
 
 // Adds up `bytes`, a multiple of 64, a megabyte a chunk in eight streams: kernels read several at once, and must not beat
-// their ceiling. The sum is stored so that nothing is left out.
+// the roofline. The sum is stored so that the compiler removes nothing.
 void read_memory(const uint8_t* memory, int64_t bytes, int32_t* total) {
   int32_t* sums = scratch<int32_t>(2, (bytes >> 20) + 1);
   parallel_ranges(bytes, 1 << 20, [&](int64_t begin, int64_t end) {

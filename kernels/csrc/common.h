@@ -1,6 +1,6 @@
-// What all kernels of a variant share: element types at the edges of a kernel, tails, exp and erf.
-// The including file has chosen the lanes. No C++ library here: an inline function of it, compiled for AVX-512 in one
-// file, could be the copy that the linker keeps for all.
+// Shared by all kernels of a variant: loads and stores of each dtype, tails, exp and erf. The including file chooses the
+// SIMD lanes. Do not include the C++ library here: the linker might keep the copy of an inline function that one file
+// compiled for AVX-512, and use it for all.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -15,7 +15,7 @@ inline int64_t size_of(int64_t dtype) { return dtype == kFloat32 ? 4 : dtype == 
 inline const void* at(const void* p, int64_t dtype, int64_t i) { return (const char*)p + i * size_of(dtype); }
 inline void* at(void* p, int64_t dtype, int64_t i) { return (char*)p + i * size_of(dtype); }
 
-// 16 elements from index i. The branch is the same every time and costs nothing beside the memory.
+// 16 elements from index i. The branch is well predicted and costs nothing next to the memory access.
 inline F load_as(const void* p, int64_t dtype, int64_t i) {
   if (dtype == kFloat32) return load((const float*)p + i);
   return dtype == kBfloat16 ? load_bf16((const uint16_t*)p + i) : load_f16((const uint16_t*)p + i);
@@ -25,7 +25,7 @@ inline void store_as(void* p, int64_t dtype, int64_t i, F x) {
   else if (dtype == kBfloat16) store_bf16((uint16_t*)p + i, x);
   else store_f16((uint16_t*)p + i, x);
 }
-// The first n < 16 of them; the rest is read as zero and not written.
+// The first n < 16 of them; the rest reads as zero and is not written.
 inline F load_part(const void* p, int64_t dtype, int64_t i, int64_t n) {
   alignas(64) char line[64] = {0};
   memcpy(line, at(p, dtype, i), (size_t)(n * size_of(dtype)));
@@ -43,7 +43,7 @@ inline void store_upto(void* p, int64_t dtype, int64_t i, F x, int64_t n) {
   if (n >= 16) store_as(p, dtype, i, x);
   else store_part(p, dtype, i, x, n);
 }
-// What x becomes when it is stored.
+// x, rounded as a store to `dtype` rounds it.
 inline F rounded(F x, int64_t dtype) {
   if (dtype == kFloat32) return x;
   alignas(64) char line[64];

@@ -1,4 +1,4 @@
-// Rows of tables, rows side by side, and the tables of positions: what moves bytes or waits for libm. Compiled once, for
+// Embedding lookup, concatenation of rows and the rotary tables: ops that move bytes or wait for libm. Compiled once, for
 // any machine.
 #include <math.h>
 #include <string.h>
@@ -15,7 +15,7 @@ void gather_rows(const void* table, int64_t bytes, const int64_t* ids, int64_t c
   });
 }
 
-// y [rows] = what a row of `left` holds, then what one of `right` does, of so many bytes.
+// y [rows] = each row of `left`, of left_bytes, followed by the same row of `right`, of right_bytes.
 void side_by_side(const void* left, int64_t left_bytes, const void* right, int64_t right_bytes, int64_t rows, void* y) {
   for (int64_t i = 0; i < rows; i++) {
     char* to = (char*)y + i * (left_bytes + right_bytes);
@@ -24,8 +24,8 @@ void side_by_side(const void* left, int64_t left_bytes, const void* right, int64
   }
 }
 
-// cos, sin [rows, 2 * half] of position * frequency, a product that float32 rounds; both halves are the same. Their own
-// rounding is the nearest, by way of float64. logn [rows]: log(position + 1) / log(from), at least 1; all 1 where `from`
+// cos, sin [rows, 2 * half] of position * frequency, a product rounded to float32; both halves are the same. They are
+// computed in float64 and rounded to nearest. logn [rows]: log(position + 1) / log(from), at least 1; all 1 if `from`
 // is 0.
 void rotary_tables(const int64_t* positions, const float* frequencies, int64_t rows, int64_t half, int64_t from, float* cosines,
                    float* sines, float* logn) {

@@ -1,4 +1,4 @@
-// The likeliest token of each row of logits, and its log probability.
+// Greedy sampling: the most likely token of each row of logits, and its log probability.
 
 namespace {
 
@@ -9,7 +9,7 @@ void greedy(const void* logits, int64_t dtype, int64_t rows, int64_t width, int6
     alignas(64) float line[16];
     const void* x = at(logits, dtype, row * width);
     float top = -__builtin_inff();
-    int64_t found = 0;  // where the stretch with the highest begins
+    int64_t found = 0;  // start of the stretch with the highest logit
     for (int64_t start = 0; start < width; start += kStretch) {
       const int64_t end = start + kStretch < width ? start + kStretch : width;
       F highest_here = set1(top);

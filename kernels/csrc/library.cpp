@@ -1,4 +1,4 @@
-// Which variants exist here, and the search for a kernel by name.
+// Which variants this machine can run, and the lookup of a kernel by name.
 #include "library.h"
 
 #include <cstring>
@@ -17,7 +17,7 @@ struct Variant {
 };
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports asks CPUID and also whether the system saves the registers.
+// __builtin_cpu_supports checks CPUID, and that the operating system saves the registers.
 [[maybe_unused]] bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 [[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,11 +1,11 @@
-// The face of the library: kernels are looked up by instruction set and name, and called through plain C pointers.
+// The library's interface: kernels are looked up by instruction set and name, and called through plain C pointers.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 #include <utility>  // for types alone: see common.h
 
-// Counts up when what a kernel is given changes its meaning: a layout, an order of arguments. Python asks for it.
+// Increase it when the meaning of a kernel's arguments changes: a layout, or their order. Python checks it.
 constexpr int64_t kAbi = 3;
 
 // One argument of a recorded call (replay.cpp).
@@ -24,7 +24,7 @@ struct Entry {
 
 namespace {
 
-// The arguments of a kernel, a letter each: P a pointer, i an integer, d a double. Python holds them against its own.
+// The arguments of a kernel, a letter each: P a pointer, i an integer, d a double. Python checks them against its own.
 template <class T> struct Letter;
 template <class T> struct Letter<T*> {
   static constexpr char value = 'P';
@@ -41,7 +41,7 @@ template <> struct Letter<double> {
 template <class... Arguments> struct Letters { static constexpr char text[] = {Letter<Arguments>::value..., 0}; };
 template <class... Arguments> constexpr const char* letters(void (*)(Arguments...)) { return Letters<Arguments...>::text; }
 
-// A kernel on recorded arguments.
+// Calls a kernel with recorded arguments.
 template <auto KERNEL> struct Recorded;
 template <class... Arguments, void (*KERNEL)(Arguments...)> struct Recorded<KERNEL> {
   template <size_t... I> static void spread(const Argument* a, std::index_sequence<I...>) {
@@ -55,9 +55,9 @@ template <class... Arguments, void (*KERNEL)(Arguments...)> struct Recorded<KERN
 #define QVL_ENTRY(function) {#function, (void*)function, Recorded<&function>::run, letters(function)}
 #define QVL_END {nullptr, nullptr, nullptr, nullptr}
 
-// One list for each variant that was compiled in, ended by a null name. A compiler that cannot build one leaves it out,
-// and library.cpp is told with QVL_NO_AMX, QVL_NO_AVX512 or QVL_NO_AVX2.
-const Entry* entries_amx();  // null where the system does not give the tile registers
+// One list for each variant that was compiled, ended by a null name. If the compiler cannot build a variant, setup.py
+// leaves it out and tells library.cpp with QVL_NO_AMX, QVL_NO_AVX512 or QVL_NO_AVX2.
+const Entry* entries_amx();  // null if the system does not grant the tile registers
 const Entry* entries_avx512();
 const Entry* entries_avx2();
 const Entry* entries_portable();
@@ -72,17 +72,17 @@ const Entry* entries_embed();
 
 extern "C" {
 QVL_EXPORT int64_t qvl_abi(void);
-// Instruction sets that are compiled in and that this CPU and system run, best first, separated by spaces.
+// Instruction sets that were compiled and that this CPU and system can run, best first, separated by spaces.
 QVL_EXPORT const char* qvl_instruction_sets(void);
-// The kernel `name` for one of them, or null; `arguments`, where given, is set to its letters.
+// The kernel `name` for one of them, or null; `arguments`, unless null, is set to its letters.
 QVL_EXPORT void* qvl_kernel(const char* instruction_set, const char* name, const char** arguments);
-// The same as what `qvl_replay` takes.
+// The same kernel as an entry for `qvl_replay`.
 QVL_EXPORT const Entry* qvl_entry(const char* instruction_set, const char* name);
 
 struct Call {
   const Entry* kernel;
   const Argument* arguments;
 };
-// Run recorded calls in their order.
+// Runs recorded calls in order.
 QVL_EXPORT void qvl_replay(const Call* calls, int64_t count);
 }

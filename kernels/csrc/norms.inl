@@ -3,7 +3,7 @@
 namespace {
 
 // y = x / sqrt(mean(x^2) + eps), rounded to `dtype`, times weight. With `update`, x + update comes first and is stored
-// to `total`: the residual stream and its norm in one go.
+// in `total`: the residual add fused with its norm.
 void rms_norm(const void* x, const void* update, int64_t dtype, int64_t rows, int64_t width, const void* weight, double eps,
               void* total, void* y) {
   parallel_ranges(rows, 1 + 16384 / width, [&](int64_t begin, int64_t end) {
@@ -62,7 +62,7 @@ void layer_norm(const void* x, int64_t dtype, int64_t rows, int64_t width, const
 constexpr int64_t kElements = 16384;  // a chunk
 
 // x [rows, 2 * width] holds up | gate; y [rows, width] = up * silu(gate), silu(x) = x / (1 + e^-x), which is rounded to
-// `dtype` as it would be on its own
+// `dtype` as a separate op would round it
 void swiglu(const void* x, int64_t dtype, int64_t rows, int64_t width, void* y) {
   parallel_ranges(rows * width, kElements, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
@@ -77,7 +77,7 @@ void swiglu(const void* x, int64_t dtype, int64_t rows, int64_t width, void* y) 
   });
 }
 
-// x * Phi(x). With the dtype known when it is compiled: a branch for each line cost a tenth.
+// GELU: x * Phi(x). The dtype is a template argument, since a branch for each line cost a tenth of the time.
 template <int DTYPE> void gelu_of(const void* x, int64_t count, void* y) {
   const auto of = [](F v) { return mul(mul(v, set1(0.5f)), add(set1(1.0f), erf(mul(v, set1(0.70710678f))))); };
   parallel_ranges(count, kElements, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// From checkpoint tensors to the packed layout of linear/int8.inl: once, at load, at the speed of memory.
+// Packs checkpoint tensors into the layout of linear/int8.inl: once, at load; memory-bound.
 #include "library.h"
 #include "simd/portable.h"
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Four nibbles of a 16-bit number to the low halves of four bytes.
+// Spreads the four nibbles of a 16-bit number to the low halves of four bytes.
 inline uint32_t spread(uint32_t x) {
   x = (x | x << 8) & 0x00ff00ff;
   return (x | x << 4) & 0x0f0f0f0f;
@@ -17,8 +17,8 @@ inline uint32_t field(const uint32_t* words, int64_t columns, int64_t bits, int6
   return words[row / per_word * columns + column] >> row % per_word * bits & ((1u << bits) - 1);
 }
 
-// GPTQ's qweight uint32 [inputs * bits / 32, outputs] to lines. A word of qweight holds eight (four) inputs of an
-// output, just as a line does, so that without a permutation a line is sixteen words, their nibbles parted.
+// Packs GPTQ's qweight, uint32 [inputs * bits / 32, outputs], into lines. A word of qweight holds eight (four) inputs of
+// an output, as a line does, so that without a permutation a line is sixteen words, with their nibbles reordered.
 // Outputs are a multiple of 16. Padding inputs get level 0: their activations are zero.
 void pack_gptq(const uint32_t* words, int64_t inputs, int64_t padded, int64_t outputs, int64_t bits, const int32_t* perm,
                uint8_t* lines) {
@@ -43,7 +43,7 @@ void pack_gptq(const uint32_t* words, int64_t inputs, int64_t padded, int64_t ou
   });
 }
 
-// A dense weight [outputs, inputs] of `dtype` to 8 bits, symmetric: scale = max |w| / 127 for each output and group.
+// Quantizes a dense weight [outputs, inputs] of `dtype` to symmetric int8: scale = max |w| / 127 for each output and group.
 // scales float16 [blocks, groups, 16]; outputs past the last are zeros.
 void pack_dense(const void* weight, int64_t dtype, int64_t outputs, int64_t inputs, int64_t padded, int64_t group,
                 uint8_t* lines, uint16_t* scales) {

@@ -1,7 +1,7 @@
-// Rotary embedding with the cache write.
+// Rotary embedding, fused with the write to the KV cache.
 //
 // A cache is [blocks, heads, block_size, width]. 16- and 32-bit caches: width is the head size d. int8: width is d + 4,
-// d levels and a float32 scale behind them, x = scale * level, scale = max |x| / 127 of the vector.
+// d int8 values followed by a float32 scale, x = scale * level, scale = max |x| / 127 of the vector.
 
 namespace {
 
@@ -13,7 +13,7 @@ struct Cache {
   }
 };
 
-// One as it is allocated.
+// A cache as it was allocated.
 Cache packed_cache(void* data, int64_t dtype, int64_t heads, int64_t block_size, int64_t dim) {
   const int64_t width = dim + (dtype == kInt8 ? 4 : 0);
   return {data, dtype, block_size, heads * block_size * width, block_size * width, width};

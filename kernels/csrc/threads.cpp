@@ -1,6 +1,6 @@
-// A pool that counts finished chunks, not threads: a job is over when its chunks are, whoever did them. A worker that
-// the system has put aside delays a job only while it holds a chunk. With a barrier per thread instead, a GEMV fell to
-// 3 GB/s when another process used one of two cores; this kept 15.
+// A pool that counts finished chunks, not threads: a job is over when its chunks are, no matter which thread ran them. A
+// worker that the system has descheduled delays a job only while it holds a chunk. With a barrier per thread instead, a
+// GEMV fell to 3 GB/s when another process used one of two cores; this kept 15.
 #include "threads.h"
 
 #include <atomic>
@@ -17,8 +17,8 @@
 
 namespace {
 
-// Between two kernels of a step Python needs some 10 us; a wake-up costs as much. Longer spinning would take the core
-// from torch's own threads.
+// Python needs about 10 us between two kernels of a step, and a wake-up costs as much. Spinning longer would take the
+// core from torch's own threads.
 constexpr auto kSpin = std::chrono::microseconds(40);
 
 inline void pause() {
@@ -63,7 +63,7 @@ class Pool {
   }
 
  private:
-  // The low half of the ticket is the next chunk, the high half the job that it belongs to.
+  // The low half of the ticket is the next chunk, the high half its job.
   bool open(uint64_t ticket) const { return (int64_t)(ticket & 0xffffffffu) < chunks_.load(std::memory_order_acquire); }
 
   void work(uint64_t job) {
@@ -107,7 +107,7 @@ class Pool {
   std::condition_variable wake_;
 };
 
-// Pools are never destroyed: at exit a worker may be asleep in one, and another thread may still run a job on an old one.
+// Pools are never destroyed: at exit a worker may sleep in one, and another thread may still run a job on an old one.
 std::atomic<Pool*> g_pool{nullptr};
 std::atomic<int64_t> g_threads{1};
 std::mutex g_making;
@@ -121,7 +121,7 @@ Pool* pool() {
 
 Pool* make_pool() {
 #if defined(__unix__) || defined(__APPLE__)
-  // A child of fork has none of the workers: it forgets the pool, and makes another when it first needs one.
+  // A forked child has none of the workers: it drops the pool and makes another when it first needs one.
   static const int registered = pthread_atfork(nullptr, nullptr, [] {
     g_pool.store(nullptr);
     new (&g_making) std::mutex;

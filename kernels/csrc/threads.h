@@ -1,14 +1,14 @@
-// The pool that all kernels share, and scratch memory. Compiled once, for any machine.
+// The thread pool that all kernels share, and scratch memory. Compiled once, for any machine.
 #pragma once
 #include <stdint.h>
 
 extern "C" {
-// Run f(context, i) for each i below `chunks`, on the pool and on the calling thread; returns when all are done.
+// Runs f(context, i) for each i below `chunks`, on the pool and the calling thread; returns when all are done.
 void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* context);
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until it asks for the same slot again.
+// At least `bytes` of 64-byte aligned memory, the calling thread's own until it requests the same slot again.
 void* qvl_scratch(int slot, int64_t bytes);
 int64_t qvl_threads();
-// How many threads work on a call, the caller included: as many as torch may use.
+// Sets how many threads work on a call, the caller included: the number that torch uses.
 __attribute__((visibility("default"))) void qvl_set_threads(int64_t count);
 }
 

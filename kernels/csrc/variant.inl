@@ -1,4 +1,4 @@
-// All kernels, for the lanes that the including file has chosen, and their names.
+// All kernels and their names, for the SIMD lanes that the including file chooses.
 #include "library.h"
 
 #include "common.h"

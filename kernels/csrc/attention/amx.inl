@@ -1,7 +1,7 @@
 // The products of attention/rows.inl on AMX tiles, for bfloat16: 16 rows x 32 channels times 32 channels x 16 columns.
 //
 // A row of the right-hand tile holds pairs of channels of sixteen columns. For scores, columns are keys: their vectors,
-// taken as words of two channels, are transposed. For values, columns are channels: two neighbouring keys are zipped.
+// as words of two channels, are transposed. For values, columns are channels: two neighboring keys are interleaved.
 #include <immintrin.h>
 
 namespace {
@@ -13,7 +13,7 @@ struct AmxProducts {
   int64_t dim, padded, steps;  // steps of 32 channels
   uint16_t *keys, *values;      // tiles [keys / 16][steps] and [keys / 32][2 * steps]
   uint16_t *queries, *weights; // tiles [2][steps] and [2][kKeysAtOnce / 32]
-  uint16_t* rows;               // [32][padded], on their way into tiles
+  uint16_t* rows;               // [32][padded], to be copied into tiles
 
   AmxProducts(int64_t dim, int64_t padded) : dim(dim), padded(padded), steps(padded / 32) {
     keys = scratch<uint16_t>(4, kKeysAtOnce * padded);
@@ -25,7 +25,7 @@ struct AmxProducts {
   }
   ~AmxProducts() { _tile_release(); }
 
-  // A stored vector as bfloat16, with zeros behind it.
+  // A stored vector as bfloat16, followed by zeros.
   void narrow(const void* from, int64_t dtype, uint16_t* to) const {
     if (dtype == kBfloat16) {
       memcpy(to, from, (size_t)dim * 2);
@@ -64,7 +64,7 @@ struct AmxProducts {
   }
 
   // Tiles 0 to 3 += two tiles of rows times two of columns, `count` of each, `across` elements apart. One strip of 16
-  // rows leaves tiles 2 and 3 alone.
+  // rows does not use tiles 2 and 3.
   static inline void multiply(const uint16_t* upper, const uint16_t* lower, const uint16_t* left, const uint16_t* right,
                               int64_t across, int64_t count, bool both) {
     for (int64_t i = 0; i < count; i++) {

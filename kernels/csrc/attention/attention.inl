@@ -1,15 +1,15 @@
-// The attention of all rows of a step, and the one place where it is chosen how a row is computed.
+// Attention of all rows of a step. Which kernel computes a row is chosen here only.
 
 namespace {
 
-// Rows of a request up to which each reads the cache on its own: with more, the products take over.
+// Most rows of a request for the decode kernel, in which each row reads the cache; with more, rows.inl computes products.
 #if defined(__AMX_BF16__)
 int64_t few(int64_t dtype) { return dtype == kBfloat16 ? 1 : 2; }
 #else
 int64_t few(int64_t) { return 2; }
 #endif
 
-// Of the published heads (128), of nano's (64), or of any multiple of 16.
+// For head sizes 128 (published), 64 (nano), or any multiple of 16.
 template <int DTYPE> void attend_floats(const Job& job) {
   job.dim == 128  ? attend_together<DTYPE, 8>(job)
   : job.dim == 64 ? attend_together<DTYPE, 4>(job)
@@ -30,15 +30,15 @@ void attend_many(const Job& job) {
   attend_rows<FloatProducts>(job);
 }
 
-// Heads that a job of few rows takes: enough jobs for all threads, and runs that are as long as that allows. Heads are
-// computed apart, so that the numbers do not depend on it.
+// Heads in a job of few rows: as many as leave enough jobs for all threads, so that runs are long. Heads are computed
+// separately, so that results do not depend on it.
 int64_t heads_at_once(int64_t heads, int64_t requests) {
   const int64_t wanted = heads * requests / (2 * qvl_threads());
   return wanted < 1 ? 1 : wanted < kMostHeads ? wanted : kMostHeads;
 }
 
 // q: rows of `heads` heads of `dim` channels, q_row and q_head elements apart; request r has the rows starts[r] to
-// starts[r + 1], the last of its contexts[r] tokens where `causal`, and sees them all where not. Keys and values: the
+// starts[r + 1], the last of its contexts[r] tokens if `causal`, and otherwise attends to all of them. Keys and values: the
 // request's blocks are tables[r * table_width ..], of block_size tokens, with the given strides. Strides of a plain
 // tensor [requests, tokens, ..] make it a cache with a block for each request. y [rows, heads * dim].
 void attention(const void* q, int64_t dtype, int64_t q_row, int64_t q_head, int64_t heads, int64_t dim, const void* keys,
@@ -67,7 +67,8 @@ void attention(const void* q, int64_t dtype, int64_t q_row, int64_t q_head, int6
       const int64_t head = i * group;
       return attend_few(job(head, heads - head < group ? heads - head : group, start, end - start));
     }
-    const int64_t row = start + (parts(r) - 1 - i / heads) * kRowsAtOnce;  // the last rows of a prompt see the most: first
+    // the last rows of a prompt attend to the most keys: start with them
+    const int64_t row = start + (parts(r) - 1 - i / heads) * kRowsAtOnce;
     attend_many(job(i % heads, 1, row, end - row < kRowsAtOnce ? end - row : kRowsAtOnce));
   });
 }

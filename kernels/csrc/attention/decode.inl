@@ -1,8 +1,8 @@
-// Attention of one row or two, decoding: bound by memory, which is read once, in place.
+// Attention of one or two query rows, for decoding: memory-bound; the cache is read once, in place.
 //
-// A block of a head is a run of a few KiB, too short for the machine's own prefetching: one head after another reads 17
-// GB/s where memory gives 25. So a job goes through the cache with up to eight heads together, a few tokens of each in
-// turn, as a GEMV of eight streams, and asks for the next block's vectors in the same order.
+// A block of a head is a run of a few KiB, too short for the hardware prefetcher: reading head after head reaches 17 GB/s
+// of memory's 25. So a job reads up to eight heads together, a few tokens of each in turn, like a GEMV of eight streams,
+// and prefetches the next block's vectors in the same order.
 
 namespace {
 
@@ -15,7 +15,7 @@ struct Sixteen {
   int64_t row, count;
 };
 
-// Asks for `count` vectors from the t-th on of a run, or of the run after it.
+// Prefetches `count` vectors from the t-th on of a run, or of the run after it.
 inline void prefetch(const char* run, const char* after, int64_t t, int64_t count, int64_t row) {
   const char* vectors = t < 16 ? run + t * row : after + (t - 16) * row;
   for (int64_t i = 0; i < count * row; i += 64) __builtin_prefetch(vectors + i);
@@ -32,7 +32,7 @@ template <int DTYPE> inline float cached_scale(const void* vector, int64_t dim) 
 }
 
 // A vector held as its lines of 16 channels: LINES of them in registers, or any number in memory where LINES is 0.
-// bfloat16 in registers stands as even and odd channels of each 32, which is how `load_bf16_pairs` gives them.
+// bfloat16 in registers is held as even and odd channels of each 32, as `load_bf16_pairs` returns them.
 template <int DTYPE, int LINES> struct Lines {
   static constexpr bool kPairs = DTYPE == kBfloat16 && LINES > 0 && LINES % 2 == 0;
 
@@ -50,7 +50,7 @@ QVL_UNROLL
     }
   }
 
-  // Between channels in order and the order in which `each` gives them.
+  // Converts between channels in order and the order of `each`.
   static void reorder(float* x, int lines, bool forth) {
     float plain[32];
     for (int j = 0; kPairs && j < lines; j += 2, x += 32) {
@@ -61,7 +61,7 @@ QVL_UNROLL
   }
 };
 
-// One row of a head on its way through the cache.
+// The state of one query row of a head while it reads the cache.
 template <int DTYPE, int LINES> class DecodedRow {
  public:
   // query: float [dim]
@@ -79,7 +79,7 @@ template <int DTYPE, int LINES> class DecodedRow {
     return add(a, b);
   }
 
-  // The products of 16 keys to the weights of their values.
+  // Turns the scores of 16 keys into the weights of their values.
   void weigh(const Sixteen& s, const F* products) {
     store(weights_, row_sums(products));
     for (int64_t t = 0; DTYPE == kInt8 && t < s.count; t++) weights_[t] *= cached_scale<DTYPE>(s.keys + t * s.row, dim_);
@@ -89,7 +89,7 @@ template <int DTYPE, int LINES> class DecodedRow {
     for (int j = 0; j < lines_; j++) store(held_ + j * 16, mul(load(held_ + j * 16), set1(shrink)));
   }
 
-  // Adds the values of tokens t to t + kTogether, where there are so many.
+  // Adds the values of tokens t to t + kTogether, as far as they exist.
   void add_values(const Sixteen& s, int64_t t) {
     const char *one = s.values + t * s.row, *other = one + s.row;
     const F first = set1(weights_[t]), second = set1(weights_[t + 1]);
@@ -119,7 +119,7 @@ template <int DTYPE, int LINES> class DecodedRow {
   int lines_;
 };
 
-// 16 tokens of some heads; row r of head h is state[h * rows + r], and sees counts[r] of the tokens.
+// 16 tokens of some heads; row r of head h is state[h * rows + r], and attends to counts[r] of the tokens.
 template <int DTYPE, int LINES>
 void meet(DecodedRow<DTYPE, LINES>* state, const Sixteen* sixteen, int64_t heads, const int64_t* counts, int64_t rows) {
   const int64_t ahead = DTYPE == kInt8 || heads < 4 ? 16 : 4;  // tokens: few heads, and vectors of 132 bytes, want more

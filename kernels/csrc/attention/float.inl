@@ -14,7 +14,7 @@ struct FloatProducts {
     queries = scratch<float>(6, kStrip * kMostDim + 16 * padded);
   }
 
-  // Lays out `count` keys and values from `first` on, and zeros up to a multiple of 32.
+  // Copies `count` keys and values from `first` on to panels, padded with zeros to a multiple of 32.
   void take(const Job& job, int64_t first, int64_t count) {
     float* rows = queries + kStrip * kMostDim;  // 16 keys
     for (int64_t t = 0; t < (count + 31) / 32 * 32; t++) {

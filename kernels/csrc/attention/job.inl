@@ -1,4 +1,4 @@
-// What all attention shares: the rows of a job, and the softmax of a row that meets its keys in passes.
+// Shared by all attention kernels: the rows of a job, and the online softmax of a row over several passes.
 
 namespace {
 
@@ -15,17 +15,17 @@ struct Job {
   const int64_t* table;
   int64_t head, heads, dim;      // heads of this job, from `head` on
   int64_t row, rows;             // and its rows
-  int64_t seen, causal;          // keys that the first row sees, and how many more each next one does: 0 or 1
+  int64_t seen, causal;          // keys that the first row attends to, and how many more for each next row: 0 or 1
   int64_t sees(int64_t i) const { return seen + causal * i; }
 };
 
-// What a row keeps between passes: its highest score, in powers of two, and the sum of its weights (Milakov and
-// Gimelshein 2018).
+// The state of the online softmax (Milakov and Gimelshein 2018): the highest scaled score of a row, an exponent of 2,
+// and the sum of its weights.
 struct Softmax {
   float top = -__builtin_inff(), total = 0;
 
-  // The first `count` scores to weights 2^(scale * score - top), what follows up to `padded` to zeros. Gives what all
-  // that came before has to be multiplied with.
+  // Turns the first `count` scores into weights 2^(scale * score - top), and the rest up to `padded` into zeros. Returns
+  // the factor for the sums of earlier passes.
   float weigh(float* scores, int64_t count, int64_t padded, float scale) {
     const int64_t whole = (count + 15) / 16 * 16;
     for (int64_t i = count; i < whole; i++) scores[i] = -__builtin_inff();

@@ -1,8 +1,8 @@
-// Attention of many rows: prefill over the paged cache, pictures' patches, the resampler's queries.
+// Attention of many query rows: prefill over the paged cache, image patches, the resampler's queries.
 //
-// A job is up to kRowsAtOnce rows of a head, against kKeysAtOnce keys after keys, with a running maximum for each row
-// (Dao 2023). Keys and values of a pass are laid out for the products once, and serve all strips of rows. The products
-// are a policy: AMX tiles for bfloat16 (attention/amx.inl), fused multiply-adds in float for all else
+// FlashAttention-2 (Dao 2023): a job is up to kRowsAtOnce rows of a head, against kKeysAtOnce keys at a time, with a
+// running maximum for each row. Keys and values of a pass are converted for the products once, for all strips of rows.
+// The products are a policy: AMX tiles for bfloat16 (attention/amx.inl), fused multiply-adds in float otherwise
 // (attention/float.inl).
 
 namespace {
@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kKeysAtOnce = 256, kRowsAtOnce = 512;
 constexpr int64_t kScoreStride = kKeysAtOnce + 16;  // floats; rows 1 KiB apart would share sets of the L1 cache
 
-// A stored vector, of whatever dtype, as floats with zeros up to `padded`.
+// A stored vector of any dtype as floats, padded with zeros up to `padded`.
 inline void widen(const void* from, int64_t dtype, int64_t dim, int64_t padded, float* to) {
   if (dtype != kInt8) {
     for (int64_t i = 0; i < padded; i += 16) store(to + i, i < dim ? load_upto(from, dtype, i, dim - i) : zero());

@@ -1,16 +1,16 @@
-// Dense bfloat16 weights times five rows or more, on AMX tiles.
+// Dense bfloat16 weights times activations of five or more rows, on AMX tiles.
 //
-// Sixteen rows of a weight [outputs, inputs] and 32 of their inputs are a left-hand tile as they lie, so that weights are
-// read in place, those of a mapped file too. The activations are the right-hand side, laid out anew in each call: a row
-// of such a tile holds a pair of inputs of sixteen rows of x. The sums come out as [outputs][rows].
+// Sixteen rows of a weight [outputs, inputs] and 32 of their inputs form a left-hand tile without any conversion, so that
+// weights are read in place, even from a mapped file. The activations are the right-hand side, converted in each call: a
+// row of such a tile holds a pair of inputs of sixteen rows of x. The sums come out as [outputs][rows].
 
 namespace {
 
-constexpr int64_t kDenseSteps = 16;  // of 32 inputs: two blocks of so many are 32 KiB, and stay in the L1 cache
-constexpr int64_t kDenseAhead = 512;  // bytes of a row of weights that are asked for early
+constexpr int64_t kDenseSteps = 16;  // of 32 inputs: two blocks of this size are 32 KiB, and stay in the L1 cache
+constexpr int64_t kDenseAhead = 512;  // prefetch distance in a row of weights, bytes
 constexpr int64_t kDensePairs = 4;   // pairs of blocks that share the activations of these steps from the L2 cache
 
-// What one call multiplies. x: tiles [strips][steps][1 KiB], strips of 16 rows, zeros where there is nothing.
+// The operands of one call. x: tiles [strips][steps][1 KiB], strips of 16 rows, padded with zeros.
 struct Dense {
   const uint8_t* x;
   int64_t rows, strips, steps, inputs;
@@ -23,7 +23,7 @@ struct Dense {
   bool whole(int64_t n, int64_t step) const { return n + 16 <= outputs && (step + 1) * 32 <= inputs; }
 };
 
-// Up to 16 rows of 32 numbers from column `first` on, to rows of 64 bytes, with zeros where there is nothing.
+// Copies up to 16 rows of 32 numbers, from column `first` on, to rows of 64 bytes, padded with zeros.
 inline void copy_tile(const uint16_t* from, int64_t rows, int64_t columns, int64_t first, uint8_t* to) {
   const int64_t count = columns - first < 32 ? columns - first : 32;
   const __mmask32 there = (__mmask32)((1ull << count) - 1);
@@ -42,7 +42,7 @@ void lay_out(const uint16_t* x, const Dense& d, uint8_t* to) {
   });
 }
 
-// sums [16 outputs][16 rows] of outputs n and on, and of a strip, to y.
+// Stores the sums [16 outputs][16 rows] of the outputs from n on and of a strip in y.
 inline void put_sums(const Dense& d, int64_t n, int64_t strip, const float* sums) {
   alignas(64) float rows[256];
   transpose16((const uint32_t*)sums, 16, (uint32_t*)rows);
@@ -52,8 +52,8 @@ inline void put_sums(const Dense& d, int64_t n, int64_t strip, const float* sums
     store_upto(d.y, kBfloat16, (strip * 16 + m) * d.outputs + n, add(load(rows + m * 16), bias), count);
 }
 
-// 16 outputs from n on against one strip: bound by memory. Steps go to four sums in turn, since a product waits for the
-// one before it in the same.
+// 16 outputs from n on against one strip: memory-bound. Steps go to four sums in turn, since a product waits for the
+// previous one of the same sum.
 void one_strip(const Dense& d, int64_t n) {
   alignas(64) uint8_t copy[kTileBytes];
   alignas(64) float sums[4][256];
@@ -120,7 +120,7 @@ inline void two_by_two(const uint8_t* weights, const uint8_t* upper, const uint8
   _tile_stored(3, sums + 768, 64);
 }
 
-// Pairs of blocks [begin, end) against all strips; an odd strip at the end is its own second.
+// Pairs of blocks [begin, end) against all strips; an odd last strip is paired with itself.
 void many_strips(const Dense& d, int64_t begin, int64_t end) {
   const int64_t strips = (d.strips + 1) / 2 * 2, per_pair = strips * 512;
   float* sums = scratch<float>(7, (end - begin) * per_pair);

@@ -1,4 +1,4 @@
-// Packed weights times float activations (exact mode), weights back to floats, and dense weights with few rows.
+// Packed weights times float activations (exact mode), dequantization, and dense weights times few rows.
 
 namespace {
 
@@ -56,7 +56,7 @@ void exact_all(const Packed& w, const float* x, const float* sums, int64_t padde
     for (int64_t row = 0; row < rows; row += M) exact_rows<BITS, M, 1>(w, x, sums, padded, rows, out, row, 2 * pairs);
 }
 
-// Rows padded to a multiple of four, or fewer than that.
+// Rows are padded to a multiple of four, or are fewer than four.
 template <int BITS>
 void exact_some(const Packed& w, const float* x, const float* sums, int64_t padded, int64_t rows, const Output& out) {
   if (rows == 1) exact_all<BITS, 1>(w, x, sums, padded, rows, out);
@@ -65,8 +65,8 @@ void exact_some(const Packed& w, const float* x, const float* sums, int64_t padd
   else exact_all<BITS, 4>(w, x, sums, padded, rows, out);
 }
 
-// As linear_int8, with the activations left as they are. Without AMX it is meant for few rows:
-// each four read the weights again.
+// Like linear_int8, without quantizing the activations. Without AMX it is meant for few rows:
+// every four rows read the weights again.
 void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
                   const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                   int64_t outputs, const float* bias, void* y) {
@@ -91,8 +91,8 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
   bits == 4 ? exact_some<4>(w, floats, sums, padded, rows, out) : exact_some<8>(w, floats, sums, padded, rows, out);
 }
 
-// Outputs [first, first + count) of a packed weight as the columns of y [inputs, count] of `dtype`, which is how a line
-// holds them; `first` and `count` are multiples of 16.
+// Writes outputs [first, first + count) of a packed weight as the columns of y [inputs, count] of `dtype`, the order in a
+// line; `first` and `count` are multiples of 16.
 void dequantize(const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                 int64_t outputs, int64_t inputs, int64_t padded, const int32_t* perm, int64_t first, int64_t count,
                 int64_t dtype, void* y) {
@@ -163,7 +163,7 @@ void dense_all(const float* x, int64_t rows, int64_t padded, const void* weight,
   });
 }
 
-// x [rows, inputs] times weight [outputs, inputs] transposed, plus bias or null; all of one dtype, sums in float32.
+// x [rows, inputs] times weight [outputs, inputs] transposed, plus bias unless it is null; all of one dtype, sums in float32.
 void linear_dense(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const void* weight, int64_t outputs,
                   const void* bias, void* y) {
 #if defined(__AMX_BF16__)

@@ -1,19 +1,20 @@
-// Packed weights times some or many rows on AMX tiles, in int8 or bfloat16 products.
+// Packed weights times activations of five or more rows on AMX tiles, in int8 or bfloat16 products.
 //
 // A thread takes four blocks of outputs and unpacks some groups of them. Then, for each step of up to two tiles of
 // inputs, the weights of two blocks stay in registers while strips of rows pass by. Their sums leave the tiles through
 // memory, and are scaled and added up while the next products run.
 //
-// Few registers are in use at a time, and each is written seldom. A loop of products, zeros and stores alone, its data in
-// L1, takes 25 ns a product with tiles 2 x 2 and 18 as here, in the slow of two states that this machine changes between
-// (15 and 10 in the fast one). In the whole kernel the difference is below 5 %: scaling the sums costs a third of it.
+// Few tile registers are in use at a time, and each is rarely written. A loop of products, zeros and stores alone, its
+// data in L1, takes 25 ns a product with 2 x 2 tiles and 18 ns as here, in the slower of the two states that the measured
+// machine switched between (15 and 10 in the faster). In the whole kernel the difference is below 5 %: scaling the sums
+// costs a third of its time.
 #include "simd/amx_tiles.inl"
 
 namespace {
 
 constexpr int kPanel = 4;      // blocks whose groups are unpacked together
 constexpr int kNear = 4;       // strips whose sums of a panel stay in the L1 cache
-constexpr int64_t kWide = 4;       // where there are more strips: panels that share activations of the L2 cache
+constexpr int64_t kWide = 4;       // with more strips: panels that share activations in the L2 cache
 constexpr int64_t kFarGroups = 4;  // and groups unpacked at once
 
 // Two blocks x K tiles of inputs, in registers.
@@ -54,17 +55,17 @@ template <class T, int K> inline void products(const uint8_t* rows, void* sums) 
   _tile_stored(1, (char*)sums + kTileBytes, 64);
 }
 
-// Sums of a step on their way to those of all steps, acc [2][16][16].
+// Sums of a step, to be added to those of all steps, acc [2][16][16].
 struct Pending {
   const void* sums;
   float* acc;
   int64_t strip, block, group;
-  bool zeros;  // their part is due: once a group
+  bool zeros;  // whether to subtract their part: once a group
 };
 
 template <class T> inline void add_scaled(const Packed& w, const Tiled& a, const Pending& step) {
   const int64_t rows = a.strips > 1 ? 16 : a.rows, first = (step.group * a.strips + step.strip) * 16;
-  // Read once: for all that the compiler knows, a store changes `a`.
+  // Read once: as far as the compiler knows, a store may change `a`.
   const float *row_scale = a.scale + first, *row_sum = a.sum + first;
   for (int n = 0; n < 2; n++) {
     const int64_t block = step.block + n < w.blocks() ? step.block + n : step.block;
@@ -166,7 +167,7 @@ void linear_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, cons
   }
 }
 
-constexpr int64_t kAmxRows = 5;  // from here on; fewer rows in registers keep up with memory
+constexpr int64_t kAmxRows = 5;  // fewest rows for AMX; kernels in registers keep up with memory for fewer
 
 template <class T>
 void linear_amx_bits(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
@@ -175,7 +176,7 @@ void linear_amx_bits(const void* x, int64_t dtype, int64_t rows, int64_t inputs,
   else linear_amx<T, 8>(x, dtype, rows, inputs, perm, w, out);
 }
 
-// False where another kernel is better: few rows, or groups smaller than a tile.
+// False if another kernel is better: few rows, or groups smaller than a tile.
 bool linear_int8_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
                      const Output& out) {
   if (rows < kAmxRows || w.group % Int8::kInputs) return false;

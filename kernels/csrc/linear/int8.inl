@@ -3,7 +3,7 @@
 // Packing: a block is 16 outputs, a group `group` inputs that share a scale; [blocks][groups][lines][64 bytes], and lane
 // n of a line holds inputs of output n. 8 bits: line j has inputs 4j .. 4j + 3. 4 bits: byte b of line j has input 8j + b
 // in its low nibble and 8j + 4 + b in its high one. Scales are float16 [blocks][groups][16]; zero points uint8 likewise,
-// or absent where all are the middle, 8 or 128.
+// or absent if all are the midpoint, 8 or 128.
 //
 //   y[m, n] = sum over g of  xs[m, g] * s[n, g] * (sum over k in g of q[n, k] * xq[m, k]  -  z[n, g] * sum of xq[m, k])
 
@@ -18,7 +18,7 @@ struct Packed {
   int64_t group_bytes() const { return 2 * group * bits; }
   int64_t block_bytes() const { return groups * group_bytes(); }
   int64_t blocks() const { return (outputs + 15) / 16; }
-  // What the sum of a group starts from: minus the zero points times the sum of the activations.
+  // The initial sum of a group: minus the zero points times the sum of the activations.
   I start(int64_t block, int64_t g, int32_t sum) const {
     if (!zeros) return iset1(-(1 << (bits - 1)) * sum);
     return imul(load_u8(zeros + (block * groups + g) * 16), iset1(-sum));
@@ -37,8 +37,8 @@ struct Output {
   }
 };
 
-// Few rows are bound by memory: asking for lines this far ahead of their use, in eight streams and not four, took one of
-// 4096 x 12288 from 18.2 to 22.4 GB/s where reading alone reaches 24.7; two take 1.05 times as long as one, not 1.2.
+// Few rows are memory-bound: prefetching lines this far ahead, in eight streams instead of four, took one row times
+// 4096 x 12288 from 18.2 to 22.4 GB/s, of 24.7 that reading alone reaches; two rows take 1.05 times as long as one, not 1.2.
 constexpr int64_t kLinesAhead = 1024;
 
 // M rows (padded) against NB blocks, whose weights are read once: NB streams of memory share M broadcasts.
@@ -85,7 +85,7 @@ QVL_UNROLL
     for (int n = 0; n < NB; n++) out.put(row + m, (block + n) * 16, acc[m][n]);
 }
 
-constexpr int kFewRows = 8;  // at once; more rows take the weights from the L2 cache again
+constexpr int kFewRows = 8;  // at once; further rows read the weights from the L2 cache again
 
 template <int BITS, int M, int NB> void few_rows_all(const Packed& w, const Activations& a, const Output& out) {
   const int64_t per_chunk = 1 + (128 << 10) / (NB * w.block_bytes());
@@ -98,7 +98,7 @@ template <int BITS, int M, int NB> void few_rows_all(const Packed& w, const Acti
     for (int64_t row = 0; row < a.rows; row += M) few_rows<BITS, M, 1>(w, a, out, row, b);
 }
 
-// One block as unsigned bytes, [padded / 4][64]. 8 bits are that already.
+// One block as unsigned bytes, [padded / 4][64]; 8-bit blocks are stored so.
 void unpack_block(const Packed& w, int64_t block, uint8_t* panel) {
   const uint8_t* line = w.lines + block * w.block_bytes();
   for (const uint8_t* end = line + w.block_bytes(); line < end; line += 64, panel += 128) {
@@ -107,8 +107,8 @@ void unpack_block(const Packed& w, int64_t block, uint8_t* panel) {
   }
 }
 
-// Two blocks from `block` on, as bytes, in memory that the thread keeps until it asks again; how many there are. Of a
-// last one alone the second panel is the first again.
+// Unpacks two blocks from `block` on to bytes, in scratch memory of the thread; returns how many there are. For a single
+// last block the second panel is the first again.
 int unpack_pair(const Packed& w, int64_t block, const uint8_t* panels[2]) {
   const int blocks = block + 1 < w.blocks() ? 2 : 1;
   const int64_t bytes = w.groups * w.group * 16;
@@ -121,8 +121,8 @@ int unpack_pair(const Packed& w, int64_t block, const uint8_t* panels[2]) {
   return blocks;
 }
 
-// kTileRows x 32 outputs in registers. Activations come as [padded / 4][kTileRows] words: row after row they would
-// all fall into one set of the L1 cache, since 4096 inputs are 4 KiB.
+// kTileRows x 32 outputs in registers. Activations are [padded / 4][kTileRows] words: in row-major order they would all
+// map to one set of the L1 cache, since 4096 inputs are 4 KiB.
 void tile(const Packed& w, int64_t block, const uint8_t* const panels[2], int blocks, const int8_t* x, const Activations& a,
           const Output& out, int64_t row) {
   alignas(64) float acc[kTileRows][2][16];
@@ -171,7 +171,7 @@ void many_rows(const Packed& w, const Activations& a, const Output& out) {
   });
 }
 
-// Rows are padded to what a kernel takes at once.
+// Pads rows to the number that a kernel computes at once.
 int64_t rows_at_once(int64_t rows) { return rows > 2 * kFewRows ? kTileRows : rows == 1 ? 1 : kFewRows; }
 
 template <int BITS> void by_regime(const Packed& w, const Activations& a, const Output& out) {
@@ -188,8 +188,8 @@ template <int BITS> void by_regime(const Packed& w, const Activations& a, const 
 namespace {
 #endif
 
-// x [rows, inputs] of `dtype`; bias float32 [outputs] or null; y [rows, outputs] of `dtype`. perm int32 [padded] says
-// which input stands where in the packed order, -1 for none; null: as they are, then zeros.
+// x [rows, inputs] of `dtype`; bias float32 [outputs] or null; y [rows, outputs] of `dtype`. perm int32 [padded] is
+// the input at each position of the packed order, -1 for padding; null: inputs in order, then zeros.
 void linear_int8(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
                  const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                  int64_t outputs, const float* bias, void* y) {

@@ -1,8 +1,8 @@
-// Activations to int8, per row and group of inputs: x = scale * q, scale = max |x| / 127 (W4A8 and W8A8).
+// Quantizes activations to int8, per row and group of inputs: x = scale * q, scale = max |x| / 127 (W4A8 and W8A8).
 
 namespace {
 
-// Rows in int8, padded with zeros to `padded` inputs; scales and sums of q for each group.
+// Rows in int8, padded with zeros to `padded` inputs; the scale and the sum of q for each group.
 struct Activations {
   int64_t rows, padded, groups;
   int8_t* q;      // [rows, padded]
@@ -10,7 +10,7 @@ struct Activations {
   int32_t* sum;   // [rows, groups]
 };
 
-// A row as floats, in the order of the packed weights (perm, or as it is) and padded with zeros.
+// A row as floats, in the order of the packed weights (permuted if perm is set) and padded with zeros.
 void gather_row(const void* x, int64_t dtype, int64_t inputs, int64_t padded, const int32_t* perm, float* out) {
   if (!perm) {
     for (int64_t i = 0; i < padded; i += 16) store(out + i, i < inputs ? load_upto(x, dtype, i, inputs - i) : zero());
@@ -38,7 +38,7 @@ void quantize_row(const float* x, int64_t group, int64_t groups, int8_t* q, floa
   }
 }
 
-// `rows_padded` rows are laid out, those from `rows` on as zeros.
+// Writes `rows_padded` rows; those from `rows` on are zeros.
 Activations quantize_rows(const void* x, int64_t dtype, int64_t rows, int64_t rows_padded, int64_t inputs, int64_t padded,
                           int64_t group, const int32_t* perm) {
   Activations a{rows, padded, padded / group, scratch<int8_t>(2, rows_padded * padded), nullptr, nullptr};

@@ -1,7 +1,7 @@
-// What AMX tiles are made of: the registers' shape, activations as tiles, packed weights as tiles.
+// AMX tiles: the registers' shape, activations as tiles, packed weights as tiles.
 //
 // A tile is 16 rows of 64 bytes. Int8: 16 rows x 64 inputs against 64 inputs x 16 outputs, in 16 cycles. Bfloat16: 32
-// inputs instead. Weights of 4 and 8 bits, less the middle, are whole numbers that both hold exactly. A float16
+// inputs instead. Weights of 4 and 8 bits, less the midpoint, are integers that both hold exactly. A float16
 // activation is exactly the sum of two bfloat16 and a float32 one of three, so that two or three products with the same
 // weights lose nothing either, and are still faster than float32 multiply-adds.
 #include <immintrin.h>
@@ -14,19 +14,19 @@
 namespace {
 
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kAhead = 1024;  // bytes of weights that are asked for early: a group of int4
+constexpr int64_t kAhead = 1024;  // prefetch distance in the weights, bytes: a group of int4
 
-// Tiles 0 to 3 hold sums, 4 and up activations and weights. Rows that are not there cost no time.
+// Tiles 0 to 3 hold sums, 4 and up activations and weights. Unused rows cost no time.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// In assembly since g++ 12's intrinsic tells the compiler of eight bytes that it reads, not of 64.
+// In assembly since g++ 12's intrinsic declares to the compiler that it reads eight bytes, not 64.
 inline void load_config(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
 
-// Linux gives a process the tile registers when it asks.
+// Linux grants a process the tile registers on request.
 bool amx_granted() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
@@ -36,8 +36,8 @@ bool amx_granted() {
 #endif
 }
 
-// Activations in strips of 16 rows. Row after row, the rows of a tile would all fall into one set of the L1 cache,
-// since 4096 inputs are 4 KiB.
+// Activations in strips of 16 rows. In row-major order the rows of a tile would all map to one set of the L1 cache, since
+// 4096 inputs are 4 KiB.
 struct Tiled {
   int64_t rows, strips, padded, groups;
   uint8_t* tiles;      // [strips][tiles of a strip][planes][16][64]
@@ -82,7 +82,7 @@ struct Int8 {
     return t;
   }
 
-  // `lines` of one block to the tiles of their inputs; the middle is taken off.
+  // Converts `lines` of one block to tiles and subtracts the midpoint.
   template <int BITS> static void unpack(const uint8_t* line, int64_t lines, uint8_t* to) {
     for (const uint8_t* end = line + lines * 64; line < end; line += 64) {
       const Bytes both = load_bytes(line);
@@ -128,8 +128,8 @@ template <int PLANES> struct Bfloat16 {
     return t;
   }
 
-  // Each plane takes the upper half of what is left: eight bits of the fraction. Cut, not rounded, so that the largest
-  // numbers stay finite. Infinities have nothing left, where subtraction would say NaN.
+  // Each plane holds the upper half of the remainder: eight bits of the fraction. Truncated, not rounded, so that the
+  // largest numbers stay finite. The remainder of infinity is zero, for which a subtraction would return NaN.
   static void split(F value, uint8_t* to) {
     for (int p = 0; p < PLANES; p++, to += kTileBytes) {
       const __m512i bits = _mm512_castps_si512(value);

@@ -6,12 +6,12 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-// Before a loop over registers. Here it would only cost compile time: the compiler unrolls what fits.
+// Put before a loop over an array of vectors. Empty here: the compiler unrolls what fits, and more costs compile time.
 #define QVL_UNROLL
 
 namespace {
 
-constexpr int kOneRowStreams = 4;  // blocks that one row meets at once
+constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kTileRows = 3;         // 3 x 2 accumulators of two registers each, in 16 registers
 constexpr int kHighNibbleShift = 0;  // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first
 
@@ -143,7 +143,7 @@ inline __m256i nibble_products(__m256i w, __m256i x) {
 inline void dot_nibbles(I& acc, Bytes w, Bytes x) {
   acc = {_mm256_add_epi32(acc.a, nibble_products(w.a, x.a)), _mm256_add_epi32(acc.b, nibble_products(w.b, x.b))};
 }
-// Bytes: even and odd ones are widened to 16 bits apart, since 255 * 127 * 2 does not fit them.
+// Bytes: even and odd ones are widened to 16 bits separately, since 255 * 127 * 2 does not fit.
 inline __m256i byte_products(__m256i w, __m256i x) {
   __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8)));

@@ -6,14 +6,14 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-// Before a loop over registers. It keeps them in registers.
+// Put before a loop over an array of vectors: unrolled, it keeps them in registers.
 #define QVL_UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
-constexpr int kOneRowStreams = 8;  // blocks that one row meets at once: 24 accumulators
+constexpr int kOneRowStreams = 8;  // blocks that one row is multiplied with at once: 24 accumulators
 constexpr int kTileRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators, 2 weights and an activation in 32 registers
-// A high nibble is multiplied where it stands, 16 times too large; the sum of a group is shifted once instead.
+// A high nibble is multiplied in place, 16 times too large; the sum of a group is shifted once instead.
 constexpr int kHighNibbleShift = 4;
 
 using F = __m512;      // 16 floats
@@ -28,7 +28,7 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
-// 1 / a to 23 bits: an estimate of 14 and a step of Newton's, a third of the time of a division.
+// 1 / a to 23 bits: a 14-bit estimate and one Newton step, in a third of the time of a division.
 inline F reciprocal(F a) {
   const F r = _mm512_rcp14_ps(a);
   return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0f)), r);
@@ -86,7 +86,7 @@ inline F pairwise_sum(F a, F b) {
   return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
 }
 inline F quarter_sum(F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
-// The sum of each of 16 registers, one a lane: 15 additions, where one at a time takes 64.
+// The sums of 16 registers, one in each lane: 15 additions instead of 64 one at a time.
 inline F row_sums(const F* x) {
   F fours[4];
 QVL_UNROLL
@@ -95,7 +95,7 @@ QVL_UNROLL
   return quarter_sum(quarter_sum(fours[0], fours[1]), quarter_sum(fours[2], fours[3]));
 }
 
-// 16 x 16 words, from rows `stride` words apart to columns one after another.
+// Transposes 16 x 16 words, from rows `stride` words apart to contiguous columns.
 inline void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {
   I a[16], b[16];
 QVL_UNROLL

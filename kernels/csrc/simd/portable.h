@@ -1,15 +1,15 @@
-// Sixteen lanes in plain C++, for any machine: the names of simd/avx512.h, and what they mean.
+// Sixteen lanes in plain C++, for any machine: it defines the meaning of the names in simd/avx512.h.
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-// Before a loop over registers. Here it would only cost compile time: the compiler unrolls what fits.
+// Put before a loop over an array of vectors. Empty here: the compiler unrolls what fits, and more costs compile time.
 #define QVL_UNROLL
 
 namespace {
 
-constexpr int kOneRowStreams = 4;  // blocks that one row meets at once
+constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kTileRows = 2;
 constexpr int kHighNibbleShift = 0;
 
@@ -57,7 +57,7 @@ inline int32_t isum(I x) {
   return total;
 }
 inline I shift_high(I x) { return x; }
-inline I nearest(F x) {  // out of range and NaN: as x86 has it, the lowest integer
+inline I nearest(F x) {  // out of range and NaN: the lowest integer, as on x86
   return lanes<I>([&](int i) { return fabsf(x.v[i]) < 2147483648.0f ? (int32_t)lrintf(x.v[i]) : INT32_MIN; });
 }
 inline F to_float(I x) { return lanes<F>([&](int i) { return (float)x.v[i]; }); }
