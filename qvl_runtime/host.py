@@ -41,7 +41,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, config: ModelConfig) -> torch.dtype:
-    """Resolve a dtype name: "auto" is what the checkpoint says it runs in."""
+    """Resolve a dtype name: "auto" is the dtype in the checkpoint's config."""
     dtype: torch.dtype = getattr(torch, config.dtype if name == "auto" else name)
     return dtype
 
@@ -75,7 +75,7 @@ def total_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be allocated on a device.
 
-    On a CPU this is what Linux calls available, page cache included; elsewhere half of the memory.
+    On a CPU this is Linux's MemAvailable, page cache included; on other systems half of the memory.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -91,7 +91,7 @@ def resident_memory() -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use since `reset_peak_memory`, or since the process began if that cannot be reset.
+    """Return the most bytes in use since `reset_peak_memory`, or since the process started if that has no effect.
 
     On a GPU these are bytes that torch allocated; on a CPU the resident memory of the process.
     """
@@ -107,7 +107,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:
-    """Start counting `peak_memory` from here; a CPU's peak stays where the OS does not allow that."""
+    """Start measuring `peak_memory` from here; has no effect on a CPU if the OS does not support it."""
     if device is not None and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     clear = PROC / "self" / "clear_refs"

@@ -1,4 +1,4 @@
-"""Reading and checking settings: a JSON object to the fields of a dataclass, with errors that name key and value."""
+"""Load and validate JSON configs as fields of dataclasses, with errors that name key and value."""
 
 from __future__ import annotations
 
@@ -11,47 +11,52 @@ from typing import Any
 
 from qvl_runtime.errors import ConfigError, QVLError
 
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]:
-    """Read a JSON object from a file, or raise `error` with the place of the fault."""
+    """Read a JSON object from a file; raise `error` if it does not exist, cannot be parsed or is no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist; expected a checkpoint folder with a {path.name} in it") from None
-    except (OSError, ValueError) as fault:
-        raise error(f"{path} cannot be read as JSON ({fault}): fetch the file again") from fault
+    except (OSError, ValueError) as cause:
+        raise error(f"{path} cannot be read as JSON ({cause}): fetch the file again") from cause
     if not isinstance(content, dict):
         raise error(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content
 
 
 def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a dataclass found in `raw`, each of its declared type; null counts as absent."""
-    found: dict[str, Any] = {}
+    """Return the fields of dataclass `cls` that `raw` has, except `skip`; null counts as absent.
+
+    Raises `ConfigError` for a missing field without a default, and for a value that is not of the declared type.
+    """
+    values: dict[str, Any] = {}
     for field in fields(cls):
         value = raw.get(field.name)
         if field.name in skip:
             continue
         if value is None:
             if field.default is MISSING:
-                raise ConfigError(f"{where} has no {field.name!r}; expected one, as the released checkpoints have it")
+                raise ConfigError(f"{where} has no {field.name!r}; expected one, as in the released checkpoints")
             continue
-        kind = str(field.type).removesuffix(" | None")
-        if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise ConfigError(f"{where} has {field.name} {value!r}; expected a value of type {kind}")
-        found[field.name] = float(value) if isinstance(value, int) and kind == "float" else value
-    return found
+        declared = str(field.type).removesuffix(" | None")
+        if not isinstance(value, _TYPES[declared]) or (isinstance(value, bool) and declared != "bool"):
+            raise ConfigError(f"{where} has {field.name} {value!r}; expected a value of type {declared}")
+        values[field.name] = float(value) if isinstance(value, int) and declared == "float" else value
+    return values
 
 
 def require_object(value: Any, name: str) -> Mapping[str, Any]:
+    """Return the JSON object `name` of config.json, or raise `ConfigError` if it is something else."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"config.json has {name} {value!r}; expected an object")
     return value
 
 
 def require_positive(config: Any, prefix: str, *names: str) -> None:
+    """Raise `ConfigError` unless the fields `names` of `config` are positive and finite; prefix: of their names."""
     for name in names:
         value = getattr(config, name)
         if not 0 < value < math.inf:
@@ -59,10 +64,12 @@ def require_positive(config: Any, prefix: str, *names: str) -> None:
 
 
 def require_divides(name: str, value: int, by_name: str, by: int) -> None:
+    """Raise `ConfigError` unless `value` is a multiple of `by`."""
     if value % by:
         raise ConfigError(f"{name} is {value}; expected a multiple of {by} ({by_name})")
 
 
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; supported are {', '.join(map(repr, choices))}")

@@ -1,4 +1,4 @@
-"""What the caller of the engine decides, checked as it is made."""
+"""The options of the engine, validated when they are made."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _IMAGES = ImageLimits()
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """What the caller asks of the engine, whatever the checkpoint."""
+    """The options of `Engine`, independent of the checkpoint. Raises `ConfigError` for a value out of range."""
 
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
-    dtype: str = "auto"  # "auto": what the checkpoint says
-    precision: Literal["exact", "fast"] = "exact"  # fast: kernels may round activations, head and vision to int8
-    embedding_on_host: bool = False  # a GPU's: its rows come from the mapped file, 1.2 GB less of the full model
+    dtype: str = "auto"  # "auto": the dtype in the checkpoint's config
+    precision: Literal["exact", "fast"] = "exact"  # fast: kernels may use int8 activations, head and vision
+    embedding_on_host: bool = (
+        False  # on a GPU: embeddings stay in the mapped file, saving 1.2 GB of GPU memory for the full model
+    )
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
@@ -31,14 +33,18 @@ class EngineConfig:
     max_image_pixels: int = _IMAGES.max_image_pixels
     image_timeout_s: float = _IMAGES.image_timeout_s
     max_images: int = _IMAGES.max_images  # a request
-    image_cache_bytes: int = 256 * 2**20  # features kept, by content; an image of the full model is 2 MiB
-    kv_cache_bytes: int | None = None  # None: four contexts, but at most half of the memory that is free
-    kv_dtype: str = "auto"  # "auto": the model's; "int8": half of 16 bits, with a scale for each token and head
+    image_cache_bytes: int = 256 * 2**20  # of image features; an image of the full model has 2 MiB
+    kv_cache_bytes: int | None = (
+        None  # None: on a CPU four contexts, at most half of the free memory; on a GPU what is left
+    )
+    kv_dtype: str = (
+        "auto"  # "auto": the model's; "int8": half the memory of 16 bits, with a scale for each token and head
+    )
     prefix_caching: bool = True
-    max_running: int = 64  # answers that take part in a step
-    max_step_tokens: int = 1024  # of a step, prefill and decode together: longer prompts go in chunks
-    graphs: bool = True  # decode steps are captured once for each batch size and replayed, without Python's part
-    speculative_tokens: int = 0  # drafted by prompt lookup and verified in one step; 0: off
+    max_running: int = 64  # answers in a step
+    max_step_tokens: int = 1024  # prefill and decode together; longer prompts are prefilled in chunks
+    graphs: bool = True  # capture decode steps once for each batch size and replay them without Python's overhead
+    speculative_tokens: int = 0  # draft tokens from prompt lookup, verified in one step; 0: off
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):

@@ -13,12 +13,12 @@ from qvl_runtime.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """`generation_config.json`; the defaults here are the released ones, for a checkpoint that has no such file."""
+    """The content of `generation_config.json`; defaults are the released values, for a checkpoint without the file."""
 
     chat_format: str = "chatml"  # "raw" for the base model
     eos_token_id: int | None = None  # None: the tokenizer's <|endoftext|>
     pad_token_id: int | None = None
-    max_window_size: int = 6144  # tokens that system text and history may take in a chat
+    max_window_size: int = 6144  # tokens of system text and history in a chat
     max_new_tokens: int = 512
     do_sample: bool = True
     temperature: float = 1.0
@@ -43,7 +43,7 @@ class GenerationDefaults:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GenerationDefaults:
-        """Read a `generation_config.json`; transformers leaves out of it what equals its own defaults."""
+        """Read a `generation_config.json`, from which transformers omits values that equal its own defaults."""
         if raw.get("num_beams", 1) != 1:
             raise ConfigError(f"generation_config.json has num_beams {raw['num_beams']}; supported is 1")
         implied = {"do_sample": False, "top_k": 50, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}

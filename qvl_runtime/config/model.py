@@ -1,8 +1,8 @@
 """The configuration of a checkpoint: its JSON files as frozen dataclasses that validate themselves.
 
 `ModelConfig` comes from `config.json`, and from `quantize_config.json` if the former has no `quantization_config`. Keys
-that change nothing in the forward pass (`initializer_range`, `use_flash_attn`, `onnx_safe`, …) are ignored; a key that
-would change it and is not implemented raises `ConfigError`.
+without effect on the forward pass (`initializer_range`, `use_flash_attn`, `onnx_safe`, …) are ignored; a key that
+changes it and is not implemented raises `ConfigError`.
 """
 
 from __future__ import annotations
@@ -62,32 +62,37 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image."""
         return self.grid**2
 
     @property
     def mlp_width(self) -> int:
-        """int(width * mlp_ratio): truncated, not rounded (4.9231 * 1664 is 8192.04)."""
+        """The width of the MLP, int(width * mlp_ratio): truncated, not rounded (4.9231 * 1664 is 8192.04)."""
         return int(self.width * self.mlp_ratio)
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head of the ViT."""
         return self.width // self.heads
 
     @property
     def pool_heads(self) -> int:
+        """Heads of the resampler."""
         return self.output_dim // self.pool_head_dim
 
     @property
     def image_end_id(self) -> int:
+        """The token id of `</img>`."""
         return self.image_start_id + 1
 
     @property
     def image_pad_id(self) -> int:
+        """The token id of `<imgpad>`."""
         return self.image_start_id + 2
 
     @property
     def span(self) -> int:
-        """Tokens that an image takes in a prompt, its start and end id included."""
+        """Tokens of an image in a prompt, its start and end id included."""
         return self.n_queries + 2
 
 
@@ -108,7 +113,7 @@ class QuantizationConfig:
 
     @property
     def zero_offset(self) -> int:
-        """What to add to a stored zero point: 1 for v1, 0 for v2."""
+        """The number added to a stored zero point: 1 for v1, 0 for v2."""
         return 1 if self.checkpoint_format == "gptq" else 0
 
     @classmethod
@@ -125,14 +130,14 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The whole model, in the names of the published `config.json`; defaults are those of the original config class."""
+    """The whole model, named as in the published `config.json`; defaults are those of the original config class."""
 
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int  # as in the file: twice the width of the MLP
     vocab_size: int
-    seq_length: int  # training length: beyond it NTK and log-n act
+    seq_length: int  # training length, beyond which NTK and log-n apply
     visual: VisionConfig
     kv_channels: int = 128
     layer_norm_epsilon: float = 1e-6
@@ -143,7 +148,7 @@ class ModelConfig:
     max_position_embeddings: int = 8192
     no_bias: bool = True  # of c_proj, w1, w2 and mlp.c_proj; c_attn always has one
     tie_word_embeddings: bool = False  # true: lm_head.weight is wte.weight
-    dtype: str = "float32"  # what the checkpoint says it should run in
+    dtype: str = "float32"  # the dtype that the checkpoint asks for
     quantization: QuantizationConfig | None = None
 
     def __post_init__(self) -> None:
@@ -170,7 +175,7 @@ class ModelConfig:
         if not 0.0 < self.rotary_pct <= 1.0 or self.rotary_dim < 4 or self.rotary_dim % 2:
             raise ConfigError(
                 f"rotary_pct is {self.rotary_pct} and rotates {self.rotary_dim} of {channels} channels; "
-                "expected a share in (0, 1] that gives an even number of at least 4"
+                "expected a fraction in (0, 1] and an even number of at least 4 rotated channels"
             )
         if self.seq_length < 2:
             raise ConfigError(f"seq_length is {self.seq_length}; expected at least 2 (log-n divides by its logarithm)")
@@ -181,23 +186,24 @@ class ModelConfig:
 
     @property
     def ffn_width(self) -> int:
+        """The width of the MLP: half of `intermediate_size`."""
         return self.intermediate_size // 2
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that rotate."""
+        """Channels of a head that rotary embedding rotates."""
         return int(self.kv_channels * self.rotary_pct)
 
     @property
     def context_limit(self) -> int:
-        """Tokens that a prompt and its answer may take together."""
+        """The most tokens of a prompt and its answer together."""
         return self.max_position_embeddings
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], quantize: Mapping[str, Any] | None = None) -> ModelConfig:
-        """Read a `config.json`, with the content of `quantize_config.json` where the folder has one.
+        """Read a `config.json`, with the content of `quantize_config.json` if the folder has one.
 
-        Raises `ConfigError` for another architecture, a missing or mistyped key and a setting that is not supported.
+        Raises `ConfigError` for another architecture, a missing or mistyped key and an unsupported value.
         """
         _check_supported(raw)
         where, section = "config.json", raw.get("quantization_config")
@@ -206,14 +212,14 @@ class ModelConfig:
             quantization = QuantizationConfig.from_dict(require_object(section, "quantization_config"), where)
         elif quantize is not None:
             quantization = QuantizationConfig.from_dict(quantize)
-        own = read_fields(cls, raw, where, skip=("visual", "dtype", "quantization"))
+        values = read_fields(cls, raw, where, skip=("visual", "dtype", "quantization"))
         visual = require_object(raw["visual"], "visual")
         vision = VisionConfig(**read_fields(VisionConfig, visual, f"{where}, section visual,"))
-        return cls(**own, visual=vision, dtype=_read_dtype(raw), quantization=quantization)
+        return cls(**values, visual=vision, dtype=_read_dtype(raw), quantization=quantization)
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
-        """Read `config.json` and, where there is one, `quantize_config.json` of a checkpoint folder."""
+        """Read `config.json` and, if it exists, `quantize_config.json` of a checkpoint folder."""
         folder = Path(folder)
         if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first")
@@ -222,10 +228,10 @@ class ModelConfig:
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:
-    kind, architectures = raw.get("model_type") or "qwen", raw.get("architectures") or ["QWenLMHeadModel"]
-    if kind != "qwen" or architectures != ["QWenLMHeadModel"]:
+    model_type, architectures = raw.get("model_type") or "qwen", raw.get("architectures") or ["QWenLMHeadModel"]
+    if model_type != "qwen" or architectures != ["QWenLMHeadModel"]:
         names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
-        raise ConfigError(f"config.json describes model_type {kind!r} ({names}), which is another model; {_RUNS}")
+        raise ConfigError(f"config.json describes model_type {model_type!r} ({names}), which is another model; {_RUNS}")
     if raw.get("visual") is None:
         other = "Qwen-Audio" if "audio" in raw else "a text-only Qwen such as Qwen-7B"
         raise ConfigError(f"config.json has no 'visual' section, so it looks like {other}; {_RUNS}")
@@ -237,7 +243,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
 
 
 def _read_dtype(raw: Mapping[str, Any]) -> str:
-    """One of the three flags, else `torch_dtype`, else float32 (the original would ask the GPU)."""
+    """Return one of the three flags, else `torch_dtype`, else float32 (the original would query the GPU)."""
     flags = [name for name in _DTYPE_FLAGS if raw.get(name)]
     if len(flags) > 1:
         raise ConfigError(f"config.json sets {' and '.join(flags)}; expected at most one of fp32, bf16 and fp16")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of one linear, as AutoGPTQ names them
-FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that temporaries stay in a core's cache
+FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that temporaries fit in a core's cache
 OUTPUTS_AT_ONCE = 256  # compared with their floats together: 11 MB of floats for the widest linear
 
 
@@ -36,10 +36,10 @@ class GPTQLinear:
     qweight: Tensor  # int32 [in * bits / 32, out]
     qzeros: Tensor  # int32 [G, out * bits / 32]
     scales: Tensor  # float [G, out]
-    g_idx: Tensor | None  # int32 [in], the group of each input; None where equal groups are in order
+    g_idx: Tensor | None  # int32 [in], the group of each input; None if equal groups are in order
     bias: Tensor | None  # [out]
     bits: int
-    group_size: int  # inputs per group; `in` where the checkpoint says -1
+    group_size: int  # inputs per group; `in` if the checkpoint says -1
     zero_offset: int  # added to a stored zero point
 
     @property
@@ -56,7 +56,7 @@ class GPTQLinear:
     def from_state(cls, state: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> GPTQLinear:
         """Gather the tensors of linear `name` from a loaded state, whose shapes were checked.
 
-        Raises `CheckpointError` where `g_idx` points outside the groups, or is a permutation although `desc_act` is
+        Raises `CheckpointError` if `g_idx` points outside the groups, or is a permutation although `desc_act` is
         false: AutoGPTQ would then ignore it, so one of the two is wrong.
         """
         import torch
@@ -81,13 +81,13 @@ class GPTQLinear:
         )
 
     def to(self, device: torch.device) -> GPTQLinear:
-        """This linear on a device; tensors that are there already are not copied."""
+        """Return this linear on a device; tensors that are already on it are not copied."""
         g_idx, bias = (None if tensor is None else tensor.to(device) for tensor in (self.g_idx, self.bias))
         qweight, qzeros, scales = (tensor.to(device) for tensor in (self.qweight, self.qzeros, self.scales))
         return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx, bias=bias)
 
     def concat_outputs(self, other: GPTQLinear) -> GPTQLinear | None:
-        """Merge two linears of the same input, outputs of `other` last; None where they group inputs differently."""
+        """Merge two linears of the same input, outputs of `other` last; None if they group inputs differently."""
         import torch
 
         ours, theirs = self.g_idx, other.g_idx
@@ -101,7 +101,7 @@ class GPTQLinear:
         return replace(self, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
 
     def outputs(self, first: int, end: int) -> GPTQLinear:
-        """The linear of outputs `first` to `end` only: multiples of 32 / bits, except for an `end` that is the last."""
+        """Slice outputs `first` to `end`: multiples of 32 / bits, except for an `end` that is the last."""
         per_int32 = 32 // self.bits
         columns, bias = slice(first // per_int32, cdiv(end, per_int32)), self.bias
         return replace(
@@ -113,7 +113,7 @@ class GPTQLinear:
         )
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The published tensors of linear `name`, including `g_idx` and a bias (zeros where the linear has none)."""
+        """Return the published tensors of linear `name`, with `g_idx` and a bias (zeros if the linear has none)."""
         import torch
 
         g_idx, bias = self.g_idx, self.bias
@@ -191,7 +191,7 @@ def quantize_rtn(
 
 
 def _grouped(weight: Tensor, group_size: int) -> Tensor:
-    """A float32 copy [out, groups, group size] of a weight [out, in], the last group padded with zeros."""
+    """Return a float32 copy [out, groups, group size] of a weight [out, in], the last group padded with zeros."""
     import torch
 
     floats = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)

@@ -17,18 +17,18 @@ class Grid(NamedTuple):
     max_code: int  # 2^bits - 1
 
     def quantize(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
-        """The nearest code of each weight, float32, in `out` if given; grid and weights broadcast."""
+        """Return the nearest code of each weight, float32, in `out` if passed; grid and weights broadcast."""
         import torch
 
         return torch.div(weights, self.scales, out=out).round_().add_(self.zeros).clamp_(0, self.max_code)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """The weights of codes, float32."""
+        """Return the weights of codes, float32."""
         return self.scales * (codes - self.zeros)
 
 
 def grid_between(low: Tensor, high: Tensor, bits: int, sym: bool, zero_offset: int) -> Grid:
-    """The grid for groups whose weights run from `low` to `high`, float32 of any one shape.
+    """Return the grid for groups whose weights run from `low` to `high`, float32 of any one shape.
 
     Symmetric: the zero point is the middle of the range; otherwise it is the code nearest to zero. With a zero offset
     of 1, zero points are stored minus one and 0 cannot be stored, so the range extends at least one step below zero.

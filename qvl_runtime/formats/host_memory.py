@@ -1,4 +1,4 @@
-"""Return memory to the system as soon as it is unused: pages of mapped files, and free memory in the heap."""
+"""Return unused memory to the OS: pages of mapped files, and free memory in the heap."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEAP_LIMIT = 256 << 20  # bytes: `keep_heap` keeps smaller tensors in the heap; 4096 x 12288 floats are 192 MiB
-PIECE_BYTES = 32 << 20  # of a tensor that are in memory at once while it is copied
+PIECE_BYTES = 32 << 20  # of a tensor in memory at once while it is copied
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 INT_MAX = 2**31 - 1
 
@@ -25,7 +25,7 @@ def release(tensor: Tensor) -> None:
     """Drop the pages of a view of a mapped file; reading the view again reads the file again.
 
     Only for such views: other memory would lose its content. Without this, a process that reads a 9 GB file once stays
-    9 GB large until it unmaps the file. Does nothing where the system has no madvise.
+    9 GB large until it unmaps the file. Does nothing if the OS has no madvise.
     """
     advise = _madvise()
     if advise is None or not tensor.is_contiguous():
@@ -39,7 +39,7 @@ def release(tensor: Tensor) -> None:
 
 def release_source(tensor: Tensor) -> None:
     """`release` a tensor that was repacked, if it is a view of a mapped file; other tensors are left alone."""
-    from qvl_runtime.host import is_file_mapping  # which imports torch
+    from qvl_runtime.host import is_file_mapping  # imports torch
 
     if is_file_mapping(tensor.data_ptr()):
         release(tensor)
@@ -57,11 +57,11 @@ def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[
 
 
 def trim_heap() -> None:
-    """Return free memory inside the C library's heap to the system.
+    """Return free memory inside the C library's heap to the OS.
 
-    Called after loading, and now and then while images are encoded. Tensors below 32 MiB come from the heap, and those
+    Called after loading, and periodically while images are encoded. Tensors below 32 MiB come from the heap, and those
     that stay are scattered among those that are freed: at full size 0.2 GB of holes that no later tensor fits. Does
-    nothing where the C library is not glibc.
+    nothing if the C library is not glibc.
     """
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -70,7 +70,7 @@ def trim_heap() -> None:
 
 
 def keep_heap() -> None:
-    """Have the C library reuse the memory of freed tensors up to `HEAP_LIMIT`; `trim_heap` returns it to the system.
+    """Have the C library reuse the memory of freed tensors up to `HEAP_LIMIT`; `trim_heap` returns it to the OS.
 
     By default many are mappings of their own, whose pages are faulted in again each time: quantizing a layer of full
     width with a limit of 32 MiB causes 2.8 million faults and needs 2.0 GiB; with 256 MiB, 0.8 million faults, an

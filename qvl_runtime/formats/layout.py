@@ -24,9 +24,9 @@ class TensorSpec(NamedTuple):
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
-    """Every tensor of the checkpoint that `config` describes, by published name.
+    """Return every tensor of the checkpoint that `config` describes, by published name.
 
-    `lm_head.weight` is absent where it is tied to the embedding.
+    `lm_head.weight` is absent if it is tied to the embedding.
     """
     hidden, quantization = config.hidden_size, config.quantization
     specs = {"transformer.wte.weight": TensorSpec((config.vocab_size, hidden))}
@@ -47,7 +47,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
 
 def decoder_linears(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The five linears of each decoder block, which GPTQ packs: {prefix: (out_features, in_features)}."""
+    """Return the five linears of each decoder block, which GPTQ packs: {prefix: (out_features, in_features)}."""
     hidden, ffn = config.hidden_size, config.ffn_width
     block = {
         "attn.c_attn": (3 * hidden, hidden),
@@ -75,7 +75,7 @@ def _linear(name: str, out_features: int, in_features: int, bias: bool = True) -
 def _gptq_linear(
     name: str, out_features: int, in_features: int, bias: bool, quantization: QuantizationConfig
 ) -> dict[str, TensorSpec]:
-    """AutoGPTQ's five tensors. It may store a bias where the float model has none; such a bias is added."""
+    """AutoGPTQ's five tensors. A stored bias is added even if the float model has none."""
     per_int32 = 32 // quantization.bits
     groups = 1 if quantization.group_size == -1 else cdiv(in_features, quantization.group_size)
     return {
@@ -108,7 +108,7 @@ def _vision(vision: VisionConfig) -> Iterator[tuple[str, TensorSpec]]:
         specs |= _norm(f"{block}.ln_1", width) | _norm(f"{block}.ln_2", width)
         specs |= _linear(f"{block}.attn.in_proj", 3 * width, width) | _linear(f"{block}.attn.out_proj", width, width)
         specs |= _linear(f"{block}.mlp.c_fc", mlp, width) | _linear(f"{block}.mlp.c_proj", width, mlp)
-    if width != dim:  # the original has no projection where the widths are equal
+    if width != dim:  # the original has no projection if the widths are equal
         specs |= _linear("attn_pool.kv_proj", dim, width, bias=False)
     specs |= _linear("attn_pool.attn.out_proj", dim, dim)
     specs |= _norm("attn_pool.ln_q", dim) | _norm("attn_pool.ln_kv", dim)
