@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--like", type=Path, required=True, help="a checkpoint folder whose tokenizer it is to have")
     parser.add_argument("--kind", choices=SYNTHETIC, default="qwen-vl-chat-int4")
     parser.add_argument("--layers", type=int, help="decoder blocks (default: 32)")
-    parser.add_argument("--vision-layers", type=int, help="blocks of the visual tower (default: 48)")
+    parser.add_argument("--vision-layers", type=int, help="blocks of the vision encoder (default: 48)")
     parser.add_argument("--file-bytes", type=int, default=2 * 10**9, help="most bytes a file (default: 2 GB)")
     parser.add_argument("--divide", type=int, default=1, help="divide all widths by 2, 4, 8 or 16")
     asked = parser.parse_args(arguments)

@@ -19,7 +19,7 @@ from qvl_runtime.weights.loader import load_weights
 from tests.stand_ins import recorded_features, shown
 
 LOGITS = 2e-4  # the oracle's own tolerances in float32 (golden/README.md); its independent second
-TOWER = 2e-5  # implementation differs by 4e-5 and 4e-6
+VISION = 2e-5  # implementation differs by 4e-5 and 4e-6
 
 
 class Spelled(NamedTuple):

@@ -20,7 +20,7 @@ from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner, Span
 from qvl_runtime.weights.checkpoint import load_state
-from tests.model.oracle import LOGITS, TOWER, close
+from tests.model.oracle import LOGITS, VISION, close
 from tools.nano.network import Nano
 
 pytestmark = pytest.mark.cpu
@@ -64,7 +64,7 @@ def _plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def test_two_implementations_agree() -> None:
     for got, want, tolerance, name in zip(
-        _ours(torch.float32), _plain(torch.float32), (TOWER, LOGITS), "fl", strict=True
+        _ours(torch.float32), _plain(torch.float32), (VISION, LOGITS), "fl", strict=True
     ):
         close(got, want, tolerance * max(1.0, want.std().item()), {"f": "features", "l": "logits"}[name])
 

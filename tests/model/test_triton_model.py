@@ -114,7 +114,7 @@ def test_decoding_together(pair: Pair, one_golden: Path) -> None:
 
 
 def test_a_image_and_a_prefix(pair: Pair, one_golden: Path) -> None:
-    """The tower, part for part so that a fault is found where it is; a prompt with it; that prompt's end once more.
+    """The vision encoder, part by part to locate a fault; a prompt with an image; the end of that prompt again.
 
     The prompt is longer than seq_length: the rotary base is raised, and log-n scales the later queries.
     """
@@ -126,15 +126,15 @@ def test_a_image_and_a_prefix(pair: Pair, one_golden: Path) -> None:
         packed = load_file(one_golden / "lm_int4.safetensors")
         assert torch.equal(packed["ii_ids"], text["ids"]) and torch.equal(packed["ii_logits_positions"], positions)
         want = packed["ii_logits"][0]
-        features = [image(pair.plain, ids)] * 2  # the tower is that of the other checkpoint
+        features = [image(pair.plain, ids)] * 2  # the vision encoder is that of the other checkpoint
     else:
-        features = tower(pair, one_golden, ids)
+        features = vision_features(pair, one_golden, ids)
     results = [with_prefix(oracle, ids, own) for oracle, own in zip(pair.in_float16, features, strict=True)]
     no_worse([whole[positions] for whole, _ in results], want, "image")
     no_worse([after for _, after in results], want[-TAIL:], "after the prefix")
 
 
-def tower(pair: Pair, one_golden: Path, ids: Sequence[int]) -> list[Tensor]:
+def vision_features(pair: Pair, one_golden: Path, ids: Sequence[int]) -> list[Tensor]:
     """An image's features from both, part for part no worse than plain torch's."""
     vision, size = load_file(one_golden / "vision.safetensors"), pair.exact.config.visual.image_size
     photo = vision.get("a.pixels")

@@ -1,4 +1,4 @@
-"""The visual tower against what the original computes, in float32."""
+"""The vision encoder against the original's results, in float32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.vision import resize_table
 from qvl_runtime.prompt.images import load_image, to_pixels
 from qvl_runtime.weights.checkpoint import load_state
-from tests.model.oracle import TOWER, Oracle, close
+from tests.model.oracle import VISION, Oracle, close
 from tools.nano.network import Nano
 
 pytestmark = pytest.mark.cpu
@@ -24,9 +24,9 @@ def test_every_stage(full_golden: Path) -> None:
     want = load_file(full_golden / "vision.safetensors")
     seen: dict[str, Tensor] = {}
     features = Oracle(full_golden, "tiny").model.encode_images(want["a.pixels"][None], seen.__setitem__)
-    close(features, want["a.final"], TOWER, "final")
+    close(features, want["a.final"], VISION, "final")
     for name in ("embed_plus_pos", "ln_pre", "block0", "block0.attn", "block1", "attn_pool", "ln_post"):
-        close(seen[name], want[f"a.{name}"], TOWER, name)
+        close(seen[name], want[f"a.{name}"], VISION, name)
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_plain_torch_is_the_original(full_golden: Path) -> None:
     want = load_file(full_golden / "vision.safetensors")
     found = plain_stages(full_golden, want["a.resized_u8"][None])
     for name in STAGES:
-        close(found[name], want[f"a.{name}"], TOWER, name)
+        close(found[name], want[f"a.{name}"], VISION, name)
 
 
 def test_every_stage_of_a_made_image(golden: Path) -> None:
@@ -64,14 +64,14 @@ def test_every_stage_of_a_made_image(golden: Path) -> None:
     seen["final"] = tiny.model.encode_images(to_pixels(rgb.numpy()), seen.__setitem__)
     want = plain_stages(golden, rgb)
     for name in STAGES:
-        close(seen[name], want[name], TOWER, name)
+        close(seen[name], want[name], VISION, name)
 
 
 def test_last_stages_of_a_photo(golden: Path) -> None:
     """What follows the resampler, from the original's resampler output; rows of both are the same."""
-    want, tower = load_file(golden / "vision.safetensors"), Oracle(golden, "tiny").model.visual
-    close(tower._ln_post(want["a.attn_pool"]), want["a.ln_post"], TOWER, "ln_post")
-    close(tower._proj(want["a.ln_post"]), want["a.final"], TOWER, "final")
+    want, encoder = load_file(golden / "vision.safetensors"), Oracle(golden, "tiny").model.visual
+    close(encoder._ln_post(want["a.attn_pool"]), want["a.ln_post"], VISION, "ln_post")
+    close(encoder._proj(want["a.ln_post"]), want["a.final"], VISION, "final")
 
 
 def test_two_files_in_one_pass(full_golden: Path) -> None:
@@ -83,7 +83,7 @@ def test_two_files_in_one_pass(full_golden: Path) -> None:
         assert (torch.tensor(image.rgb) == want[f"{name}.resized_u8"]).all()
     pixels = torch.cat([to_pixels(image.rgb[None]) for image in images])
     close(pixels[0], want["a.pixels"], 1e-6, "pixels")
-    close(tiny.model.encode_images(pixels), want["encode_ab"], TOWER, "both")
+    close(tiny.model.encode_images(pixels), want["encode_ab"], VISION, "both")
 
 
 @pytest.mark.parametrize("grid", [4, 8, 15, 16, 17, 24, 32, 40])
