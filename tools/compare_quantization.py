@@ -5,7 +5,7 @@ float32. Over the expected answers of `--kl-scenes` scenes: the Kullback-Leibler
 distributions, in nats a token, how often the likeliest token is the same, and the loss of the expected tokens. Where
 `--scenes` is not 0: the scores of `tools.eval_nano`, and how many answers are word for word those of the float
 checkpoint. Calibrated on the set that comes with qvl, and on `--own` scenes of nano's world from seeds of their own,
-written as a file in Qwen-VL's fine-tuning format. What GPTQ gains over round to nearest stands beside it with its
+written as a file in Qwen-VL's fine-tuning format. The gain of GPTQ over round to nearest is listed with its confidence
 interval (`tools/paired.py`). Writes two tables as Markdown.
 """
 

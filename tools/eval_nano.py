@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, default=PACKAGE / "nano", help="checkpoint folder (default: the shipped one)"
     )
-    parser.add_argument("--int4", action="store_true", help="score its Int4 sibling, MODEL_int4, beside it")
+    parser.add_argument("--int4", action="store_true", help="also score its Int4 sibling, MODEL_int4")
     parser.add_argument("--dtype", default="auto", help="of both (default: what each checkpoint says)")
     parser.add_argument("--precision", default="exact", choices=["exact", "fast"], help="of the kernels")
     parser.add_argument("--scenes", type=int, default=500, help="default: %(default)s")

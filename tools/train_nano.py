@@ -1,8 +1,9 @@
 """Train the nano checkpoint that ships with the package: `python -m tools.train_nano --minutes 104`.
 
-Draws its own images, learns its own vocabulary, trains on two cores, goes on after a stop from the state in
-`--folder`, and writes there the log (log.jsonl) and the scores (scores.jsonl). With `--export` it writes the checkpoint
-in the published layout, in bfloat16 and as GPTQ Int4, and with `--plot` the training curve, and trains no more.
+Draws its own images, learns its own vocabulary and trains on two cores. A stopped run resumes from the state in
+`--folder`, where the log (log.jsonl) and the scores (scores.jsonl) are written too. With `--export` it
+does not train but writes the checkpoint in the published layout, in bfloat16 and as GPTQ Int4; with `--plot`, the
+training curve.
 
 With `--from DIR` a run starts from the weights and the vocabulary of a checkpoint, with a fresh optimizer and its own
 schedule, in a folder of its own. docs/nano.md has the flags of the second run, whose weights are shipped.

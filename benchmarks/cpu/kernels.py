@@ -269,8 +269,8 @@ def openvino_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:
         held += [raw, zero_point]  # openvino shares their memory
         values = ov.op.Constant(ov.Tensor(raw, ov.Shape([outputs, groups, GROUP]), ov.Type.u4))
         zero = ov.op.Constant(ov.Tensor(zero_point, ov.Shape([1, 1, 1]), ov.Type.u4))
-        centred = op.subtract(op.convert(values, "f16"), op.convert(zero, "f16"))
-        scaled = op.multiply(centred, op.constant(np.full((outputs, groups, 1), 0.002, np.float16)))
+        centerd = op.subtract(op.convert(values, "f16"), op.convert(zero, "f16"))
+        scaled = op.multiply(centerd, op.constant(np.full((outputs, groups, 1), 0.002, np.float16)))
         weight = op.convert(op.reshape(scaled, op.constant(np.array([outputs, inputs])), False), "f32")
         results.append(op.matmul(x, weight, False, True))
     model = ov.Model(results, list(parameters.values()), "linears")

@@ -23,7 +23,7 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.async_engine import AsyncEngine
 from qvl_runtime.profile.spread import percentiles
 
-QUESTIONS = ("What is in the image?", "Box the largest thing.", "What colours are there?", "Read the number.")
+QUESTIONS = ("What is in the image?", "Box the largest thing.", "What colors are there?", "Read the number.")
 TEXTS = ("Hello!", "Tell me about boxes.", "Count to ten.")
 
 

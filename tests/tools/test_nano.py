@@ -22,7 +22,7 @@ from tools.nano.scenes import SceneConfig, Thing, check_fonts, draw_scene
 from tools.nano.scoring import Tally, after_boxes, count, iou, parse
 from tools.nano.trainer import Recipe
 from tools.nano.vocabulary import learn_ranks
-from tools.nano.world import CHINESE, CHINESE_WORDS, COLOUR_ID, COLOURS, EMOJI, ENGLISH_WORDS, KIND_ID, SHAPES
+from tools.nano.world import CHINESE, CHINESE_WORDS, COLOR_ID, COLORS, EMOJI, ENGLISH_WORDS, KIND_ID, SHAPES
 
 pytestmark = pytest.mark.unit
 CIRCLE = Thing("circle", "red", (0.1, 0.1, 0.3, 0.3))
@@ -78,8 +78,8 @@ def test_which_image_is_asked_only_of_what_one_shows() -> None:
 
 
 def test_everything_has_a_chinese_name_and_a_class() -> None:
-    assert set(CHINESE) >= {*COLOURS, *SHAPES, *EMOJI, "number", "word", "left", "right", "above", "below", "yes", "no"}
-    assert set(KIND_ID) == {*SHAPES, *EMOJI, "number", "word"} and set(COLOUR_ID) >= set(COLOURS)
+    assert set(CHINESE) >= {*COLORS, *SHAPES, *EMOJI, "number", "word", "left", "right", "above", "below", "yes", "no"}
+    assert set(KIND_ID) == {*SHAPES, *EMOJI, "number", "word"} and set(COLOR_ID) >= set(COLORS)
     assert len({*ENGLISH_WORDS, *CHINESE_WORDS}) == len(ENGLISH_WORDS) + len(CHINESE_WORDS)
 
 

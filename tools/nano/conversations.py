@@ -1,7 +1,7 @@
-"""Nano's world as a fine-tuning file of Qwen-VL, to calibrate on: `python -m tools.nano.conversations FOLDER`.
+"""Write nano's world as a Qwen-VL fine-tuning file, for calibration: `python -m tools.nano.conversations FOLDER`.
 
-Each scene is one conversation of several turns, every third in Chinese, its picture beside the file. The scenes come
-from seeds of their own, neither training's nor the evaluation's.
+Each scene is one conversation of several turns, every third in Chinese; its image is in the same folder as the file.
+The scenes come from their own seeds, which neither training nor the evaluation uses.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from typing import NamedTuple, TypeVar
 from numpy.random import Generator
 
 from .scenes import Thing
-from .world import CHINESE, COLOURS, SHAPES
+from .world import CHINESE, COLORS, SHAPES
 
 T = TypeVar("T")
-APART = 0.12  # two centres closer than this share of the side are not asked about
+APART = 0.12  # no question about two things whose centers are closer than this share of the side
 GREETINGS = [
     ("Hello!", "Hello! Show me a picture."),
     ("Hi", "Hello! Show me a picture."),
@@ -52,12 +52,12 @@ def turns(rng: Generator, things: list[Thing], chinese: bool = False) -> list[Tu
     ]
     thing = _choose(rng, things)
     out.append(Turn("box", *_pick(rng, BOX[chinese], thing.name(chinese)), grounded(thing, chinese)))
-    shapes = [t for t in things if t.colour in COLOURS]
+    shapes = [t for t in things if t.color in COLORS]
     for t in shapes:
         if sum(u.kind == t.kind for u in shapes) == 1:
-            out.append(Turn("color", *_pick(rng, COLOUR[chinese], word(t.kind)), word(t.colour)))
-        if sum(u.colour == t.colour for u in shapes) == 1:
-            out.append(Turn("shape", *_pick(rng, SHAPE[chinese], word(t.colour)), word(t.kind)))
+            out.append(Turn("color", *_pick(rng, COLOR[chinese], word(t.kind)), word(t.color)))
+        if sum(u.color == t.color for u in shapes) == 1:
+            out.append(Turn("shape", *_pick(rng, SHAPE[chinese], word(t.color)), word(t.kind)))
     out += relations(rng, things, chinese)
     name, there = _asked_for(rng, things, chinese)
     out.append(Turn("exists", *_pick(rng, EXISTS[chinese], name), word("yes" if there else "no")))
@@ -77,7 +77,7 @@ def relations(rng: Generator, things: list[Thing], chinese: bool) -> list[Turn]:
         return []
     axis = int(rng.integers(2))
     first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
-    apart = first.centre[axis] - second.centre[axis]
+    apart = first.center[axis] - second.center[axis]
     if abs(apart) < APART:
         return []
     word = (("left", "right"), ("above", "below"))[axis][apart > 0]
@@ -113,7 +113,7 @@ CAPTIONS = {False: ["Generate the caption in English with grounding:"], True: ["
 DESCRIBE = {False: ["Describe the picture.", "What is in the picture?"], True: ["描述这张图片", "图中有什么?"]}
 COUNT = {False: ["How many things are there?"], True: ["图中有几个物体?"]}
 BOX = {False: ["Box the {}.", "Find the {}."], True: ["框出图中的{}"]}
-COLOUR = {False: ["What colour is the {}?", "What color is the {}?"], True: ["{}是什么颜色?"]}
+COLOR = {False: ["What colour is the {}?", "What color is the {}?"], True: ["{}是什么颜色?"]}
 SHAPE = {False: ["What shape is the {} thing?"], True: ["{}的是什么形状?"]}
 EXISTS = {False: ["Is there a {}?"], True: ["图中有{}吗?"]}
 READ = {
@@ -143,12 +143,12 @@ def _sentence(things: list[Thing], chinese: bool) -> str:
 
 def _asked_for(rng: Generator, things: list[Thing], chinese: bool) -> tuple[str, bool]:
     """A name to ask for: half the time of something present, else a near miss (one attribute changed)."""
-    shapes = [t for t in things if t.colour in COLOURS]
+    shapes = [t for t in things if t.color in COLORS]
     if rng.random() < 0.5 or not shapes:
         return _choose(rng, things).name(chinese), True
     t = _choose(rng, shapes)
-    colour, kind = (_choose(rng, list(COLOURS)), t.kind) if rng.random() < 0.5 else (t.colour, _choose(rng, SHAPES))
-    name = Thing(kind, colour, t.box).name(chinese)
+    color, kind = (_choose(rng, list(COLORS)), t.kind) if rng.random() < 0.5 else (t.color, _choose(rng, SHAPES))
+    name = Thing(kind, color, t.box).name(chinese)
     return name, any(u.name(chinese) == name for u in things)
 
 

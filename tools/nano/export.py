@@ -1,6 +1,6 @@
-"""From a training state to checkpoints in the published layout: bfloat16, and its GPTQ Int4 sibling.
+"""Export a training state as checkpoints in the published layout: bfloat16, and its GPTQ Int4 sibling.
 
-`python -m tools.nano.export DIR` makes the sibling DIR_int4 anew, from the bfloat16 checkpoint alone.
+`python -m tools.nano.export DIR` rebuilds the sibling DIR_int4 from the bfloat16 checkpoint alone.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ GENERATION = {
     "top_p": 1.0,
 }
 TOKENIZER = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
-INT4 = QuantizeOptions(group_size=64, samples=256)  # calibrated on so many scenes
+INT4 = QuantizeOptions(group_size=64, samples=256)  # `samples` scenes for calibration
 
 
 def export(run: Path, target: Path) -> list[Path]:
-    """Write `target` and `target`_int4 from the averaged weights of a run's state.pt, in place of what is there."""
+    """Write `target` and `target`_int4 from the averaged weights of a run's state.pt, and replace older ones."""
     raw = json.loads((run / "config.json").read_text())
     averaged = torch.load(run / "state.pt", weights_only=True, mmap=True)["average"]
     config = ModelConfig.from_dict(raw)
@@ -57,7 +57,7 @@ def export(run: Path, target: Path) -> list[Path]:
 
 
 def export_int4(source: Path) -> Path:
-    """Quantize `source` on scenes of nano's own world to `source`_int4, in place of what is there."""
+    """Quantize `source` on scenes of nano's own world to `source`_int4, and replace an older one."""
     target = source.with_name(f"{source.name}_int4")
     with tempfile.TemporaryDirectory(dir=source.parent) as name:
         own = write_conversations(Path(name), INT4.samples, ModelConfig.from_folder(source).visual.image_size)

@@ -1,4 +1,4 @@
-"""The Qwen-VL architecture in plain torch for training, with the published parameter names, and the probe beside it.
+"""The Qwen-VL architecture in plain torch for training, with the published parameter names, and its probe.
 
 Nothing of `Nano` is outside the architecture. `Probe` reads out intermediate outputs for the auxiliary losses and is
 thrown away after training. The runtime's own forward pass shares no code with this one; the exported checkpoint

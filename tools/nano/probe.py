@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scenes import Thing
-from .world import COLOUR_ID, KIND_ID, WORD_ID
+from .world import COLOR_ID, KIND_ID, WORD_ID
 
 COVER = 0.12  # the least share of a cell that a thing must cover to own it
 
 
 class Labels(NamedTuple):
-    """Per cell, [.., grid, grid]: colour and kind ids (0 ground), box digits [.., 8], digit and word (-1 none)."""
+    """Per cell, [.., grid, grid]: color and kind ids (0 ground), box digits [.., 8], digit and word (-1 none)."""
 
-    colour: np.ndarray
+    color: np.ndarray
     kind: np.ndarray
     box: np.ndarray
     digit: np.ndarray
@@ -34,7 +34,7 @@ def dense_labels(things: list[Thing], grid: int) -> Labels:
     low = np.arange(grid) / grid
     high, middle = low + 1 / grid, low + 0.5 / grid
     best = np.full((grid, grid), COVER / grid**2)
-    colour, kind = np.zeros((2, grid, grid), np.int64)
+    color, kind = np.zeros((2, grid, grid), np.int64)
     box = np.zeros((grid, grid, 8), np.int64)
     digit, word = np.full((2, grid, grid), -1, np.int64)
     for t in things:
@@ -44,12 +44,12 @@ def dense_labels(things: list[Thing], grid: int) -> Labels:
         area = down[:, None] * across
         owned = area > best
         best[owned] = area[owned]
-        colour[owned], kind[owned] = COLOUR_ID[t.colour], KIND_ID[t.kind]
+        color[owned], kind[owned] = COLOR_ID[t.color], KIND_ID[t.kind]
         box[owned] = [d for v in t.box_1000() for d in (v // 100, v // 10 % 10)]
         word[owned] = WORD_ID.get(t.text, -1)
         for value, a, b in t.glyphs:
             digit[owned & ((middle >= a) & (middle < b))[None, :]] = value
-    return Labels(colour, kind, box, digit, word)
+    return Labels(color, kind, box, digit, word)
 
 
 class Probe(nn.Module):
@@ -57,7 +57,7 @@ class Probe(nn.Module):
 
     def __init__(self, patch_width: int, token_width: int) -> None:
         super().__init__()
-        self.sizes = [len(COLOUR_ID) + 1, len(KIND_ID) + 1, 80, 10, len(WORD_ID)]
+        self.sizes = [len(COLOR_ID) + 1, len(KIND_ID) + 1, 80, 10, len(WORD_ID)]
         self.patch_norm = nn.LayerNorm(patch_width, eps=1e-6)
         self.patch, self.token = nn.Linear(patch_width, sum(self.sizes)), nn.Linear(token_width, sum(self.sizes))
 
@@ -66,10 +66,10 @@ class Probe(nn.Module):
         return self._loss(self.patch(self.patch_norm(patches)), at_patch), self._loss(self.token(tokens), at_token)
 
     def _loss(self, outputs: Tensor, labels: Labels) -> Tensor:
-        colour, kind, box, digit, word = outputs.float().flatten(0, 1).split_with_sizes(self.sizes, -1)
+        color, kind, box, digit, word = outputs.float().flatten(0, 1).split_with_sizes(self.sizes, -1)
         want = [torch.from_numpy(field).flatten() for field in labels]
         there = want[0] > 0
-        loss = F.cross_entropy(colour, want[0]) + F.cross_entropy(kind, want[1])
+        loss = F.cross_entropy(color, want[0]) + F.cross_entropy(kind, want[1])
         if there.any():
             target = torch.from_numpy(labels.box).view(-1, 8)[there].flatten()
             error = F.cross_entropy(box[there].view(-1, 10), target, reduction="none").view(-1, 2)  # hundreds, tens

@@ -1,7 +1,7 @@
 """Scenes: the pictures nano is trained and tested on, drawn from one numpy Generator, so that a seed names a scene.
 
 A scene is a square RGB picture with one to three things on a plain, graded, striped or cloudy ground. A thing is a
-coloured shape, an emoji or a plate that carries a number or a short word. Names are unique within a picture.
+colored shape, an emoji or a plate that carries a number or a short word. Names are unique within a picture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from .world import CHINESE, CHINESE_WORDS, COLOURS, EMOJI, ENGLISH_WORDS, SHAPES
+from .world import CHINESE, CHINESE_WORDS, COLORS, EMOJI, ENGLISH_WORDS, SHAPES
 
 EMOJI_FONT = "NotoColorEmoji.ttf"
 LATIN_FONTS = ["DejaVuSans-Bold.ttf", "DejaVuSans.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif-Bold.ttf"]
@@ -42,14 +42,14 @@ class Thing:
     """A thing of a scene, with its place and its text."""
 
     kind: str  # a shape, an emoji's name, "number" or "word"
-    colour: str  # a colour, "emoji" or "plate"
+    color: str  # a color, "emoji" or "plate"
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the side
     text: str = ""  # what a plate says
     glyphs: tuple[tuple[int, float, float], ...] = ()  # (digit, x1, x2), shares of the side
 
     def name(self, chinese: bool = False) -> str:
         """What it is called: "red circle", "cat", "number"; 红色圆形, 猫, 数字."""
-        words = [self.colour, self.kind] if self.colour in COLOURS else [self.kind]
+        words = [self.color, self.kind] if self.color in COLORS else [self.kind]
         return "".join(CHINESE[w] for w in words) if chinese else " ".join(words)
 
     def box_1000(self) -> tuple[int, int, int, int]:
@@ -58,7 +58,7 @@ class Thing:
         return x1, y1, x2, y2
 
     @property
-    def centre(self) -> tuple[float, float]:
+    def center(self) -> tuple[float, float]:
         """x and y of the middle of the box, as shares of the side."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
@@ -67,14 +67,14 @@ class Sprite(NamedTuple):
     """A thing not yet placed: paint RGB and mask L (or None for a full rectangle), glyphs in pixels."""
 
     kind: str
-    colour: str
+    color: str
     paint: Image.Image
     mask: Image.Image | None
     text: str = ""
     glyphs: tuple[tuple[int, float, float], ...] = ()
 
 
-SpriteMaker = Callable[[Generator, SceneConfig, list[str]], Sprite]  # rng, config, colours to choose from
+SpriteMaker = Callable[[Generator, SceneConfig, list[str]], Sprite]  # rng, config, colors to choose from
 
 
 def check_fonts() -> None:
@@ -87,7 +87,7 @@ def check_fonts() -> None:
 
 
 def draw_scene(rng: Generator, config: SceneConfig) -> tuple[np.ndarray, list[Thing]]:
-    """One scene: uint8 [side, side, 3] and its things, sorted left to right by their centres. Never empty."""
+    """One scene: uint8 [side, side, 3] and its things, sorted left to right by their centers. Never empty."""
     scale = 2 if rng.random() < config.fine else 1
     drawn = replace(config, side=config.side * scale)
     things: list[Thing] = []
@@ -103,7 +103,7 @@ def _compose(rng: Generator, config: SceneConfig) -> tuple[Image.Image, list[Thi
     side = config.side
     ground, base = _ground(rng, side)
     canvas = Image.fromarray(ground)
-    colours = [c for c, rgb in COLOURS.items() if np.abs(np.array(rgb) - base).max() > 70]
+    colors = [c for c, rgb in COLORS.items() if np.abs(np.array(rgb) - base).max() > 70]
     makers: list[SpriteMaker] = [_object] * int(rng.integers(config.least, config.most + 1))
     if rng.random() < config.plate:
         makers[0] = _plate  # plates are the widest: place them first
@@ -111,9 +111,9 @@ def _compose(rng: Generator, config: SceneConfig) -> tuple[Image.Image, list[Thi
     things: list[Thing] = []
     for make in makers:
         for _ in range(20):
-            sprite = make(rng, config, colours)
+            sprite = make(rng, config, colors)
             w, h = sprite.paint.size
-            if w >= side - 2 or h >= side - 2 or any((t.kind, t.colour) == sprite[:2] for t in things):
+            if w >= side - 2 or h >= side - 2 or any((t.kind, t.color) == sprite[:2] for t in things):
                 continue
             x, y = int(rng.integers(1, side - w)), int(rng.integers(1, side - h))
             gap = side // 48
@@ -123,14 +123,14 @@ def _compose(rng: Generator, config: SceneConfig) -> tuple[Image.Image, list[Thi
             taken.append((x, y, x + w, y + h))
             things.append(_placed(sprite, taken[-1], side))
             break
-    things.sort(key=lambda t: t.centre)
+    things.sort(key=lambda t: t.center)
     return canvas, things
 
 
 def _placed(sprite: Sprite, box: tuple[int, int, int, int], side: int) -> Thing:
     glyphs = tuple((d, (box[0] + a) / side, (box[0] + b) / side) for d, a, b in sprite.glyphs)
     x1, y1, x2, y2 = (v / side for v in box)
-    return Thing(sprite.kind, sprite.colour, (x1, y1, x2, y2), sprite.text, glyphs)
+    return Thing(sprite.kind, sprite.color, (x1, y1, x2, y2), sprite.text, glyphs)
 
 
 def _ground(rng: Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +150,7 @@ def _ground(rng: Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(image, 0, 255).astype(np.uint8), base
 
 
-def _object(rng: Generator, config: SceneConfig, colours: list[str]) -> Sprite:
+def _object(rng: Generator, config: SceneConfig, colors: list[str]) -> Sprite:
     size = int(config.side * rng.uniform(config.small, config.large))
     if rng.random() < config.emoji:
         kind = list(EMOJI)[rng.integers(len(EMOJI))]
@@ -160,7 +160,7 @@ def _object(rng: Generator, config: SceneConfig, colours: list[str]) -> Sprite:
             (max(4, round(glyph.width * k)), max(4, round(glyph.height * k))), Image.Resampling.BILINEAR
         )
         return Sprite(kind, "emoji", glyph.convert("RGB"), glyph.getchannel("A"))
-    kind, colour = SHAPES[rng.integers(len(SHAPES))], colours[rng.integers(len(colours))]
+    kind, color = SHAPES[rng.integers(len(SHAPES))], colors[rng.integers(len(colors))]
     w, h = size, int(size * rng.uniform(0.8, 1.0))
     if rng.random() < 0.5:
         w, h = h, w
@@ -172,8 +172,8 @@ def _object(rng: Generator, config: SceneConfig, colours: list[str]) -> Sprite:
         corners = _corners(kind, rng)
         corners = (corners - corners.min(0)) / (corners.max(0) - corners.min(0)) * (4 * w - 1, 4 * h - 1)
         pen.polygon([(float(x), float(y)) for x, y in corners], fill=255)
-    r, g, b = (int(v) for v in np.clip(np.array(COLOURS[colour]) + rng.normal(0, 9, 3), 0, 255))
-    return Sprite(kind, colour, Image.new("RGB", (w, h), (r, g, b)), mask.reduce(4))
+    r, g, b = (int(v) for v in np.clip(np.array(COLORS[color]) + rng.normal(0, 9, 3), 0, 255))
+    return Sprite(kind, color, Image.new("RGB", (w, h), (r, g, b)), mask.reduce(4))
 
 
 def _corners(kind: str, rng: Generator) -> np.ndarray:

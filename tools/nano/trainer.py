@@ -1,4 +1,4 @@
-"""The training loop: a schedule over minutes, a log, and a state on disk from which it goes on after a stop."""
+"""The training loop: a schedule over minutes, a log, and a state on disk from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Trainer:
         return [float(x.detach()) for x in (lm, patch, token)]
 
     def _batches(self) -> Iterator[Batch]:
-        """Rendered in a process of its own. The seed of a batch is its step: a resumed run goes on where it was."""
+        """Yield batches rendered in a subprocess. A batch's seed is its step: a resumed run continues the series."""
         ready = self.team.context.Queue(4)
         seed, rank, first = self.recipe.seed, self.team.rank, self.step
 

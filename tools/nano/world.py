@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-COLOURS = {
+COLORS = {
     "red": (215, 35, 40),
     "orange": (245, 140, 20),
     "yellow": (245, 220, 40),
@@ -121,6 +121,6 @@ CHINESE = {
 }
 
 # Class ids for the auxiliary read-outs; 0 is the ground.
-COLOUR_ID = {c: i + 1 for i, c in enumerate([*COLOURS, "emoji", "plate"])}
+COLOR_ID = {c: i + 1 for i, c in enumerate([*COLORS, "emoji", "plate"])}
 KIND_ID = {k: i + 1 for i, k in enumerate([*SHAPES, *EMOJI, "number", "word"])}
 WORD_ID = {w: i for i, w in enumerate(ENGLISH_WORDS + CHINESE_WORDS)}
