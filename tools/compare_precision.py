@@ -1,7 +1,7 @@
-"""What a precision costs: `python -m tools.compare_precision [FOLDER ...]` (default: nano and nano_int4).
+"""Compare precisions with float32: `python -m tools.compare_precision [FOLDER ...]` (default: nano and nano_int4).
 
-Each checkpoint answers prompts of random tokens and a random image greedily in float32, exactly; then it is asked how
-likely each token of those answers is at every other precision. Compared over the answers' tokens: the logits (root mean
+Each checkpoint answers prompts of random tokens and a random image greedily in float32, exactly; then every
+other precision scores the tokens of those answers. Compared over the answers' tokens: the logits (root mean
 square of the difference over that of the logits about their mean), the Kullback-Leibler divergence of the next-token
 distributions in nats, and how often the likeliest token is the same. Writes a Markdown table.
 """
@@ -36,7 +36,7 @@ SEED = 7
 
 
 class Loss(NamedTuple):
-    """Of one precision, over all compared tokens."""
+    """How far one precision is from float32, over all compared tokens."""
 
     error: float  # of the logits, relative
     kl: float  # nats a token
@@ -66,29 +66,29 @@ def prompts(engine: Engine, count: int) -> Iterator[dict[str, Any]]:
 
 def answered(engine: Engine, count: int, tokens: int) -> list[Answered]:
     """Answer `count` prompts greedily, `tokens` tokens each."""
-    asked = list(prompts(engine, count))
+    questions = list(prompts(engine, count))
     greedy = SamplingParams(max_tokens=tokens, temperature=0, repetition_penalty=1, ignore_eos=True)
-    answers = engine.generate(asked, greedy)
+    answers = engine.generate(questions, greedy)
     return [
         Answered({**prompt, "token_ids": prompt["token_ids"] + list(answer.token_ids)}, len(answer.token_ids))
-        for prompt, answer in zip(asked, answers, strict=True)
+        for prompt, answer in zip(questions, answers, strict=True)
     ]
 
 
-def logits_of(engine: Engine, said: Sequence[Answered], what: str) -> list[Tensor]:
-    """Float32 [answer, vocab] of each prompt: what was known before each token of its answer."""
-    found = []
-    for prompt, length in track(said, description=what, console=Console(stderr=True)):
+def logits_of(engine: Engine, answers: Sequence[Answered], what: str) -> list[Tensor]:
+    """Float32 [answer, vocab] of each prompt: the predictions of the tokens of its answer."""
+    logits_by_answer = []
+    for prompt, length in track(answers, description=what, console=Console(stderr=True)):
         logits = engine.score(prompt, return_logits=True).logits
         if logits is None:
             raise RuntimeError("score returned no logits, though return_logits was set")
-        found.append(logits[-length - 1 : -1])
-    return found
+        logits_by_answer.append(logits[-length - 1 : -1])
+    return logits_by_answer
 
 
-def loss(right: Sequence[Tensor], found: Sequence[Tensor]) -> Loss:
-    """Compare logits [tokens, vocab] with the float32 ones `right`."""
-    p, q = torch.cat(list(right)).double(), torch.cat(list(found)).double()
+def loss(reference: Sequence[Tensor], logits: Sequence[Tensor]) -> Loss:
+    """Compare logits [tokens, vocab] with the float32 ones in `reference`."""
+    p, q = torch.cat(list(reference)).double(), torch.cat(list(logits)).double()
     error = (q - p).square().mean().sqrt() / (p - p.mean(-1, keepdim=True)).square().mean().sqrt()
     kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean()
     same = (p.argmax(-1) == q.argmax(-1)).double().mean()
@@ -98,10 +98,12 @@ def loss(right: Sequence[Tensor], found: Sequence[Tensor]) -> Loss:
 def compare(folder: Path, count: int, tokens: int) -> dict[str, Loss]:
     """The losses of a checkpoint by precision."""
     engine = Engine(folder, dtype="float32", max_model_len=2048)
-    said = answered(engine, count, tokens)
-    right = logits_of(engine, said, f"{folder.name}: float32")
+    answers = answered(engine, count, tokens)
+    reference = logits_of(engine, answers, f"{folder.name}: float32")
     return {
-        name: loss(right, logits_of(Engine(folder, max_model_len=2048, **options), said, f"{folder.name}: {name}"))
+        name: loss(
+            reference, logits_of(Engine(folder, max_model_len=2048, **options), answers, f"{folder.name}: {name}")
+        )
         for name, options in COMPARED.items()
     }
 
@@ -112,11 +114,11 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*", default=[PACKAGE / "nano", PACKAGE / "nano_int4"])
     parser.add_argument("--prompts", type=int, default=24, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer (default: %(default)s)")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print("| checkpoint | precision | error of the logits | KL, nats | same likeliest token |\n|---|---|---|---|---|")
-    for folder in asked.folders:
-        for name, found in compare(folder, asked.prompts, asked.tokens).items():
-            cells = (folder.name, name, f"{found.error:.2%}", f"{found.kl:.5f}", f"{found.agreement:.2%}")
+    for folder in args.folders:
+        for name, losses in compare(folder, args.prompts, args.tokens).items():
+            cells = (folder.name, name, f"{losses.error:.2%}", f"{losses.kl:.5f}", f"{losses.agreement:.2%}")
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -47,8 +47,8 @@ TASKS = (
 TIGHT = ("caption: box IoU >= 0.9", "box: box IoU >= 0.9")
 
 
-class Found(NamedTuple):
-    """What was found of a checkpoint, scene by scene."""
+class Figures(NamedTuple):
+    """The figures of one quantized checkpoint, scene by scene."""
 
     kl: Ratio  # nats a token
     same: Ratio  # tokens whose likeliest is the same
@@ -67,23 +67,23 @@ class Answers(NamedTuple):
     @classmethod
     def of(cls, folder: Path, scenes: int, seed: int) -> Answers:
         """Ask the checkpoint all questions about `scenes` scenes that are drawn from `seed`."""
-        engine, kept = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
+        engine, collected = Engine(folder, dtype="float32", max_model_len=1024), cls([], [], [])
 
         def answer(images: NDArray[np.uint8], which: Sequence[int], questions: Sequence[str]) -> list[str]:
-            kept.replies[:] = ask(engine, images, which, questions)
-            kept.scenes[:] = which
-            return kept.replies
+            collected.replies[:] = ask(engine, images, which, questions)
+            collected.scenes[:] = which
+            return collected.replies
 
-        kept.tallies[:] = score_each(answer, SceneConfig(side=engine.config.visual.image_size), scenes, seed)
-        return kept
+        collected.tallies[:] = score_each(answer, SceneConfig(side=engine.config.visual.image_size), scenes, seed)
+        return collected
 
     def rate(self, *tasks: str) -> Ratio:
         """Right answers, of all to some tasks together."""
-        right, asked = (
-            np.array([sum(kept.get(task, 0) for task in tasks) for kept in each], np.float64)
+        right, sizes = (
+            np.array([sum(counts.get(task, 0) for task in tasks) for counts in each], np.float64)
             for each in ([t.right for t in self.tallies], [t.sizes for t in self.tallies])
         )
-        return Ratio(right, asked)
+        return Ratio(right, sizes)
 
     def same_as(self, other: Answers) -> Ratio:
         """Replies that are those of another checkpoint."""
@@ -100,26 +100,26 @@ class Questions(NamedTuple):
     logprobs: list[torch.Tensor]  # float32 [tokens of the answer, vocabulary]
 
     @classmethod
-    def asked(cls, exact: Engine, scenes: int) -> Questions:
+    def ask_all(cls, exact: Engine, scenes: int) -> Questions:
         """All questions about `scenes` images, every third in Chinese."""
-        rng, found, tokens = np.random.default_rng(KL_SEED), cls([], [], [], []), exact.tokenizer
+        rng, questions, tokens = np.random.default_rng(KL_SEED), cls([], [], [], []), exact.tokenizer
         for number in track(range(scenes), description="asking the float checkpoint"):
             image, things = draw_scene(rng, SceneConfig(side=exact.config.visual.image_size))
             for turn in turns(rng, things, chinese=number % 3 == 2):
                 question = exact.encode([{"role": "user", "content": [{"image": image}, {"text": turn.question}]}])
                 answer = [*tokens.encode(turn.answer), tokens.im_end]
                 prompt = {"token_ids": question.prompt.token_ids + answer, "images": [image]}
-                found.scenes.append(number)
-                found.prompts.append(prompt)
-                found.answers.append(torch.tensor(answer))
-                found.logprobs.append(_logprobs(exact, prompt, len(answer)))
-        return found
+                questions.scenes.append(number)
+                questions.prompts.append(prompt)
+                questions.answers.append(torch.tensor(answer))
+                questions.logprobs.append(_logprobs(exact, prompt, len(answer)))
+        return questions
 
     def compare(self, other: Engine | None) -> tuple[Ratio, Ratio, Ratio]:
         """Divergence of another checkpoint from the float one, how often they agree, and its loss; None: itself."""
         sums: NDArray[np.float64] = np.zeros((4, max(self.scenes) + 1))  # nats, agreements, nats, tokens
-        asked = zip(self.scenes, self.prompts, self.answers, self.logprobs, strict=True)
-        for scene, prompt, answer, p in track(asked, description="comparing", total=len(self.prompts)):
+        expected = zip(self.scenes, self.prompts, self.answers, self.logprobs, strict=True)
+        for scene, prompt, answer, p in track(expected, description="comparing", total=len(self.prompts)):
             q = p if other is None else _logprobs(other, prompt, len(p))
             sums[0, scene] += float((p.double().exp() * (p.double() - q.double())).sum())
             sums[1, scene] += int((p.argmax(-1) == q.argmax(-1)).sum())
@@ -132,23 +132,23 @@ class Questions(NamedTuple):
 def _logprobs(engine: Engine, prompt: dict[str, Any], answer: int) -> torch.Tensor:
     logits = engine.score(prompt, return_logits=True).logits
     if logits is None:
-        raise RuntimeError("the engine gave no logits, though they were asked for")
+        raise RuntimeError("score returned no logits, though return_logits was set")
     return logits[-answer - 1 : -1].log_softmax(-1)
 
 
 def variants(groups: Sequence[int], bits: int) -> Iterator[tuple[str, QuantizeOptions, bool]]:
-    """What is compared: name, options, and whether it is calibrated on nano's own world; nearest before the others."""
+    """The variants: name, options, and whether it is calibrated on nano's own world; nearest before the others."""
     for group in groups:
         for asym in (False, True):
             kind: dict[str, Any] = {"bits": bits, "group_size": group, "sym": not asym}
-            said = f"groups of {group}, {'asymmetric' if asym else 'symmetric'}"
-            yield f"{said}: {NEAREST}", QuantizeOptions(method="rtn", **kind), False
-            yield f"{said}: GPTQ, built-in set", QuantizeOptions(**kind), False
-            yield f"{said}: GPTQ, own scenes", QuantizeOptions(**kind), True
+            grid = f"groups of {group}, {'asymmetric' if asym else 'symmetric'}"
+            yield f"{grid}: {NEAREST}", QuantizeOptions(method="rtn", **kind), False
+            yield f"{grid}: GPTQ, built-in set", QuantizeOptions(**kind), False
+            yield f"{grid}: GPTQ, own scenes", QuantizeOptions(**kind), True
             if not asym:
-                yield f"{said}: GPTQ, own scenes, drift 0", QuantizeOptions(drift=0.0, **kind), True
+                yield f"{grid}: GPTQ, own scenes, drift 0", QuantizeOptions(drift=0.0, **kind), True
                 for order in ("none", "full"):
-                    yield f"{said}: GPTQ, own scenes, order {order}", QuantizeOptions(order=order, **kind), True
+                    yield f"{grid}: GPTQ, own scenes, order {order}", QuantizeOptions(order=order, **kind), True
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=PACKAGE / "nano", help="float checkpoint (default: nano)")
     parser.add_argument("--groups", type=int, nargs="+", default=[32, 128], help="default: %(default)s")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--scenes", type=int, default=0, help="that tasks are scored on; 0: none")
+    parser.add_argument("--scenes", type=int, default=0, help="scenes that tasks are scored on (default: none)")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help="of these scenes (default: %(default)s)")
     parser.add_argument("--kl-scenes", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--own", type=int, default=64, help="scenes to calibrate on (default: %(default)s)")
@@ -165,58 +165,58 @@ def main() -> None:
     args = parser.parse_args()
     check_fonts()
     exact = Engine(args.model, dtype="float32", max_model_len=1024)
-    questions = Questions.asked(exact, args.kl_scenes)
+    questions = Questions.ask_all(exact, args.kl_scenes)
     own_answers = Answers.of(args.model, args.scenes, args.seed) if args.scenes else None
     own_loss = questions.compare(None)[2]
-    found: dict[str, Found] = {}
+    figures: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory() as name:
         own = write_conversations(Path(name) / "own", args.own, exact.config.visual.image_size)
-        for number, (said, options, on_own) in enumerate(variants(args.groups, args.bits)):
-            if args.only and not said.endswith(tuple(args.only)):
+        for number, (variant, options, on_own) in enumerate(variants(args.groups, args.bits)):
+            if args.only and not variant.endswith(tuple(args.only)):
                 continue
             made = Path(name) / str(number)
             errors = Quantizer.open(args.model, made, options, own if on_own else None).run()
             kl, same, loss = questions.compare(Engine(made, dtype="float32", max_model_len=1024))
             error = sum(error.error for error in errors) / len(errors)
             answers = Answers.of(made, args.scenes, args.seed) if args.scenes else None
-            found[said] = Found(kl, same, loss, answers, error)
-            print(said, *(f"{one:.5f}" for one in (kl.value, same.value, loss.value, error)), flush=True)
-    print(table(found, own_loss, own_answers), "", gains(found, own_answers), sep="\n")
+            figures[variant] = Figures(kl, same, loss, answers, error)
+            print(variant, *(f"{one:.5f}" for one in (kl.value, same.value, loss.value, error)), flush=True)
+    print(table(figures, own_loss, own_answers), "", gains(figures, own_answers), sep="\n")
 
 
-def table(found: dict[str, Found], loss: Ratio, own: Answers | None) -> str:
+def table(figures: dict[str, Figures], loss: Ratio, own: Answers | None) -> str:
     """Every variant: a Markdown table; `loss`, `own`: those of the float checkpoint."""
     tasks = (*TASKS, *TIGHT) if own is not None else ()
-    asked = (*tasks, "same answer") if tasks else ()
-    heads = ("", "KL, nats", "same token", "loss, nats", "mean error of a linear", *asked)
+    columns = (*tasks, "same answer") if tasks else ()
+    heads = ("", "KL, nats", "same token", "loss, nats", "mean error of a linear", *columns)
     lines = [_row(*heads), "|---" * len(heads) + "|"]
     rates = [f"{100 * own.rate(task).value:.1f}" for task in tasks] + [""] if own is not None else []
     lines.append(_row("not quantized", "", "", f"{loss.value:.5f}", "", *rates))
-    for said, one in found.items():
+    for variant, one in figures.items():
         change = one.loss.value - loss.value
         cells = [f"{one.kl.value:.5f}", f"{100 * one.same.value:.2f} %", f"{change:+.5f}", f"{one.error:.4f}"]
         if own is not None and one.answers is not None:
             cells += [f"{100 * one.answers.rate(task).value:.1f}" for task in tasks]
             cells.append(f"{100 * one.answers.same_as(own).value:.2f} %")
-        lines.append(_row(said, *cells))
+        lines.append(_row(variant, *cells))
     return "\n".join(lines)
 
 
-def gains(found: dict[str, Found], own: Answers | None) -> str:
-    """What each gains over round to nearest on the same grid, with its interval: a Markdown table."""
+def gains(figures: dict[str, Figures], own: Answers | None) -> str:
+    """The gain of each over round to nearest on the same grid, with its interval: a Markdown table."""
     heads = ("", "KL", "same token, %", "loss", "same answer, %", "right answers, %", "boxes of IoU >= 0.9, %")
     lines = [_row(*heads), "|---" * len(heads) + "|"]
-    for said, one in found.items():
-        base = found.get(f"{said.partition(':')[0]}: {NEAREST}")
+    for variant, one in figures.items():
+        base = figures.get(f"{variant.partition(':')[0]}: {NEAREST}")
         if base is None or base is one:
             continue
-        cells = [_said(difference(one.kl, base.kl), 1, 5), _said(difference(one.same, base.same), 100, 2)]
-        cells.append(_said(difference(one.loss, base.loss), 1, 5))
+        cells = [_interval(difference(one.kl, base.kl), 1, 5), _interval(difference(one.same, base.same), 100, 2)]
+        cells.append(_interval(difference(one.loss, base.loss), 1, 5))
         if own is not None and one.answers is not None and base.answers is not None:
-            cells.append(_said(difference(one.answers.same_as(own), base.answers.same_as(own)), 100, 2))
+            cells.append(_interval(difference(one.answers.same_as(own), base.answers.same_as(own)), 100, 2))
             for tasks in (TASKS, TIGHT):
-                cells.append(_said(difference(one.answers.rate(*tasks), base.answers.rate(*tasks)), 100, 2))
-        lines.append(_row(said, *cells))
+                cells.append(_interval(difference(one.answers.rate(*tasks), base.answers.rate(*tasks)), 100, 2))
+        lines.append(_row(variant, *cells))
     return "\n".join(lines)
 
 
@@ -224,7 +224,7 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _said(d: Difference, times: float, digits: int) -> str:
+def _interval(d: Difference, times: float, digits: int) -> str:
     value, low, high = (f"{times * number:+.{digits}f}" for number in d)
     return f"{value} ({low} to {high}){'' if d.certain else ', not certain'}"
 

@@ -21,7 +21,7 @@ from tools.nano.scoring import Tally, score
 
 PACKAGE = Path(__file__).parent.parent / "qvl_runtime"
 # What the project asks of the shipped checkpoint, in percent.
-WANTED = {
+TARGETS = {
     "caption: object recalled": 92,
     "caption: box IoU >= 0.5": 85,
     "box: box IoU >= 0.5": 78,
@@ -37,19 +37,19 @@ def evaluate(folder: Path, dtype: str, precision: str, scenes: int, chinese: boo
     engine = Engine(folder, dtype=dtype, precision=precision, max_model_len=1024)
     print(engine.summary())
     config = SceneConfig(side=engine.config.visual.image_size)
-    return score(lambda *asked: ask(engine, *asked), config, scenes, chinese=chinese)
+    return score(lambda *questions: ask(engine, *questions), config, scenes, chinese=chinese)
 
 
 def table(tallies: dict[str, Tally]) -> str:
     """A Markdown table: one row a score, one column a checkpoint, and the standard error of the first."""
     first = next(iter(tallies.values()))
-    lines = [f"| | asked | wanted | {' | '.join(tallies)} | standard error |"]
+    lines = [f"| | answers | target | {' | '.join(tallies)} | standard error |"]
     lines.append("|---" * (len(tallies) + 4) + "|")
     for name in first.rates:
         rate, n = first.rates[name], first.sizes[name]
         shown = " | ".join(f"{100 * t.rates.get(name, float('nan')):.1f}" for t in tallies.values())
-        wanted = f">= {WANTED[name]}" if name in WANTED else ""
-        lines.append(f"| {name} | {n} | {wanted} | {shown} | {100 * (rate * (1 - rate) / n) ** 0.5:.1f} |")
+        target = f">= {TARGETS[name]}" if name in TARGETS else ""
+        lines.append(f"| {name} | {n} | {target} | {shown} | {100 * (rate * (1 - rate) / n) ** 0.5:.1f} |")
     return "\n".join(lines)
 
 

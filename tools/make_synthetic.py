@@ -26,17 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kind", choices=SYNTHETIC, default="qwen-vl-chat-int4")
     parser.add_argument("--layers", type=int, help="decoder blocks (default: 32)")
     parser.add_argument("--vision-layers", type=int, help="blocks of the vision encoder (default: 48)")
-    parser.add_argument("--file-bytes", type=int, default=2 * 10**9, help="most bytes a file (default: 2 GB)")
+    parser.add_argument("--file-bytes", type=int, default=2 * 10**9, help="maximum bytes of a file (default: 2 GB)")
     parser.add_argument("--divide", type=int, default=1, help="divide all widths by 2, 4, 8 or 16")
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
         files = write_synthetic(
-            asked.folder, asked.like, asked.kind, asked.layers, asked.vision_layers, asked.file_bytes, asked.divide
+            args.folder, args.like, args.kind, args.layers, args.vision_layers, args.file_bytes, args.divide
         )
     except QVLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{asked.folder}: {sum(files.values()):,} bytes in {len(files)} files")
+    print(f"{args.folder}: {sum(files.values()):,} bytes in {len(files)} files")
     return 0
 
 

@@ -6,7 +6,7 @@ does not train but writes the checkpoint in the published layout, in bfloat16 an
 training curve.
 
 With `--from DIR` a run starts from the weights and the vocabulary of a checkpoint, with a fresh optimizer and its own
-schedule, in a folder of its own. docs/nano.md has the flags of the second run, whose weights are shipped.
+schedule, in its own folder. docs/nano.md has the flags of the second run, whose weights are shipped.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ CONFIG: dict[str, Any] = {
 
 
 def prepare(folder: Path, start: Path | None = None) -> Tokenizer:
-    """Write config.json and qwen.tiktoken into the folder, where they are not there yet."""
+    """Write config.json and qwen.tiktoken into the folder, if they are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     if start is not None:
         take_vocabulary(start, folder)
@@ -92,9 +92,9 @@ def main() -> None:
             "--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, help="default: %(default)s"
         )
     parser.add_argument(
-        "--export", type=Path, metavar="DIR", help="train no more: write DIR and DIR_int4 from the state"
+        "--export", type=Path, metavar="DIR", help="do not train: write DIR and DIR_int4 from the state"
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="train no more: draw the curve of the logs")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="do not train: draw the curve of the logs")
     args = vars(parser.parse_args())
     folder, target, image = args.pop("folder"), args.pop("export"), args.pop("plot")
     start = args.pop("start")

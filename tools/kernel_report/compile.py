@@ -57,7 +57,7 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
 
 
 def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes by Triton's own rules: 1 is a constant, multiples of 16 are marked."""
+    """Signature, constants and attributes by Triton's rules: 1 is a constant, multiples of 16 are marked."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int], Any] = {}

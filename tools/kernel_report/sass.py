@@ -61,8 +61,8 @@ def parse(text: str) -> Code:
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", line):
-            instruction = found[1].strip()
+        elif line_match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", line):
+            instruction = line_match[1].strip()
             if target := re.search(r"^BRA\b.*?(\.L_\w+)", instruction):
                 branches.append((len(code), target[1]))
             code.append(instruction)

@@ -2,7 +2,7 @@
 
 Asks the box questions of `tools.eval_nano`'s scenes (the same seeds) on every
 instruction set of this build and CPU, on plain torch, and at every dtype, and writes a Markdown table: percent with an
-IoU of at least 0.5. Every row is asked the same questions, so the differences from float32 are paired: the last column
+IoU of at least 0.5. Every row answers the same questions, so the differences from float32 are paired: the last column
 counts the boxes that only the row's dtype and that only float32 gets right.
 """
 
@@ -27,29 +27,29 @@ from .scoring import EVALUATION_SEED
 
 def box_questions(scenes: int, chinese: bool) -> tuple[np.ndarray, list[Turn]]:
     """Images [scenes, side, side, 3] and the box question of each: those that `tools.eval_nano` asks."""
-    rng, images, asked = np.random.default_rng(EVALUATION_SEED), [], []
+    rng, images, questions = np.random.default_rng(EVALUATION_SEED), [], []
     for _ in range(scenes):
         image, things = draw_scene(rng, SceneConfig())
         images.append(image)
-        asked.append(next(t for t in turns(rng, things, chinese) if t.sort == "box"))
-    return np.stack(images), asked
+        questions.append(next(t for t in turns(rng, things, chinese) if t.sort == "box"))
+    return np.stack(images), questions
 
 
 def answered(
-    folder: Path, name: str, dtype: str, precision: str, images: np.ndarray, asked: Sequence[Turn]
+    folder: Path, name: str, dtype: str, precision: str, images: np.ndarray, questions: Sequence[Turn]
 ) -> list[bool]:
     """Which of the boxes are right, on one instruction set at one dtype."""
     with instruction_set(name):
         engine = Engine(folder, dtype=dtype, precision=precision, max_model_len=512)
-        replies = ask(engine, images, range(len(images)), [turn.question for turn in asked])
-    return [right(turn, reply) for turn, reply in zip(asked, replies, strict=True)]
+        replies = ask(engine, images, range(len(images)), [turn.question for turn in questions])
+    return [right(turn, reply) for turn, reply in zip(questions, replies, strict=True)]
 
 
-def row(name: str, dtype: str, found: Sequence[bool], exact: Sequence[bool]) -> str:
+def row(name: str, dtype: str, correct: Sequence[bool], exact: Sequence[bool]) -> str:
     """A line of the table; `exact` is what float32 got right on the same instruction set."""
-    gained = sum(f and not e for f, e in zip(found, exact, strict=True))
-    lost = sum(e and not f for f, e in zip(found, exact, strict=True))
-    return f"| {name} | {dtype} | {100 * np.mean(found):.1f} | +{gained} -{lost} |"
+    gained = sum(f and not e for f, e in zip(correct, exact, strict=True))
+    lost = sum(e and not f for f, e in zip(correct, exact, strict=True))
+    return f"| {name} | {dtype} | {100 * np.mean(correct):.1f} | +{gained} -{lost} |"
 
 
 def main() -> None:
@@ -65,16 +65,16 @@ def main() -> None:
     args = parser.parse_args()
     check_fonts()
     torch.set_num_threads(args.threads)
-    images, asked = box_questions(args.scenes, args.chinese)
+    images, questions = box_questions(args.scenes, args.chinese)
     print("| instruction set | dtype | box: IoU >= 0.5 | against float32 |\n|---|---|---|---|")
-    kept = {}
+    correct_by_row = {}
     for name in args.sets or instruction_sets():
         for dtype in reversed(DTYPES):
-            found = answered(args.model, name, dtype, args.precision, images, asked)
-            kept[f"{name} {dtype}"] = found
-            print(row(name, dtype, found, kept[f"{name} float32"]), flush=True)
+            correct = answered(args.model, name, dtype, args.precision, images, questions)
+            correct_by_row[f"{name} {dtype}"] = correct
+            print(row(name, dtype, correct, correct_by_row[f"{name} float32"]), flush=True)
     if args.out is not None:
-        args.out.write_text(json.dumps(kept) + "\n")
+        args.out.write_text(json.dumps(correct_by_row) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,14 @@ def write_conversations(folder: Path, scenes: int, side: int) -> Path:
     for number in range(scenes):
         image, things = draw_scene(rng, SceneConfig(side=side))
         Image.fromarray(image).save(folder / f"{number}.png")
-        said: list[dict[str, str]] = []
+        messages: list[dict[str, str]] = []
         for turn in turns(rng, things, chinese=number % 3 == 2):
-            heading = "" if said else f"Picture 1: <img>{number}.png</img>\n"
-            said += [{"from": "user", "value": heading + turn.question}, {"from": "assistant", "value": turn.answer}]
-        records.append({"id": f"scene_{number}", "conversations": said})
+            heading = "" if messages else f"Picture 1: <img>{number}.png</img>\n"
+            messages += [
+                {"from": "user", "value": heading + turn.question},
+                {"from": "assistant", "value": turn.answer},
+            ]
+        records.append({"id": f"scene_{number}", "conversations": messages})
     path = folder / "scenes.json"
     path.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
     return path
@@ -40,7 +43,7 @@ def write_conversations(folder: Path, scenes: int, side: int) -> Path:
 def main() -> None:
     """Write the scenes and print the path of scenes.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where scenes.json and the pictures go")
+    parser.add_argument("folder", type=Path, help="where scenes.json and the images go")
     parser.add_argument("--scenes", type=int, default=SCENES, help="default: %(default)s")
     args = parser.parse_args()
     check_fonts()

@@ -17,7 +17,7 @@ SHOWN = {
 
 
 def plot(run: Path, target: Path) -> None:
-    """Draw log.jsonl and scores.jsonl of a run's folder into one picture."""
+    """Draw log.jsonl and scores.jsonl of a run's folder into one image file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,6 +39,6 @@ def plot(run: Path, target: Path) -> None:
 
 
 def _read(path: Path) -> list[dict[str, float]]:
-    """Entries in order; what was written twice, after going on from an older state, counts as it was written last."""
+    """Entries in order; of steps logged twice, after a resume from an older state, the last."""
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     return [by_step for _, by_step in sorted({e["step"]: e for e in entries}.items())]

@@ -1,4 +1,4 @@
-"""What can be asked about a scene without doubt, and the right answer, in Qwen-VL's own formats."""
+"""Unambiguous questions about a scene and their answers, in Qwen-VL's own formats."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def relations(rng: Generator, things: list[Thing], chinese: bool) -> list[Turn]:
 
 
 def about_two(rng: Generator, pair: Sequence[list[Thing]], chinese: bool) -> list[Turn]:
-    """Questions about a prompt with two pictures, each of which names the picture or asks for it."""
+    """Questions about a prompt with two images, each of which names the image or asks for it."""
     out: list[Turn] = []
     for k, things in enumerate(pair):
         other = {t.name() for t in pair[1 - k]}
@@ -136,9 +136,9 @@ def _sentence(things: list[Thing], chinese: bool) -> str:
             return f"the {t.kind} {t.text}"
         return f"{'an' if t.name()[0] in 'aeiou' else 'a'} {t.name()}"
 
-    said = [phrase(t) for t in things]
+    phrases = [phrase(t) for t in things]
     comma, last = ("、", "和") if chinese else (", ", " and ")
-    return last.join([comma.join(said[:-1]), said[-1]]) if len(said) > 1 else said[0]
+    return last.join([comma.join(phrases[:-1]), phrases[-1]]) if len(phrases) > 1 else phrases[0]
 
 
 def _asked_for(rng: Generator, things: list[Thing], chinese: bool) -> tuple[str, bool]:

@@ -1,7 +1,7 @@
 """How far the demo's answers are from going wrong: `python -m tools.nano.margins`.
 
-A token of a greedy answer decides when the answer that its runner-up leads to is wrong: the runner-up is put in its
-place, the model continues greedily, and `tools/nano/scoring.py` judges. The margin of an answer is the least distance
+A token of a greedy answer decides when the answer that its runner-up leads to is wrong: the runner-up replaces it, the
+model continues greedily, and `tools/nano/scoring.py` judges. The margin of an answer is the smallest distance
 in logits between a deciding token and its runner-up. A wrong answer has margin 0. The table has a row for each
 instruction set (and plain torch, "reference") and dtype, of every precision and checkpoint.
 """
@@ -34,7 +34,7 @@ GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_tokens=120, log
 
 
 class Margin(NamedTuple):
-    """Of one answer. `margin`: up to the limit that was asked for; `instead`: what the nearest wrong answer says."""
+    """The margin of one answer, at most the limit; `instead` is the text of the nearest wrong answer."""
 
     right: bool
     margin: float
@@ -51,11 +51,11 @@ def right(turn: Turn, reply: str) -> bool:
 
 def margin(engine: Engine, image: Image.Image, turn: Turn, limit: float = math.inf) -> Margin:
     """The margin of the engine's answer to the turn's question about the image, looked for below `limit`."""
-    asked = {"role": "user", "content": [{"image": image}, {"text": turn.question}]}
-    reply = engine.chat([asked], GREEDY)
+    message = {"role": "user", "content": [{"image": image}, {"text": turn.question}]}
+    reply = engine.chat([message], GREEDY)
     if not right(turn, reply.text):
         return Margin(False, 0.0, reply.text)
-    prompt = engine.encode([asked]).prompt
+    prompt = engine.encode([message]).prompt
     gaps = []
     for place, token in enumerate(reply.logprobs or ()):
         (_, first), (second, below) = token.top
@@ -63,20 +63,20 @@ def margin(engine: Engine, image: Image.Image, turn: Turn, limit: float = math.i
     for gap, place, second in sorted(gaps):
         if gap >= limit:
             break
-        said = [*reply.token_ids[:place], second]
-        text = _continued(engine, image, prompt, said)
+        tokens = [*reply.token_ids[:place], second]
+        text = _continued(engine, image, prompt, tokens)
         if not right(turn, text):
             return Margin(True, gap, reply.text, text)
     return Margin(True, limit, reply.text)
 
 
-def _continued(engine: Engine, image: Image.Image, prompt: EncodedPrompt, said: list[int]) -> str:
-    """The text of the answer that begins with the tokens `said`."""
-    if said[-1] in prompt.stop_ids:
-        return engine.tokenizer.decode(said[:-1])
+def _continued(engine: Engine, image: Image.Image, prompt: EncodedPrompt, tokens: list[int]) -> str:
+    """The text of the answer that begins with `tokens`."""
+    if tokens[-1] in prompt.stop_ids:
+        return engine.tokenizer.decode(tokens[:-1])
     until_stop = replace(GREEDY, stop_token_ids=tuple(prompt.stop_ids), logprobs=None)
-    reply = engine.generate([{"token_ids": [*prompt.token_ids, *said], "images": [image]}], until_stop)[0]
-    return engine.tokenizer.decode(said) + reply.text
+    reply = engine.generate([{"token_ids": [*prompt.token_ids, *tokens], "images": [image]}], until_stop)[0]
+    return engine.tokenizer.decode(tokens) + reply.text
 
 
 def demo_turns(folder: Path = PACKAGE / "assets") -> tuple[Image.Image, list[Turn]]:
@@ -84,8 +84,8 @@ def demo_turns(folder: Path = PACKAGE / "assets") -> tuple[Image.Image, list[Tur
     plan = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
     answers = plan["answers"]
     kinds = (("caption", "caption_prompt"), (answers["question_kind"], "question"), ("box", "box_prompt"))
-    said = [Turn(kind, plan[name], answers[name]) for kind, name in kinds]
-    return Image.open(folder / plan["image"]).convert("RGB"), said
+    demo = [Turn(kind, plan[name], answers[name]) for kind, name in kinds]
+    return Image.open(folder / plan["image"]).convert("RGB"), demo
 
 
 @contextmanager
@@ -121,13 +121,17 @@ def variants(sets: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def measure(
-    variant: tuple[str, str, str, str], image: Image.Image, said: Sequence[Turn], limit: float, package: Path = PACKAGE
+    variant: tuple[str, str, str, str],
+    image: Image.Image,
+    questions: Sequence[Turn],
+    limit: float,
+    package: Path = PACKAGE,
 ) -> list[Margin]:
     """The margin of each turn's answer on one variant."""
     name, checkpoint, dtype, precision = variant
     with instruction_set(name):
         engine = Engine(package / checkpoint, dtype=dtype, precision=precision, max_model_len=512)
-        return [margin(engine, image, turn, limit) for turn in said]
+        return [margin(engine, image, turn, limit) for turn in questions]
 
 
 def main() -> None:
@@ -136,11 +140,11 @@ def main() -> None:
     parser.add_argument("--package", type=Path, default=PACKAGE, help="folder of nano and nano_int4")
     parser.add_argument("--limit", type=float, default=8.0, help="look no farther, in logits (default: %(default)s)")
     args = parser.parse_args()
-    image, said = demo_turns()
+    image, questions = demo_turns()
     print("| instruction set | checkpoint | dtype | precision | caption | question | box |\n" + "|---" * 7 + "|")
     for variant in variants(instruction_sets()):
-        found = measure(variant, image, said, args.limit, args.package)
-        cells = [f"{m.margin:.2f}" if m.right else f"wrong: {m.answer}" for m in found]
+        margins = measure(variant, image, questions, args.limit, args.package)
+        cells = [f"{m.margin:.2f}" if m.right else f"wrong: {m.answer}" for m in margins]
         print(f"| {' | '.join([*variant, *cells])} |", flush=True)
 
 

@@ -51,15 +51,15 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin), None, None
+        return _rotated(grad, cos, -sin), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """cos and sin [R, 1, T, d / 2]; channels j and j + d / 2 turn together."""
     a, b = x.chunk(2, -1)
     return torch.cat([(a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)], -1)
@@ -310,7 +310,7 @@ class Nano(nn.Module):
         visual.attn_pool.start_local()
 
     def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
-        """ids [R, T], images [P, queries, D]; slots [K, 3]: row, first position, which picture. Gives [R, T, D]."""
+        """ids [R, T], images [P, queries, D]; slots [K, 3]: row, first position, which image. Returns [R, T, D]."""
         h: Tensor = self.wte(ids)
         if len(slots) == 0:
             return h

@@ -52,7 +52,7 @@ class Optimizer:
         self.slots = [_slot(n, p, config) for n, p in named if p.requires_grad]
 
     def step(self, scale: float, team: Team) -> float:
-        """One update at `scale` times the rate; gradients must be equal in all processes. Gives the gradient norm."""
+        """One update at `scale` times the rate; gradients must be equal in all processes. Returns the gradient norm."""
         self.steps += 1
         norm = float(torch.stack([_grad(s).norm() for s in self.slots]).norm())
         clip, rate = min(1.0, 1.0 / (norm + 1e-6)), self.rate * scale
@@ -72,7 +72,7 @@ class Optimizer:
         s.master.mul_(1 - rate * (self.decay if s.param.dim() >= 2 else 0.0)).addcdiv_(m, v.sqrt() + EPS, value=-rate)
 
     def _muon(self, slots: list[Slot], clip: float, rate: float, team: Team) -> None:
-        """Matrices of one shape are orthogonalised together; every process takes its share of them."""
+        """Matrices of one shape are orthogonalized together; every process takes its share of them."""
         shapes: dict[tuple[int, int], list[tuple[Slot, Tensor]]] = {}
         for s in slots:
             g = _grad(s) * clip

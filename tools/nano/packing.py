@@ -1,4 +1,4 @@
-"""Scenes to training rows: one picture carries all its dialogues, which see the shared prefix but not each other."""
+"""Scenes to training rows: one image carries all its dialogues, which see the shared prefix but not each other."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Packer:
         weak: float = 0.0,
         chinese: float = CHINESE,
     ) -> None:
-        """weak, chinese: shares of the pictures that are crowded and asked as in `practice`, and asked in Chinese."""
+        """weak: share of crowded images with the questions of `practice`; chinese: of Chinese questions."""
         self.tokenizer, self.scenes, self.length = tokenizer, scenes, length
         self.weak, self.chinese = weak, chinese
         self.visual = config.visual
@@ -142,23 +142,26 @@ class Packer:
     def _one(self, rng: Generator, things: list[Thing], hard: bool) -> Row:
         chinese, raw = rng.random() < self.chinese, rng.random() < RAW
         if hard:
-            said = practice(rng, things, chinese)
+            dialogue = practice(rng, things, chinese)
         else:
-            said = turns(rng, things, chinese)
-            said = [said[0], *(said[i] for i in 1 + rng.permutation(len(said) - 1))]  # the caption always fits
+            dialogue = turns(rng, things, chinese)
+            dialogue = [
+                dialogue[0],
+                *(dialogue[i] for i in 1 + rng.permutation(len(dialogue) - 1)),
+            ]  # the caption always fits
         row = Row(self.length, chained=not raw and rng.random() < CHAINED)
         row.start(self.encode(("" if raw else SYSTEM) + "Picture 1:" + self.image))
         if row.chained:
-            said = [said[i] for i in rng.permutation(len(said))]
-        for i, turn in enumerate(said):
+            dialogue = [dialogue[i] for i in rng.permutation(len(dialogue))]
+        for i, turn in enumerate(dialogue):
             self._add(row, turn, raw, opening=NEXT if row.chained and i else "")
         return row
 
     def _two(self, rng: Generator, first: list[Thing], second: list[Thing]) -> Row:
-        """Both pictures at once, or the second one in the second turn."""
+        """Both images at once, or the second one in the second turn."""
         chinese = rng.random() < self.chinese
-        said = about_two(rng, (first, second), chinese)
-        said = [said[i] for i in rng.permutation(len(said))]
+        dialogue = about_two(rng, (first, second), chinese)
+        dialogue = [dialogue[i] for i in rng.permutation(len(dialogue))]
         row = Row(self.length, chained=rng.random() < 0.4)
         if not row.chained:
             row.start(self.encode(SYSTEM + f"Picture 1:{self.image}Picture 2:{self.image}"))
@@ -166,13 +169,13 @@ class Packer:
             row.start(self.encode(SYSTEM + f"Picture 1:{self.image}"))
             short = [t for t in turns(rng, first, chinese) if t.sort not in ("caption", "describe")]
             self._add(row, short[int(rng.integers(len(short)))], False, "")
-        for i, turn in enumerate(said):
+        for i, turn in enumerate(dialogue):
             opening = (NEXT if row.chained else "") + (f"Picture 2:{self.image}" if row.chained and i == 0 else "")
             self._add(row, turn, False, opening)
         return row
 
     def _greeting(self, rng: Generator) -> Row:
-        """Words without a picture."""
+        """Greetings, without an image."""
         row = Row(self.length)
         row.start(self.encode(SYSTEM))
         for i in rng.permutation(len(GREETINGS)):

@@ -1,8 +1,8 @@
-"""The questions of a second run: a crowded picture is asked mostly for what the first run left weak.
+"""The questions of a second run: crowded images, mostly with the questions that the first run left weak.
 
 What fails after the first run is rarely the reading of a box or a color: nine in ten wrong answers are right about
-another thing in the picture. So every thing is boxed by name, every shape is asked for its color and every color for
-its shape, which makes the answers of one picture differ only by the name in the question.
+another thing in the image. So every thing is boxed by name, every shape is asked for its color and every color for
+its shape, which makes the answers of one image differ only by the name in the question.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.random import Generator
 from .dialogue import BOX, Turn, grounded, relations, turns
 from .scenes import SceneConfig, Thing
 
-CAPTION, DESCRIBE = 0.5, 0.3  # shares of the pictures that are captioned and described all the same
+CAPTION, DESCRIBE = 0.5, 0.3  # shares of the images that are also captioned and described
 
 
 def crowded(config: SceneConfig) -> SceneConfig:
@@ -23,11 +23,11 @@ def crowded(config: SceneConfig) -> SceneConfig:
 
 
 def practice(rng: Generator, things: list[Thing], chinese: bool = False) -> list[Turn]:
-    """A draw of questions about the things of a picture, in random order: boxes of all, colors, shapes, relations."""
-    said = turns(rng, things, chinese)
-    out = [t for t in said if t.sort not in ("caption", "describe", "box")]
-    out += [t for t in said if t.sort == "caption" and rng.random() < CAPTION]
-    out += [t for t in said if t.sort == "describe" and rng.random() < DESCRIBE]
+    """A draw of questions about the things of an image, in random order: boxes of all, colors, shapes, relations."""
+    drawn = turns(rng, things, chinese)
+    out = [t for t in drawn if t.sort not in ("caption", "describe", "box")]
+    out += [t for t in drawn if t.sort == "caption" and rng.random() < CAPTION]
+    out += [t for t in drawn if t.sort == "describe" and rng.random() < DESCRIBE]
     for thing in things:
         name, forms = thing.name(chinese), BOX[chinese]
         out.append(Turn("box", forms[int(rng.integers(len(forms)))].format(name), grounded(thing, chinese)))

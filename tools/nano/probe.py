@@ -1,7 +1,7 @@
-"""The auxiliary loss: what stands at each cell of the picture, read linearly from patches and from image tokens.
+"""The auxiliary loss: the thing at each cell of the image, read linearly from patches and from image tokens.
 
-It gives the vision side a gradient from the first step on. Coordinates are asked for as digit classes, the form in
-which the decoder must say them. The probe is dropped after training.
+It gives the vision encoder a gradient from the first step on. Coordinates are digit classes, the form in
+which the decoder generates them. The probe is dropped after training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .scenes import Thing
 from .world import COLOR_ID, KIND_ID, WORD_ID
 
-COVER = 0.12  # the least share of a cell that a thing must cover to own it
+COVER = 0.12  # the smallest share of a cell that a thing must cover to own it
 
 
 class Labels(NamedTuple):

@@ -1,7 +1,7 @@
-"""Scenes: the pictures nano is trained and tested on, drawn from one numpy Generator, so that a seed names a scene.
+"""Scenes: the images that nano is trained and tested on, drawn from one numpy Generator, so that a seed names a scene.
 
-A scene is a square RGB picture with one to three things on a plain, graded, striped or cloudy ground. A thing is a
-colored shape, an emoji or a plate that carries a number or a short word. Names are unique within a picture.
+A scene is a square RGB image with one to three things on a plain, gradient, striped or noisy background. A thing is a
+colored shape, an emoji or a plate that carries a number or a short word. Names are unique within an image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEBIAN_FONTS = "fonts-dejavu fonts-noto-color-emoji fonts-noto-cjk fonts-wqy-mic
 
 @dataclass(frozen=True, slots=True)
 class SceneConfig:
-    """side: pixels of the square picture; least, most: things; small, large: size of a thing as a share of the side."""
+    """side: pixels of the square image; least, most: things; small, large: size of a thing as a share of the side."""
 
     side: int = 144
     least: int = 1

@@ -1,4 +1,4 @@
-"""Scores of a model on fresh scenes: what is asked, what counts as right, and the table that comes out."""
+"""Scores of a model on fresh scenes: the questions, and what counts as right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scenes import SceneConfig, draw_scene
 EVALUATION_SEED = 10_000_019  # training draws from seeds [seed, rank, step]; these scenes are never trained on
 QUESTIONS = ("count", "color", "shape", "relation", "exists")
 GROUNDED = re.compile(r"<ref>([^<]*)</ref><box>\((\d+),(\d+)\),\((\d+),(\d+)\)</box>")
-LEAST_OVERLAPS = (0.5, 0.9)  # of boxes: the usual one, which nearly all reach, and one that two in five do
+MIN_OVERLAPS = (0.5, 0.9)  # of boxes: the usual one, which nearly all reach, and one that two in five do
 Answer = Callable[[np.ndarray, Sequence[int], Sequence[str]], list[str]]  # images, which, questions -> answers
 
 
@@ -51,34 +51,34 @@ def score(
 def score_each(
     answer: Answer, config: SceneConfig, scenes: int, seed: int = EVALUATION_SEED, chinese: bool = False
 ) -> list[Tally]:
-    """The same, scene by scene: what two checkpoints are compared by."""
+    """The tally of each scene, for paired comparisons of two checkpoints."""
     rng = np.random.default_rng(seed)
-    images, which, asked = [], [], []
+    images, which, all_turns = [], [], []
     for i in range(scenes):
         image, things = draw_scene(rng, config)
-        said = turns(rng, things, chinese)
+        scene_turns = turns(rng, things, chinese)
         images.append(image)
-        asked += said
-        which += [i] * len(said)
-    replies = answer(np.stack(images), which, [turn.question for turn in asked])
+        all_turns += scene_turns
+        which += [i] * len(scene_turns)
+    replies = answer(np.stack(images), which, [turn.question for turn in all_turns])
     tallies = [Tally() for _ in range(scenes)]
-    for i, turn, reply in zip(which, asked, replies, strict=True):
+    for i, turn, reply in zip(which, all_turns, replies, strict=True):
         count(tallies[i], turn, reply)
     return tallies
 
 
 def count(tally: Tally, turn: Turn, reply: str) -> None:
-    """An object counts as recalled when its name is said; its box is scored where the name is."""
+    """An object counts as recalled when the reply names it; only then is its box scored."""
     if turn.sort in ("caption", "box"):
-        said, wanted = parse(reply), parse(turn.answer)
-        for name, box in wanted.items():
-            tally.add(f"{turn.sort}: object recalled", name in said)
-            if name in said:
-                overlap = iou(said[name], box)
-                for least in LEAST_OVERLAPS:
-                    tally.add(f"{turn.sort}: box IoU >= {least}", overlap >= least)
-        for name in said if turn.sort == "caption" else ():
-            tally.add("caption: name is right", name in wanted)
+        boxes, expected = parse(reply), parse(turn.answer)
+        for name, box in expected.items():
+            tally.add(f"{turn.sort}: object recalled", name in boxes)
+            if name in boxes:
+                overlap = iou(boxes[name], box)
+                for bar in MIN_OVERLAPS:
+                    tally.add(f"{turn.sort}: box IoU >= {bar}", overlap >= bar)
+        for name in boxes if turn.sort == "caption" else ():
+            tally.add("caption: name is right", name in expected)
     elif turn.sort == "number":
         tally.add("number: whole", reply == turn.answer)
         for i, digit in enumerate(turn.answer):
@@ -96,7 +96,7 @@ def parse(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def after_boxes(text: str) -> str:
-    """What is said after pointing: "left" of `<ref>..</ref><box>..</box>left`; most answers do not point."""
+    """The text after the boxes: "left" of `<ref>..</ref><box>..</box>left`; most answers do not point."""
     return text.rpartition("</box>")[2]
 
 

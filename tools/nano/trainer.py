@@ -42,8 +42,8 @@ class Recipe:
     probe: float = 0.5  # weight of the auxiliary loss, falling to a tenth at `probe_until`
     probe_until: float = 0.7
     average: float = 0.995
-    weak: float = 0.0  # share of crowded pictures that are asked for what a first run leaves weak: `practice`
-    chinese: float = CHINESE  # share of the pictures that are asked about in Chinese
+    weak: float = 0.0  # share of crowded images with the questions that a first run leaves weak: `practice`
+    chinese: float = CHINESE  # share of the images with Chinese questions
     seed: int = 1
     score_every: float = 10.0  # minutes
     score_scenes: int = 100
@@ -165,7 +165,7 @@ class Trainer:
     def _score(self) -> None:
         torch.set_num_threads(self.recipe.processes)
         model = self.averaged()
-        tally = score(lambda *asked: answers(model, self.packer, *asked), self.scenes, self.recipe.score_scenes)
+        tally = score(lambda *questions: answers(model, self.packer, *questions), self.scenes, self.recipe.score_scenes)
         torch.set_num_threads(1)
         self._log("scores.jsonl", **{k: round(v, 3) for k, v in tally.rates.items()})
 

@@ -25,8 +25,8 @@ def corpus(scenes: int = 1500) -> str:
     for _ in range(scenes):
         pair = [draw_scene(rng, config)[1] for _ in range(2)]
         for chinese in (False, True):
-            said = [*turns(rng, pair[0], chinese), *about_two(rng, pair, chinese)]
-            lines += [text for turn in said for text in (turn.question, turn.answer)]
+            dialogue_turns = [*turns(rng, pair[0], chinese), *about_two(rng, pair, chinese)]
+            lines += [text for turn in dialogue_turns for text in (turn.question, turn.answer)]
     return "\n".join(lines)
 
 
