@@ -113,7 +113,7 @@ def test_decoding_together(pair: Pair, one_golden: Path) -> None:
     no_worse(found[:2], found[2] if pair.packed else want["next_step_logits"], "decoding")
 
 
-def test_a_image_and_a_prefix(pair: Pair, one_golden: Path) -> None:
+def test_an_image_and_a_prefix(pair: Pair, one_golden: Path) -> None:
     """The vision encoder, part by part to locate a fault; a prompt with an image; the end of that prompt again.
 
     The prompt is longer than seq_length: the rotary base is raised, and log-n scales the later queries.

@@ -179,7 +179,7 @@ def test_a_hit_needs_equal_tokens_alpha_salt_and_images() -> None:
 
 
 @pytest.mark.parametrize("start", range(0, 40))
-def test_a_hit_never_ends_inside_a_image(start: int) -> None:
+def test_a_hit_never_ends_inside_an_image(start: int) -> None:
     """Wherever it starts: the text after it differs at once, or the image itself was cut off from the cache."""
     spans = spans_of(start, images=PICTURES[:1])
     tokens = list(range(100))

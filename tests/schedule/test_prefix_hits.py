@@ -92,7 +92,7 @@ def test_another_salt_never_hits(nano: Engine) -> None:
     assert cached(nano, prompt, cache_salt="one") > SPAN
 
 
-def test_the_second_question_about_a_image_costs_its_own_tokens(nano: Engine) -> None:
+def test_the_second_question_about_an_image_costs_its_own_tokens(nano: Engine) -> None:
     look = image(151)
     nano.generate([prompt_of(nano, range(80, 90), look, range(5))], greedy(2))
     second = nano.generate([prompt_of(nano, range(80, 90), look, range(50, 58))], greedy(2))[0]
