@@ -57,6 +57,7 @@ def linked(page: str) -> list[str]:
 
 
 def resolve(page: str, link: str) -> str:
+    """Return the path from the repository's root that a page's link means."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
 
 

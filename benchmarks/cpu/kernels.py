@@ -210,7 +210,7 @@ def vision() -> None:
     with torch.inference_mode():
         timings = alternate({name: partial(block, *kind) for name, kind in kinds.items()})
     for name, timing in timings.items():
-        say(vision_block=name, ms=timing.seconds * 1e3, s_an_image=timing.seconds * 48, load=timing.load)
+        say(vision_block=name, ms=timing.seconds * 1e3, image_s=timing.seconds * 48, load=timing.load)
 
 
 def onnxruntime_linears(shapes: list[tuple[int, int]], rows: int) -> Calls:

@@ -92,6 +92,8 @@ def layer_norm_kernel(
 
 
 class Configuration(NamedTuple):
+    """The launch configuration of a norm."""
+
     block: int  # the power of two that holds a row
     warps: int
 
