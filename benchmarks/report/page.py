@@ -9,10 +9,23 @@ GIB = 2**30
 
 
 def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> None:
-    """images: titles by file name, in the page's folder."""
-    machine, models = report["machine"], report["models"]
-    measured = [model for model in models if "skipped" not in model]
+    """Write the page; images: titles by file name, in the page's folder."""
+    measured = [model for model in report["models"] if "skipped" not in model]
     lines = [
+        *_head(report, measured),
+        *_speed(measured, images),
+        *_time(measured, images),
+        *_memory(measured, images),
+        *_growth(measured, images),
+        *_serving(report, images),
+        *_bounds(report),
+    ]
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _head(report: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
+    machine, models = report["machine"], report["models"]
+    return [
         f"# {machine['device']}, {machine['date'][:10]}",
         "",
         f"`{report['command']}`: {report['minutes']:.0f} minutes; {machine['system']}, {machine['memory_gib']:.0f} "
@@ -35,6 +48,11 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
         ),
         *(f"- {m['label']}: left out, {m['skipped']}" for m in models if "skipped" in m),
         "",
+    ]
+
+
+def _speed(measured: list[dict[str, Any]], images: dict[str, str]) -> list[str]:
+    return [
         "## Speed",
         "",
         *image(images, "speed.png"),
@@ -64,6 +82,11 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
                 for b in m["speed"]["batches"]
             ],
         ),
+    ]
+
+
+def _time(measured: list[dict[str, Any]], images: dict[str, str]) -> list[str]:
+    return [
         "## Time",
         "",
         *image(images, "time.png"),
@@ -71,6 +94,11 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
             ("model", "tokens", "first token", "p50", "p95", "p99", "image", "vision", "prefill", "decode"),
             [timing(m) for m in measured],
         ),
+    ]
+
+
+def _memory(measured: list[dict[str, Any]], images: dict[str, str]) -> list[str]:
+    return [
         "## Memory",
         "",
         *image(images, "memory.png"),
@@ -92,9 +120,11 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
         ),
         *(f"- {m['label']}: {m['note']}" for m in measured if m["note"]),
         "",
-        "## Growth",
-        "",
     ]
+
+
+def _growth(measured: list[dict[str, Any]], images: dict[str, str]) -> list[str]:
+    lines = ["## Growth", ""]
     for model in measured:
         for curve in model["growth"]:
             points = ", ".join(f"{p['x']}: {spread(p['seconds'], 's')}" for p in curve["points"])
@@ -102,7 +132,11 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
             lines += [text, "", points, ""]
         if model["growth"]:
             lines += image(images, f"growth-{model['label'].replace(',', '').replace(' ', '-').lower()}.png")
-    lines += [
+    return lines
+
+
+def _serving(report: dict[str, Any], images: dict[str, str]) -> list[str]:
+    return [
         "## Serving",
         "",
         *image(images, "serving.png"),
@@ -113,10 +147,15 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
             ("rate", "tokens/s", "TTFT p50 / p95 / p99, s", "TPOT p50 / p95 / p99, ms", "prefix hits"),
             [serving(record) for record in report["serving"]],
         ),
+    ]
+
+
+def _bounds(report: dict[str, Any]) -> list[str]:
+    return [
         "## On a GPU: computed, not measured",
         "",
         "The most that the memory's bandwidth allows for the mean step of the published lengths, with a 16-bit cache; "
-        "the original was measured on that A100. No GPU has run this software yet.",
+        "the original was measured on that A100. What was measured on a GPU is in docs/gpu.md.",
         "",
         *table(
             ("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100"),
@@ -133,7 +172,6 @@ def write_page(report: dict[str, Any], images: dict[str, str], path: Path) -> No
             ],
         ),
     ]
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def spread_notes(passes: int) -> str:
