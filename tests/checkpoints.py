@@ -83,7 +83,7 @@ def write(tmp_path: Path) -> Write:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         stem = "model" if suffix == ".safetensors" else "pytorch_model"
-        names, weight_map = list(state), {}
+        names, weight_map = list(state), {}  # type: ignore[var-annotated]
         for number in range(shards):
             part = {name: state[name] for name in names[number::shards]}
             file = f"{stem}{suffix}" if shards == 1 else f"{stem}-{number + 1:05}-of-{shards:05}{suffix}"

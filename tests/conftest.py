@@ -83,7 +83,7 @@ def complete_int4(folder: Path) -> None:
     """Write the Int4 checkpoint's shards: its packed linears, and the floats of `tiny` rounded to float16."""
     from safetensors.torch import load_file, save_file
 
-    state = {}
+    state: dict[str, Any] = {}
     for path in (folder / "tiny").glob("*.safetensors"):
         state |= load_file(path)
     packed = load_file(folder / "tiny-int4" / "quantized.safetensors")

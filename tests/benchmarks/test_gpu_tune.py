@@ -70,8 +70,8 @@ def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.
 def test_costs_are_taken_of_right_numbers_only(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.gpu.tune.ROWS", {"small_m": 2, "gemm": 20})
     weight, key = random_weight(256, 256, CPU.device), (80, f"{kind} 256 256")
-    cost = timed(CPU, 1e9, kind, weight, key)  # type: ignore[arg-type]
-    for made in islice(candidates(kind, 80, 256, 256), count):  # type: ignore[arg-type]
+    cost = timed(CPU, 1e9, kind, weight, key)
+    for made in islice(candidates(kind, 80, 256, 256), count):
         assert cost(made)
     from qvl_kernels.triton.linear.configs import overrides
 

@@ -27,7 +27,7 @@ def plan_folder(folder: Path, plan: dict[str, Any]) -> Path:
 
 def test_demo_asks_three_questions_draws_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     engine, out = FakeEngine(), tmp_path / "out.png"
-    run(engine, out, DemoPlan.from_folder(plan_folder(tmp_path, PLAN)))  # type: ignore[arg-type]
+    run(engine, out, DemoPlan.from_folder(plan_folder(tmp_path, PLAN)))
     prompts = [(len(messages), messages[0]["content"][-1]["text"]) for messages, _ in engine.calls]
     assert prompts == [(1, "Describe"), (1, "How many?"), (1, "Box the dog")]
     assert all(params.temperature == 0 for _, params in engine.calls), "a demo must not depend on luck"

@@ -247,7 +247,7 @@ def test_partial_rotation_biases_and_tying_are_supported() -> None:
 
 def test_absent_keys_take_the_original_classes_defaults() -> None:
     optional = ("kv_channels", "layer_norm_epsilon", "rotary_emb_base", "rotary_pct", "use_dynamic_ntk")
-    optional += ("use_logn_attn", "max_position_embeddings", "no_bias", "tie_word_embeddings")
+    optional += ("use_logn_attn", "max_position_embeddings", "no_bias", "tie_word_embeddings")  # type: ignore[assignment]
     assert ModelConfig.from_dict(changed(**dict.fromkeys(optional, ...))) == ModelConfig.from_dict(RELEASED)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cpu
 def test_options_that_do_not_exist() -> None:
     for wrong in ({"target": "tpu"}, {"vision": "int4"}, {"head": "int2"}, {"dtype": "int8"}):
         with pytest.raises(ConfigError, match="supported are"):
-            ConvertOptions(**wrong)  # type: ignore[arg-type]
+            ConvertOptions(**wrong)
 
 
 def test_where_it_cannot_go(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

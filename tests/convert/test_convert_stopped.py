@@ -25,14 +25,14 @@ pytestmark = pytest.mark.cpu
 
 
 def test_a_disk_that_fills_up(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tensor_file.os.fsync
+    before = tensor_file.os.fsync  # type: ignore[attr-defined]
 
     def full(handle: int) -> None:
         if os.fstat(handle).st_size > 100_000:
             raise OSError(errno.ENOSPC, "No space left on device")
         before(handle)
 
-    monkeypatch.setattr(tensor_file.os, "fsync", full)
+    monkeypatch.setattr(tensor_file.os, "fsync", full)  # type: ignore[attr-defined]
     with pytest.raises(CheckpointError, match=r"the disk is full .* make room and rerun the same command"):
         convert(int4, tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -41,7 +41,7 @@ def python_prose(text: str, data: bool = False) -> Prose:
 
     Of a file of `data`, only comments and docstrings.
     """
-    lines, start = [], 0
+    lines, start = [], 0  # type: ignore[var-annotated]
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             if lines and token.start[0] != start + len(lines):

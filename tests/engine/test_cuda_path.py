@@ -146,7 +146,7 @@ class FakeMeter:
 def test_the_warm_up_runs_the_largest_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most images, most tokens, most rows of logits; the cache that it ran on is not counted."""
     engine = Engine(device="cpu", dtype="float32", max_model_len=64)
-    model, steps, ran = engine.core.runner.model, StepLimits(tokens=40, running=7), {}
+    model, steps, ran = engine.core.runner.model, StepLimits(tokens=40, running=7), {}  # type: ignore[var-annotated]
     encode, forward, logits = model.encode_images, model.forward, model.logits
     monkeypatch.setattr(model, "encode_images", lambda x: ran.update(images=len(x)) or encode(x))
     monkeypatch.setattr(model, "forward", lambda step, *a: ran.update(rows=len(step.token_ids)) or forward(step, *a))

@@ -38,7 +38,7 @@ def test_generate_is_stream_collected(engine: Engine, image: Image.Image) -> Non
     prompt = [{"image": image}, {"text": "Generate the caption in English with grounding:"}]
     params = SamplingParams(max_tokens=40)
     *pieces, last = engine.stream(prompt, params)
-    out = engine.generate([prompt], params)[0]
+    out = engine.generate([prompt], params)[0]  # type: ignore[list-item]
     assert last.completion is not None and all(piece.completion is None for piece in pieces)
     assert "".join(piece.text for piece in pieces) == last.completion.text == out.text
     assert tuple(t for piece in pieces for t in piece.token_ids) == out.token_ids
@@ -81,7 +81,7 @@ def test_a_batch_gives_what_each_gives_alone(engine: Engine, image: Image.Image)
     prompts = [GREETING, about(image, "How many things are there?"), about(image, "Box the red square.")]
     params = [SamplingParams(max_tokens=n) for n in (5, 3, 30)]
     together = engine.generate(prompts, params)
-    alone = [engine.generate([p], s)[0] for p, s in zip(prompts, params, strict=True)]
+    alone = [engine.generate([p], s)[0] for p, s in zip(prompts, params, strict=True)]  # type: ignore[list-item]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
 
@@ -177,7 +177,7 @@ BAD_PROMPTS = {
 def test_bad_prompts(engine: Engine, case: str) -> None:
     prompt, kind, words = BAD_PROMPTS[case]
     with pytest.raises(kind) as error:
-        engine.generate(prompt if isinstance(prompt, list) else [prompt])
+        engine.generate(prompt if isinstance(prompt, list) else [prompt])  # type: ignore[list-item]
     assert isinstance(error.value, QVLError)
     assert words in str(error.value) and "\n" not in str(error.value)
 

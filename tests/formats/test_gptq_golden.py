@@ -17,7 +17,7 @@ from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.weights.checkpoint import load_state
 
 CASES = ("g128_sym", "g64_sym", "gall_sym", "g128_asym", "g64_asym", "gall_asym")
-CASES += ("g128_sym_actorder", "g64_asym_actorder", "b8_g128_sym", "b8_g64_asym_actorder")
+CASES += ("g128_sym_actorder", "g64_asym_actorder", "b8_g128_sym", "b8_g64_asym_actorder")  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")

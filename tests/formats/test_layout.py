@@ -109,7 +109,7 @@ def test_only_known_buffers_are_ignored(raw: dict[str, Any]) -> None:
 def test_oracle_checkpoints_hold_exactly_these(golden: Path, name: str) -> None:
     from safetensors import safe_open
 
-    stored = {}
+    stored: dict[str, Any] = {}
     for path in (golden / name).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             stored |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -12,6 +12,7 @@ import shutil
 from base64 import b64encode
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +56,7 @@ def checkpoint(source: Path, name: str) -> None:
         shutil.copyfile(source / name / "model.safetensors.index.json", target / "model.safetensors.index.json")
         return
     parts = {1: {k: t for k, t in state.items() if ".h." in k}, 2: {k: t for k, t in state.items() if ".h." not in k}}
-    weight_map = {}
+    weight_map: dict[str, Any] = {}
     for number, part in parts.items():
         file = f"model-{number:05}-of-00002.safetensors"
         save_file(part, target / file)

@@ -25,7 +25,7 @@ def implementations() -> list[ModuleType]:
 
 def parameters(function: object) -> list[tuple[str, object]]:
     """Return names and defaults, without `self`."""
-    signature = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    signature = inspect.signature(function).parameters.values()
     return [(p.name, p.default) for p in signature if p.name != "self"]
 
 

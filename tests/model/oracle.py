@@ -76,7 +76,7 @@ class Oracle:
         logits = self.model.logits(self.runner.run(chunks))
         for chunk in chunks:
             chunk.sequence.close()
-        return list(logits.split([len(ids) for ids in prompts]))
+        return list(logits.split([len(ids) for ids in prompts]))  # type: ignore[no-untyped-call]
 
     def observed(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """Every intermediate result of one prompt, and its logits."""

@@ -22,7 +22,7 @@ from tests.model.oracle import LOGITS, Oracle, close
 pytestmark = pytest.mark.cpu
 
 LAYERS = ("g128_sym", "g64_sym", "gall_sym", "g128_asym", "g64_asym", "gall_asym")
-LAYERS += ("g128_sym_actorder", "g64_asym_actorder", "b8_g128_sym", "b8_g64_asym_actorder")
+LAYERS += ("g128_sym_actorder", "g64_asym_actorder", "b8_g128_sym", "b8_g64_asym_actorder")  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")

@@ -67,8 +67,8 @@ def test_decoding_keeps_the_prompts_alpha(tiny: Oracle, golden: Path, name: str)
     rows = []
     with tiny.cache.sequence(ntk_alpha(tiny.config, prompt)) as sequence:
         assert sequence.alpha == want["ntk_alpha_per_call"][-1]
-        rows.append(tiny.runner.run([Chunk(sequence, ids[:prompt])])[-1:])
-        rows += [tiny.runner.run([Chunk(sequence, [token])]) for token in ids[prompt:]]
+        rows.append(tiny.runner.run([Chunk(sequence, ids[:prompt])])[-1:])  # type: ignore[index]
+        rows += [tiny.runner.run([Chunk(sequence, [token])]) for token in ids[prompt:]]  # type: ignore[index]
         got = tiny.model.logits(torch.cat(rows))
         close(got, want["step_logits"][0], LOGITS, "step logits")
         if "cache_k_layer0" in want:

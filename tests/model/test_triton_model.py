@@ -141,7 +141,7 @@ def vision_features(pair: Pair, one_golden: Path, ids: Sequence[int]) -> list[Te
     pixels = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0)) if photo is None else photo
     seen: list[dict[str, Tensor]] = [{}, {}, {}]
     for oracle, own in zip(pair, seen, strict=True):
-        watch: Observer = own.__setitem__
+        watch: Observer = own.__setitem__  # type: ignore[assignment]
         own["final"] = oracle.model.encode_images(pixels[None], watch)
     for part in ("ln_pre", "block0.attn", "block0", "block1", "attn_pool", "final"):
         want = seen[2][part] if photo is None else vision[f"a.{part}"]

@@ -36,12 +36,12 @@ def plain_stages(golden: Path, rgb: Tensor) -> dict[str, Tensor]:
     network = Nano(config)
     network.load_state_dict(load_state(golden / "tiny", config, torch.float32))
     visual, seen = network.transformer["visual"], dict[str, Tensor]()
-    visual.ln_pre.register_forward_pre_hook(lambda _, args: seen.__setitem__("embed_plus_pos", args[0]))
+    visual.ln_pre.register_forward_pre_hook(lambda _, args: seen.__setitem__("embed_plus_pos", args[0]))  # type: ignore[union-attr]
     parts = {"ln_pre": visual.ln_pre, "attn_pool": visual.attn_pool, "ln_post": visual.ln_post}
-    for i, block in enumerate(visual.transformer["resblocks"]):
+    for i, block in enumerate(visual.transformer["resblocks"]):  # type: ignore[index]
         parts |= {f"block{i}": block, f"block{i}.attn": block.attn}
     for name, part in parts.items():
-        part.register_forward_hook(lambda _module, _args, out, name=name: seen.__setitem__(name, out))
+        part.register_forward_hook(lambda _module, _args, out, name=name: seen.__setitem__(name, out))  # type: ignore[union-attr]
     seen["final"] = visual(rgb)[1]
     return seen
 

@@ -45,7 +45,7 @@ SMALL = {"vision": "int8", "head": "int8", "kv": "int8"}
     ],
 )
 def test_less_than_the_published_figures(name: str, options: dict[str, object], most: tuple[float, float]) -> None:
-    plan = Plan(published(name), PlanOptions(**options), "cuda")  # type: ignore[arg-type]
+    plan = Plan(published(name), PlanOptions(**options), "cuda")
     for workload, limit in zip((ENCODE, GENERATE), most, strict=True):
         total = plan.peak(workload).total / GIB
         assert 0.9 * limit < total <= limit

@@ -19,7 +19,7 @@ MERGES = ["th", "the", " t", "in", "Pi", "ic", "你".encode()[:2], "你".encode(
 def toy_ranks() -> dict[bytes, int]:
     """Each byte is its own id; a few merges follow."""
     merges = [merge.encode() if isinstance(merge, str) else merge for merge in MERGES]
-    return {token: rank for rank, token in enumerate([bytes([byte]) for byte in range(256)] + merges)}
+    return {token: rank for rank, token in enumerate([bytes([byte]) for byte in range(256)] + merges)}  # type: ignore[misc]
 
 
 class Oracle(NamedTuple):

@@ -39,7 +39,7 @@ def quiet() -> Iterator[None]:
 
 
 def colors(image: Image.Image) -> set[tuple[int, ...]]:
-    return {color for _, color in image.getcolors(image.width * image.height)}
+    return {color for _, color in image.getcolors(image.width * image.height)}  # type: ignore[misc, union-attr]
 
 
 @pytest.mark.parametrize("ground", GROUNDS)
@@ -115,7 +115,7 @@ def test_without_a_font_what_is_left_of_a_label_is_drawn(no_fonts: None) -> None
 
 def test_a_font_of_the_callers(tmp_path: Path) -> None:
     image = Image.new("RGB", (400, 300), "white")
-    draw_boxes(image, [Box("cat", *LEFT)], font=ImageFont.load_default(30))  # type: ignore[arg-type]
+    draw_boxes(image, [Box("cat", *LEFT)], font=ImageFont.load_default(30))
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     for name in ("broken.ttf", "missing.ttf", "missing.ttc"):
         with pytest.raises(ConfigError, match=f"{name} cannot be opened"):

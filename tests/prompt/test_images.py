@@ -142,7 +142,7 @@ class TestSources:
     )
     def test_faults(self, source: object, message: str) -> None:
         with pytest.raises(ImageError, match=message) as caught:
-            load_image(source, 28)  # type: ignore[arg-type]
+            load_image(source, 28)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
     def test_a_missing_file_is_named(self) -> None:

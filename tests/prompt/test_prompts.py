@@ -81,7 +81,7 @@ class TestTokenIds:
 class TestParts:
     def test_like_from_list_format(self, toy: Tokenizer, encoder: PromptEncoder) -> None:
         parts = [{"image": RED}, {"text": "the "}, {"image": BLUE}, {"ref": "狗", "box": [[1, 2, 3, 4], [5, 6, 7, 8]]}]
-        encoded = encoder.encode([*parts, {"text": "<box>"}])
+        encoded = encoder.encode([*parts, {"text": "<box>"}])  # type: ignore[list-item]
         text = "Picture 1:<img></img>\nthe Picture 2:<img></img>\n<ref>狗</ref>"
         text += "<box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
         assert toy.decode(encoded.token_ids) == text + "<box>"

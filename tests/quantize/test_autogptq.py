@@ -51,7 +51,7 @@ def quant_linear(kind: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_autogptq_gives_the_same_outputs(
     kind: str, bits: int, group: int, sym: bool, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solver = Solver(QuantizationConfig(bits, group, desc_act=order == "full", sym=sym), order=order)  # type: ignore[arg-type]
+    solver = Solver(QuantizationConfig(bits, group, desc_act=order == "full", sym=sym), order=order)
     x, bias = inputs(600, WIDTH), torch.linspace(-1, 1, 64)
     linear = solver.solve(weights(WIDTH), solver.factor(x), bias)
     theirs = quant_linear(kind, monkeypatch)(bits, group, WIDTH, 64, True, weight_dtype=torch.float32)

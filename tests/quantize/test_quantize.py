@@ -65,7 +65,7 @@ def test_blocks_are_calibrated_on_what_the_quantized_model_computes(source: Path
     """The residual streams that the quantizer ends with are those of both models on the same conversations."""
     quantizer = Quantizer.open(source, tmp_path / "out", FEW)
     seen: list[torch.Tensor] = []
-    original = quantize.quantize_block
+    original = quantize.quantize_block  # type: ignore[attr-defined]
 
     def watched(*arguments: Any) -> torch.Tensor:
         seen.append(original(*arguments))
@@ -142,7 +142,7 @@ def test_no_more_than_one_layer_is_mapped(source: Path, tmp_path: Path) -> None:
 
 def calibration_batch(quantizer: Quantizer) -> Any:
     c = quantizer.calibration
-    return quantize.CalibrationBatch.of(quantizer.config, c.lengths, c.held_out, torch.device("cpu"))
+    return quantize.CalibrationBatch.of(quantizer.config, c.lengths, c.held_out, torch.device("cpu"))  # type: ignore[attr-defined]
 
 
 def test_a_file_of_conversations_is_calibrated_on(source: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def inputs(rows: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(width)
     mix = torch.randn(width, width, generator=generator) / width**0.5
     size = torch.rand(width, generator=generator) * 2 + 0.1
-    return (torch.randn(rows, width, generator=generator) @ mix + 0.3) * size
+    return (torch.randn(rows, width, generator=generator) @ mix + 0.3) * size  # type: ignore[no-any-return]
 
 
 def weights(width: int) -> Tensor:
@@ -78,7 +78,7 @@ def drifted(x: Tensor) -> Tensor:
     """Inputs x as a float model would have them, if earlier rounding had mixed them a little and added noise."""
     generator, width = torch.Generator().manual_seed(3), x.shape[1]
     mixed = x @ torch.randn(width, width, generator=generator) / width**0.5
-    return x + 0.05 * mixed + 0.02 * torch.randn(x.shape, generator=generator)
+    return x + 0.05 * mixed + 0.02 * torch.randn(x.shape, generator=generator)  # type: ignore[no-any-return]
 
 
 def toward(weight: Tensor, x: Tensor, float_x: Tensor, share: float, damping: float) -> Tensor:
@@ -86,13 +86,13 @@ def toward(weight: Tensor, x: Tensor, float_x: Tensor, share: float, damping: fl
     x, float_x, w = x.double(), float_x.double(), weight.double()
     hessian = x.t() @ x
     hessian += damping * hessian.diagonal().mean() * torch.eye(x.shape[1])
-    return w + share * torch.linalg.solve(hessian, x.t() @ (float_x - x) @ w.t()).t()
+    return w + share * torch.linalg.solve(hessian, x.t() @ (float_x - x) @ w.t()).t()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("order", "share"), [*product(("none", "full"), (0.5, 1.0))])
 def test_drift_is_the_paper_on_the_weight_that_compensates_it(order: str, share: float) -> None:
     q, x, weight = QuantizationConfig(4, 32, desc_act=order == "full"), inputs(400, 96), weights(96)
-    solver = Solver(q, order=order, drift=share, shrinks=WHOLE)  # type: ignore[arg-type]
+    solver = Solver(q, order=order, drift=share, shrinks=WHOLE)
     found = solver.solve(weight, solver.factor(x, drifted(x)))
     by_size = torch.argsort(x.square().sum(0), descending=True) if order == "full" else torch.arange(96)
     wished = toward(weight, x, drifted(x), share, 0.01)
@@ -104,8 +104,8 @@ def test_drift_is_the_paper_on_the_weight_that_compensates_it(order: str, share:
 
 @pytest.mark.parametrize("order", ["none", "static", "full"])
 def test_outputs_are_closer_to_the_float_models_with_drift(order: str) -> None:
-    x, held_out = inputs(2000, 192).split(1000)
-    weight, solver = weights(192), Solver(QuantizationConfig(4, 64), order=order)  # type: ignore[arg-type]
+    x, held_out = inputs(2000, 192).split(1000)  # type: ignore[no-untyped-call]
+    weight, solver = weights(192), Solver(QuantizationConfig(4, 64), order=order)
     float_x = drifted(torch.cat([x, held_out]))
     wanted = float_x[1000:] @ weight.t()
     errors = [
@@ -126,9 +126,9 @@ def test_without_drift_nothing_changes() -> None:
     [*product((4, 8), (32, 128, -1), (True, False), ("none", "static", "full"))],
 )
 def test_outputs_are_closer_than_rounding_to_nearest(bits: int, group: int, sym: bool, order: str) -> None:
-    x, held_out = inputs(2000, 192).split(1000)  # 192: a group of 128 and half of one
+    x, held_out = inputs(2000, 192).split(1000)  # type: ignore[no-untyped-call]  # 192: a group of 128 and half of one
     weight, q = weights(192), QuantizationConfig(bits, group, desc_act=order == "full", sym=sym)
-    solver = Solver(q, order=order)  # type: ignore[arg-type]
+    solver = Solver(q, order=order)
     found = solver.solve(weight, solver.factor(x))
     assert found.g_idx is None or order == "full" or 192 % group
     errors = [

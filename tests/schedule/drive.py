@@ -16,5 +16,5 @@ def engine_of(folder: Path, context: int = 4096, **options: object) -> Engine:
     share = options.pop("kv_tokens", None)
     if share is not None:
         per_token = Engine(folder, dtype="float32", max_model_len=64, **options).report()["memory"]["kv_per_token"]
-        options["kv_cache_bytes"] = int(share * context) * per_token
+        options["kv_cache_bytes"] = int(share * context) * per_token  # type: ignore[operator]
     return Engine(folder, dtype="float32", max_model_len=context, **options)

@@ -56,7 +56,7 @@ class FakeCapture:
         return Captured(replay, output)
 
     def _run(self, function: Callable[[], Tensor]) -> tuple[list[Call], Tensor]:
-        self._calls = calls = []
+        self._calls = calls = []  # type: ignore[var-annotated]
         try:
             with no_values_read():
                 return calls, function()
@@ -112,7 +112,7 @@ class FakeCapture:
         return watched
 
 
-class _Reads(torch.utils._python_dispatch.TorchDispatchMode):
+class _Reads(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what a CUDA graph cannot hold: reading a value back, and tensors made of numbers of the host."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "unique")
@@ -125,7 +125,7 @@ class _Reads(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def no_values_read() -> AbstractContextManager[Any]:
-    return _Reads()
+    return _Reads()  # type: ignore[no-untyped-call]
 
 
 def values_may_be_read() -> AbstractContextManager[Any]:

@@ -28,7 +28,7 @@ def test_layout_of_two_sequences(cache: KVCache) -> None:
         assert positions.tolist() == [*range(BLOCK_SIZE + 1), 0, 1, 2]
         assert layout.query_starts == [0, BLOCK_SIZE + 1, BLOCK_SIZE + 4]
         assert layout.context_lens == [BLOCK_SIZE + 1, 3]
-        assert layout.slots.unique().numel() == BLOCK_SIZE + 4
+        assert layout.slots.unique().numel() == BLOCK_SIZE + 4  # type: ignore[no-untyped-call]
         assert layout.slots[BLOCK_SIZE].item() == a.blocks[1] * BLOCK_SIZE
         assert layout.slots[-1].item() == b.blocks[0] * BLOCK_SIZE + 2
         assert not set(a.blocks) & set(b.blocks)

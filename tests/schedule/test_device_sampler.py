@@ -54,9 +54,9 @@ def test_as_in_torch(asked: tuple[SamplingParams, ...]) -> None:
         for mine, other in zip(got, want, strict=True):
             assert mine.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-5)
             assert [token for token, _ in mine.logprob.top] == [token for token, _ in other.logprob.top]
-    for mine, other in zip(ours, plain, strict=True):
-        assert (mine.state.seen is None) == (other.state.seen is None)
-        assert mine.state.seen is None or torch.equal(mine.state.seen, other.state.seen)
+    for mine, other in zip(ours, plain, strict=True):  # type: ignore[assignment]
+        assert (mine.state.seen is None) == (other.state.seen is None)  # type: ignore[attr-defined]
+        assert mine.state.seen is None or torch.equal(mine.state.seen, other.state.seen)  # type: ignore[attr-defined]
 
 
 def test_ops_without_a_kernel_sample_in_torch() -> None:

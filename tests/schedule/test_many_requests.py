@@ -45,13 +45,13 @@ def alone(folder: Path, kv_dtype: str) -> tuple[list[WorkloadRequest], list[tupl
 @pytest.mark.parametrize("name", ["tiny", "tiny-int4", "nano"])
 def test_together_is_as_alone(name: str, switches: str, one_golden: Path) -> None:
     folder, options = checkpoint(name, one_golden), SWITCHES[switches]
-    wanted, want = alone(folder, str(options.get("kv_dtype", "auto")))
+    wanted, want = alone(folder, str(options.get("kv_dtype", "auto")))  # type: ignore[attr-defined]
     engine = engine_of(folder, **options)
-    got = all_together(engine, wanted, preempt="kv_tokens" in options)
+    got = all_together(engine, wanted, preempt="kv_tokens" in options)  # type: ignore[operator]
     for i, (answer, expected) in enumerate(zip(got, want, strict=True)):
         assert answer == expected or (answer is None and wanted[i].cancelled_after is not None), f"request {i}"
     said = engine.report()
-    assert (said["requests"]["preemptions"] > 0) == ("kv_tokens" in options)
+    assert (said["requests"]["preemptions"] > 0) == ("kv_tokens" in options)  # type: ignore[operator]
     if said["caches"]["prefixes"] is not None:
         assert said["caches"]["prefixes"]["hit_tokens"] > 0
     assert sum(answer is not None for answer in got) > len(got) / 2
@@ -70,8 +70,8 @@ def test_images_of_a_step_are_seen_together_and_once(monkeypatch: pytest.MonkeyP
     encode = engine.core.runner.model.encode_images
 
     def counted(pixels: object) -> object:
-        passes.append(len(pixels))  # type: ignore[arg-type]
-        return encode(pixels)  # type: ignore[arg-type]
+        passes.append(len(pixels))
+        return encode(pixels)
 
     monkeypatch.setattr(engine.core.runner.model, "encode_images", counted)
     prompts = [prompt_of(engine, [i], image(i % 2), [1]) for i in range(4)]

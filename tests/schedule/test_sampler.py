@@ -46,7 +46,7 @@ def drawn(logits: Tensor, params: SamplingParams, times: int = 2000) -> list[int
 def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that want nothing else go through `greedy` and find the same; any other row sends all through `sample`."""
     passes, greedy = [], ops.greedy
-    monkeypatch.setattr(ops, "greedy", lambda logits: passes.append(len(logits)) or greedy(logits))
+    monkeypatch.setattr(ops, "greedy", lambda logits: passes.append(len(logits)) or greedy(logits))  # type: ignore[func-returns-value]
     choose, logits = partial(sample, ops=ops), torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     logits[0, 10:12] = 9.0
     for params, expected in (

@@ -28,7 +28,7 @@ def test_what_is_held_does_not_grow() -> None:
             prompt = prompt_of(engine, range(10), image(dice.randrange(40)), [dice.randrange(256)] * 9)
             yield i, prompt, SamplingParams(max_tokens=dice.randrange(1, 9), temperature=dice.choice((0.0, 1.0)))
 
-    done = [tag for tag, completion in engine.as_completed(requests()) if completion.token_ids]
+    done = [tag for tag, completion in engine.as_completed(requests()) if completion.token_ids]  # type: ignore[union-attr]
     assert sorted(done) == list(range(80))
     cache.check_integrity()
     assert cache.pool.available == cache.pool.num_blocks

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu
 
 def submitted(engine: Engine, prompt: object, **params: object) -> Request:
     """A request that has been through one step."""
-    request = engine.submit(engine.encode(prompt), greedy(1, **params))  # type: ignore[arg-type]
+    request = engine.submit(engine.encode(prompt), greedy(1, **params))
     engine.core.step()
     return request
 

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 
 from qvl_runtime.errors import CheckpointError, ConfigError, DownloadError
 from qvl_runtime.weights.hub import resolve_model
@@ -191,4 +191,4 @@ def test_missing_client_says_what_to_install(monkeypatch: pytest.MonkeyPatch, so
 
 def test_unknown_source() -> None:
     with pytest.raises(ConfigError, match=r"'ftp'.*'huggingface', 'modelscope'"):
-        resolve_model(NAME, source="ftp")  # type: ignore[arg-type]
+        resolve_model(NAME, source="ftp")

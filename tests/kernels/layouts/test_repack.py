@@ -77,7 +77,7 @@ def test_the_layout_of_a_4_bit_word() -> None:
         packed = repack.packed_int4(qweight, torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 8), None, 0)
         bits = 15 << (4 * (j + 4 * h) + 3)
         want = (bits | bits >> 32) & 0xFFFFFFFF
-        assert packed.words[0, 5, r].item() & 0xFFFFFFFF == want
+        assert packed.words[0, 5, r].item() & 0xFFFFFFFF == want  # type: ignore[operator]
         assert packed.words.count_nonzero() == 1
 
 
@@ -88,7 +88,7 @@ def test_the_layout_of_an_8_bit_word() -> None:
         codes[64 + 32 * j + 2 * r + h, 5] = 255
         qweight = codes.view(32, 4, 8).transpose(1, 2).contiguous().view(torch.int32)[..., 0]
         packed = repack.packed(gpu_layout.PackedInt8, qweight, torch.zeros(1, 2).int(), torch.ones(1, 8), None, 0)
-        assert packed.words[1, 5, r].item() & 0xFFFFFFFF == 255 << 8 * (j + 2 * h)
+        assert packed.words[1, 5, r].item() & 0xFFFFFFFF == 255 << 8 * (j + 2 * h)  # type: ignore[operator]
         assert packed.words.count_nonzero() == 1
 
 

@@ -30,7 +30,7 @@ def normal(rng: torch.Generator) -> object:
 
 
 @pytest.mark.parametrize("width", [257, 1664])
-def test_norms(poisoned: None, normal, rng: torch.Generator, width: int) -> None:
+def test_norms(poisoned: None, normal, rng: torch.Generator, width: int) -> None:  # type: ignore[no-untyped-def]
     x, more, weight, bias = normal(5, width), normal(5, width), normal(width), normal(width)
     exact = [t.double() for t in (x, weight, bias)]
     as_good_as_torch(
@@ -51,7 +51,7 @@ def test_norms(poisoned: None, normal, rng: torch.Generator, width: int) -> None
 
 
 @pytest.mark.parametrize("splits", [0, 3])
-def test_activations(poisoned: None, normal, rng: torch.Generator, splits: int) -> None:
+def test_activations(poisoned: None, normal, rng: torch.Generator, splits: int) -> None:  # type: ignore[no-untyped-def]
     x = torch.randn(splits, 3, 514, generator=rng) * 4 if splits else normal(3, 514) * 4
     whole = reference.sum_partials(x, B16).double()
     want = whole[:, :257] * torch.nn.functional.silu(whole[:, 257:])
@@ -61,7 +61,7 @@ def test_activations(poisoned: None, normal, rng: torch.Generator, splits: int) 
 
 
 @pytest.mark.parametrize("cache_dtype", [B16, torch.int8])
-def test_rotary(poisoned: None, normal, rng: torch.Generator, cache_dtype: torch.dtype) -> None:
+def test_rotary(poisoned: None, normal, rng: torch.Generator, cache_dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
     rows, heads, dim, blocks = 3, 5, 32, 2
     angles = torch.randn(rows, dim, generator=rng)
     given = (normal(rows, 3 * heads * dim), angles.cos(), angles.sin(), torch.ones(rows))
@@ -88,7 +88,7 @@ def test_attention(
     attention.check(c, ops.paged_attention(*c))
 
 
-def test_images(poisoned: None, normal) -> None:
+def test_images(poisoned: None, normal) -> None:  # type: ignore[no-untyped-def]
     qkv, q, k, v = normal(1, 40, 3 * 104), normal(7, 64), normal(2, 33, 64), normal(2, 33, 64)
     want = reference.vision_attention(qkv.double(), 1)
     as_good_as_torch(ops.vision_attention(qkv, 1), reference.vision_attention(qkv, 1), want)
@@ -99,7 +99,7 @@ def test_images(poisoned: None, normal) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 16, 33])
 @pytest.mark.parametrize("symmetric, group", [(True, 64), (False, 64), (True, 128)])
-def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, group: int, bits: int) -> None:
+def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, group: int, bits: int) -> None:  # type: ignore[no-untyped-def]
     tensors, x = checkpoint(256, 136, group, bits=bits, symmetric=symmetric), normal(rows, 256)
     exact = reference.gptq_dequantize(*tensors, bits, 1)
     plain = torch.nn.functional.linear(x, exact.to(B16))
@@ -108,7 +108,7 @@ def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, grou
     assert torch.equal(dequantize(weight, B16), repack.dequantize(weight).to(B16))
 
 
-def test_the_likeliest(poisoned: None, normal) -> None:
+def test_the_likeliest(poisoned: None, normal) -> None:  # type: ignore[no-untyped-def]
     logits = normal(2, 4100)
     got = ops.sample(logits, None)
     assert torch.equal(got.token_ids, logits.float().argmax(-1))

@@ -31,7 +31,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def filled(self: Tensor, *size: object, **options: object) -> Tensor:
         out = new_empty(self, *size, **options)  # type: ignore[call-overload]
-        return out.fill_(float("nan")) if out.is_floating_point() else out
+        return out.fill_(float("nan")) if out.is_floating_point() else out  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Tensor, "new_empty", filled)
 
@@ -42,7 +42,7 @@ def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> T
 
 def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> None:
     """As near to float64 as torch's own product with the weight rounded to x's dtype, twice over."""
-    exact = reference.gptq_dequantize(*tensors, 4, 1)  # type: ignore[arg-type]
+    exact = reference.gptq_dequantize(*tensors, 4, 1)
     want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
     plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
     as_good_as_torch(got, plain, want)

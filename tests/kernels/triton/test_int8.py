@@ -38,7 +38,7 @@ def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> T
 
 def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> None:
     """As near to float64 as torch's own product with the weight rounded to x's dtype, twice over."""
-    exact = reference.gptq_dequantize(*tensors, 8, 1)  # type: ignore[arg-type]
+    exact = reference.gptq_dequantize(*tensors, 8, 1)
     want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
     plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
     as_good_as_torch(got, plain, want)

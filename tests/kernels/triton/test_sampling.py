@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qvl_kernels.triton.sampling.sample import SamplingRows, sample
+from qvl_kernels.triton.sampling.sample import SamplingRows, sample  # type: ignore[attr-defined]
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.sampler import SamplingRow, SamplingState
 from qvl_runtime.schedule.sampler import sample as sample_on_cpu
