@@ -6,9 +6,45 @@ line can print one line. Most are `ValueError`s, too.
 
 from __future__ import annotations
 
+MAX_MESSAGE = 600  # characters
+MAX_QUOTED = 100  # characters of a value that is quoted in a message
+
 
 class QVLError(Exception):
-    """Base class of the errors that this package raises."""
+    """Base class of the errors that this package raises. Its message is one line of at most `MAX_MESSAGE` characters.
+
+    Messages quote what was found, and that may come from a stranger: no line break or control
+    character gets through to forge a line of a log or to steer a terminal, and the middle of a longer message is left out.
+    """
+
+    def __str__(self) -> str:
+        return shortened(escaped(super().__str__()), MAX_MESSAGE)
+
+
+def quoted(value: object, limit: int = MAX_QUOTED) -> str:
+    """Return the repr of a value for a message, with its middle left out beyond `limit` characters.
+
+    Only the ends of a long string or bytes are represented, so that quoting megabytes costs nothing.
+    """
+    if isinstance(value, (str, bytes)) and len(value) > 2 * limit:
+        separator = "" if isinstance(value, str) else b""
+        value = separator.join((value[:limit], value[-limit:]))  # type: ignore[arg-type]
+    return shortened(escaped(repr(value)), limit)
+
+
+def escaped(text: str) -> str:
+    """Make a text one printable line: white space becomes a space, other control characters are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c.isspace() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """Leave out the middle of a text that is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    head = limit * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (limit - head - 5) :]}"
 
 
 class ConfigError(QVLError, ValueError):
