@@ -13,8 +13,8 @@ MAX_QUOTED = 100  # characters of a value that is quoted in a message
 class QVLError(Exception):
     """Base class of the errors that this package raises. Its message is one line of at most `MAX_MESSAGE` characters.
 
-    Messages quote what was found, and that may come from a stranger: no line break or control
-    character gets through to forge a line of a log or to steer a terminal, and the middle of a longer message is left out.
+    Messages quote what was found, and that may come from a stranger: no line break or control character gets through to
+    forge a line of a log or to steer a terminal, and the middle of a longer message is left out.
     """
 
     def __str__(self) -> str:
