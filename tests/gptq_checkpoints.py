@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.formats.gptq import quantize_rtn
 from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.weights.save import quantized_config

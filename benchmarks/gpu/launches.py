@@ -82,7 +82,7 @@ def two_layers(config: ModelConfig, quarter: bool) -> QwenVL:
     if quarter:  # of 11008 inputs 22 tiles of 128, the nearest
         visual = replace(visual, width=416, heads=4, output_dim=1024)
         small = replace(small, hidden_size=1024, num_attention_heads=8, intermediate_size=2 * 2816, visual=visual)
-    state, packed = synthetic_weights(small, torch.float16, torch.device("cpu"))
+    state, packed, _ = synthetic_weights(small, torch.float16, torch.device("cpu"))
     return QwenVL(small, state, packed=packed)
 
 

@@ -21,6 +21,7 @@ from qvl_runtime.config.checks import (
     require_object,
     require_positive,
 )
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -94,38 +95,6 @@ class VisionConfig:
     def span(self) -> int:
         """Tokens of an image in a prompt, its start and end id included."""
         return self.n_queries + 2
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationConfig:
-    """How the five linears of each decoder block are stored: GPTQ, packed in int32 words."""
-
-    bits: int
-    group_size: int  # input channels that share a scale; -1: all of them
-    desc_act: bool = False  # act-order: g_idx is a permutation, not i // group_size
-    sym: bool = True
-    checkpoint_format: str = "gptq"  # "gptq" (v1): zero points stored minus one; "gptq_v2": stored as they are
-
-    def __post_init__(self) -> None:
-        require_choice("the checkpoint's bits", self.bits, (4, 8))
-        require_choice("the checkpoint's group_size", self.group_size, (32, 64, 128, -1))
-        require_choice("the checkpoint_format", self.checkpoint_format, ("gptq", "gptq_v2"))
-
-    @property
-    def zero_offset(self) -> int:
-        """The number added to a stored zero point: 1 for v1, 0 for v2."""
-        return 1 if self.checkpoint_format == "gptq" else 0
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], where: str = "quantize_config.json") -> QuantizationConfig:
-        """Read AutoGPTQ's `quantize_config.json`, or the `quantization_config` section of `config.json`."""
-        method = raw.get("quant_method") or "gptq"
-        if method != "gptq":
-            raise ConfigError(f"{where} has quant_method {method!r}; supported are 'gptq' and unquantized checkpoints")
-        for key in ("lm_head", "dynamic", "is_marlin_format"):
-            if raw.get(key):
-                raise ConfigError(f"{where} sets {key!r}, which is not supported: quantize the model again without it")
-        return cls(**read_fields(cls, raw, where))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +176,9 @@ class ModelConfig:
         """
         _check_supported(raw)
         where, section = "config.json", raw.get("quantization_config")
-        quantization = None
         if section is not None:
-            quantization = QuantizationConfig.from_dict(require_object(section, "quantization_config"), where)
-        elif quantize is not None:
-            quantization = QuantizationConfig.from_dict(quantize)
+            require_object(section, "quantization_config")
+        quantization = QuantizationConfig.from_files(section, quantize)
         values = read_fields(cls, raw, where, skip=("visual", "dtype", "quantization"))
         visual = require_object(raw["visual"], "visual")
         vision = VisionConfig(**read_fields(VisionConfig, visual, f"{where}, section visual,"))

@@ -32,6 +32,7 @@ from qvl_runtime.weights.manifest import (
     file_digest,
     is_converted,
 )
+from qvl_runtime.weights.packing import source_notes
 from qvl_runtime.weights.partial import check_destination, free_bytes
 from qvl_runtime.weights.tensor_file import CODES, Written, header_of, read_header
 
@@ -68,6 +69,7 @@ def convert(
     """
     options = options or ConvertOptions()
     job = _Job.open(source, destination, options)
+    notes = source_notes(job.checkpoint, job.config)
     estimate = job.estimate()
     with Journal(job.destination, job.key()) as journal:
         missing = estimate.bytes + DISK_MARGIN - journal.bytes - estimate.free
@@ -80,7 +82,7 @@ def convert(
             digests = [(path, executor.submit(file_digest, path)) for path in job.checkpoint.paths]
             try:
                 job.write(journal, progress)
-                manifest = job.manifest(journal, digests)
+                manifest = job.manifest(journal, digests, notes)
             except BaseException:
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -202,7 +204,7 @@ class _Job(NamedTuple):
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         return Entry(name, dtype_name(dtype), tuple(tensor.shape), pieces(tensor, dtype))
 
-    def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]]) -> Manifest:
+    def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]], notes: Sequence[str]) -> Manifest:
         """Copy the small files of the source, and describe the whole folder."""
         companions = {}
         indexes = {path.name: path.read_text(encoding="utf-8") for path in self.source.glob("*.index.json")}
@@ -225,6 +227,7 @@ class _Job(NamedTuple):
             cast=any(dtype != self.dtype_name and (dtype, self.dtype_name) not in LOSSLESS for dtype in dtypes),
             linears=journal.linears,
             shards=journal.shards,
+            notes=list(notes),
         )
 
     def _source_file(self, path: Path, sha256: str) -> SourceFile:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
@@ -30,15 +28,15 @@ def load_runner(engine_config: EngineConfig, config: ModelConfig, folder: Path, 
     """
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
     on_host = engine_config.embedding_on_host
-    state: MutableMapping[str, Tensor]
     free: int | None = None
     if engine_config.synthetic is None:  # the size of a synthetic model is known only once it is loaded
         free = memory_after_loading(engine_config, config, dtype, folder, device)
-        state, packed = load_weights(folder, config, dtype, device, on_host)
+        weights = load_weights(folder, config, dtype, device, on_host)
     else:
-        state, packed = synthetic_weights(config, dtype, device, engine_config.repeat_blocks)
-    model = QwenVL(config, state, engine_config.precision, packed, embedding_on_host=on_host)
-    del state, packed
+        weights = synthetic_weights(config, dtype, device, engine_config.repeat_blocks)
+    notes = weights.notes
+    model = QwenVL(config, weights.state, engine_config.precision, weights.packed, embedding_on_host=on_host)
+    del weights
     trim_heap()
     kv_dtype = torch.int8 if engine_config.kv_dtype == "int8" else dtype
     free = free_memory(device) if free is None else free
@@ -46,6 +44,6 @@ def load_runner(engine_config: EngineConfig, config: ModelConfig, folder: Path, 
     per_token = bytes_per_token(config, kv_dtype)
     num_kv_tokens = kv_cache_tokens(engine_config, per_token, max_model_len, free, spare)
     cache = KVCache(config, num_kv_tokens, kv_dtype, device, engine_config.prefix_caching)
-    runner = Runner(model, cache, ImageCache(engine_config.image_cache_bytes))
+    runner = Runner(model, cache, ImageCache(engine_config.image_cache_bytes), notes)
     capture_graphs(runner, engine_config, max_model_len)
     return runner

@@ -29,6 +29,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
             "quantization": None if c.quantization is None else f"GPTQ {c.quantization.bits} bits",
             "context": c.context_limit,
             "load_s": load_s,
+            "notes": list(core.runner.notes),
         },
         "device": device_name(model.device),
         "dtype": dtype_name(model.dtype),

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qvl_kernels.util import cdiv
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.grid import Grid, grid_between
+from qvl_runtime.formats.zero_points import resolve_offset
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +57,9 @@ class GPTQLinear:
     def from_state(cls, state: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> GPTQLinear:
         """Gather the tensors of linear `name` from a loaded state, whose shapes were checked.
 
-        Raises `CheckpointError` if `g_idx` points outside the groups, or is a permutation although `desc_act` is
-        false: AutoGPTQ would then ignore it, so one of the two is wrong.
+        Raises `CheckpointError` for zero points that contradict `sym`, if `g_idx` does not give each group its number
+        of inputs, and if it is a permutation although `desc_act` is false: AutoGPTQ would then ignore it, so one of the
+        two is wrong.
         """
         import torch
 
@@ -65,19 +67,20 @@ class GPTQLinear:
         in_features = qweight.shape[0] * (32 // quantization.bits)
         group_size = in_features if quantization.group_size == -1 else quantization.group_size
         in_order = _groups_in_order(in_features, group_size, qweight.device)
-        g_idx = state.get(f"{name}.g_idx", in_order)
+        g_idx = state.get(f"{name}.g_idx", in_order).to(torch.int32)  # int64 in some checkpoints
         ordered = torch.equal(g_idx, in_order)
         if not ordered:
-            _check_g_idx(g_idx, name, group_size, scales.shape[0], quantization.desc_act)
+            _check_g_idx(g_idx, in_order, name, scales.shape[0], quantization.desc_act)
+        qzeros = state[f"{name}.qzeros"]
         return cls(
             qweight=qweight,
-            qzeros=state[f"{name}.qzeros"],
+            qzeros=qzeros,
             scales=scales,
             g_idx=None if ordered and in_features % group_size == 0 else g_idx,
             bias=state.get(f"{name}.bias"),
             bits=quantization.bits,
             group_size=group_size,
-            zero_offset=quantization.zero_offset,
+            zero_offset=resolve_offset(name, qzeros, quantization),
         )
 
     def to(self, device: torch.device) -> GPTQLinear:
@@ -206,12 +209,21 @@ def _groups_in_order(in_features: int, group_size: int, device: torch.device) ->
     return torch.arange(in_features, dtype=torch.int32, device=device) // group_size
 
 
-def _check_g_idx(g_idx: Tensor, name: str, group_size: int, groups: int, desc_act: bool) -> None:
+def _check_g_idx(g_idx: Tensor, in_order: Tensor, name: str, groups: int, desc_act: bool) -> None:
+    """Raise `CheckpointError` unless `g_idx` is `in_order` in another order."""
+    import torch
+
     if not desc_act:
         raise CheckpointError(
-            f"{name}.g_idx is not in order although desc_act is false; expected i // {group_size}: "
+            f"{name}.g_idx is not in order although desc_act is false; expected i // {int((in_order == 0).sum())}: "
             "set desc_act to true in the quantization config if the checkpoint was made with act-order"
         )
     low, high = int(g_idx.min()), int(g_idx.max())
     if low < 0 or high >= groups:
         raise CheckpointError(f"{name}.g_idx runs from {low} to {high}; expected groups 0 to {groups - 1}")
+    counts, expected = torch.bincount(g_idx, minlength=groups), torch.bincount(in_order, minlength=groups)
+    if wrong := (counts != expected).nonzero().flatten().tolist():
+        raise CheckpointError(
+            f"{name}.g_idx gives group {wrong[0]} {int(counts[wrong[0]])} inputs; expected {int(expected[wrong[0]])}: "
+            "fetch the file again, or correct group_size in the quantization config"
+        )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qvl_kernels.util import cdiv
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.config.model import ModelConfig, VisionConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 
 # Buffers that older savers wrote with the weights; nothing reads them.
 _BUFFERS = re.compile(

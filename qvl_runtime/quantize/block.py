@@ -100,7 +100,7 @@ class BlockQuantizer:
         bias = self.state.pop(f"{name}.bias", None)
         q = self.solver.quantization
         if self.method == "rtn":
-            quantized = quantize_rtn(weight, q.bits, q.group_size, q.sym, bias=bias, zero_offset=q.zero_offset)
+            quantized = quantize_rtn(weight, q.bits, q.group_size, bool(q.sym), bias=bias, zero_offset=q.zero_offset)
             damping = 0.0
         else:
             factor = self._factor_of(x, INPUTS[part])
@@ -125,7 +125,7 @@ class BlockQuantizer:
         for first in range(0, len(weight), OUTPUTS_AT_ONCE):
             end = min(first + OUTPUTS_AT_ONCE, len(weight))
             floats, solved = weight[first:end].float(), _dequantized(quantized.outputs(first, end))
-            nearest = quantize_rtn(weight[first:end], q.bits, q.group_size, q.sym, zero_offset=q.zero_offset)
+            nearest = quantize_rtn(weight[first:end], q.bits, q.group_size, bool(q.sym), zero_offset=q.zero_offset)
             rounded[first:end] = solved
             torch.mm(measured, floats.t(), out=exact[:, first:end])
             for error_outputs, approximate in zip(errors, (solved, _dequantized(nearest)), strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qvl_runtime.config.checks import require_choice, require_positive
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.quantize.block import Method
 from qvl_runtime.quantize.solver import Order

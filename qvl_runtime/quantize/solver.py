@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.util import cdiv
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.gptq import GPTQLinear, pack_linear
 from qvl_runtime.formats.grid import Grid, closest_grid
@@ -168,7 +168,7 @@ class _Rounding:
     def _choose_grid(self, group: int, rows: Tensor) -> None:
         q = self._solver.quantization
         self.scales[group], self.zeros[group], _ = closest_grid(
-            rows, self._solver.shrinks, q.bits, q.sym, q.zero_offset
+            rows, self._solver.shrinks, q.bits, bool(q.sym), q.zero_offset
         )
 
     def _round(self, row: int) -> None:

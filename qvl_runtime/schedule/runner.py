@@ -51,8 +51,9 @@ LogitsOf = Callable[[Items[int]], Tensor]  # indices of tokens of a step to thei
 class Runner:
     """Runs a model over one KV cache, with an image cache and, if captured, decode graphs."""
 
-    def __init__(self, model: QwenVL, cache: KVCache, images: ImageCache) -> None:
-        self.model, self.cache, self.images = model, cache, images
+    def __init__(self, model: QwenVL, cache: KVCache, images: ImageCache, notes: Items[str] = ()) -> None:
+        """notes: where the weights were read otherwise than their files are labeled, for the report."""
+        self.model, self.cache, self.images, self.notes = model, cache, images, tuple(notes)
         self.graphs: DecodeGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
         self.images_at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from qvl_runtime.config.checks import read_json
 from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors, is_ignored
+from qvl_runtime.weights.hints import few, misfit_hint
 from qvl_runtime.weights.shards import Shard, TensorInfo, open_shard
 
 if TYPE_CHECKING:
@@ -102,14 +103,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         misfits = [fault for fault in faults if fault]
         problems = []
         if missing:
-            problems.append(f"lacks {len(missing)} of {len(expected)} weights ({_few(missing)})")
+            problems.append(f"lacks {len(missing)} of {len(expected)} weights ({few(missing)})")
         if unexpected:
             where = ", ".join(sorted({self.file(name) for name in unexpected[:3]}))
-            problems.append(f"has {len(unexpected)} that config.json does not describe ({_few(unexpected)} in {where})")
+            problems.append(f"has {len(unexpected)} that config.json does not describe ({few(unexpected)} in {where})")
         if misfits:
-            problems.append(f"has {_few(misfits)}")
+            problems.append(f"has {few(misfits)}")
         if problems:
-            raise CheckpointError(f"checkpoint {self.folder} {'; it '.join(problems)}{_hint(unexpected, config)}")
+            hint = misfit_hint(self._infos(), missing, unexpected, config)
+            raise CheckpointError(f"checkpoint {self.folder} {'; it '.join(problems)}{hint}")
 
     def load(
         self,
@@ -142,11 +144,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             state["lm_head.weight"] = state["transformer.wte.weight"]
         return state
 
+    def _infos(self) -> dict[str, TensorInfo]:
+        return {name: self.info(name) for name in self.names}
+
     def _fault(self, name: str, spec: TensorSpec) -> str:
         info, file = self.info(name), self.file(name)
         if info.shape != spec.shape:
             return f"{name} of shape {info.shape} in {file}; expected {spec.shape}"
-        dtypes = ("int32",) if spec.packed else DTYPES
+        dtypes = DTYPES if not spec.packed else ("int32", "int64") if name.endswith(".g_idx") else ("int32",)
         return "" if info.dtype in dtypes else f"{name} of dtype {info.dtype} in {file}; expected {' or '.join(dtypes)}"
 
 
@@ -176,7 +181,7 @@ def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
             return _read_index(indexes)
         if files:
             raise CheckpointError(
-                f"{folder} holds {len(files)} {suffix} files ({_few([path.name for path in files])}) and no index; "
+                f"{folder} holds {len(files)} {suffix} files ({few([path.name for path in files])}) and no index; "
                 f"expected model{suffix}.index.json with them, or one file"
             )
     raise CheckpointError(f"{folder} holds no weights; expected model.safetensors, or shards with their index, or .bin")
@@ -185,7 +190,7 @@ def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
 def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:
     path = indexes[0]
     if len(indexes) > 1:
-        names = _few([index.name for index in indexes])
+        names = few([index.name for index in indexes])
         raise CheckpointError(f"{path.parent} holds {len(indexes)} indexes ({names}); expected one")
     weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -197,22 +202,5 @@ def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:
     shards = [path.parent / file for file in files]
     absent = [shard.name for shard in shards if not shard.exists()]
     if absent:
-        raise CheckpointError(f"{path.parent} lacks {len(absent)} of {len(files)} shards ({_few(absent)}): fetch them")
+        raise CheckpointError(f"{path.parent} lacks {len(absent)} of {len(files)} shards ({few(absent)}): fetch them")
     return weight_map, shards
-
-
-def _hint(unexpected: Iterable[str], config: ModelConfig) -> str:
-    """The usual cause of such names, as the end of an error message."""
-    names = list(unexpected)
-    if any(".lora_" in name for name in names):
-        return ": these are LoRA weights, so merge the adapter into its base model first"
-    if config.quantization is None and any(name.endswith(".qweight") for name in names):
-        return ": the weights are GPTQ, so its config needs a quantization_config or quantize_config.json"
-    if config.quantization is not None and any(name.endswith(".attn.c_attn.weight") for name in names):
-        return ": the weights are not quantized, so config.json must not have a quantization_config"
-    return ""
-
-
-def _few(names: list[str], count: int = 3) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest

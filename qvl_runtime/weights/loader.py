@@ -12,7 +12,7 @@ from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.layout import expected_tensors
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.manifest import Manifest, PackedLinear, is_converted
-from qvl_runtime.weights.packing import decoder_groups, merge_dense, pack_decoder
+from qvl_runtime.weights.packing import decoder_groups, merge_dense, pack_decoder, source_notes
 from qvl_runtime.weights.shards import Shard, open_shard
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Weights(NamedTuple):
 
     state: MutableMapping[str, Tensor]  # dense tensors by published name
     packed: dict[str, Packed]  # linears in the layout of their kernels, by the model's name
+    notes: tuple[str, ...] = ()  # where the files were read otherwise than they are labeled
 
 
 def model_config(folder: Path) -> ModelConfig:
@@ -62,7 +63,8 @@ def load_weights(
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[EMBEDDING]
     linears = manifest.linears.items()
-    return Weights(state, {name: packed_linear(name, linear, manifest, shard_of, device) for name, linear in linears})
+    packed = {name: packed_linear(name, linear, manifest, shard_of, device) for name, linear in linears}
+    return Weights(state, packed, tuple(manifest.notes))
 
 
 def _published(
@@ -73,13 +75,16 @@ def _published(
 
     checkpoint = Checkpoint.open(folder, config)
     # Mapped for packing alone: unmapping drops the pages of scales and zero points, 0.14 GB at full size.
-    packed = pack_decoder(Checkpoint.open(folder), config, ops_for(device), device)
+    mapped = Checkpoint.open(folder)
+    notes = source_notes(mapped, config)
+    packed = pack_decoder(mapped, config, ops_for(device), device)
+    del mapped
     skipped = {part for _, parts in decoder_groups(config) for part in parts} if packed else ()
     on_host = (EMBEDDING,) if embedding_on_host else ()
     state = checkpoint.load(config, dtype, device, skipped, on_host)
     if device.type != "cpu":
         merge_dense(state, config)
-    return Weights(state, packed)
+    return Weights(state, packed, notes)
 
 
 def packed_linear(

@@ -64,6 +64,7 @@ class Manifest:
     cast: bool  # floats of another dtype were rounded to `dtype`
     linears: dict[str, PackedLinear] = field(default_factory=dict)
     shards: dict[str, ShardRecord] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # where the source was read otherwise than it is labeled
 
     @property
     def rounded(self) -> list[str]:
@@ -74,6 +75,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write the manifest with its own digest, to the disk."""
         content = {"format": FORMAT, **asdict(self)}
+        if not self.notes:  # a reader of earlier versions does not know the key
+            del content["notes"]
         content["sha256"] = _digest(content)
         path = folder / MANIFEST
         with path.open("w", encoding="utf-8") as file:

@@ -5,19 +5,25 @@ Loading, conversion and synthetic models all come here, so a linear is packed an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_kernels.ops import Packer
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.formats.gptq import GPTQ_TENSORS, GPTQLinear
 from qvl_runtime.formats.host_memory import release_source
+from qvl_runtime.formats.zero_points import zero_point_notes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from qvl_kernels.reference import Packed
+
+
+_log = logging.getLogger("qvl_runtime")
 
 
 class BuiltLinear(NamedTuple):
@@ -39,6 +45,17 @@ def decoder_groups(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]
             yield name, (name,)
         yield f"{block}.mlp.up_gate", (f"{block}.mlp.w1", f"{block}.mlp.w2")
         yield f"{block}.mlp.c_proj", (f"{block}.mlp.c_proj",)
+
+
+def source_notes(tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[str, ...]:
+    """Where the tensors of a published checkpoint are read otherwise than labeled, or look wrong; each is logged.
+
+    Raises `CheckpointError` for zero points that contradict the configuration.
+    """
+    notes = zero_point_notes(tensors, config)
+    for note in notes:
+        _log.warning("%s", note)
+    return tuple(notes)
 
 
 def build_linears(

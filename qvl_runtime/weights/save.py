@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_kernels.util import cdiv, dtype_name
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.weights.files import sync, write_json
 from qvl_runtime.weights.partial import write_folder
 from qvl_runtime.weights.shards import TensorInfo

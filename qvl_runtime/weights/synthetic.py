@@ -7,7 +7,8 @@ from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING
 
 from qvl_kernels.util import dtype_name
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.config.model import ModelConfig, VisionConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors
 from qvl_runtime.weights.loader import Weights

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from qvl_runtime.config.generation import GenerationDefaults
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig, VisionConfig
+from qvl_runtime.config.model import ModelConfig, VisionConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError
 
 # The settings of the released Qwen-VL-Chat, as its config.json has them.

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qvl_kernels.reference import gptq_dequantize, pack_rows
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.weights.checkpoint import load_state

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from qvl_kernels.reference import gptq_dequantize, gptq_linear, pack_rows
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.weights.checkpoint import load_state

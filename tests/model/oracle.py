@@ -54,7 +54,7 @@ class Oracle:
 
         self.root, folder = root, folder or root / name
         self.config = replace(ModelConfig.from_folder(folder), **overrides)
-        state, packed = load_weights(folder, self.config, dtype, torch.device("cpu"))
+        state, packed, _ = load_weights(folder, self.config, dtype, torch.device("cpu"))
         self.model = QwenVL(self.config, state, packed=packed)
         self.cache = KVCache(self.config, 4096, dtype, torch.device("cpu"))
         images = ImageCache(1 << 24)

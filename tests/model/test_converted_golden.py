@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qvl_kernels.cpu import linears as cpu_linear
 from qvl_kernels.layouts import repack
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.formats.gptq import GPTQLinear
 from qvl_runtime.schedule.runner import Chunk

@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 def test_it_alone_stays_on_the_host() -> None:
     config = ModelConfig.from_folder(NANO)
-    state, _ = load_weights(NANO, config, torch.float16, META, embedding_on_host=True)
+    state, *_ = load_weights(NANO, config, torch.float16, META, embedding_on_host=True)
     assert {name for name, tensor in state.items() if tensor.device != META} == {"transformer.wte.weight"}
     table = state["transformer.wte.weight"]
     model = QwenVL(config, state, embedding_on_host=True)
@@ -58,6 +58,6 @@ def test_the_same_tokens(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_head_that_is_the_table_is_refused() -> None:
     config = replace(ModelConfig.from_folder(NANO), tie_word_embeddings=True)
-    state, _ = load_weights(NANO, config, torch.float16, META, embedding_on_host=True)
+    state, *_ = load_weights(NANO, config, torch.float16, META, embedding_on_host=True)
     with pytest.raises(ConfigError, match=r"this model's head is its embedding table .*convert .* with --head int8"):
         QwenVL(config, state, embedding_on_host=True)

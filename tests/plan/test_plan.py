@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.engine.engine import NANO, Engine
 from qvl_runtime.errors import CapacityError, ConfigError

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from qvl_kernels.reference import gptq_linear
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.quantize.solver import Solver
 from tests.quantize.test_solver import inputs, weights
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.reference import gptq_dequantize, unpack_rows
-from qvl_runtime.config.model import QuantizationConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.formats.grid import closest_grid, grid_between

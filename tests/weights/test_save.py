@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from qvl_runtime.config.model import ModelConfig, QuantizationConfig
+from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.weights.checkpoint import load_state
 from qvl_runtime.weights.save import quantized_config, save_checkpoint

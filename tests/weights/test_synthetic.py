@@ -53,7 +53,7 @@ def test_blocks_that_are_repeated_share_their_memory(small: ModelConfig) -> None
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8])
 def test_a_small_one_runs(small: ModelConfig, precision: str, cache_dtype: torch.dtype) -> None:
-    state, packed = synthetic_weights(small, torch.bfloat16, torch.device("cpu"))
+    state, packed, _ = synthetic_weights(small, torch.bfloat16, torch.device("cpu"))
     model = QwenVL(small, state, precision, packed)
     assert not list(state), "a state is emptied as its weights are bound"
     cache = KVCache(small, 64, cache_dtype, torch.device("cpu"))
