@@ -72,6 +72,7 @@ class Engine:
         self.tokenizer = Tokenizer.from_folder(self.folder, config.visual.n_queries, config.visual.image_start_id)
         if engine_config.synthetic is not None:
             self.folder = Path(f"synthetic {engine_config.synthetic}")  # the name in reports
+        defaults.check_ids(config.vocab_size)
         self.max_model_len = engine_config.max_model_len or config.context_limit
         self._prompts = PromptEncoder(
             self.tokenizer,
@@ -79,6 +80,8 @@ class Engine:
             defaults.chat_format,
             defaults.max_window_size,
             limits=engine_config.image_limits,
+            end_ids=defaults.end_ids,
+            end_sequences=defaults.end_sequences,
         )
         runner = load_runner(engine_config, config, self.folder, self.max_model_len)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
@@ -196,12 +199,14 @@ class Engine:
         requested = params or SamplingParams()
         resolved = requested.resolve(self.defaults)
         plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_tokens": None}
+        plain["timeout_s"] = None
         unused = () if resolved.temperature else ("top_p", "top_k")  # unused by greedy decoding
         parts = [
             f"{name} {getattr(resolved, name):g}"
             for name, value in plain.items()
             if name not in unused and getattr(requested, name) is None and getattr(resolved, name) != value
         ]
+        parts += self.defaults.rules(self._prompts.usual_stop_ids, ends=not requested.ignore_eos)
         return f"from generation_config.json: {', '.join(parts)}" if parts else None
 
     def encode(self, prompt: Prompt) -> Encoded:

@@ -60,6 +60,8 @@ class PromptEncoder:
     max_window_size: int = 6144  # tokens that system message and history may occupy
     system: str = DEFAULT_SYSTEM  # for messages without a system message
     limits: ImageLimits = field(default_factory=ImageLimits)
+    end_ids: tuple[int, ...] = ()  # tokens that end an answer, besides the usual ones
+    end_sequences: tuple[tuple[int, ...], ...] = ()  # the same for several tokens, compared as text
 
     def __post_init__(self) -> None:
         if self.chat_format not in CHAT_FORMATS:
@@ -122,8 +124,16 @@ class PromptEncoder:
         spans = tuple(
             ImageSpan(slot.start, tokens.n_queries, image) for slot, image in zip(segment.slots, images, strict=True)
         )
-        stop_ids = {tokens.endoftext} | ({tokens.im_end, tokens.im_start} if self.chat_format == "chatml" else set())
-        return EncodedPrompt(segment.ids, spans, frozenset(stop_ids), stop_sequences, dropped_turns)
+        stop_ids = self.usual_stop_ids.union(self.end_ids)
+        return EncodedPrompt(segment.ids, spans, stop_ids, (*stop_sequences, *self.end_sequences), dropped_turns)
+
+    @property
+    def usual_stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer of any checkpoint with this format."""
+        tokens = self.tokenizer
+        return frozenset(
+            {tokens.endoftext, *((tokens.im_end, tokens.im_start) if self.chat_format == "chatml" else ())}
+        )
 
 
 def chatml_segment(

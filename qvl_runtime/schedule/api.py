@@ -40,7 +40,7 @@ class SamplingParams:
     n: int = 1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
-    ignore_eos: bool = False  # continue to max_tokens, for profiling
+    ignore_eos: bool = False  # for profiling: only `stop` and `stop_token_ids` end it, no token or string of the model
     timeout_s: float | None = None  # from submission; an unfinished answer then ends with reason "deadline"
     cache_salt: str = ""
 
@@ -80,10 +80,16 @@ class SamplingParams:
         _check("logit_bias", bias, known and all(v < math.inf for v in bias.values()), "token ids to finite numbers")
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
-        """Return the parameters with every None filled in from generation_config.json, except the seed."""
+        """Return the parameters with every None filled in from generation_config.json, except the seed.
+
+        The file's stop strings and suppressed tokens are added; a bias of these parameters counts for its token.
+        """
         greedy = not defaults.do_sample
         return replace(
             self,
+            stop=self.stop if self.ignore_eos else (*self.stop, *defaults.stop_strings),
+            logit_bias={**dict.fromkeys(defaults.suppressed_ids, -math.inf), **self.logit_bias},
+            timeout_s=defaults.max_time if self.timeout_s is None else self.timeout_s,
             max_tokens=defaults.max_new_tokens if self.max_tokens is None else self.max_tokens,
             temperature=(0.0 if greedy else defaults.temperature) if self.temperature is None else self.temperature,
             top_p=(1.0 if greedy else defaults.top_p) if self.top_p is None else self.top_p,

@@ -50,7 +50,7 @@ def test_one_end_id_may_stand_in_a_list(listed: Any) -> None:
         ({"repetition_penalty": 0.0}, ["repetition_penalty"]),
         ({"max_new_tokens": 0}, ["max_new_tokens"]),
         ({"max_new_tokens": "many"}, ["max_new_tokens", "'many'"]),
-        ({"eos_token_id": [1, 2]}, ["eos_token_id", "[1, 2]"]),
+        ({"eos_token_id": [1, "2"]}, ["eos_token_id", "[1, '2']"]),
     ],
 )
 def test_generation_config_faults_are_named(raw: dict[str, Any], words: list[str]) -> None:
