@@ -26,6 +26,8 @@ from qvl_runtime.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_MODEL_TYPES = ("qwen", "qwen_vl")  # the second, and vLLM's name of the class, are of other runtimes for this model
+_ARCHITECTURES = ("QWenLMHeadModel", "QwenVLForConditionalGeneration")
 _RUNS = "qvl_runtime runs Qwen-VL, Qwen-VL-Chat and Qwen-VL-Chat-Int4 (model_type 'qwen', QWenLMHeadModel)"
 
 
@@ -196,7 +198,8 @@ class ModelConfig:
 
 def _check_supported(raw: Mapping[str, Any]) -> None:
     model_type, architectures = raw.get("model_type") or "qwen", raw.get("architectures") or ["QWenLMHeadModel"]
-    if model_type != "qwen" or architectures != ["QWenLMHeadModel"]:
+    known = isinstance(architectures, list) and all(name in _ARCHITECTURES for name in architectures)
+    if model_type not in _MODEL_TYPES or not known:
         names = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
         raise ConfigError(f"config.json describes model_type {model_type!r} ({names}), which is another model; {_RUNS}")
     if raw.get("visual") is None:

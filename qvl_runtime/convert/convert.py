@@ -6,6 +6,7 @@ stopped resumes after the last of them and produces the same bytes. The destinat
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -207,7 +208,7 @@ class _Job(NamedTuple):
     def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]], notes: Sequence[str]) -> Manifest:
         """Copy the small files of the source, and describe the whole folder."""
         companions = {}
-        indexes = {path.name: path.read_text(encoding="utf-8") for path in self.source.glob("*.index.json")}
+        indexes = {path.name: self._index(path) for path in self.source.glob("*.index.json")}
         for path in (p for pattern in SMALL_FILES for p in sorted(self.source.glob(pattern))):
             if path.name not in indexes:
                 shutil.copyfile(path, journal.folder / path.name)
@@ -230,8 +231,16 @@ class _Job(NamedTuple):
             notes=list(notes),
         )
 
+    def _index(self, path: Path) -> str:
+        """An index of the source, with the published names."""
+        text = path.read_text(encoding="utf-8")
+        if not self.checkpoint.renamed:
+            return text
+        files = {name: self.checkpoint.file(name) for name in self.checkpoint.names}
+        return json.dumps({**json.loads(text), "weight_map": files}, indent=2)
+
     def _source_file(self, path: Path, sha256: str) -> SourceFile:
-        if path.suffix == ".safetensors":
+        if self.checkpoint.restorable(path.name):
             return SourceFile(path.stat().st_size, sha256, read_header(path).decode(), path.name, True)
         tensors, offset = {}, 0
         for name in (name for name in self.checkpoint.names if self.checkpoint.file(name) == path.name):

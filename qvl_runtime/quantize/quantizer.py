@@ -32,7 +32,7 @@ from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.files import write_json
 from qvl_runtime.weights.partial import check_destination, free_bytes
 from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_config, write_shards
-from qvl_runtime.weights.shards import TensorInfo
+from qvl_runtime.weights.tensor_info import TensorInfo
 
 REPORT = "quantize_report.json"
 FLOAT16_MAX = 65504.0

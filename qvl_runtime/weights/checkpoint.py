@@ -12,12 +12,15 @@ from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors, is_ignored
 from qvl_runtime.weights.hints import few, misfit_hint
-from qvl_runtime.weights.shards import Shard, TensorInfo, open_shard
+from qvl_runtime.weights.names import published_names
+from qvl_runtime.weights.shards import Shard, open_shard
+from qvl_runtime.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 _FORMATS = (".safetensors", ".bin")  # in order of preference
+_OTHER_SUFFIXES = (".pt", ".pth", ".ckpt")
 _USUAL_STEMS = ("model", "pytorch_model")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin", "adapter_model.safetensors")
 
@@ -29,9 +32,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     """
 
     def __init__(self, folder: Path, shards: dict[str, Shard], files: dict[str, str]) -> None:
+        """files: the file of each tensor, by its stored name."""
+        names = published_names(files)
         self.folder = folder
+        self.renamed = bool(names.note)
+        self.notes = [note for note in (names.note, *(shard.note for shard in shards.values())) if note]
         self._shards = shards
-        self._files = files
+        self._stored = names.stored
+        self._files = {name: files[stored] for name, stored in names.stored.items()}
         self._specs: dict[str, TensorSpec] = {}  # by `check`
 
     @classmethod
@@ -88,11 +96,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor as stored."""
-        return self._shards[self._files[name]].infos[name]
+        return self._shards[self._files[name]].infos[self._stored[name]]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor as stored: a view of the mapped file, contiguous, on the CPU."""
-        return self._shards[self._files[name]].tensor(name)
+        return self._shards[self._files[name]].tensor(self._stored[name])
+
+    def restorable(self, file: str) -> bool:
+        """Whether a file can be written again byte for byte, with the published names."""
+        return self._shards[file].restorable and not self.renamed
 
     def check(self, config: ModelConfig) -> None:
         """Compare all names, shapes and dtypes with those of `config`; raises one `CheckpointError` for all faults."""
@@ -184,7 +196,11 @@ def _find_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
                 f"{folder} holds {len(files)} {suffix} files ({few([path.name for path in files])}) and no index; "
                 f"expected model{suffix}.index.json with them, or one file"
             )
-    raise CheckpointError(f"{folder} holds no weights; expected model.safetensors, or shards with their index, or .bin")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHER_SUFFIXES)
+    hint = f" (a state_dict in {others[0]!r} is read as pytorch_model.bin: rename it)" if others else ""
+    raise CheckpointError(
+        f"{folder} holds no weights; expected model.safetensors, or shards with their index, or .bin{hint}"
+    )
 
 
 def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:

@@ -9,9 +9,10 @@ from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.config.quantization import GROUP_SIZES, QuantizationConfig
 from qvl_runtime.formats.layout import decoder_linears
+from qvl_runtime.weights.names import common_prefix_hint
 
 if TYPE_CHECKING:
-    from qvl_runtime.weights.shards import TensorInfo
+    from qvl_runtime.weights.tensor_info import TensorInfo
 
 _GPTQ_INTEGERS = (".qweight", ".qzeros")
 
@@ -23,6 +24,8 @@ def misfit_hint(
     quantization = config.quantization
     if any(".lora_" in name for name in unexpected):
         return ": these are LoRA weights, so merge the adapter into its base model first"
+    if hint := common_prefix_hint(unexpected):
+        return hint
     if missing == ["lm_head.weight"]:
         return ": these are the weights of the model without its head, so save those of the whole model"
     if quantization is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qvl_kernels.reference import Packed
+    from qvl_runtime.weights.checkpoint import Checkpoint
 
 
 _log = logging.getLogger("qvl_runtime")
@@ -47,12 +48,12 @@ def decoder_groups(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]
         yield f"{block}.mlp.c_proj", (f"{block}.mlp.c_proj",)
 
 
-def source_notes(tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[str, ...]:
-    """Where the tensors of a published checkpoint are read otherwise than labeled, or look wrong; each is logged.
+def source_notes(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, ...]:
+    """Where a published checkpoint is read otherwise than its names and labels say, or looks wrong; each is logged.
 
     Raises `CheckpointError` for zero points that contradict the configuration.
     """
-    notes = zero_point_notes(tensors, config)
+    notes = [*checkpoint.notes, *zero_point_notes(checkpoint, config)]
     for note in notes:
         _log.warning("%s", note)
     return tuple(notes)

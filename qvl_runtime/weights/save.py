@@ -11,8 +11,8 @@ from qvl_kernels.util import cdiv, dtype_name
 from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.weights.files import sync, write_json
 from qvl_runtime.weights.partial import write_folder
-from qvl_runtime.weights.shards import TensorInfo
 from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, header_of
+from qvl_runtime.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

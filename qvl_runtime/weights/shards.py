@@ -1,42 +1,40 @@
-"""One weight file: names, shapes and dtypes without reading the data, then each tensor as a view of the mapped file."""
+"""One weight file: names, shapes and dtypes without reading the data, then each tensor as a view of the mapped file.
+
+The first bytes tell the format, not the name: a `.bin` may be safetensors, and the reverse.
+"""
 
 from __future__ import annotations
 
-import math
-import pickle
-import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from qvl_kernels.util import dtype_name
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.weights.tensor_file import CODES
+from qvl_runtime.weights.tensor_file import CODES, LENGTH
+from qvl_runtime.weights.tensor_info import TensorInfo, damaged
+from qvl_runtime.weights.torch_file import OLD_FORM, TorchShard
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SAFETENSORS_DTYPES = {code: name for name, code in CODES.items()}
-_LFS_POINTER = b"version https://git-lfs"
-
-
-class TensorInfo(NamedTuple):
-    """Shape and dtype of a stored tensor; the dtype as torch spells it without the prefix, such as "bfloat16"."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        import torch
-
-        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
+_ZIP = b"PK\x03\x04"
+_OTHERS = (  # first bytes, what they are, what to do
+    (b"version https://git-lfs", "a git-lfs pointer, not weights", "run `git lfs pull` in its folder"),
+    (b"GGUF", "a GGUF file of llama.cpp", "take the safetensors that it was converted from"),
+    (b"<", "a web page, not weights", "download the file itself"),
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
+    (b"7z\xbc\xaf", "a 7-Zip archive", "unpack it"),
+    (b"\x93NUMPY", "an array of numpy", "save a state_dict as safetensors"),
+    (b"\x89HDF", "an HDF5 file", "save a state_dict as safetensors"),
+)
 
 
 class Shard(Protocol):
     """An open weight file. Its tensors are mapped, valid after the shard is gone, and must not be written to."""
 
     infos: dict[str, TensorInfo]
+    restorable: bool  # the file can be written again byte for byte from its header and its tensors
+    note: str  # what is worth saying about how the file is read; empty if nothing is
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored, contiguous, on the CPU."""
@@ -44,19 +42,27 @@ class Shard(Protocol):
 
 
 def open_shard(path: Path) -> Shard:
-    """Open a `.safetensors` or `.bin` file. Raises `CheckpointError` that names what is wrong with it."""
+    """Open a weight file. Raises `CheckpointError` that names what is wrong with it."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: fetch the checkpoint again")
     try:
         with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise CheckpointError(f"{path} is a git-lfs pointer, not weights: run `git lfs pull` in its folder")
-        return _SafetensorsShard(path) if path.suffix == ".safetensors" else _TorchShard(path)
+            head = file.read(64)
+        if head.startswith((_ZIP, OLD_FORM)):
+            return TorchShard(path, old_form=head.startswith(OLD_FORM))
+        if head[LENGTH : LENGTH + 1] == b"{":
+            return _SafetensorsShard(path)
+        for start, found, way_out in _OTHERS:
+            if head.lstrip().startswith(start):
+                raise CheckpointError(f"{path} is {found}: {way_out}")
+        return _SafetensorsShard(path) if path.suffix == ".safetensors" else TorchShard(path, old_form=False)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): check its permissions and the disk") from error
 
 
 class _SafetensorsShard:
+    restorable, note = True, ""
+
     def __init__(self, path: Path) -> None:
         self._file = _open_safetensors(path)
         self.infos = {}
@@ -71,44 +77,10 @@ class _SafetensorsShard:
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
-class _TorchShard:
-    def __init__(self, path: Path) -> None:
-        import torch
-
-        if not zipfile.is_zipfile(path):  # torch's own message blames mmap, whatever the cause
-            raise _damaged(path, "not a zip archive as torch >= 1.6 writes it")
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds more than tensors, and loading it could run code: save its state_dict as safetensors"
-            ) from error
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise _damaged(path, error) from error
-        if not isinstance(tensors, dict):
-            raise CheckpointError(f"{path} holds a {type(tensors).__name__}; expected a state_dict")
-        for name, value in tensors.items():
-            if not isinstance(value, torch.Tensor):
-                raise CheckpointError(f"{path} holds {name!r}, a {type(value).__name__}; expected only tensors")
-        self._tensors: dict[str, Tensor] = tensors
-        self.infos = {name: TensorInfo(tuple(value.shape), dtype_name(value.dtype)) for name, value in tensors.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name].detach().contiguous()
-
-
 def _open_safetensors(path: Path) -> Any:  # safetensors has no type annotations
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, cause: object) -> CheckpointError:
-    lines = str(cause).strip().splitlines()
-    detail = lines[0] if lines else type(cause).__name__
-    return CheckpointError(
-        f"{path} is damaged or truncated at {path.stat().st_size} bytes ({detail}): fetch the file again"
-    )
+        raise damaged(path, error) from error

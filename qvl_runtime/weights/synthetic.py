@@ -13,7 +13,7 @@ from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors
 from qvl_runtime.weights.loader import Weights
 from qvl_runtime.weights.packing import merge_dense, pack_decoder
-from qvl_runtime.weights.shards import TensorInfo
+from qvl_runtime.weights.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import torch
