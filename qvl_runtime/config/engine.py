@@ -33,6 +33,9 @@ class EngineConfig:
     max_image_pixels: int = _IMAGES.max_image_pixels
     image_timeout_s: float = _IMAGES.image_timeout_s
     max_images: int = _IMAGES.max_images  # a request
+    transparency: str = _IMAGES.transparency  # "drop" the alpha channel, or put images on "white"
+    exif_orientation: str = _IMAGES.exif_orientation  # "ignore", or "apply" to images and their boxes
+    deep_pixels: str = _IMAGES.deep_pixels  # more than 8 bits: white is the type's "range", or "stretch" to the values
     image_cache_bytes: int = 256 * 2**20  # of image features; an image of the full model has 2 MiB
     kv_cache_bytes: int | None = (
         None  # None: on a CPU four contexts, at most half of the free memory; on a GPU what is left
@@ -71,4 +74,7 @@ class EngineConfig:
             image_timeout_s=self.image_timeout_s,
             max_images=self.max_images,
             allow_urls=self.allow_urls,
+            transparency=self.transparency,
+            exif_orientation=self.exif_orientation,
+            deep_pixels=self.deep_pixels,
         )

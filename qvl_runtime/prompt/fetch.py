@@ -1,30 +1,22 @@
-"""Read the bytes of an image from a file, a data URL or an http(s) URL, within limits."""
+"""Read the bytes of an image from an http(s) URL, within limits."""
 
 from __future__ import annotations
 
-import base64
-import os
 import queue
 import re
-import stat
 import threading
 import time
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
-from qvl_runtime.errors import DownloadError, ImageError, QVLError
+from qvl_runtime.errors import DownloadError, QVLError
 from qvl_runtime.prompt.limits import ImageLimits
 
 if TYPE_CHECKING:
     import urllib.request
 
 _CHUNK = 65536
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-
-
-def is_data_url(source: object) -> bool:
-    """Whether the source is a string that starts with `data:`."""
-    return isinstance(source, str) and source[:5].lower() == "data:"
+_CREDENTIALS = re.compile(r"(?<=//)[^/?#]*@")
 
 
 def is_http_url(source: object) -> bool:
@@ -32,65 +24,24 @@ def is_http_url(source: object) -> bool:
     return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
-def read_bytes(source: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
-    """Read an encoded image of at most `limits.max_image_bytes` bytes.
+def without_credentials(url: str) -> str:
+    """The URL without the user name and password before its host."""
+    return _CREDENTIALS.sub("", url, count=1)
 
-    `described` names the image in error messages. Raises `ImageError` for a file or data URL that cannot be read or is
-    too large, and `DownloadError` for a URL that cannot or may not be fetched.
+
+def fetch(url: str, limits: ImageLimits, described: str) -> bytes:
+    """Download an image of at most `limits.max_image_bytes` bytes within `limits.image_timeout_s` seconds.
+
+    `described` names it in error messages. Raises `DownloadError` for a URL that cannot or may not be fetched, and
+    `ImageError` for an image that is too large.
     """
-    if isinstance(source, str):
-        if is_data_url(source):
-            return _read_data_url(source, limits, described)
-        if is_http_url(source):
-            return _fetch(source, limits, described)
-        if scheme := _SCHEME.match(source):
-            raise ImageError(f"{described} has the scheme {scheme[1]!r}; supported are http, https and data")
-    return _read_file(source, limits, described)
-
-
-def _read_file(path: str | os.PathLike[str], limits: ImageLimits, described: str) -> bytes:
-    if not limits.allow_files:
-        raise ImageError(f"{described} is a file path, which is not allowed here: send the image as a data URL")
-    try:
-        status = os.stat(path)  # before opening: a pipe would wait for its writer
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{described} is not a regular file; expected the path of an image")
-        check_size(status.st_size, limits, described)
-        with open(path, "rb") as file:
-            return file.read(limits.max_image_bytes)
-    except FileNotFoundError:
-        raise ImageError(f"{described} does not exist; relative paths are resolved against {os.getcwd()}") from None
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        if isinstance(error, QVLError):
-            raise
-        raise ImageError(f"{described} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _read_data_url(url: str, limits: ImageLimits, described: str) -> bytes:
-    head, comma, payload = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise ImageError(f"{described} starts with {head[:40]!r}; expected data:image/...;base64,...")
-    check_size(len(payload) * 3 // 4, limits, described)
-    payload = "".join(unquote(payload).split())
-    try:
-        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
-    except ValueError as error:
-        raise ImageError(f"{described} is not base64: {error}") from error
-
-
-def check_size(size: int, limits: ImageLimits, described: str) -> None:
-    """Raise `ImageError` if an encoded image has more bytes than allowed."""
-    if size > limits.max_image_bytes:
-        raise ImageError(
-            f"{described} has {size:,} bytes, over the limit of {limits.max_image_bytes:,}: "
-            "shrink it or raise max_image_bytes"
-        )
-
-
-def _fetch(url: str, limits: ImageLimits, described: str) -> bytes:
-    """Download in a separate thread, since a socket's timeout bounds neither name lookup nor slow headers."""
+    # In a separate thread, since a socket's timeout bounds neither name lookup nor slow headers.
     if not limits.allow_urls:
         raise DownloadError(f"{described} may not be fetched (allow_urls is off): pass a file, bytes or a data URL")
+    if without_credentials(url) != url:
+        raise DownloadError(
+            f"credentials in the address are not used ({described}): remove them, or fetch the image and pass its bytes"
+        )
     result: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
     def work() -> None:
@@ -126,11 +77,11 @@ def _download(url: str, limits: ImageLimits, described: str) -> bytes:
     with _opener().open(urllib.request.Request(ascii_url, headers=headers), timeout=limits.image_timeout_s) as response:
         declared = response.headers.get("Content-Length", "")
         if declared.isdecimal():
-            check_size(int(declared), limits, described)
+            limits.check_bytes(int(declared), described)
         data = bytearray()
         while chunk := response.read1(_CHUNK):  # one socket read at a time, to check the deadline
             data += chunk
-            check_size(len(data), limits, described)
+            limits.check_bytes(len(data), described)
             if time.monotonic() > deadline:
                 raise TimeoutError
     if declared.isdecimal() and len(data) != int(declared):
@@ -148,13 +99,3 @@ def _opener() -> urllib.request.OpenerDirector:
     for error_handler in (lib.HTTPErrorProcessor(), lib.HTTPDefaultErrorHandler(), lib.UnknownHandler()):
         opener.add_handler(error_handler)
     return opener
-
-
-def short_name(source: str | os.PathLike[str]) -> str:
-    """A path or URL for messages, on one line; without the query and password of a URL."""
-    if is_data_url(source):
-        return f"a data URL of {len(str(source)):,} characters"
-    name = os.fspath(source)
-    if is_http_url(source):
-        name = re.sub("//[^/@]*@", "//", re.split("[?#]", name)[0])
-    return repr(name)[1:-1][:200]

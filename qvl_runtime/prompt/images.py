@@ -1,42 +1,49 @@
 """Load images from any source as S x S RGB, the model's input, identified by their SHA-256.
 
 The steps are the original's, to the byte: open without EXIF rotation, `convert("RGB")` (alpha dropped, not
-composited), PIL's bicubic resize to a square whatever the aspect ratio. Source: docs/model.md section 3.
+composited), PIL's bicubic resize to a square whatever the aspect ratio. Options of `ImageLimits` depart from it, and
+pixels of more than 8 bits do. Source: docs/model.md section 3.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
 import mmap
 import os
-import re
-import struct
-import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from qvl_runtime.errors import ImageError
-from qvl_runtime.prompt.fetch import check_size, read_bytes, short_name
+from qvl_runtime.prompt.decoding import Decoded, Remark, convert, convert_array, decode
 from qvl_runtime.prompt.limits import ImageLimits
+from qvl_runtime.prompt.sources import is_readable, read_bytes, short_name
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]"
-"""A path, an http(s) or data URL, the bytes of an image file, a PIL image, or uint8 [H, W], [H, W, 3] or [H, W, 4]."""
+_log = logging.getLogger(__name__)
+
+ImageSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray[Any, Any] | torch.Tensor"
+)
+"""A path, an http(s), file or data URL, the bytes of an image file, bare or in base64, an open file, a PIL image, or an
+array [H, W], [H, W, 3] or [H, W, 4] of uint8 or uint16, or of floats from 0 to 1.
+"""
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# The formats that PIL decodes itself. It supports more, but for EPS, say, it would run Ghostscript on untrusted input.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-
-# Exceptions of PIL's decoders for damaged files.
-_BUGS = (TypeError, LookupError, ArithmeticError)  # from plugins that trust the numbers in the file
-_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, *_BUGS)
+_REMARKS: dict[Remark, str] = {
+    "transparency": "%s has transparent pixels, and the model sees the color under them, as in the original: set "
+    "transparency to 'white' to put images on white (said once)",
+    "exif_orientation": "%s is seen as it is stored, as in the original, although its EXIF orientation turns it: set "
+    "exif_orientation to 'apply' to turn images, and their boxes (said once)",
+}
+_logged: set[Remark] = set()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +67,8 @@ def load_image(
     exceeds a limit, and `DownloadError` for a URL that cannot or may not be fetched.
     """
     described = describe(source)
-    original = _open(source, limits or ImageLimits(), f"{name} ({described})" if name else described)
+    original, remarks = _open(source, limits or ImageLimits(), f"{name} ({described})" if name else described)
+    _log_remarks(remarks, described)
     rgb = _resize(original, size)
     digest = hashlib.sha256(size.to_bytes(4, "little") + rgb.tobytes()).digest()
     return LoadedImage(described, rgb, digest, original, original.width, original.height)
@@ -80,83 +88,41 @@ def describe(source: ImageSource) -> str:
     if isinstance(source, (str, os.PathLike)):
         return short_name(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return f"{len(source):,} bytes"
+        return f"{memoryview(source).nbytes:,} bytes"
+    if callable(getattr(source, "read", None)):
+        name = getattr(source, "name", None)
+        return f"open file {short_name(name)}" if isinstance(name, str) else f"open {type(source).__name__}"
     type_name, shape = type(source).__name__, getattr(source, "shape", None) or getattr(source, "size", None)
     return f"{type_name} {' x '.join(map(str, shape))}" if isinstance(shape, tuple) else type_name
 
 
-def _open(source: ImageSource, limits: ImageLimits, described: str) -> Image.Image:
+def _open(source: ImageSource, limits: ImageLimits, described: str) -> Decoded:
     """The image in RGB at its original size."""
     import numpy as np
     from PIL import Image
 
-    if isinstance(source, np.ndarray):
-        source = _from_array(source, described)
     if isinstance(source, Image.Image):
-        _check_pixels(source, limits, described)
-        return _to_rgb(source, described)
-    if isinstance(source, (str, os.PathLike)):
-        return _decode(read_bytes(source, limits, described), limits, described)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        check_size(len(source), limits, described)
-        return _decode(bytes(source), limits, described)
-    raise ImageError(f"{described} is not an image; expected a path, URL, bytes, PIL image or numpy array")
+        return convert(source, limits, described)
+    if is_readable(source):
+        return decode(read_bytes(source, limits, described), limits, described)
+    if not isinstance(source, np.ndarray) and hasattr(source, "__array__"):
+        try:
+            source = np.asarray(source)
+        except Exception as error:  # of any array library, such as torch for a tensor on a GPU
+            raise ImageError(f"{described} cannot be read as a numpy array: {error}") from error
+    if isinstance(source, np.ndarray):
+        return convert_array(source, limits, described)
+    raise ImageError(
+        f"{described} is not an image; expected a path, URL, bytes, open file, PIL image, numpy array or tensor"
+    )
 
 
-def _decode(data: bytes, limits: ImageLimits, described: str) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-    except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
-        raise ImageError(f"{described} starts with {data[:8]!r}, which is not an image; expected {formats}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # PIL's own guard, at 179 million pixels, raises before the size can be read; its message has the count.
-        count = re.search(r"\d+", str(error))
-        pixels = f" with {int(count[0]):,}" if count else ""
-        raise ImageError(
-            f"{described} is over the limit of {limits.max_image_pixels:,} pixels{pixels}: shrink it"
-        ) from error
-    except _DAMAGE as error:
-        raise ImageError(f"{described} is damaged: {error}; send the image again") from error
-    with image:
-        _check_pixels(image, limits, described)
-        return _to_rgb(image, described)
-
-
-def _to_rgb(image: Image.Image, described: str) -> Image.Image:
-    """An independent copy in RGB; PIL decodes the file here."""
-    from PIL import Image
-
-    try:
-        return image.convert("RGB")
-    except (Image.DecompressionBombError, *_DAMAGE) as error:
-        raise ImageError(f"{described} is damaged: {error}; send the image again") from error
-
-
-def _from_array(array: np.ndarray[Any, Any], described: str) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
-    if array.dtype != np.uint8:
-        raise ImageError(f"{described} holds {array.dtype}; expected uint8 from 0 to 255")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or array.size == 0:
-        raise ImageError(f"{described} has the wrong shape; expected [height, width] or [height, width, 3 or 4]")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _check_pixels(image: Image.Image, limits: ImageLimits, described: str) -> None:
-    width, height = image.size
-    if width * height > limits.max_image_pixels:
-        raise ImageError(
-            f"{described} is {width} x {height}, over the limit of {limits.max_image_pixels:,} pixels: "
-            "shrink it or raise max_image_pixels"
-        )
-    if width * height == 0:
-        raise ImageError(f"{described} is {width} x {height}: it has no pixels")
+def _log_remarks(remarks: Iterable[Remark], described: str) -> None:
+    """Log what the defaults left out of an image, once a process for each option: every image would repeat it."""
+    for remark in remarks:
+        if remark not in _logged:
+            _logged.add(remark)
+            _log.warning(_REMARKS[remark], described)
 
 
 def _resize(image: Image.Image, size: int) -> np.ndarray[Any, Any]:

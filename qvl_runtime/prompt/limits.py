@@ -1,26 +1,36 @@
-"""Limits on the images of a prompt: bytes, pixels, seconds, number, and where they may come from."""
+"""Limits on the images of a prompt: bytes, pixels, seconds, number, where they may come from, and how they are read."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from qvl_runtime.errors import ConfigError
+from qvl_runtime.errors import ConfigError, ImageError, quoted
+
+CHOICES = {
+    "transparency": ("drop", "white"),
+    "exif_orientation": ("ignore", "apply"),
+    "deep_pixels": ("range", "stretch"),
+}
+"""The values of the options that say how an image is read; the first is the default."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Limits on what loading the images of one prompt may cost, under the names of the engine's options.
+    """Limits on what loading the images of one prompt may cost, and how they are read, under the engine's option names.
 
     Raises `ConfigError` for a value out of range.
     """
 
     max_image_bytes: int = 20 * 2**20  # of the encoded file
-    max_image_pixels: int = 40_000_000  # width x height of the original, read from its header before decoding
+    max_image_pixels: int = 2**26  # width x height of the original, from its header; phones take up to 64 million
     image_timeout_s: float = 10.0  # seconds, for one download from name look-up to last byte
     max_images: int = 16  # a prompt
     allow_urls: bool = True
     allow_files: bool = True
+    transparency: str = "drop"  # the alpha channel: "drop" as the original does, or put the image on "white"
+    exif_orientation: str = "ignore"  # "ignore" as the original does, or "apply" as viewers do; boxes follow
+    deep_pixels: str = "range"  # above 8 bits: white is the type's "range", or "stretch" from darkest to brightest
 
     def __post_init__(self) -> None:
         for name in ("max_image_bytes", "max_image_pixels", "image_timeout_s"):
@@ -28,3 +38,24 @@ class ImageLimits:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.max_images < 0:
             raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"{name} is {quoted(value)}; supported are {' and '.join(map(repr, choices))}")
+
+    def check_bytes(self, size: int, described: str) -> None:
+        """Raise `ImageError` if an encoded image has more bytes than allowed; `described` names it."""
+        if size > self.max_image_bytes:
+            raise ImageError(
+                f"{described} has {size:,} bytes, over the limit of {self.max_image_bytes:,}: "
+                "shrink it or raise max_image_bytes"
+            )
+
+    def check_pixels(self, width: int, height: int, described: str) -> None:
+        """Raise `ImageError` if an image has more pixels than allowed, or none; `described` names it."""
+        if width * height > self.max_image_pixels:
+            raise ImageError(
+                f"{described} is {width} x {height}, over the limit of {self.max_image_pixels:,} pixels: "
+                "shrink it or raise max_image_pixels"
+            )
+        if width * height <= 0:
+            raise ImageError(f"{described} is {width} x {height}: it has no pixels")

@@ -122,17 +122,15 @@ class TestSources:
     @pytest.mark.parametrize(
         ("source", "message"),
         [
-            (np.zeros((4, 4, 3), np.float32), "holds float32; expected uint8"),
             (np.zeros((3, 4, 5), np.uint8), "ndarray 3 x 4 x 5 has the wrong shape"),
             (np.zeros((0, 4, 3), np.uint8), "wrong shape"),
             (np.zeros(4, np.uint8), "wrong shape"),
             (Image.new("RGB", (0, 5)), "no pixels"),
             (7, "int is not an image"),
             (None, "NoneType is not an image"),
-            (b"", "not an image"),
-            (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+            (b"", "is empty"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image that is read here: its first bytes say PostScript"),
             ("ftp://host/a.png", "scheme 'ftp'"),
-            ("file:///etc/passwd", "scheme 'file'"),
             ("data:image/png,raw", "expected data:image"),
             ("data:image/png;base64,@@@@", "not base64"),
             ("no\0pe.png", "cannot be read"),
@@ -157,9 +155,9 @@ class TestSources:
 
 
 class TestLimits:
-    @pytest.mark.parametrize("size", [(20_000, 20_000), (8_000, 6_000), (100_000, 500)])
+    @pytest.mark.parametrize("size", [(20_000, 20_000), (9_000, 8_000), (140_000, 500)])
     def test_pixels_are_counted_before_decoding(self, size: tuple[int, int]) -> None:
-        with pytest.raises(ImageError, match="over the limit of 40,000,000 pixels") as caught:
+        with pytest.raises(ImageError, match="over the limit of 67,108,864 pixels") as caught:
             load_image(png_header(*size), 28)
         assert "\n" not in str(caught.value)
 
