@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import ConfigError, QVLError
+from qvl_runtime.text import read_text
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
@@ -17,9 +18,11 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bo
 def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]:
     """Read a JSON object from a file; raise `error` if it does not exist, cannot be parsed or is no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path, error))
     except FileNotFoundError:
         raise error(f"{path} does not exist; expected a checkpoint folder with a {path.name} in it") from None
+    except QVLError:
+        raise
     except (OSError, ValueError) as cause:
         raise error(f"{path} cannot be read as JSON ({cause}): fetch the file again") from cause
     if not isinstance(content, dict):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_kernels.ops import Packer
 from qvl_kernels.util import dtype_name
+from qvl_runtime.config.checks import read_json
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.journal import Journal
 from qvl_runtime.convert.prefetch import prefetch
@@ -233,11 +234,10 @@ class _Job(NamedTuple):
 
     def _index(self, path: Path) -> str:
         """An index of the source, with the published names."""
-        text = path.read_text(encoding="utf-8")
         if not self.checkpoint.renamed:
-            return text
+            return path.read_bytes().decode("utf-8")
         files = {name: self.checkpoint.file(name) for name in self.checkpoint.names}
-        return json.dumps({**json.loads(text), "weight_map": files}, indent=2)
+        return json.dumps({**read_json(path, CheckpointError), "weight_map": files}, indent=2)
 
     def _source_file(self, path: Path, sha256: str) -> SourceFile:
         if self.checkpoint.restorable(path.name):

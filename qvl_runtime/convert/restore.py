@@ -122,9 +122,9 @@ def _small_files(source: Path, folder: Path, manifest: Manifest) -> None:
         shutil.copyfile(source / name, folder / name)
     renamed = {name: file.restored_as for name, file in manifest.sources.items()}
     for name, text in manifest.indexes.items():
-        files = set(json.loads(text)["weight_map"].values())
+        files = set(json.loads(text.removeprefix("\ufeff"))["weight_map"].values())
         if files <= renamed.keys() and any(renamed[file] != file for file in files):
-            index = json.loads(text)
+            index = json.loads(text.removeprefix("\ufeff"))
             index["weight_map"] = {tensor: renamed[file] for tensor, file in index["weight_map"].items()}
             name, text = "model.safetensors.index.json", json.dumps(index, indent=2)
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_bytes(text.encode())

@@ -1,10 +1,11 @@
-"""Read conversations in Qwen-VL's fine-tuning format: a JSON list of records, with images as tags in the text.
+"""Read conversations from a fine-tuning file: a JSON list of records, or one record on each line (JSONL).
 
     [{"id": "1", "conversations": [
         {"from": "user", "value": "Picture 1: <img>dog.jpg</img>\\nBox the dog."},
         {"from": "assistant", "value": "<ref>The dog</ref><box>(221,425),(511,889)</box>"}]}]
 
-Source: the published code's TUTORIAL, "Fine-tuning"; docs/model.md section 8 for the template.
+Source: the published code's TUTORIAL, "Fine-tuning"; docs/model.md section 8 for the template. `records` has the forms
+of a record.
 """
 
 from __future__ import annotations
@@ -13,30 +14,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from qvl_runtime.errors import PromptError
+from qvl_runtime.errors import PromptError, quoted
 from qvl_runtime.prompt.chatml import DEFAULT_SYSTEM
+from qvl_runtime.prompt.records import Conversation, Message, read_record
 from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Tokenizer
+from qvl_runtime.text import read_text
 
-ROLES = ("user", "assistant")
 _WHITESPACE = re.compile(r"\s*")
-_IMAGE = re.compile(r"<img>(.*?)</img>", re.DOTALL)
-
-
-class Message(NamedTuple):
-    """One message of a conversation."""
-
-    role: str  # "user" or "assistant"
-    text: str  # with tags
-
-
-class Conversation(NamedTuple):
-    """One record of a fine-tuning file."""
-
-    where: str  # for error messages: "data.json line 12 (record 3)"
-    messages: tuple[Message, ...]
+_EXPECTED = "expected a JSON list of conversations, or one on each line"
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -45,20 +33,24 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises `PromptError`, naming line and record, for a wrong format or a missing image.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise PromptError(f"{path} cannot be read ({error}); expected a JSON list of conversations") from error
-    conversations = [_conversation(raw, where, path.parent) for where, raw in _records(text, str(path))]
+        text = read_text(path, PromptError)
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error}); {_EXPECTED}") from error
+    conversations = [read_record(raw, where, path.parent) for where, raw in _records(text, str(path))]
     if not conversations:
         raise PromptError(f"{path} holds no conversation; expected at least one")
     return conversations
 
 
 def conversation_segment(tokenizer: Tokenizer, conversation: Conversation, system: str = DEFAULT_SYSTEM) -> Segment:
-    """A whole conversation in ChatML, answers included and tags interpreted, as the original fine-tunes on it."""
+    """A whole conversation in ChatML, answers included and tags interpreted, as the original fine-tunes on it.
+
+    system: for a conversation without a system text.
+    """
     newline = tokenizer.encode("\n", "none")
     segment = Segment()
-    for role, text in (Message("system", system), *conversation.messages):
+    given = system if conversation.system is None else conversation.system
+    for role, text in (Message("system", given), *conversation.messages):
         try:
             content = tokenizer.encode_tagged(text)
         except PromptError as error:
@@ -69,58 +61,56 @@ def conversation_segment(tokenizer: Tokenizer, conversation: Conversation, syste
 
 
 def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON list with their positions; parsed one by one, since `json.loads` does not keep lines."""
-    decoder, number = json.JSONDecoder(), 0
-    position = _skip_whitespace(text, 0)
-    if text[position : position + 1] != "[":
-        raise PromptError(
-            f"{name} starts with {text[position : position + 20]!r}; expected a JSON list of conversations"
-        )
-    position = _skip_whitespace(text, position + 1)
-    while text[position : position + 1] != "]":
+    """The records with their positions; parsed one by one, since `json.loads` does not keep lines."""
+    position, number, line = _skip_whitespace(text, 0), 0, 1
+    listed = text[position : position + 1] == "["
+    if not listed and text[position : position + 1] != "{":
+        raise PromptError(f"{name} starts with {quoted(text[position : position + 20])}; {_EXPECTED}")
+    counted = 0  # characters whose lines are in `line`
+    if listed:
+        position = _skip_whitespace(text, position + 1)
+    while text[position : position + 1] not in ("]" if listed else "", ""):
         number += 1
-        where = f"{name} line {text.count(chr(10), 0, position) + 1} (record {number})"
-        try:
-            raw, position = decoder.raw_decode(text, position)
-        except ValueError as error:
-            raise PromptError(f"{where} is not valid JSON ({error}): fix it") from error
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{name} line {line} (record {number})"
+        raw, position = _parse(text, position, where)
+        if not listed and number == 1 and not isinstance(raw.get("conversations", raw.get("messages")) or 0, list):
+            raise PromptError(f"{where} has {', '.join(map(quoted, list(raw)[:5]))}; {_EXPECTED}")
         yield where, raw
         position = _skip_whitespace(text, position)
-        following = text[position : position + 20]
-        if following[:1] not in (",", "]"):
-            raise PromptError(f"{where} is followed by {following!r}; expected a comma or the end of the list")
-        if following[0] == ",":
-            position = _skip_whitespace(text, position + 1)
+        if listed:
+            position = _after_record(text, position, where)
+    if listed:
+        _check_end(text, position, name)
+
+
+def _parse(text: str, position: int, where: str) -> tuple[Any, int]:
+    try:
+        return json.JSONDecoder().raw_decode(text, position)
+    except RecursionError as error:
+        raise PromptError(f"{where} is nested too deeply: fix it") from error
+    except ValueError as error:
+        raise PromptError(f"{where} is not valid JSON ({error}): fix it") from error
+
+
+def _after_record(text: str, position: int, where: str) -> int:
+    """The start of what follows a record of a list: the next one, or the end."""
+    following = text[position : position + 20]
+    if following[:1] not in (",", "]"):
+        raise PromptError(f"{where} is followed by {quoted(following)}; expected a comma or the end of the list")
+    return _skip_whitespace(text, position + 1) if following[0] == "," else position
+
+
+def _check_end(text: str, position: int, name: str) -> None:
+    """Raise `PromptError` for a list without an end, or with text after it."""
+    rest = text[position + 1 :].lstrip()
+    if text[position : position + 1] != "]":
+        raise PromptError(f"{name} ends inside its list of conversations: fetch the file again, or close the list")
+    if rest:
+        line = text.count("\n", 0, len(text) - len(rest)) + 1
+        raise PromptError(f"{name} line {line} has {quoted(rest[:40])} after the end of the list: {_EXPECTED}")
 
 
 def _skip_whitespace(text: str, position: int) -> int:
     match = _WHITESPACE.match(text, position)
     return position if match is None else match.end()
-
-
-def _conversation(raw: Any, where: str, folder: Path) -> Conversation:
-    turns = raw.get("conversations") if isinstance(raw, dict) else None
-    if not isinstance(turns, list) or not turns:
-        content = ", ".join(map(repr, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise PromptError(f"{where} has {content}; expected an object with a list of 'conversations'")
-    messages = []
-    for turn in turns:
-        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(text, str):
-            raise PromptError(
-                f"{where} has the turn {turn!r:.80}; expected {{'from': 'user' or 'assistant', 'value': TEXT}}"
-            )
-        messages.append(
-            Message(role, _IMAGE.sub(lambda match: f"<img>{_resolve(match[1], where, folder)}</img>", text))
-        )
-    return Conversation(where, tuple(messages))
-
-
-def _resolve(source: str, where: str, folder: Path) -> str:
-    """The path of an image; URLs and data URLs are returned unchanged."""
-    if re.match(r"(https?:|data:)", source):
-        return source
-    for path in (folder / source, Path(source)):
-        if path.is_file():
-            return str(path)
-    raise PromptError(f"{where} names the image {source!r}, which exists neither in {folder} nor in the current folder")

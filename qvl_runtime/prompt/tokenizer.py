@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qvl_runtime.errors import CheckpointError, PromptError
+from qvl_runtime.errors import CheckpointError, PromptError, quoted
 from qvl_runtime.prompt.segment import ImageSlot, Segment
 
 if TYPE_CHECKING:
@@ -167,20 +168,24 @@ class Tokenizer:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Read a vocabulary file, lines of `base64(token bytes) rank` with every byte and every rank exactly once."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: copy {VOCABULARY_FILE} from the published model") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if lines and (lines[0].startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in lines[0]):
+        raise CheckpointError(f"{path} is text in UTF-16; expected ASCII: copy {VOCABULARY_FILE} as a binary file")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
-        if not line:
+        if not line.strip():
             continue
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise CheckpointError(f"{path} line {number} is {line[:40]!r}; expected base64(token) and a rank") from None
+            raise CheckpointError(
+                f"{path} line {number} is {quoted(line[:40])}; expected base64(token) and a rank"
+            ) from None
     if set(ranks.values()) != set(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise CheckpointError(
             f"{path} holds {len(ranks)} tokens; expected all 256 single bytes and the ranks 0 to {len(ranks) - 1}, "

@@ -19,9 +19,10 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError, ImageError, PromptError
 from qvl_runtime.model.linear import LinearBuilder
 from qvl_runtime.model.vision import VisionEncoder
-from qvl_runtime.prompt.conversations import Conversation, conversation_segment, read_conversations
+from qvl_runtime.prompt.conversations import conversation_segment, read_conversations
 from qvl_runtime.prompt.images import LoadedImage, load_image, to_pixels
 from qvl_runtime.prompt.limits import ImageLimits
+from qvl_runtime.prompt.records import Conversation
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.quantize.sample_conversations import sample_conversations
 from qvl_runtime.weights.checkpoint import Checkpoint

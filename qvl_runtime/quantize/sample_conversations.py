@@ -13,8 +13,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvl_runtime.prompt.conversations import Conversation, Message
 from qvl_runtime.prompt.listformat import box_text
+from qvl_runtime.prompt.records import Conversation, Message
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw

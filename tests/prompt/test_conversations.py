@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from qvl_runtime.errors import PromptError
-from qvl_runtime.prompt.conversations import Conversation, Message, conversation_segment, read_conversations
+from qvl_runtime.prompt.conversations import conversation_segment, read_conversations
 from qvl_runtime.prompt.images import load_image
+from qvl_runtime.prompt.records import Conversation, Message
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.quantize.sample_conversations import sample_conversations
 
@@ -47,7 +48,7 @@ def test_images_are_found_next_to_the_file(tmp_path: Path) -> None:
         ("[]", "holds no conversation"),
         ('[{"id": 1}]', r"line 1 \(record 1\) has 'id'; expected an object with a list of 'conversations'"),
         ('[\n\n"a"]', r"line 3 \(record 1\) has str"),
-        ('[{"conversations": [{"from": "gpt", "value": "a"}]}]', "expected {'from': 'user' or 'assistant'"),
+        ('[{"conversations": [{"from": "narrator", "value": "a"}]}]', "expected {'from': 'user' or 'assistant'"),
         ('[{"conversations": [{"from": "user", "value": 1}]}]', "expected {'from'"),
         ('[{"conversations": [{"from": "user", "value": "a"}]},\n {"conv', r"line 2 \(record 2\) is not valid JSON"),
         ('[{"conversations": [{"from": "user", "value": "a"}]}\n {}]', "expected a comma"),
