@@ -13,12 +13,12 @@ import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.decoding import Decoded, Remark, convert, convert_array, decode
 from qvl_runtime.prompt.limits import ImageLimits
-from qvl_runtime.prompt.sources import is_readable, read_bytes, short_name
+from qvl_runtime.prompt.sources import Source, is_readable, read_bytes, short_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-ImageSource: TypeAlias = (
-    "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray[Any, Any] | torch.Tensor"
-)
+ImageSource: TypeAlias = "Source | Image.Image | np.ndarray[Any, Any] | torch.Tensor"
 """A path, an http(s), file or data URL, the bytes of an image file, bare or in base64, an open file, a PIL image, or an
 array [H, W], [H, W, 3] or [H, W, 4] of uint8 or uint16, or of floats from 0 to 1.
 """

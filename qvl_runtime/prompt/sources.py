@@ -23,7 +23,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FILE_URL = re.compile(r"file:(?://(?P<host>[^/]*))?(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 # The base64 of the first bytes of JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF and HEIC. No path is as long and has no dot.
 _BASE64 = re.compile(
-    r"(?:/9j/|iVBORw0KGgo|R0lGOD[dl]h|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA..Z0eX)[A-Za-z0-9+/_\-\s]{80,}={0,2}\s*"
+    r"(?:[/_]9j[/_]|iVBORw0KGgo|R0lGOD[dl]h|UklGR|Qk[0-3]|SUkqA|TU0AK|AAAA..Z0eX)[A-Za-z0-9+/_\-\s]{80,}={0,2}\s*"
 )
 _READING = threading.Lock()  # two threads that share an open file would read from each other's position
 

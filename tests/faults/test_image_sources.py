@@ -1,0 +1,476 @@
+"""What a user may pass as an image, and what is said of the files that are none."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import logging
+import os
+import re
+import struct
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+
+from qvl_runtime.errors import DownloadError, ImageError
+from qvl_runtime.prompt import fetch, images
+from qvl_runtime.prompt.decoding import decode, readable_formats
+from qvl_runtime.prompt.file_kinds import HEAD, kind_of, refusal
+from qvl_runtime.prompt.images import describe, load_image
+from qvl_runtime.prompt.limits import ImageLimits
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+NO_FILES = ImageLimits(allow_files=False)
+
+
+def saved(kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(PIXELS).save(file, kind, **options)
+    return file.getvalue()
+
+
+PNG = saved("PNG")
+DIGEST = load_image(PIXELS, 28).digest
+
+
+def tiff_with(data: bytes, *tags: tuple[int, int]) -> bytes:
+    """A TIFF file with long tags added to its first directory."""
+    from PIL import TiffImagePlugin
+
+    entries = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags:
+        entries[tag] = value
+        entries.tagtype[tag] = 4
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(file, "TIFF", tiffinfo=entries)
+    return file.getvalue()
+
+
+def ftyp(brand: bytes, *others: bytes) -> bytes:
+    return struct.pack(">I", 16 + 4 * len(others)) + b"ftyp" + brand + bytes(4) + b"".join(others) + bytes(100)
+
+
+class TestAddresses:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        for name in ("a.png", "图 1#.png", "50%.png", " a.png ", "tail.png"):
+            (tmp_path / name).write_bytes(PNG)
+        return tmp_path
+
+    def test_file_urls(self, folder: Path) -> None:
+        sources = [path.as_uri() for path in folder.iterdir()]
+        assert any("%E5%9B%BE%201%23" in url for url in sources) and any("50%25" in url for url in sources)
+        sources += [f"file://localhost{folder}/a.png", f"file:{folder}/a.png", f"FILE://{folder}/a.png"]
+        sources += [f"file://{folder}/图 1#.png", f"  file://{folder}/a.png\n"]
+        for source in sources:
+            assert load_image(source, 28).digest == DIGEST, source
+
+    @pytest.mark.skipif(os.fsencode("\udcff") != b"\xff", reason="file names are Unicode here")
+    def test_a_name_that_is_not_utf_8(self, folder: Path) -> None:
+        path = folder / os.fsdecode(b"\xff\xe9.png")
+        path.write_bytes(PNG)
+        for source in (path, str(path), path.as_uri()):
+            assert load_image(source, 28).digest == DIGEST
+
+    @pytest.mark.parametrize(
+        ("url", "message"),
+        [
+            ("file://server/share/a.png", "is on the host 'server', and only local files are read"),
+            ("file://127.0.0.1/a.png", "is on the host '127.0.0.1'"),
+            ("file:a.png", "is not a file URL; expected file:///folder/image.png"),
+            ("file://", "is not a file URL"),
+            ("file:///no/such.png", "does not exist"),
+            ("file:///tmp", "not a regular file"),
+            ("file:///a%00.png", "cannot be read"),
+            ("s3://bucket/a.png", "has the scheme 's3'; supported are http, https, file and data"),
+        ],
+    )
+    def test_other_addresses(self, url: str, message: str) -> None:
+        with pytest.raises(ImageError, match=message):
+            load_image(url, 28)
+
+    @pytest.mark.parametrize("form", ["{}", "file://{}", "FILE:{}", " file://localhost{} ", "  {} "])
+    def test_files_may_be_forbidden_in_every_form(self, folder: Path, form: str) -> None:
+        for name in ("a.png", "missing.png"):  # in the same words: nothing tells whether a file exists
+            with pytest.raises(ImageError, match="is a file path, which is not allowed here"):
+                load_image(form.format(folder / name), 28, NO_FILES)
+        with pytest.raises(ImageError, match="not allowed here"):
+            load_image("~/a.png", 28, NO_FILES)
+
+    def test_the_home_folder(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", str(folder))
+        assert load_image("~/a.png", 28).digest == DIGEST
+        monkeypatch.chdir(folder)
+        with pytest.raises(ImageError, match=r"~/missing\.png\) does not exist"):
+            load_image("~/missing.png", 28, name="image 1")
+        with pytest.raises(ImageError, match="does not exist"):
+            load_image("~root/a.png", 28)
+        (folder / "~").mkdir()
+        (folder / "~" / "missing.png").write_bytes(PNG)  # a folder of that name comes first
+        assert load_image("~/missing.png", 28).digest == DIGEST
+
+    def test_white_space_around(self, folder: Path) -> None:
+        data_url = "data:image/png;base64," + base64.b64encode(PNG).decode()
+        for source in (f"{folder}/a.png", f"{folder}/tail.png", data_url, f"file://{folder}/a.png"):
+            for around in (f"{source} \n", f"\t{source}", f" {source}\r\n"):
+                assert load_image(around, 28).digest == DIGEST, around[:90]
+        assert load_image(f"{folder}/ a.png ", 28).digest == DIGEST, "a file's own name comes first"
+
+    def test_white_space_is_not_sent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sent: list[str] = []
+
+        def download(url: str, *_: object) -> bytes:
+            sent.append(url)
+            return PNG
+
+        monkeypatch.setattr(fetch, "_download", download)
+        assert load_image(" http://example.com/a.png \n", 28).source == "http://example.com/a.png"
+        assert sent == ["http://example.com/a.png"]
+
+    @pytest.mark.parametrize(
+        "url", ["http://user:pass@example.com/a.png", "https://token@example.com", "http://a:b@c:80/x?y=z@w"]
+    )
+    def test_credentials(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fetch, "_download", lambda *_: pytest.fail("nothing is asked of the host"))
+        with pytest.raises(DownloadError, match="credentials in the address are not used") as caught:
+            load_image(url, 28)
+        assert not re.search(":pass|token|a:b", str(caught.value))
+
+    @pytest.mark.parametrize(
+        "url", ["http://example.com/a@2x.png", "http://example.com?mail=a@b", "https://h/@u/i.png"]
+    )
+    def test_no_credentials(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(fetch, "_download", lambda *_: PNG)
+        assert load_image(url, 28).digest == DIGEST
+
+
+class TestBytesInMemory:
+    @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG"])
+    def test_base64_in_every_form(self, kind: str) -> None:
+        data = saved(kind)
+        plain, url_safe = base64.b64encode(data).decode(), base64.urlsafe_b64encode(data).decode()
+        assert plain != url_safe or kind in ("BMP",)
+        head = "data:image/x;base64,"
+        lines = "\n".join(plain[i : i + 76] for i in range(0, len(plain), 76))
+        sources = [plain, url_safe, url_safe.rstrip("="), lines, f" {plain}\n"]
+        sources += [head + plain, head + url_safe.rstrip("="), head + " " + lines, head + plain.replace("+", "%2B")]
+        sources += ["DATA:image/x;charset=utf-8;Base64," + plain]
+        expected = load_image(data, 28).digest
+        for source in sources:
+            assert load_image(source, 28, NO_FILES).digest == expected, source[:60]
+
+    def test_it_is_not_repeated(self) -> None:
+        text = base64.b64encode(PNG).decode()
+        assert describe(text) == f"base64 of {len(text):,} characters"
+        with pytest.raises(ImageError, match="starts like PNG, but its header is damaged") as caught:
+            load_image(text[:16] + "A" * 200, 28)
+        assert text[:20] not in str(caught.value)
+
+    @pytest.mark.parametrize("text", ["aGVsbG8gd29ybGQ" * 40, "A" * 5000, "x/" * 3000])
+    def test_a_string_too_long_for_a_path(self, text: str) -> None:
+        with pytest.raises(
+            ImageError, match="expected a path, an address, or a data URL for an image in base64"
+        ) as caught:
+            load_image(text, 28)
+        assert len(str(caught.value)) < 300
+
+    @pytest.mark.parametrize(
+        "payload", ["@@@@", "iVBOR*", "iVBORw0KGgo=AAAA", "A", "é" * 8, "\ud800" * 4], ids=lambda text: ascii(text)
+    )
+    def test_broken_base64(self, payload: str) -> None:
+        with pytest.raises(ImageError, match="is not base64") as caught:
+            load_image(f"data:image/png;base64,{payload}", 28)
+        assert str(caught.value).isprintable()
+
+    @pytest.mark.parametrize("url", ["data:image/png,raw", "data:image/png;base64", "data:", "data:;utf8,%3Csvg"])
+    def test_other_data_urls(self, url: str) -> None:
+        with pytest.raises(ImageError, match=r"expected data:image/\.\.\.;base64"):
+            load_image(url, 28)
+
+    def test_bytes_like(self) -> None:
+        shaped = memoryview(PNG + bytes(-len(PNG) % 4)).cast("I")
+        for source in (PNG, bytearray(PNG), memoryview(PNG), shaped, memoryview(PNG + PNG)[: len(PNG)]):
+            assert load_image(source, 28).digest == DIGEST
+        assert describe(shaped) == f"{shaped.nbytes:,} bytes"
+        with pytest.raises(ImageError, match="over the limit of"):
+            load_image(shaped, 28, ImageLimits(max_image_bytes=shaped.nbytes - 1))
+
+
+class Endless(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return len(buffer)
+
+
+class Upload:
+    """As web frameworks have it: to be awaited."""
+
+    async def read(self, size: int = -1) -> bytes:
+        return PNG
+
+
+class TestOpenFiles:
+    def test_from_the_start_and_again(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(PNG)
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("a.png", PNG)
+        memory, spooled = io.BytesIO(), tempfile.SpooledTemporaryFile()  # noqa: SIM115 - closed below
+        for file in (memory, spooled):
+            Image.fromarray(PIXELS).save(file, "PNG")  # leaves the position at the end
+        with (
+            (tmp_path / "a.png").open("rb") as buffered,
+            (tmp_path / "a.png").open("rb", buffering=0) as raw,
+            zipfile.ZipFile(tmp_path / "a.zip") as archive,
+            archive.open("a.png") as member,
+            spooled,
+        ):
+            for opened in (memory, spooled, buffered, raw, member):
+                for _ in range(2):  # a chat sends its history again
+                    assert load_image(opened, 28, NO_FILES).digest == DIGEST
+            assert describe(buffered) == f"open file {tmp_path}/a.png"
+        assert describe(memory) == "open BytesIO"
+
+    def test_a_stream_is_read_once(self) -> None:
+        read_end, write_end = os.pipe()
+        with os.fdopen(read_end, "rb") as stream:
+            os.write(write_end, PNG)
+            os.close(write_end)
+            assert load_image(stream, 28).digest == DIGEST
+            with pytest.raises(ImageError, match=r"is empty \(0 bytes\)"):
+                load_image(stream, 28)
+
+    def test_limits_hold(self) -> None:
+        limits = ImageLimits(max_image_bytes=len(PNG) - 1)
+        for file in (io.BytesIO(PNG), io.BufferedReader(io.BytesIO(PNG)), Endless()):
+            with pytest.raises(ImageError, match="over the limit of"):
+                load_image(file, 28, limits)
+
+    def test_what_cannot_be_read(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(PNG)
+        with (tmp_path / "a.png").open("rb") as closed:
+            pass
+        with (
+            (tmp_path / "a.png").open(encoding="latin-1") as text,
+            pytest.raises(ImageError, match="is opened as text; expected a file opened with mode 'rb'"),
+        ):
+            load_image(text, 28)
+        memory = io.BytesIO(PNG)
+        memory.close()
+        for file in (closed, memory):
+            with pytest.raises(ImageError, match="is a closed file"):
+                load_image(file, 28)
+        with (tmp_path / "b.png").open("wb") as for_writing, pytest.raises(ImageError, match="cannot be read"):
+            load_image(for_writing, 28)
+        with pytest.raises(ImageError, match="gives coroutine when it is read; expected bytes"):
+            load_image(Upload(), 28)
+        with pytest.raises(ImageError, match="opened as text"):
+            load_image(io.StringIO("x"), 28)
+
+
+class TestTensors:
+    def test_the_layout_of_an_image(self) -> None:
+        tensor = torch.from_numpy(PIXELS)
+        for source in (tensor, tensor.clone().transpose(0, 1).transpose(0, 1), tensor / 255, (tensor / 255).double()):
+            assert load_image(source, 28).digest == DIGEST
+        assert load_image(tensor[:, :, 0], 28).digest == load_image(PIXELS[:, :, 0], 28).digest
+
+    def test_channels_first_is_refused_with_the_way_out(self) -> None:
+        tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
+        with pytest.raises(ImageError, match=r"^Tensor 3 x 20 x 30 has the wrong shape;.*array\.transpose\(1, 2, 0\)"):
+            load_image(tensor, 28)
+        with pytest.raises(ImageError, match="wrong shape"):
+            load_image(tensor[None], 28)
+
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.zeros(4, 4, 3, requires_grad=True),
+            torch.zeros(4, 4, device="meta"),
+            torch.zeros(4, 4, dtype=torch.bfloat16),
+        ],
+    )
+    def test_what_numpy_cannot_read(self, tensor: torch.Tensor) -> None:
+        with pytest.raises(ImageError, match="cannot be read as a numpy array"):
+            load_image(tensor, 28)
+
+    def test_any_array_library(self) -> None:
+        class Array:
+            def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+                return PIXELS
+
+        assert load_image(Array(), 28).digest == DIGEST
+
+
+OTHERS: list[tuple[str, bytes]] = [
+    ("HEIC", ftyp(b"heic", b"mif1", b"heic")),
+    ("HEIC", ftyp(b"mif1", b"mif1", b"heic", b"miaf")),
+    ("HEIC", ftyp(b"hevc")),
+    ("AVIF", ftyp(b"avis")),
+    ("MP4 video", ftyp(b"isom", b"isom", b"avc1")),
+    ("QuickTime video", ftyp(b"qt  ")),
+    ("camera raw", ftyp(b"crx ")),
+    ("JPEG 2000", b"\0\0\0\x0cjP  \r\n\x87\n" + ftyp(b"jp2 ")),
+    ("JPEG 2000", b"\xff\x4f\xff\x51\0\x2f"),
+    ("JPEG XL", b"\xff\x0a\xfa\x1f"),
+    ("JPEG XL", b"\0\0\0\x0cJXL \r\n\x87\n"),
+    ("SVG", b'<svg xmlns="http://www.w3.org/2000/svg"/>'),
+    ("SVG", b'\xef\xbb\xbf\n<?xml version="1.0"?>\n<!DOCTYPE svg PUBLIC "-//W3C//DTD">\n<!-- x --><svg>'),
+    ("HTML", b"<!DOCTYPE html><html>secret"),
+    ("HTML", b"\n\n<!-- banner -->\n<HTML lang='en'>"),
+    ("XML", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>"),
+    ("JSON", b'{"error": "token=hunter2"}'),
+    ("PDF", b"%PDF-1.7\n"),
+    ("PostScript", b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    ("ICO", saved("ICO")),
+    ("ICNS", b"icns\0\0\1\0"),
+    ("PSD", b"8BPS\0\1"),
+    ("OpenEXR", b"v/1\x01\2\0\0\0"),
+    ("DICOM", bytes(128) + b"DICM\2\0"),
+    ("FITS", b"SIMPLE  =                    T"),
+    ("camera raw", b"II*\0\x10\0\0\0CR\2\0" + bytes(100)),
+    ("camera raw", b"FUJIFILMCCD-RAW 0201"),
+    ("gzip", gzip.compress(PNG)),
+    ("zip", b"PK\3\4\x14\0"),
+    ("Matroska or WebM video", b"\x1a\x45\xdf\xa3\x9f"),
+    ("AVI video", b"RIFF\0\0\0\0AVI LIST"),
+    ("WAV audio", b"RIFF\0\0\0\0WAVEfmt "),
+    ("NumPy array file", b"\x93NUMPY\1\0v\0"),
+    ("Git LFS pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:00"),
+    ("base64", base64.b64encode(PNG)),
+    ("a data URL inside a file", b"data:image/png;base64,AAAA"),
+]
+
+
+class TestOtherFormats:
+    """conduit#320, hermes-agent#106408, okuna-api#414."""
+
+    @pytest.mark.parametrize(("kind", "data"), OTHERS, ids=[kind for kind, _ in OTHERS])
+    def test_named(self, kind: str, data: bytes) -> None:
+        assert (kind_of(data) or "").startswith(kind)
+        with pytest.raises(ImageError) as caught:
+            load_image(data, 28, name="image 2")
+        message = str(caught.value)
+        assert message.startswith(f"image 2 ({len(data):,} bytes) ")
+        assert f"its first bytes say {kind}" in message or (kind == "AVIF" and "AVIF" in message)
+        assert ";" in message or kind == "AVIF"  # the way out
+
+    def test_the_ways_out(self) -> None:
+        for kind, way_out in [
+            ("HEIC", "save it as JPEG or PNG"),
+            ("gzip", "unpack it"),
+            ("MP4 video", "a frame of it"),
+        ]:
+            data = next(data for name, data in OTHERS if name == kind)
+            assert way_out in refusal(data, readable_formats())
+
+    @pytest.mark.parametrize(
+        "secret",
+        [
+            b"root:*:20000:0:99999:7:::\n",
+            b"PASSWORD=hunter2\n",
+            b"ADMIN_TOKEN=hunter2",
+            b"HOME=/root\0PATH=/bin",
+            b"-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2",
+            b"P5 hunter2 4 255\n",
+            b"P6\nhunter2",
+            b"P5\n4 4\nhunter2",
+            b"GIF89ahunter2 secret PASSWORD",
+            b"BMhunter2 PASSWORD secret",
+            b"\x89PNG\r\n\x1a\nhunter2 PASSWORD",
+            b"II*\0hunter2 PASSWORD",
+            b"RIFFxxxxWEBPhunter2",
+            b"\xff\xd8\xff\xe0hunter2 PASSWORD root",
+            b'{"password": "hunter2"}',
+            b"<html>hunter2</html>",
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore")
+    def test_nothing_that_was_read_is_repeated(self, secret: bytes, tmp_path: Path) -> None:
+        (tmp_path / "f").write_bytes(secret)
+        for source in (secret, tmp_path / "f", io.BytesIO(secret)):
+            with pytest.raises(ImageError) as caught:
+                load_image(source, 28)
+            text = str(caught.value).replace(str(tmp_path), "")
+            assert not re.search("hunter2|PASSW|root|ADMIN|BEGIN|HOME=|secret", text), text
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_pil_errors_that_quote_the_file(self) -> None:
+        """Every message of PIL's about a mutated header stays free of `b'...'`."""
+        random = np.random.default_rng(1)
+        for kind in ("PPM", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG"):
+            data = saved(kind)
+            for _ in range(40):
+                damaged = bytearray(data)
+                for at in random.integers(0, min(len(data), 60), 4):
+                    damaged[at] = random.integers(256)
+                try:
+                    decode(bytes(damaged), ImageLimits(), "it")
+                except ImageError as error:
+                    assert not re.search(r"\bb['\"]", str(error)), error
+
+    @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot read AVIF")
+    def test_avif_is_read(self) -> None:
+        smooth = np.add.outer(np.arange(20) * 5, np.arange(30) * 5).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(np.dstack([smooth] * 3)).save(file, "AVIF", quality=95)
+        rgb = load_image(file, 28).original
+        assert np.abs(np.asarray(rgb)[..., 1].astype(int) - smooth).max() < 10
+        data = file.getvalue()
+        with pytest.raises(ImageError, match="damaged"):
+            load_image(data[: len(data) // 2], 28)
+
+    def test_a_pillow_without_avif_names_it(self) -> None:
+        assert "its first bytes say AVIF; save it as JPEG or PNG" in refusal(ftyp(b"avif"), ("JPEG", "PNG"))
+
+    def test_raw_photos_are_not_taken_for_their_thumbnails(self) -> None:
+        tiff = saved("TIFF")
+        for tags in ([(50706, 0x01040000)], [(254, 1), (330, 8)]):  # DNG; NEF and ARW
+            with pytest.raises(ImageError, match="is camera raw, which is not read: develop it to JPEG or PNG"):
+                load_image(tiff_with(tiff, *tags), 28)
+        assert load_image(tiff_with(tiff, (254, 0)), 28).digest == DIGEST
+
+    def test_a_damaged_header_of_a_known_format(self) -> None:
+        with pytest.raises(ImageError, match="starts like PNG, but its header is damaged: send the image again"):
+            load_image(PNG[:12] + bytes(50), 28)
+
+    def test_odd_heads(self) -> None:
+        random = np.random.default_rng(0)
+        for length in (0, 1, 3, 4, 8, 12, 16, 131, HEAD):
+            for _ in range(20):
+                head = random.bytes(length)
+                assert kind_of(head) is None or isinstance(kind_of(head), str)
+                assert kind_of(b"\xff\xff\xff\xffftyp" + head) and kind_of(bytes(4) + b"ftyp" + head)
+        assert kind_of(b"hello") is None and "is not an image of a known format" in refusal(b"hello", ("JPEG",))
+
+
+class TestLargePhotos:
+    """HilbertRaum#118, realesrgan-gui#34."""
+
+    @pytest.mark.parametrize("size", [(8064, 6048), (8160, 6144), (9248, 6936)])  # phones of 48, 50 and 64 megapixels
+    def test_pass_by_default(self, size: tuple[int, int]) -> None:
+        ImageLimits().check_pixels(*size, "the photo")
+
+    def test_48_megapixels_are_read(self) -> None:
+        file = io.BytesIO()
+        Image.new("L", (8064, 6048), 77).save(file, "JPEG", quality=50)
+        image = load_image(file, 28)
+        assert (image.width, image.height) == (8064, 6048) and (image.rgb == 76).all()
+
+
+def test_warnings_name_the_image(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(images, "_logged", set())
+    Image.new("RGBA", (4, 4)).save(tmp_path / "logo.png")
+    with caplog.at_level(logging.WARNING):
+        load_image(tmp_path / "logo.png", 28)
+    assert f"{tmp_path}/logo.png has transparent pixels" in caplog.text
