@@ -161,6 +161,8 @@ def _load() -> ctypes.CDLL:
     override = os.environ.get("QVL_CPU_LIBRARY")  # another build, such as that of `make asan`
     package = Path(__file__).parents[1]
     built = [path for suffix in EXTENSION_SUFFIXES for path in package.glob(f"_cpu{suffix}")]
+    # the newest: an editable install names it with Python's tag and build_ext without, and one may be left from before
+    built.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     paths = [Path(override)] if override else built
     if not paths:
         raise LibraryError(
