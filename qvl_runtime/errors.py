@@ -6,6 +6,8 @@ line can print one line. Most are `ValueError`s, too.
 
 from __future__ import annotations
 
+from typing import Any
+
 MAX_MESSAGE = 600  # characters
 MAX_QUOTED = 100  # characters of a value that is quoted in a message
 
@@ -16,6 +18,9 @@ class QVLError(Exception):
     Messages quote what was found, and that may come from a stranger: no line break or control character gets through to
     forge a line of a log or to steer a terminal, and the middle of a longer message is left out.
     """
+
+    # What became of each prompt of `Engine.generate`, in order: completions, and errors where there are none.
+    completions: tuple[Any, ...] | None = None
 
     def __str__(self) -> str:
         return shortened(escaped(super().__str__()), MAX_MESSAGE)
@@ -29,7 +34,11 @@ def quoted(value: object, limit: int = MAX_QUOTED) -> str:
     if isinstance(value, (str, bytes)) and len(value) > 2 * limit:
         separator = "" if isinstance(value, str) else b""
         value = separator.join((value[:limit], value[-limit:]))  # type: ignore[arg-type]
-    return shortened(escaped(repr(value)), limit)
+    try:
+        represented = repr(value)
+    except Exception:  # an int of over 4300 digits, or an object's own fault
+        represented = f"a value of type {type(value).__name__}"
+    return shortened(escaped(represented), limit)
 
 
 def escaped(text: str) -> str:
@@ -69,6 +78,20 @@ class ImageError(QVLError, ValueError):
 
 class SamplingError(QVLError, ValueError):
     """A sampling parameter is out of range."""
+
+
+class NumericsError(QVLError, ArithmeticError):
+    """The model gave no probabilities for a token: NaN or infinite logits, or every token ruled out by the request.
+
+    It is the error of one request. The others of the same step continue.
+    """
+
+
+class StepError(QVLError, RuntimeError):
+    """A request could not be computed, by a fault of the program or of the machine, which is the `__cause__`.
+
+    It is the error of one request, which fails alone as well. The others of the same step continue.
+    """
 
 
 class CapacityError(QVLError, ValueError):

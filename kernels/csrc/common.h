@@ -51,9 +51,22 @@ inline F rounded(F x, int64_t dtype) {
   return load_as(line, dtype, 0);
 }
 
+// max |x| of n floats, a multiple of 16; NaN if one is not finite. `max` alone loses NaN, and the int8 values that a lost
+// one is rounded to would be an answer.
+inline float largest(const float* x, int64_t n) {
+  F top = zero(), lost = zero();
+  for (int64_t i = 0; i < n; i += 16) {
+    const F value = load(x + i);
+    top = max(top, abs(value));
+    lost = fma(value, zero(), lost);
+  }
+  return highest(top) + sum(lost);
+}
+
 // e^x with a relative error below 2e-7: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor's, degree 7).
+// min and max return their second argument if one is NaN, so x is the second: the exponential of NaN is NaN.
 inline F exp(F x) {
-  x = max(min(x, set1(88.0f)), set1(-87.0f));
+  x = max(set1(-87.0f), min(set1(88.0f), x));
   I n = nearest(mul(x, set1(1.44269504f)));
   F r = fma(to_float(n), set1(-0.693359375f), x);  // ln 2 in two parts, so that the product is exact
   r = fma(to_float(n), set1(2.12194440e-4f), r);
@@ -68,9 +81,9 @@ inline F exp(F x) {
   return mul(p, power_of_two(n));
 }
 
-// 2^x for x <= 0 with a relative error below 2e-7; below 2^-126 it stays there. In fewer steps than e^x.
+// 2^x for x <= 0 with a relative error below 2e-7; below 2^-126 it stays there. In fewer steps than e^x. NaN gives NaN.
 inline F exp2(F x) {
-  x = max(x, set1(-126.0f));
+  x = max(set1(-126.0f), x);
   I n = nearest(x);
   F r = sub(x, to_float(n));
   F p = set1(1.52527338e-5f);

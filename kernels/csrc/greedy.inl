@@ -3,6 +3,7 @@
 namespace {
 
 // logits [rows, width]; tokens [rows], the first of several that are equal; logprobs [rows] = -log(sum e^(x - highest)).
+// A row with NaN or +inf, or of -inf only, has a term that is NaN, and so the log probability NaN.
 void greedy(const void* logits, int64_t dtype, int64_t rows, int64_t width, int64_t* tokens, float* logprobs) {
   constexpr int64_t kStretch = 1024;
   parallel(rows, [&](int64_t row) {

@@ -44,7 +44,7 @@ void pack_gptq(const uint32_t* words, int64_t inputs, int64_t padded, int64_t ou
 }
 
 // Quantizes a dense weight [outputs, inputs] of `dtype` to symmetric int8: scale = max |w| / 127 for each output and group.
-// scales float16 [blocks, groups, 16]; outputs past the last are zeros.
+// scales float16 [blocks, groups, 16], NaN where a weight is not finite; outputs past the last are zeros.
 void pack_dense(const void* weight, int64_t dtype, int64_t outputs, int64_t inputs, int64_t padded, int64_t group,
                 uint8_t* lines, uint16_t* scales) {
   const int64_t groups = padded / group, words = padded / 4;
@@ -56,9 +56,7 @@ void pack_dense(const void* weight, int64_t dtype, int64_t outputs, int64_t inpu
         for (int64_t i = 0; i < padded; i += 16)
           store(row + i, output < outputs && i < inputs ? load_upto(weight, dtype, output * inputs + i, inputs - i) : zero());
         for (int64_t g = 0; g < groups; g++) {
-          F top = zero();
-          for (int64_t i = 0; i < group; i += 16) top = max(top, abs(load(row + g * group + i)));
-          const uint16_t scale = float_to_half(highest(top) / 127.0f);
+          const uint16_t scale = float_to_half(largest(row + g * group, group) / 127.0f);
           const float size = half_to_float(scale), inverse = size > 0 ? 1.0f / size : 0.0f;
           scales[(b * groups + g) * 16 + n] = scale;
           for (int64_t i = g * group; i < (g + 1) * group; i++) {

@@ -19,15 +19,13 @@ Cache packed_cache(void* data, int64_t dtype, int64_t heads, int64_t block_size,
   return {data, dtype, block_size, heads * block_size * width, block_size * width, width};
 }
 
-// `from` has room up to the next multiple of 16.
+// `from` continues with zeros up to the next multiple of 16.
 void store_vector(void* to, int64_t dtype, int64_t dim, const float* from) {
   if (dtype != kInt8) {
     for (int64_t i = 0; i < dim; i += 16) store_upto(to, dtype, i, load(from + i), dim - i);
     return;
   }
-  float top = 0;
-  for (int64_t i = 0; i < dim; i++) top = __builtin_fabsf(from[i]) > top ? __builtin_fabsf(from[i]) : top;
-  const float scale = top / 127.0f;
+  const float top = largest(from, (dim + 15) / 16 * 16), scale = top / 127.0f;
   alignas(16) int8_t levels[16];
   for (int64_t i = 0; i < dim; i += 16) {
     store_i8(levels, nearest(mul(load(from + i), set1(top > 0 ? 127.0f / top : 0.0f))));

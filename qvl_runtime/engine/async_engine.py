@@ -197,7 +197,9 @@ class AsyncEngine:
                 continue
             pieces: list[Item] = list(request.pieces)
             request.pieces.clear()
-            if request.done and not request.streamed:
+            if request.error is not None:
+                pieces.append(request.error)
+            elif request.done and not request.streamed:
                 pieces.append(StreamPiece("", (), request.completion()))
             if pieces:
                 self._send(reader, pieces)

@@ -98,7 +98,8 @@ class Engine:
         """Answer a list of prompts together, and return the completions in order; `params` is for all, or one for each.
 
         A prompt is a string with Qwen's tags, a list of parts, messages, or token ids with images. With n > 1 a
-        completion has the other answers in `alternatives`.
+        completion has the other answers in `alternatives`. A prompt that cannot be computed does not stop the others:
+        its error is raised once all are done, and what became of each is in the error's `completions`.
         """
         batch = _prompt_list(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -116,6 +117,10 @@ class Engine:
         finally:
             for request in requests:
                 self.core.cancel(request)
+        errors = [request.error for request in requests if request.error is not None]
+        if errors:
+            errors[0].completions = tuple(request.error or request.completion() for request in requests)
+            raise errors[0]
         return [request.completion() for request in requests]
 
     def as_completed(
@@ -124,7 +129,7 @@ class Engine:
         """Answer (tag, prompt, params) together, and yield (tag, completion or error) in the order of completion.
 
         Requests are read lazily, up to `window` ahead (by default twice as many as run together), so there may be any
-        number of them. An invalid one yields its error and does not stop the others.
+        number of them. One that is invalid or fails yields its error and does not stop the others.
         """
         waiting, open_requests = iter(requests), deque[Request]()
         max_open = window or 2 * self.engine_config.max_running
@@ -141,7 +146,7 @@ class Engine:
                 self._step()
                 for request in [r for r in open_requests if r.done]:
                     open_requests.remove(request)
-                    yield request.tag, request.completion()
+                    yield request.tag, request.error or request.completion()
         finally:
             for request in open_requests:
                 self.core.cancel(request)
@@ -156,7 +161,8 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece, whole characters only; the last piece carries the completion.
 
-        Closing the iterator cancels the request and frees its memory.
+        Closing the iterator cancels the request and frees its memory. Raises the request's error after the pieces that
+        preceded it, such as `NumericsError` for logits that are not finite.
         """
         return self._stream(self._prompts.encode, prompt, params)
 
@@ -227,6 +233,8 @@ class Engine:
                     yield request.pieces.popleft()
                 if not request.done:
                     self._step()
+            if request.error is not None:
+                raise request.error
         finally:
             self.core.cancel(request)
 

@@ -12,6 +12,7 @@ from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.schedule.core import EngineCore
+from qvl_runtime.schedule.numerics import numerics_error
 from qvl_runtime.schedule.runner import Chunk, Span
 
 LOGIT_BYTES = 256 * 2**20  # of logits that are computed at once unless they are returned
@@ -28,8 +29,8 @@ class Score(NamedTuple):
 def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool = False) -> Score:
     """Return the log probability of each token of an encoded prompt after the first, pad ids of images included.
 
-    The prompt is prefilled in one step, outside the scheduler. Raises `CapacityError` if it is too
-    long.
+    The prompt is prefilled in one step, outside the scheduler. Raises `CapacityError` if it is too long, and
+    `NumericsError` if the logits of a token are not finite.
     """
     ids, runner = encoded.token_ids, core.runner
     config = runner.model.config
@@ -40,10 +41,13 @@ def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool =
     with runner.cache.sequence(ntk_alpha(config, len(ids))) as sequence:
         hidden = runner.run([Chunk(sequence, ids, spans)])
     chunk = len(ids) if return_logits else max(1, LOGIT_BYTES // (4 * config.vocab_size))
-    next_ids = torch.tensor(ids[1:], device=hidden.device)
-    logprobs, logits = [], torch.empty(0)
+    next_ids = torch.tensor([*ids[1:], 0], device=hidden.device)  # the last token's logits are checked, too
+    parts, logits = [], torch.empty(0)
     for start in range(0, len(ids), chunk):
-        logits = runner.model.logits(hidden[start : start + chunk]).float()
-        targets = next_ids[start : start + chunk, None]
-        logprobs.append((logits[: len(targets)].log_softmax(-1)).gather(1, targets)[:, 0])
-    return Score(tuple(ids), torch.cat(logprobs), logits if return_logits else None)
+        rows = runner.model.logits(hidden[start : start + chunk])
+        logits, targets = rows.float(), next_ids[start : start + chunk, None]
+        parts.append(logits.log_softmax(-1).gather(1, targets)[:, 0])
+        without = parts[-1].isnan().nonzero()[:, 0]
+        if len(without):
+            raise numerics_error(rows[without[0]])
+    return Score(tuple(ids), torch.cat(parts)[:-1], logits if return_logits else None)

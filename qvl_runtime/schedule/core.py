@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count
 from typing import Any, NamedTuple
 
-from qvl_runtime.errors import CapacityError
+from qvl_runtime.errors import CapacityError, NumericsError, QVLError
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import SamplingParams
+from qvl_runtime.schedule.numerics import numerics_error
 from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.request import Branch, Clock, Request
-from qvl_runtime.schedule.runner import Chunk, LogitsOf, Runner
+from qvl_runtime.schedule.runner import Chunk, Computed, Runner
 from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sample
 from qvl_runtime.schedule.scheduler import ScheduledBranch, Scheduler, StepLimits
 from qvl_runtime.schedule.sequence import Sequence
@@ -22,10 +23,11 @@ from qvl_runtime.schedule.speculative import Drafter
 
 
 class Outcome(NamedTuple):
-    """The tokens that a step sampled for a branch: one, and one more for each draft."""
+    """The tokens that a step sampled for a branch, one and one more for each draft, or why there are none."""
 
     planned: ScheduledBranch
     samples: list[Sample]
+    error: NumericsError | None = None
 
 
 class EngineCore:
@@ -92,10 +94,12 @@ class EngineCore:
         for planned in plan:
             clock = planned.branch.request.clock
             clock.scheduled = now if clock.scheduled is None else clock.scheduled
-        for planned, samples in self._compute(plan):
+        for planned, samples, error in self._compute(plan):
+            if error is not None:
+                self._fail(planned.branch.request, error)
             self._append_tokens(planned, samples)
         for planned in plan:
-            if not planned.samples:
+            if not planned.samples and planned.branch.request.error is None:
                 planned.branch.finish_step()
         self.steps += 1
         return True
@@ -107,7 +111,8 @@ class EngineCore:
         try:
             self._encode_images(plan)
             chunks = [Chunk(p.branch.sequence, p.tokens, p.branch.chunk_spans(p.known)) for p in plan]
-            return self._sample(plan, self.runner.compute(chunks))
+            computed = self.runner.compute(chunks)
+            return self._sample(plan, computed) + self._check(plan, computed)
         except BaseException:
             for planned, length, branches in zip(plan, lengths, num_branches, strict=True):
                 planned.branch.sequence.truncate(length)
@@ -142,7 +147,17 @@ class EngineCore:
         for request in {branch.request for branch, _, _ in missing}:
             request.clock.vision_s += elapsed
 
-    def _sample(self, plan: list[ScheduledBranch], logits_of: LogitsOf) -> list[Outcome]:
+    def _check(self, plan: list[ScheduledBranch], computed: Computed) -> list[Outcome]:
+        """Find the parts of prompts that are not finite, so that the prefix cache does not get their blocks."""
+        ends = accumulate(planned.size for planned in plan)
+        parts = [(planned, end - 1) for planned, end in zip(plan, ends, strict=True) if not planned.samples]
+        if not parts:
+            return []
+        finite = computed.are_finite([last for _, last in parts])
+        damaged = [part for part, is_finite in zip(parts, finite, strict=True) if not is_finite]
+        return [Outcome(planned, [], numerics_error(computed([last])[0])) for planned, last in damaged]
+
+    def _sample(self, plan: list[ScheduledBranch], computed: Computed) -> list[Outcome]:
         """Compute logits for the tokens that need them, and sample a token from each."""
         indices: list[int] = []
         rows: list[SamplingRow] = []
@@ -161,8 +176,8 @@ class EngineCore:
                 outcomes.append(Outcome(scheduled, []))
         if not indices:
             return []
-        samples = iter(sample(logits_of(indices), rows, self._ops))
-        for planned, branch_samples in outcomes:
+        samples = iter(sample(computed(indices), rows, self._ops))
+        for planned, branch_samples, _ in outcomes:
             branch_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes
 
@@ -179,16 +194,26 @@ class EngineCore:
         return started
 
     def _append_tokens(self, planned: ScheduledBranch, samples: list[Sample]) -> None:
-        """Append the sampled tokens up to the first draft that was rejected."""
+        """Append the sampled tokens up to the first draft that was rejected, or fail the request at the first error.
+
+        With drafts, an error may be of their making: the request continues without.
+        """
         branch, drafts = planned.branch, planned.drafts
         taken = 0
         for sampled in samples:
+            if sampled.error is not None and drafts:
+                branch.drafting = False
+                break
+            if sampled.error is not None and branch.request.error is None:
+                self._fail(branch.request, sampled.error)
+            if branch.request.error is not None:  # this one, or that of another answer to the same prompt
+                return
             branch.add(sampled)
             taken += 1
             if branch.output.finish_reason is not None or taken > len(drafts) or sampled.token_id != drafts[taken - 1]:
                 break
         if drafts and self.drafter is not None:
-            self.drafter.count(len(drafts), taken - 1)
+            self.drafter.count(len(drafts), max(0, taken - 1))
         branch.sequence.truncate(len(branch.token_ids) - 1)
         branch.finish_step()
         if branch.output.finish_reason is not None:
@@ -199,6 +224,11 @@ class EngineCore:
         self.scheduler.remove(branch)
         if branch.request.done:
             self._timed.discard(branch.request)
+
+    def _fail(self, request: Request, error: QVLError) -> None:
+        """End a request with an error; its blocks are free afterwards."""
+        request.error = error
+        self.cancel(request)
 
     def _expire(self) -> bool:
         """Finish requests past their deadline with the tokens they have. Returns whether there were any."""

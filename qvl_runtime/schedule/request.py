@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qvl_runtime.errors import QVLError
 from qvl_runtime.prompt.chatml import EncodedPrompt, ImageSpan
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, Timings, Usage
 from qvl_runtime.schedule.output import OutputBuilder
@@ -49,7 +50,10 @@ class Clock:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """An admitted prompt with n answers. For a streamed request, `pieces` queues what its reader has not taken."""
+    """An admitted prompt with n answers, or the error that ended it.
+
+    For a streamed request, `pieces` queues what its reader has not taken.
+    """
 
     number: int  # in order of arrival
     prompt: EncodedPrompt
@@ -62,11 +66,12 @@ class Request:
     branches: list[Branch] = field(default_factory=list)
     completions: dict[int, Completion] = field(default_factory=dict)  # by answer
     pieces: deque[StreamPiece] = field(default_factory=deque)
+    error: QVLError | None = None  # why it ended without an answer
 
     @property
     def done(self) -> bool:
-        """Whether all n answers are complete."""
-        return len(self.completions) == self.params.n
+        """Whether all n answers are complete, or the request has failed."""
+        return self.error is not None or len(self.completions) == self.params.n
 
     @property
     def deadline(self) -> float | None:
@@ -75,7 +80,12 @@ class Request:
         return None if timeout is None else self.clock.submitted + timeout
 
     def completion(self) -> Completion:
-        """Return the first answer with the others in `alternatives`. The request must be done."""
+        """Return the first answer with the others in `alternatives`. The request must be done.
+
+        Raises the error of a request that has failed.
+        """
+        if self.error is not None:
+            raise self.error
         first, *others = (self.completions[i] for i in range(self.params.n))
         return replace(first, alternatives=tuple(others))
 
@@ -90,6 +100,7 @@ class Branch:
         self.sequence, self.output, self.sampling_state = sequence, output, sampling_state
         self.running = False  # set by the scheduler: the branch has blocks and takes part in steps
         self.token_ids: list[int] = list(request.prompt.token_ids)
+        self.drafting = sampling_state.foreseeable  # whether it may have draft tokens
         self.features: dict[int, Tensor] = {}  # of the images being prefilled, by the span's number
 
     @property

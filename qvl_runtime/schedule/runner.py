@@ -45,7 +45,20 @@ class Chunk(NamedTuple):
     spans: Items[Span] = ()
 
 
-LogitsOf = Callable[[Items[int]], Tensor]  # indices of tokens of a step to their logits [m, vocab]
+class Computed:
+    """What a step computed: called with indices of its tokens, it gives their logits. Valid until the next step."""
+
+    def __init__(self, rows: Tensor, logits_of: Callable[[Items[int]], Tensor]) -> None:
+        """rows [n, any]: of all tokens in order, hidden states or the logits of a decode graph."""
+        self._rows, self._logits_of = rows, logits_of
+
+    def __call__(self, indices: Items[int]) -> Tensor:
+        """Return the logits of these tokens, [m, vocab]."""
+        return self._logits_of(indices)
+
+    def are_finite(self, indices: Items[int]) -> list[bool]:
+        """Whether the rows of these tokens are finite. If one is not, no later token of its sequence is, either."""
+        return self._rows[torch.tensor(indices, device=self._rows.device)].isfinite().all(-1).tolist()
 
 
 class Runner:
@@ -90,19 +103,20 @@ class Runner:
         with _appended(chunks):
             return self.model.forward(self._step(chunks), self.cache.layers, observe)
 
-    def compute(self, chunks: Items[Chunk]) -> LogitsOf:
-        """Compute the chunks, by a decode graph if there is one, and return the function that computes logits.
-
-        Its results are valid until the next step.
-        """
+    def compute(self, chunks: Items[Chunk]) -> Computed:
+        """Compute the chunks, by a decode graph if there is one."""
         decoding = all(len(chunk.token_ids) == 1 and not chunk.spans for chunk in chunks)
         if self.graphs is None or not decoding or not self.graphs.can_run(len(chunks)):
             hidden = self.run(chunks)
-            return lambda indices: self.model.logits(hidden[torch.tensor(indices, device=hidden.device)])
+            return Computed(hidden, lambda i: self.model.logits(hidden[torch.tensor(i, device=hidden.device)]))
         with _appended(chunks):
             logits = self.graphs.run([c.sequence for c in chunks], [c.token_ids[0] for c in chunks])
         every_row = [*range(len(logits))]
-        return lambda indices: logits if indices == every_row else logits[torch.tensor(indices, device=logits.device)]
+
+        def logits_of(indices: Items[int]) -> Tensor:
+            return logits if indices == every_row else logits[torch.tensor(indices, device=logits.device)]
+
+        return Computed(logits, logits_of)
 
     def _step(self, chunks: Items[Chunk]) -> Step:
         device, counts = self.model.device, [len(chunk.token_ids) for chunk in chunks]

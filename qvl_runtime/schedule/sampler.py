@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from secrets import randbits
@@ -13,15 +14,17 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
-from qvl_runtime.errors import SamplingError
+from qvl_runtime.errors import NumericsError, SamplingError
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
+from qvl_runtime.schedule.numerics import numerics_error
 
 
 class Sample(NamedTuple):
-    """A sampled token and its log probability."""
+    """A sampled token and its log probability, or why there is none: then the two mean nothing."""
 
     token_id: int
     logprob: TokenLogprob
+    error: NumericsError | None = None
 
 
 class SamplingState:
@@ -71,7 +74,8 @@ class SamplingRow(NamedTuple):
 def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) -> list[Sample]:
     """Sample one token for each row of logits [m, vocab], by `ops.sample`, or `ops.greedy` if all are plain greedy.
 
-    Device results are copied to the host once, so that a step waits for its device only when tokens are read.
+    A row without a distribution gives an error; its log probability, which is NaN, tells. Device results are copied to
+    the host once, so that a step waits for its device only when tokens are read.
     """
     parameters = sampling_rows(logits.device, rows)
     sampled = ops.greedy(logits) if parameters is None else ops.sample(logits, parameters)
@@ -83,10 +87,15 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) ->
     if any(row.state.params.logprobs for row in rows):
         raw = logits.float()
         tops = likeliest(raw, raw.logsumexp(-1), rows)
-    return [
+    samples = [
         Sample(token, TokenLogprob(token, logprob, top))
         for token, logprob, top in zip(token_ids, logprobs, tops, strict=True)
     ]
+    for i, logprob in enumerate(logprobs):
+        if math.isnan(logprob):
+            state = rows[i].state
+            samples[i] = samples[i]._replace(error=numerics_error(logits[i], state.penalty, state.bias))
+    return samples
 
 
 def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> SamplingRows | None:

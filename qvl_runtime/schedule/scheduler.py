@@ -154,7 +154,7 @@ class Scheduler:
     def _schedule_branch(self, branch: Branch, count: int, budget: int) -> ScheduledBranch:
         """Reserve the blocks of a branch's part of the step; drafts only if they preempt no other branch."""
         drafts: tuple[int, ...] = ()
-        if self._drafter is not None and branch.pending == 1 and branch.sampling_state.foreseeable:
+        if self._drafter is not None and branch.pending == 1 and branch.drafting:
             max_tokens = min(budget - count, branch.output.remaining - 1)
             drafts = self._drafter.propose(branch.token_ids, max_tokens)
             if branch.sequence.needed(count + len(drafts)) > self._cache.pool.available:

@@ -23,9 +23,7 @@ void gather_row(const void* x, int64_t dtype, int64_t inputs, int64_t padded, co
 
 void quantize_row(const float* x, int64_t group, int64_t groups, int8_t* q, float* scale, int32_t* sums) {
   for (int64_t g = 0; g < groups; g++, x += group, q += group) {
-    F top = zero();
-    for (int64_t i = 0; i < group; i += 16) top = max(top, abs(load(x + i)));
-    const float size = highest(top);
+    const float size = largest(x, group);
     const F inverse = set1(size > 0 ? 127.0f / size : 0.0f);
     I total = iset1(0);
     for (int64_t i = 0; i < group; i += 16) {

@@ -82,7 +82,8 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if reason is not None:
         warn_fallback(op, reason)
     if reason is not None or library().instruction_set in TORCH_WHOLE:
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v) + reference.lost_nan(q, k)
         return y.transpose(1, 2).flatten(2)
     images, rows, heads, head_dim = q.shape
     keys = k.shape[1]

@@ -189,9 +189,21 @@ def paged_attention(
         causal = None
         if rows > 1:
             causal = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-        y = F.scaled_dot_product_attention(q[start:end].transpose(0, 1)[None], k[None], v[None], attn_mask=causal)
-        out[start:end] = y[0].transpose(0, 1)
+        rows_of_heads = q[start:end].transpose(0, 1)
+        y = F.scaled_dot_product_attention(rows_of_heads[None], k[None], v[None], attn_mask=causal)[0]
+        out[start:end] = (y + lost_nan(rows_of_heads, k, causal=True)).transpose(0, 1)
     return out.flatten(1)
+
+
+def lost_nan(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
+    """Zeros, or NaN for a row whose query or visible keys are not finite, [.., rows, 1] to be added to its attention.
+
+    torch gives 0 where every score of a row is NaN. q [.., rows, d]; k [.., keys, d], if causal the last ones those of
+    the rows.
+    """
+    lost = (k * 0).sum(-1, keepdim=True)
+    lost = lost.cumsum(-2)[..., k.shape[-2] - q.shape[-2] :, :] if causal else lost.sum(-2, keepdim=True)
+    return lost + (q * 0).sum(-1, keepdim=True)
 
 
 # --- vision attention --------------------------------------------------------------------------------------------
@@ -201,11 +213,13 @@ def vision_attention(qkv: Tensor, heads: int) -> Tensor:
     """Self-attention of each image's patches, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (§4.4)."""
     images, patches, _ = qkv.shape
     q, k, v = qkv.view(images, patches, heads, 3, -1).permute(3, 0, 2, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return (y + lost_nan(q, k)).transpose(1, 2).flatten(2)
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """The resampler's attention: q [Q, D], the same for all images, over k and v [P, L, D] (§4.5), to [P, Q, D]."""
     k, v = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (k, v))
     q = q.view(len(q), heads, -1).transpose(0, 1).expand(len(k), -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return (y + lost_nan(q, k)).transpose(1, 2).flatten(2)

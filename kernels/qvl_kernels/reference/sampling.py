@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,11 @@ class SamplingRows(NamedTuple):
 
 
 class SampledTokens(NamedTuple):
-    """The sampled tokens and their log probabilities."""
+    """The sampled tokens and their log probabilities.
+
+    A row without a distribution has no token: its log probability is NaN, and its id a valid one without meaning. Such
+    a row has NaN or +inf among its logits, or after penalties and biases its scores are all -inf or one is +inf.
+    """
 
     token_ids: Tensor  # int64 [m]
     logprobs: Tensor  # float32 [m], under the model's own distribution, before penalties and cuts
@@ -45,11 +50,13 @@ def sample(logits: Tensor, rows: SamplingRows) -> SampledTokens:
     """
     raw = logits.float()
     scores = _penalized(raw, rows)
-    tokens = scores.argmax(-1)
-    drawn = (rows.temperature > 0).nonzero()[:, 0]
+    tokens = scores.argmax(-1)  # of NaN, if there is one
+    finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
+    drawn = (finite & (rows.temperature > 0)).nonzero()[:, 0]
     if len(drawn):
         tokens[drawn] = _draw(scores[drawn], SamplingRows(*(column[drawn] for column in rows[:5])))
-    return SampledTokens(tokens, raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1))
+    logprobs = raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1)
+    return SampledTokens(tokens, torch.where(finite, logprobs, math.nan))
 
 
 def _penalized(raw: Tensor, rows: SamplingRows) -> Tensor:
@@ -66,7 +73,8 @@ def _penalized(raw: Tensor, rows: SamplingRows) -> Tensor:
         penalty = rows.penalty[at, None]
         scores = torch.where(rows.seen[slots], torch.where(scores > 0, scores / penalty, scores * penalty), scores)
     if rows.bias is not None:
-        scores = scores + rows.bias[slots]
+        bias = rows.bias[slots]
+        scores = torch.where(bias.isneginf(), bias, scores + bias)  # forbidden, whatever the penalty made of the score
     return raw.index_copy(0, at, scores)
 
 
@@ -101,7 +109,8 @@ def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: T
     # a row that is cut by top-p alone may have its tail outside these candidates: its whole mass is 1
     mass = torch.where(top_k <= probs.shape[1], kept.sum(-1), 1.0)
     before = kept.cumsum(-1) - kept
-    kept = torch.where((before < (top_p * mass)[:, None]) & (probs >= min_p[:, None] * probs[:, :1]), kept, 0.0)
+    within = ((before < (top_p * mass)[:, None]) & (probs >= min_p[:, None] * probs[:, :1])) | (ranks == 0)
+    kept = torch.where(within, kept, 0.0)
     cumulative = kept.cumsum(-1)
     ranked = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
     return torch.minimum(ranked, (kept > 0).sum(-1) - 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.attention.kv_tiles import scales_at
+from qvl_kernels.triton.attention.kv_tiles import max_or_nan, scales_at
 from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
 from qvl_kernels.util import cdiv
@@ -40,9 +40,9 @@ def _store(
 ):  # fmt: skip
     """Store vectors into a slot of the blocks at `start`, channels first | second | passthrough, and an int8 scale."""
     if INT8:
-        top = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 1)
+        top = tl.reduce(max_or_nan(tl.abs(first), tl.abs(second)), 1, max_or_nan)
         if HAS_PASS:
-            top = tl.maximum(top, tl.max(tl.abs(passthrough), 1))
+            top = max_or_nan(top, tl.reduce(tl.abs(passthrough), 1, max_or_nan))
         tl.store(scales_at(cache_ptr, start, D, BLOCK_SIZE) + slot, (top * (1 / 127))[:, None], head_mask)
         factor = tl.where(top > 0, 127.0 / top, 0.0)[:, None]
         first, second = _to_int8(first, factor), _to_int8(second, factor)

@@ -41,10 +41,10 @@ def merge_kernel(
     row = tl.load(queries_ptr + 3 * query) if LISTED else query
     at = (query.to(tl.int64) * H + first) * SPLITS + part
     lse = tl.load(lse_ptr + at, part < count * SPLITS, float("-inf"))
-    inside = (lse > float("-inf"))[:, None] & (column < D)[None, :]
+    inside = (lse != float("-inf"))[:, None] & (column < D)[None, :]  # NaN has a partial result, too: NaN
     partial = tl.load(partial_ptr + at[:, None] * D + column[None, :], inside, 0.0)
     lse, partial = tl.reshape(lse, HEADS, SPLITS), tl.reshape(partial, HEADS, SPLITS, BLOCK_D)
-    weights = tl.where(lse > float("-inf"), tl.exp2(lse - tl.max(lse, 1)[:, None]), 0.0)
+    weights = tl.where(lse != float("-inf"), tl.exp2(lse - tl.max(lse, 1)[:, None]), 0.0)
     out = tl.sum(weights[:, :, None] * partial, 1) / tl.maximum(tl.sum(weights, 1), 1e-30)[:, None]
     to = (row.to(tl.int64) * H + first + heads[:, None]) * D + column[None, :]
     tl.store(out_ptr + to, out.to(out_ptr.dtype.element_ty), (heads < count)[:, None] & (column < D)[None, :])

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from qvl_kernels.triton.attention.decode_kv_fp16 import visible_keys
-from qvl_kernels.triton.attention.kv_tiles import bytes_as_floats, scales_at
+from qvl_kernels.triton.attention.kv_tiles import bytes_as_floats, max_or_nan, scales_at
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
 PLANES = tl.constexpr(4)  # of 7 bits: what a float32 has
@@ -19,7 +19,7 @@ def split_into_planes(q):
 
     The first PLANES columns hold 7 bits each of q over its largest element, the rest zeros.
     """
-    largest = tl.max(tl.abs(q), 0)
+    largest = tl.reduce(tl.abs(q), 0, max_or_nan)
     rest = q * tl.where(largest > 0, 127.0 / largest, 0.0)
     plane = tl.arange(0, COLUMNS)
     values = tl.zeros([COLUMNS, q.shape[0]], tl.float32)

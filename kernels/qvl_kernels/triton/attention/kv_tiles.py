@@ -67,3 +67,9 @@ def bytes_as_floats(words, BYTE: tl.constexpr):
     multiplication takes as fast as any. A conversion of integers runs at 16 lanes a clock, a quarter of a mask's rate.
     """
     return (words >> 24 if BYTE == 3 else words & (0xFF << 8 * BYTE)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def max_or_nan(x, y):
+    """max(x, y), or NaN if one of them is. `tl.max` loses NaN, and the int8 values of a lost one would be an answer."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)

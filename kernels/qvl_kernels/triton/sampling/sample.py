@@ -36,7 +36,8 @@ def score_kernel(
     """scores = (seen ? logits / penalty or logits * penalty by its sign : logits) + bias, float32 [m, vocab].
 
     Of each chunk, all [m, chunks]: tops and masses of the logits (largest, and sum of 2^((x - top) log2 e)), best
-    and ids of the scores (largest, and the first token that has it).
+    and ids of the scores (largest, and the first token that has it). The mass is NaN where a logit is NaN or +inf, or a
+    score +inf.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -45,7 +46,8 @@ def score_kernel(
     at = row * chunks + chunk
     top = tl.max(x, 0)
     tl.store(tops_ptr + at, top)
-    tl.store(masses_ptr + at, tl.sum(tl.exp2((x - top) * LOG2E), 0))
+    reference = tl.where(top == float("-inf"), 0.0, top)  # a chunk of -inf has the mass 0, not NaN
+    mass = tl.sum(tl.exp2((x - reference) * LOG2E), 0)
     if PENALTY or BIAS:
         slot = tl.load(slots_ptr + row)
         known = token < tl.where(slot >= 0, vocab, 0)
@@ -54,8 +56,10 @@ def score_kernel(
             seen = tl.load(seen_ptr + slot * vocab + token, known, 0) != 0
             x = tl.where(seen, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
         if BIAS:
-            x += tl.load(bias_ptr + slot * vocab + token, known, 0.0)
+            bias = tl.load(bias_ptr + slot * vocab + token, known, 0.0)
+            x = tl.where(bias == float("-inf"), bias, x + bias)
     best = tl.max(x, 0)
+    tl.store(masses_ptr + at, tl.where(best < float("inf"), mass, float("nan")))
     tl.store(best_ptr + at, best)
     tl.store(ids_ptr + at, tl.min(tl.where((x == best) & inside, token, vocab), 0))
     tl.store(scores_ptr + row * vocab + token, x, inside)

@@ -131,14 +131,16 @@ def pick_kernel(
 ):  # fmt: skip
     """The token of a row, int64 [m], and its log probability under the logits, float32 [m]; it becomes seen.
 
-    Without a temperature it is the first of the likeliest; DRAWS False: no row has one. Candidates, of each chunk best,
-    ids, tops and masses: as the kernels of `sampling` left them. The power of two BLOCK_CHUNKS holds the chunks.
+    Without a temperature it is the first of the likeliest; DRAWS False: no row has one. A row without a distribution
+    has the log probability NaN. Candidates, of each chunk best, ids, tops and masses: as the kernels of `sampling` left
+    them. The power of two BLOCK_CHUNKS holds the chunks.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk_index = tl.arange(0, BLOCK_CHUNKS)
     best = tl.load(best_ptr + row * chunks + chunk_index, chunk_index < chunks, float("-inf"))
     ids = tl.load(ids_ptr + row * chunks + chunk_index, chunk_index < chunks, vocab)
-    token = tl.min(tl.where(best == tl.max(best, 0), ids, vocab), 0)
+    highest = tl.max(best, 0)
+    token = tl.where(highest > float("-inf"), tl.min(tl.where(best == highest, ids, vocab), 0), vocab)
     if DRAWS:  # noqa: SIM102 - decided when the kernel is compiled
         if tl.load(temperature_ptr + row) > 0:
             found, top_k = tl.load(found_ptr + row), tl.load(top_k_ptr + row)
@@ -156,12 +158,15 @@ def pick_kernel(
                 tl.load(uniform_ptr + row),
                 BLOCK,
             )
+    chosen = (token >= 0) & (token < vocab)  # otherwise every score is -inf, or NaN is among them
+    token = tl.where(chosen, token, 0)
     tops = tl.load(tops_ptr + row * chunks + chunk_index, chunk_index < chunks, float("-inf"))
     masses = tl.load(masses_ptr + row * chunks + chunk_index, chunk_index < chunks, 0.0)
     top = tl.max(tops, 0)
     normalizer = top + LN2 * tl.log2(tl.sum(masses * tl.exp2((tops - top) * LOG2E), 0))
+    logprob = tl.load(logits_ptr + row * vocab + token).to(tl.float32) - normalizer
     tl.store(chosen_ptr + row, token.to(tl.int64))
-    tl.store(logprobs_ptr + row, tl.load(logits_ptr + row * vocab + token).to(tl.float32) - normalizer)
+    tl.store(logprobs_ptr + row, tl.where(chosen, logprob, float("nan")))
     if PENALTY:
         slot = tl.load(slots_ptr + row)
         tl.store(seen_ptr + slot * vocab + token, 1, slot >= 0)
