@@ -8,9 +8,10 @@ raises.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qvl_runtime.errors import PromptError
+from qvl_runtime.errors import PromptError, quoted
 
 SCALE = 1000
 """Coordinates run from 0 to this, whatever the size of the image."""
@@ -35,7 +36,7 @@ class Box:
     def __post_init__(self) -> None:
         if not (0 <= self.x1 <= self.x2 <= SCALE and 0 <= self.y1 <= self.y2 <= SCALE):
             raise PromptError(
-                f"box ({self.x1},{self.y1}),({self.x2},{self.y2}) is not a rectangle on the grid; "
+                f"box {quoted((self.x1, self.y1, self.x2, self.y2))} is not a rectangle on the grid; "
                 f"expected 0 <= x1 <= x2 <= {SCALE} and 0 <= y1 <= y2 <= {SCALE}"
             )
 
@@ -55,11 +56,20 @@ def _to_pixels(point: Point, width: int, height: int) -> Point:
     return int(point[0] / SCALE * width), int(point[1] / SCALE * height)
 
 
+def check_on_grid(numbers: Sequence[int], name: str = "box") -> None:
+    """Raise `PromptError` unless the coordinates of a box are a rectangle on the grid, or those of a quad on it."""
+    if name == "box":
+        x1, y1, x2, y2 = numbers
+        Box(None, x1, y1, x2, y2)
+    elif not all(0 <= number <= SCALE for number in numbers):
+        raise PromptError(f"quad {quoted(list(numbers))} is not on the grid; expected coordinates from 0 to {SCALE}")
+
+
 _TAG = re.compile(
     r"<(?P<name>ref|box|quad)>(?P<text>.*?)(?:(?P<end></(?P=name)>)|(?=<(?:ref|box|quad)>)|\Z)", re.DOTALL
 )
 _STRAY = re.compile(r"</?(?:ref|box|quad)>")
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")  # \d matches full-width digits, which float() reads
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")  # \d matches full-width digits, which float() reads
 _COORDINATES = re.compile(r"[\s\d.,;()\[\]（），；+-]*")
 _STRICT_POINTS = re.compile(r"\([0-9]+,[0-9]+\)(?:,\([0-9]+,[0-9]+\))*")
 _NUMBERS = {"box": 4, "quad": 8}
@@ -69,9 +79,10 @@ def parse_boxes(text: str, strict: bool = False, image_index: int | None = None)
     """All boxes of an answer in order, each with the label of the last `<ref>` before it.
 
     Tolerant by default: whitespace, full-width digits and decimals are accepted, corners sorted, coordinates clipped
-    to 0..1000; a box without an end tag is accepted if its numbers are complete, an unreadable one is skipped, and
-    exact repetitions are dropped. With `strict`, each of these raises `PromptError`, except repetitions, which are
-    kept. A quad becomes its bounding box and keeps its corners.
+    to 0..1000, and decimals that are all at most 1 are taken for fractions of the sides and scaled to 1000; a box
+    without an end tag is accepted if its numbers are complete, an unreadable one is skipped, and exact repetitions are
+    dropped. With `strict`, each of these raises `PromptError`, except repetitions, which are kept. A quad becomes its
+    bounding box and keeps its corners.
     """
     if strict:
         _require_closed_tags(text)
@@ -94,7 +105,11 @@ def _read_tolerantly(tag: re.Match[str]) -> list[int] | None:
     if readable is None or (tag["end"] and readable.end() < len(content)):
         return None
     # Unlike int, float accepts the endless digits of a runaway answer.
-    values = [int(min(max(float(number), 0), SCALE)) for number in _NUMBER.findall(readable[0])]
+    numbers = _NUMBER.findall(readable[0])
+    exact = [min(max(float(number), 0), SCALE) for number in numbers]
+    if "." in readable[0] and all(float(number) <= 1 for number in numbers):  # fractions of the image's sides
+        exact = [round(value * SCALE) for value in exact]
+    values = [int(value) for value in exact]
     if len(values) != _NUMBERS[tag["name"]]:
         return None
     if len(values) == 4:

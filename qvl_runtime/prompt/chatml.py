@@ -6,6 +6,7 @@ Source: docs/model.md sections 8 and 9.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -104,7 +105,7 @@ class PromptEncoder:
         if system is None:
             system = Segment(self.tokenizer.encode(self.system, "none"))
         segment, dropped = chatml_segment(
-            self.tokenizer, system, conversation.turns, conversation.query, self.max_window_size
+            self.tokenizer, system, conversation.turns, conversation.query, self.max_window_size, self.limits.max_images
         )
         return self._finish(segment, dropped)
 
@@ -116,7 +117,10 @@ class PromptEncoder:
         if not segment.ids:
             raise PromptError("the prompt is empty: add text or an image")
         if count > limit:
-            raise PromptError(f"the prompt has {count} images, over the limit of {limit}: raise max_images")
+            raise PromptError(
+                f"the prompt has {count} images, over the limit of {limit}: "
+                "ask about fewer at a time, or raise max_images"
+            )
         images = [
             load_image(slot.source, self.image_size, self.limits, name=f"image {number}")
             for number, slot in enumerate(segment.slots, start=1)
@@ -137,12 +141,18 @@ class PromptEncoder:
 
 
 def chatml_segment(
-    tokenizer: Tokenizer, system: Segment, turns: Sequence[Turn], query: Segment, max_window_size: int
+    tokenizer: Tokenizer,
+    system: Segment,
+    turns: Sequence[Turn],
+    query: Segment,
+    max_window_size: int,
+    max_images: int = sys.maxsize,
 ) -> tuple[Segment, int]:
     """The ChatML form of a conversation, and the number of oldest turns that were dropped.
 
-    Turns are added from the newest back while system message and turns stay below `max_window_size` tokens; the first
-    that does not fit ends this. The question is always included and does not count.
+    Turns are added from the newest back while system message and turns stay below `max_window_size` tokens, and their
+    images and those of the question do not exceed `max_images`; the first that does not fit ends this. The question is
+    always included and its tokens do not count.
     """
     newline = tokenizer.encode("\n", "none")
 
@@ -152,14 +162,14 @@ def chatml_segment(
 
     start = block("system", system)
     blocks: list[Segment] = []
-    remaining = max_window_size - len(start)
+    remaining, images = max_window_size - len(start), max_images - len(query.slots)
     for turn in reversed(turns):
         # After a question without an answer, the original keeps the newline that would precede one.
         answer = Segment() if turn.answer is None else block("assistant", turn.answer)
         piece = Segment().extend(newline, block("user", turn.question), newline, answer)
-        if len(piece) >= remaining:
+        if len(piece) >= remaining or len(piece.slots) > images:
             break
-        remaining -= len(piece)
+        remaining, images = remaining - len(piece), images - len(piece.slots)
         blocks.append(piece)
     reply = [tokenizer.im_start, *tokenizer.encode("assistant", "none"), *newline]
     whole = start.extend(*reversed(blocks), newline, block("user", query), newline, reply)

@@ -6,16 +6,17 @@ first of several boxes carries its label, and a malformed box raises. Source: do
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
-from qvl_runtime.errors import PromptError
+from qvl_runtime.errors import PromptError, quoted
 from qvl_runtime.prompt.tokenizer import SPECIAL_TOKENS
 
 _START = re.compile(r"<(img|ref|box|quad)>")
+_COUNTS = {"box": (4, "four numbers x1, y1, x2, y2"), "quad": (8, "eight numbers, x and y of four corners")}
 _KEYS = {"img": "image", "ref": "ref", "box": "box", "quad": "quad"}
 _CHAT_CONTROLS = frozenset(token for token in SPECIAL_TOKENS if token.startswith("<|")) - {"<|endoftext|>"}
 
@@ -45,19 +46,32 @@ def image_heading(number: int) -> str:
     return f"Picture {number}:"
 
 
-def whole_numbers(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """The four coordinates of a box, truncated to whole numbers as by `%d`. Raises `PromptError`."""
+def whole_numbers(shape: Sequence[float], name: str = "box") -> tuple[int, ...]:
+    """The 4 coordinates of a box, or 8 of a quad, truncated to whole numbers as by `%d`.
+
+    Raises `PromptError`, also for fractions from 0 to 1, which the original truncates to a point in the corner.
+    """
+    count, words = _COUNTS[name]
     try:
-        x1, y1, x2, y2 = map(math.trunc, box)
+        exact = list(shape)
+        numbers = tuple(map(int, exact))
     except (TypeError, ValueError, OverflowError):
-        raise PromptError(f"box {box!r:.80} cannot be written; expected four numbers x1, y1, x2, y2") from None
-    return x1, y1, x2, y2
+        exact, numbers = [], ()
+    if len(numbers) != count or not all(isinstance(number, Real) for number in exact):
+        raise PromptError(f"{name} {quoted(shape)} cannot be written; expected {words}")
+    if all(0 <= number <= 1 for number in exact) and not all(isinstance(number, Integral) for number in exact):
+        raise PromptError(f"{name} {quoted(shape)} runs from 0 to 1; expected 0 to 1000: multiply by 1000")
+    return numbers
 
 
 def box_text(box: Sequence[float]) -> str:
     """The text between `<box>` and `</box>`."""
-    x1, y1, x2, y2 = whole_numbers(box)
-    return f"({x1},{y1}),({x2},{y2})"
+    return point_text(whole_numbers(box))
+
+
+def point_text(numbers: Sequence[int]) -> str:
+    """Coordinates as points: `(x1,y1),(x2,y2)`, and so on."""
+    return ",".join(f"({x},{y})" for x, y in zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def to_list_format(text: str) -> list[dict[str, str]]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qvl_runtime.errors import PromptError
+from qvl_runtime.errors import PromptError, quoted
+from qvl_runtime.prompt.keys import OF_MESSAGES, refuse_unknown
 from qvl_runtime.prompt.parts import Content, content_segment
 from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Allowed, Tokenizer
@@ -72,11 +73,14 @@ def is_messages(prompt: object) -> bool:
 def _read(message: object, index: int) -> tuple[str, Content, str]:
     where = f"message {index}"
     if not isinstance(message, Mapping) or "role" not in message:
-        raise PromptError(f'{where} is {message!r:.60}; expected {{"role": ..., "content": ...}}')
+        raise PromptError(f'{where} is {quoted(message)}; expected {{"role": ..., "content": ...}}')
     role, content = message["role"], message.get("content")
-    where = f"message {index} ({role})"
-    if role not in ("system", "user", "assistant"):
+    where = f"message {index} ({quoted(role)[1:-1]})"
+    if not isinstance(role, str) or role not in ("system", "user", "assistant"):
         raise PromptError(f"{where} has an unknown role; expected system, user or assistant")
+    refuse_unknown(message, ("role", "content"), OF_MESSAGES, where)
+    if content is None and role == "assistant":  # a turn that was canceled, or only called a tool
+        content = ""
     if not isinstance(content, (str, list, tuple)):
         raise PromptError(f"{where} has content of type {type(content).__name__}; expected text or a list of parts")
     return role, content, where

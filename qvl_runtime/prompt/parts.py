@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from qvl_runtime.errors import PromptError
-from qvl_runtime.prompt.boxes import Box
-from qvl_runtime.prompt.listformat import box_text, image_heading, whole_numbers
+from qvl_runtime.errors import PromptError, quoted
+from qvl_runtime.prompt.boxes import check_on_grid
+from qvl_runtime.prompt.keys import OF_IMAGE_URLS, OF_PARTS, is_empty, refuse_unknown
+from qvl_runtime.prompt.listformat import image_heading, point_text, whole_numbers
 from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Allowed, Tokenizer
 
@@ -19,9 +20,17 @@ Part: TypeAlias = "str | Mapping[str, Any]"
 Content: TypeAlias = "str | Sequence[Part]"
 """Text, or parts in order."""
 
-_TYPES = ("text", "image", "image_url", "ref", "box")
+# The keys of each type of part.
+_KEYS = {
+    "text": ("text",),
+    "image": ("image",),
+    "image_url": ("image_url",),
+    "box": ("ref", "box"),
+    "quad": ("ref", "quad"),
+}
 _EXPECTED = (
-    'expected {"text": ...}, {"image": ...}, {"image_url": {"url": ...}} or {"ref": ..., "box": [x1, y1, x2, y2]}'
+    'expected {"text": ...}, {"image": ...}, {"image_url": {"url": ...}}, {"ref": ..., "box": [x1, y1, x2, y2]} '
+    'or {"ref": ..., "quad": [[x1, y1], [x2, y2], [x3, y3], [x4, y4]]}'
 )
 
 
@@ -41,8 +50,8 @@ def content_segment(
             writer.text(part)
         elif part_type == "text":
             writer.text(_string(part, "text", where))
-        elif part_type == "box":
-            _write_box(writer, part, where)
+        elif part_type in ("box", "quad"):
+            _write_shapes(writer, part, part_type, where)
         else:
             source = part["image"] if part_type == "image" else _image_url(part, where)
             writer.text(image_heading(first_image + len(writer.segment.slots)))
@@ -79,17 +88,22 @@ class _Writer:
 
 
 def _part_type(part: object, where: str) -> str:
-    """One of "text", "image", "image_url" and "box"."""
+    """One of "text", "image", "image_url", "box" and "quad"."""
     if isinstance(part, str):
         return "text"
     if not isinstance(part, Mapping):
         raise PromptError(f"{where} has a part of type {type(part).__name__}; {_EXPECTED}")
-    present = [key for key in _TYPES if part.get(key) is not None]
-    part_type = part.get("type", "box" if present == ["ref", "box"] else present[0] if len(present) == 1 else None)
-    part_type = "box" if part_type == "ref" else part_type
-    if part_type not in _TYPES or not (part_type in present or (part_type == "box" and "ref" in present)):
-        keys = ", ".join(f"{key!r}" for key in part) or "nothing"
-        raise PromptError(f"{where} has an invalid part with {keys}; {_EXPECTED}")
+    present = [key for keys in _KEYS.values() for key in keys if part.get(key) is not None and key != "ref"]
+    if len(present) > 1:
+        present = [key for key in present if not is_empty(part[key])]
+    part_type = part.get("type")
+    if part_type in (None, "ref"):
+        part_type = present[0] if len(present) == 1 else "box" if not present else None
+    keys = _KEYS.get(part_type, ()) if isinstance(part_type, str) else ()
+    if all(part.get(key) is None for key in keys):
+        names = ", ".join(quoted(key) for key in [*part][:8]) or "nothing"
+        raise PromptError(f"{where} has an invalid part with {names}; {_EXPECTED}")
+    refuse_unknown(part, keys, OF_PARTS, f"{where} has a part that")
     return str(part_type)
 
 
@@ -102,19 +116,39 @@ def _string(part: Mapping[str, Any], key: str, where: str) -> str:
 
 def _image_url(part: Mapping[str, Any], where: str) -> str:
     url = part["image_url"]
-    owner, key = (url, "url") if isinstance(url, Mapping) and "url" in url else (part, "image_url")
-    return _string(owner, key, where)
+    if isinstance(url, Mapping) and "url" in url:
+        refuse_unknown(url, ("url",), OF_IMAGE_URLS, f"{where} has an image_url that")
+        return _string(url, "url", where)
+    return _string(part, "image_url", where)
 
 
-def _write_box(writer: _Writer, part: Mapping[str, Any], where: str) -> None:
-    """Write `<ref>label</ref>` if there is a label, then `<box>(x1,y1),(x2,y2)</box>` for each box."""
-    tokens, boxes = writer.tokenizer, part.get("box")
+def _write_shapes(writer: _Writer, part: Mapping[str, Any], name: str, where: str) -> None:
+    """Write `<ref>label</ref>` if there is a label, then `<box>(x1,y1),(x2,y2)</box>` for each box, or its quads."""
+    tokens, shapes = writer.tokenizer, part.get(name)
     if part.get("ref") is not None:
         writer.wrap(tokens.ref_start, _string(part, "ref", where), tokens.ref_end)
-    if boxes is None:
+    if shapes is None:
         return
-    if not isinstance(boxes, Sequence) or isinstance(boxes, str):
-        raise PromptError(f"{where} has a box of type {type(boxes).__name__}; {_EXPECTED}")
-    for box in boxes if all(isinstance(box, Sequence) for box in boxes) else [boxes]:
-        Box(None, *whole_numbers(box))  # raises for coordinates in pixels instead of 0-1000
-        writer.wrap(tokens.box_start, box_text(box), tokens.box_end)
+    tags = (tokens.box_start, tokens.box_end) if name == "box" else (tokens.quad_start, tokens.quad_end)
+    for shape in _flattened(shapes, name, where):
+        points = whole_numbers(shape, name)
+        check_on_grid(points, name)  # coordinates in pixels are not on it
+        writer.wrap(tags[0], point_text(points), tags[1])
+
+
+def _flattened(shapes: Any, name: str, where: str) -> list[list[Any]]:
+    """One shape or several, given as numbers, as points [x, y] or as an array, each as a list of numbers."""
+    shapes = shapes.tolist() if hasattr(shapes, "tolist") else shapes
+    if not isinstance(shapes, Sequence) or isinstance(shapes, str):
+        raise PromptError(f"{where} has a {name} of type {type(shapes).__name__}; {_EXPECTED}")
+    if not all(_is_list(shape) for shape in shapes) or _are_points(shapes):
+        shapes = [shapes] if shapes else []
+    return [[n for point in shape for n in point] if _are_points(shape) else list(shape) for shape in shapes]
+
+
+def _are_points(shape: Sequence[Any]) -> bool:
+    return all(_is_list(point) and len(point) == 2 for point in shape)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
