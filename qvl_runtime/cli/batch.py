@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from qvl_runtime.cli.options import Debug, ModelOptions, Quiet, SamplingOptions, user_message
+from qvl_runtime.cli.options import Debug, EngineOptions, Quiet, SamplingOptions, user_message
 from qvl_runtime.cli.terminal import progress_bar, rate, say
 from qvl_runtime.errors import PromptError, QVLError
 
@@ -40,7 +40,7 @@ def batch(
     *,
     requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="The requests, one per line.")],
     answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, one per line in the same order.")],
-    models: ModelOptions,
+    models: EngineOptions,
     sampling: SamplingOptions,
     quiet: Quiet = False,
     debug: Debug = False,

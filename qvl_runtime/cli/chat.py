@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.cli.options import Debug, Images, ModelOptions, SamplingOptions, System, user_message
+from qvl_runtime.cli.options import Debug, EngineOptions, Images, SamplingOptions, System, user_message
 from qvl_runtime.cli.terminal import (
     INTERRUPTED,
     box_lines,
@@ -38,7 +38,7 @@ def chat(
     *,
     image: Images = None,
     system: System = None,
-    models: ModelOptions,
+    models: EngineOptions,
     sampling: SamplingOptions,
     debug: Debug = False,
 ) -> int:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qvl_runtime.schedule.api import SamplingParams
     from qvl_runtime.weights.hub import Source
 
-MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"  # help panels
+MODEL, IMAGES, SAMPLING, OUTPUT = "Model", "Images", "Sampling", "Output"  # help panels
 DEFAULT_MODEL = "the small checkpoint that ships with qvl"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
@@ -102,6 +102,36 @@ class ModelOptions:
             from qvl_runtime.engine.engine import Engine
 
             return Engine(**asdict(self))
+
+
+@dataclass(frozen=True)
+class EngineOptions(ModelOptions):
+    """Which checkpoint to run, and how it reads the user's images: fields of `Engine`, too."""
+
+    transparency: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Alpha channels: drop, as in training, or white, to put images on white.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = "drop"
+    exif_orientation: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Photos stored turned: ignore, as in training, or apply, to turn them and their boxes.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = "ignore"
+    deep_pixels: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="More than 8 bits: white is the end of the range, or stretch, from darkest to brightest.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = "range"
 
 
 @dataclass(frozen=True)

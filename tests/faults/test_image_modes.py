@@ -20,7 +20,7 @@ from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.errors import ConfigError, ImageError
 from qvl_runtime.prompt import images
 from qvl_runtime.prompt.images import load_image
-from qvl_runtime.prompt.limits import ImageLimits
+from qvl_runtime.prompt.limits import CHOICES, ImageLimits
 
 SIZE = 32
 RAMP8 = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE).astype(np.uint8)  # every value, four times
@@ -425,3 +425,29 @@ class TestClosedFiles:
         for thread in threads:
             thread.join()
         assert len(digests) == 8 and len(set(digests)) == 1
+
+
+@pytest.mark.cpu
+def test_options_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from qvl_runtime.cli import options
+    from qvl_runtime.cli.app import app
+
+    opened: list[dict[str, Any]] = []
+    real = options.EngineOptions.open
+
+    def open_and_note(self: options.EngineOptions) -> Engine:
+        engine = real(self)
+        opened.append({name: getattr(engine.engine_config, name) for name in CHOICES})
+        return engine
+
+    monkeypatch.setattr(options.EngineOptions, "open", open_and_note)
+    ink("RGBA").save(tmp_path / "a.png")
+    flags = ["--transparency", "white", "--exif-orientation", "apply", "--deep-pixels", "stretch"]
+    arguments = ["generate", "hi", "-i", str(tmp_path / "a.png"), "--max-tokens", "1", "--temperature", "0", "-q"]
+    result = CliRunner().invoke(app, [*arguments, *flags])
+    assert result.exit_code == 0, result.output
+    assert opened == [{"transparency": "white", "exif_orientation": "apply", "deep_pixels": "stretch"}]
+    help_text = CliRunner().invoke(app, ["chat", "--help"]).output
+    assert all(flag in help_text for flag in flags[::2])
