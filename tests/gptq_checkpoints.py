@@ -14,6 +14,7 @@ from qvl_runtime.formats.gptq import quantize_rtn
 from qvl_runtime.formats.layout import decoder_linears
 from qvl_runtime.weights.save import quantized_config
 
+LABELED = {"desc_act": False, "quant_method": "gptq"}
 GPTQ = {
     "int4": QuantizationConfig(4, 64),
     "int4 asymmetric": QuantizationConfig(4, 64, sym=False),
@@ -52,6 +53,16 @@ def gptq(raw: dict[str, Any], state: dict[str, torch.Tensor], name: str) -> dict
             packed[key] = packed[key][torch.randperm(len(packed[key]), generator=generator)]
     raw.update(quantized_config(raw, kind))
     return packed
+
+
+def quantized(
+    raw: dict[str, Any], make_state: Any, bits: int = 4, sym: bool = True, stored: str = "gptq"
+) -> dict[str, torch.Tensor]:
+    """A rounded state; `stored`: the format that its zero points really have."""
+    config = ModelConfig.from_dict(raw)
+    section = {**LABELED, "bits": bits, "group_size": 64, "sym": sym, "checkpoint_format": stored}
+    raw["quantization_config"] = section
+    return quantize_state(make_state(config), config, QuantizationConfig.from_dict(section))
 
 
 def same_files(one: Path, other: Path) -> None:

@@ -8,7 +8,7 @@ themselves say is compared with these labels where they are read: `formats.zero_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qvl_runtime.config.checks import read_fields, require_choice
@@ -34,13 +34,15 @@ class QuantizationConfig:
     group_size: int  # input channels that share a scale; -1: all of them
     desc_act: bool = False  # act-order: g_idx is a permutation, not i // group_size
     sym: bool | None = True  # None: the file does not say
-    checkpoint_format: str = "gptq"  # "gptq" (v1): zero points stored minus one; "gptq_v2": stored as they are
+    # "gptq" (v1): zero points stored minus one; "gptq_v2": stored as they are; None: two files disagree
+    checkpoint_format: str | None = "gptq"
     dynamic: bool = False  # the file has rules for some linears; those that are packed must fit the fields above
 
     def __post_init__(self) -> None:
         require_choice("the checkpoint's bits", self.bits, (4, 8))
         require_choice("the checkpoint's group_size", self.group_size, GROUP_SIZES)
-        require_choice("the checkpoint_format", self.checkpoint_format, FORMATS)
+        if self.checkpoint_format is not None:
+            require_choice("the checkpoint_format", self.checkpoint_format, FORMATS)
 
     @property
     def zero_offset(self) -> int:
@@ -67,20 +69,15 @@ class QuantizationConfig:
     def from_files(cls, section: Mapping[str, Any] | None, file: Mapping[str, Any] | None) -> QuantizationConfig | None:
         """Read both places: the section of config.json counts, and quantize_config.json has what it lacks.
 
-        None if there is neither. Raises `ConfigError` where the two disagree on a format that no tensor tells: that of
-        zero points which are not symmetric.
+        None if there is neither. Where the two disagree on the format, as those of Optimum 2.3 do, the tensors tell.
         """
         if section is None:
             return None if file is None else cls.from_dict(file)
         ours, theirs = _normalized(section, "config.json"), _normalized(file or {}, "quantize_config.json")
-        found, other = ours.get("checkpoint_format"), theirs.get("checkpoint_format")
-        if found and other and found != other and not ours.get("sym"):
-            raise ConfigError(
-                f"config.json has checkpoint_format {quoted(found)} and quantize_config.json has {quoted(other)}: "
-                "correct the wrong one, or remove quantize_config.json if config.json is right"
-            )
         given = {key: value for key, value in ours.items() if value is not None}
-        return cls.from_dict({**theirs, **given}, "config.json")
+        both = cls.from_dict({**theirs, **given}, "config.json")
+        other = theirs.get("checkpoint_format")
+        return replace(both, checkpoint_format=None) if other and other != both.checkpoint_format else both
 
 
 def _normalized(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

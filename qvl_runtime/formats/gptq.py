@@ -71,16 +71,15 @@ class GPTQLinear:
         ordered = torch.equal(g_idx, in_order)
         if not ordered:
             _check_g_idx(g_idx, in_order, name, scales.shape[0], quantization.desc_act)
-        qzeros = state[f"{name}.qzeros"]
         return cls(
             qweight=qweight,
-            qzeros=qzeros,
+            qzeros=state[f"{name}.qzeros"],
             scales=scales,
             g_idx=None if ordered and in_features % group_size == 0 else g_idx,
             bias=state.get(f"{name}.bias"),
             bits=quantization.bits,
             group_size=group_size,
-            zero_offset=resolve_offset(name, qzeros, quantization),
+            zero_offset=resolve_offset(state, name, quantization),
         )
 
     def to(self, device: torch.device) -> GPTQLinear:

@@ -2,10 +2,12 @@
 
 The two formats differ by one: v1 stores zero points minus one, v2 as they are. The true zero point of a symmetric
 linear is the middle of its codes, 8 of 4 bits and 128 of 8, so the stored value tells the format. Some writers label it
-wrongly (GPTQModel 5 wrote 8 under "gptq"), and a model read with the wrong one answers noise.
+wrongly (GPTQModel 5 wrote 8 under "gptq"; Optimum 2.3 calls v1 "gptq_v2" in config.json), and a model read with the
+wrong one answers noise.
 
 The zero points of an asymmetric linear can be anything. Its codes tell, though: weights are as often positive as
-negative, so codes lie as often above their zero point as below, and with the wrong format they are all off by one.
+negative, so codes lie as often above their zero point as below, and with the wrong format they are all off by one. That
+is evidence where there are two labels, and a warning where there is one.
 """
 
 from __future__ import annotations
@@ -22,23 +24,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLED_ROWS = 8  # of packed codes of a linear: 88,000 codes or more at full size
-_OFFSETS = {1: FORMATS[0], 0: FORMATS[1]}  # what is added to a stored zero point, and the name of that format
-_NEAR = 0.25  # codes: the mean of all sampled ones under the right format
-_MANY_LINEARS = 4  # fewer are no evidence
+_FORMAT_OF = {1: FORMATS[0], 0: FORMATS[1]}  # by what is added to a stored zero point
+_NEAR = 0.25  # codes: how far the mean of the sampled ones may lie from their zero points
 
 
-def resolve_offset(name: str, qzeros: Tensor, quantization: QuantizationConfig) -> int:
+def resolve_offset(tensors: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> int:
     """What to add to the stored zero points of linear `name`: by the data if it is symmetric, else by the label.
 
-    qzeros: int32 [G, out * bits / 32]. Where the configuration does not say whether the checkpoint is symmetric, one
-    value in the whole linear makes it so. Raises `CheckpointError` for a symmetric checkpoint with other zero points.
+    Where the configuration does not say whether the checkpoint is symmetric, one value in the whole linear makes it so;
+    where two files disagree on the format, the codes tell. Raises `CheckpointError` for a symmetric checkpoint with
+    other zero points, and for codes that tell nothing.
     """
-    for offset in _OFFSETS if quantization.sym is not False else ():
+    qzeros, label = tensors[f"{name}.qzeros"], quantization.checkpoint_format
+    for offset in _FORMAT_OF if quantization.sym is not False else ():
         if bool((qzeros == _word(_middle(quantization) - offset, quantization.bits)).all()):
             return offset
     if quantization.sym:
         raise CheckpointError(_neither(name, qzeros, quantization))
-    return quantization.zero_offset
+    if label is not None:
+        return quantization.zero_offset
+    mean = _mean_code(tensors, name, quantization)
+    for offset in _FORMAT_OF:
+        if abs(mean - offset) <= _NEAR:
+            return offset
+    raise CheckpointError(
+        "config.json and quantize_config.json have different values of checkpoint_format, and the codes do not tell "
+        f"which is right ({name}: {mean:+.2f} from the stored zero points on average): correct one of the two"
+    )
 
 
 def zero_point_notes(tensors: Mapping[str, Tensor], config: ModelConfig) -> list[str]:
@@ -49,30 +61,32 @@ def zero_point_notes(tensors: Mapping[str, Tensor], config: ModelConfig) -> list
     quantization = config.quantization
     if quantization is None:
         return []
-    names = list(decoder_linears(config))
-    label = quantization.checkpoint_format
-    offsets = {name: resolve_offset(name, tensors[f"{name}.qzeros"], quantization) for name in names}
-    if other := [name for name in names if _OFFSETS[offsets[name]] != label]:
-        stored = _middle(quantization) - offsets[other[0]]
+    names, label = list(decoder_linears(config)), quantization.checkpoint_format
+    offsets = {name: resolve_offset(tensors, name, quantization) for name in names}
+    if label is None:
+        found = ", ".join(sorted({repr(_FORMAT_OF[offset]) for offset in offsets.values()}))
+        return [f"config.json and quantize_config.json disagree on the checkpoint_format; the data is {found}"]
+    if other := [name for name in names if _FORMAT_OF[offsets[name]] != label]:
+        stored, real = _middle(quantization) - offsets[other[0]], _FORMAT_OF[offsets[other[0]]]
         return [
             f"the zero points of {len(other)} of {len(names)} symmetric linears are stored as {stored}, which is the "
-            f"format {_OFFSETS[offsets[other[0]]]!r} and not {label!r}, as the configuration says: read as stored"
+            f"format {real!r} and not {label!r}, as the configuration says: read as stored"
         ]
-    if quantization.sym or len(names) < _MANY_LINEARS:
+    if quantization.sym:
         return []
-    means = [_mean_code(tensors, name, quantization) for name in names]
-    mean = sum(means) / len(means)
-    if abs(mean - (1 - quantization.zero_offset)) > _NEAR or abs(mean - quantization.zero_offset) < 1 - _NEAR:
+    mean = sum(_mean_code(tensors, name, quantization) for name in names) / len(names)
+    wrong = 1 - quantization.zero_offset
+    if abs(mean - wrong) > _NEAR:
         return []
     return [
         f"the codes lie {mean - quantization.zero_offset:+.2f} from their zero points on average, as if the "
-        f"checkpoint_format were {_OFFSETS[1 - quantization.zero_offset]!r} and not {label!r}: change it in the "
-        "quantization config if the answers are noise"
+        f"checkpoint_format were {_FORMAT_OF[wrong]!r} and not {label!r}: change it in the quantization config if the "
+        "answers are noise"
     ]
 
 
 def _mean_code(tensors: Mapping[str, Tensor], name: str, quantization: QuantizationConfig) -> float:
-    """The mean of code minus stored zero point over some rows of a linear: 1 in format v1, 0 in v2."""
+    """The mean of code minus stored zero point over some rows of a linear: about 1 in format v1, 0 in v2."""
     import torch
 
     from qvl_kernels.reference import unpack_rows
