@@ -197,6 +197,6 @@ def _why_not_loaded(image: Image.Image, error: Exception) -> str:
 
 
 def _cause(error: Exception) -> str:
-    """What PIL says, without the bytes of the file that some of its messages quote."""
-    text = re.sub(r"\bb(['\"]).*", "...", str(error), flags=re.DOTALL)
-    return text or type(error).__name__
+    """What PIL says, without what some of its messages quote from the file, after a colon or in quotation marks."""
+    text = re.split(r":|\bb?['\"]", str(error))[0]
+    return text.rstrip(" (") or type(error).__name__

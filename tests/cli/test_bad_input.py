@@ -85,7 +85,7 @@ def test_enormous_image(tmp_path: Path) -> None:
     chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, empty, b"IEND"))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     message = error_of("What is this?", "--image", path)
-    assert "enormous.png" in message and "over the limit of 40,000,000 pixels with 400,000,000" in message
+    assert "enormous.png" in message and "over the limit of 67,108,864 pixels with 400,000,000" in message
 
 
 def test_empty_prompt() -> None:
