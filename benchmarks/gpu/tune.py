@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Cost = Callable[["Config"], float | None]  # seconds; None if the GPU has too little shared memory
 ROWS: dict[Regime, int] = {"small_m": 1, "gemm": 256}  # that each kernel is timed with
 GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and stages to try
-    "small_m": ((16,), (128, 256), (4, 8), (2, 3, 4, 5)),
+    "small_m": ((8,), (32, 64), (1, 2, 4, 8), (1,)),
     "gemm": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
 }
 WRONG = 2**-7  # of the largest output: sixteen roundings of float16

@@ -42,7 +42,8 @@ def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None
     few, many = ([*candidates(kind, 80, inputs, outputs)] for kind in ("small_m", "gemm"))
     assert few[0] == config(80, "small_m", 1, inputs, outputs)
     assert len(few) > 8 and len(many) > 8 and len({*few}) == len(few)
-    assert all(_valid([*made]) and outputs % made.columns == 0 for made in few + many)
+    assert all(_valid("small_m", [*made]) and outputs % made.columns == 0 for made in few)
+    assert all(_valid("gemm", [*made]) and outputs % made.columns == 0 for made in many)
     assert all(-(-inputs // 128) % made.splits == 0 for made in many)
 
 
@@ -51,12 +52,12 @@ def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.
     from qvl_kernels.triton.linear.configs import config, overrides
 
     tried = [*candidates("small_m", 90, 4096, 4096)]
-    best, seconds = fastest(tried, lambda made: None if made == tried[0] else 1.0 / made.stages)
-    assert (best.stages, seconds) == (5, 0.2)
+    best, seconds = fastest(tried, lambda made: None if made == tried[0] else 1.0 / made.warps)
+    assert (best.warps, seconds) == (8, 0.125)
     with pytest.raises(RuntimeError, match="no configuration runs on this GPU"):
         fastest(tried, lambda made: None)
     file = tmp_path / "kernels.json"
-    write(file, 80, {"small_m 4096 4096": [16, 128, 8, 4, 6]})
+    write(file, 80, {"small_m 4096 4096": [8, 64, 8, 4, 6]})
     write(file, 90, {"small_m 4096 4096": [*best]})
     monkeypatch.setenv("QVL_KERNEL_CONFIGS", str(file))
     overrides.cache_clear()

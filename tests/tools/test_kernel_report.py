@@ -81,7 +81,8 @@ def test_the_worst_fault_gives_the_status(capsys: pytest.CaptureFixture[str]) ->
     slow, narrow = replace(GOOD, ratio=0.7), replace(GOOD, wide=0.5)
     spilling, broken = replace(GOOD, spilled=8, ratio=0.7), Row("x", "sm_90", error="CompilationError: no")
     assert complain([GOOD]) == 0
-    assert complain([GOOD, slow]) == complain([narrow]) == 3
+    shared = replace(GOOD, shared_stores=4, from_registers=True)
+    assert complain([GOOD, slow]) == complain([narrow]) == complain([shared]) == 3
     assert complain([slow, spilling]) == 2
     assert complain([spilling, broken]) == 1
     said = capsys.readouterr().err

@@ -44,12 +44,14 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     kernel = launch.kernel
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError("interpreted kernels cannot be compiled: unset TRITON_INTERPRET before triton is imported")
     signature, constants, attributes = specialize(launch)
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack, sass = disassemble(made.asm["cubin"])

@@ -55,6 +55,8 @@ class Row:
     min_wide: float = 0.0
     per_layer: int = 0
     least_bytes: int = 0
+    shared_stores: int = 0  # of the main loop, asynchronous copies not counted
+    from_registers: bool = False  # whether there may be none
 
     @property
     def bound_us(self) -> float:
@@ -73,6 +75,8 @@ class Row:
             faults.append(Fault(3, f"exceeds the ratio: {self.ratio:.2f}, bar {self.max_ratio}"))
         if self.wide < self.min_wide:
             faults.append(Fault(3, f"loads {self.wide:.0%} of its bytes 128 bits at a time, bar {self.min_wide:.0%}"))
+        if self.from_registers and self.shared_stores:
+            faults.append(Fault(3, f"sends weights through shared memory: {self.shared_stores} stores in its loop"))
         return faults
 
 
@@ -122,6 +126,8 @@ def _row(spec: Spec, target: str, machine: Machine, code: MachineCode) -> Row:
         min_wide=spec.min_wide,
         per_layer=spec.per_layer,
         least_bytes=spec.least_bytes,
+        shared_stores=sum(line.startswith(("STS", "STSM")) for line in loop),
+        from_registers=spec.from_registers,
     )
 
 

@@ -44,6 +44,7 @@ class Spec(NamedTuple):
     bytes_moved: int  # at least, between DRAM and the chip
     max_ratio: float | None = None  # busiest pipe or issue time / memory time; None for kernels that compute bounds
     min_wide: float = 0.0  # share of loaded bytes that must come in 128-bit loads
+    from_registers: bool = False  # whether the main loop must write nothing to shared memory, such as unpacked weights
     loop_trips: float | None = None  # of the main loop in one program; None: inferred from bytes_moved
     flops: int = 0
     per_layer: int = 0  # launches in one decoder layer of a decode step with this many rows; 0: not part of one

@@ -88,8 +88,8 @@ def test_dequantized_weights_are_rounded_once(
 def test_very_many_rows_and_float32_take_the_dequantized_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
-    for module in (small_m, gemm):
-        monkeypatch.delattr(module, f"int4_{module.__name__.rpartition('.')[2]}_kernel")
+    monkeypatch.delattr(small_m, "small_m_kernel")
+    monkeypatch.delattr(gemm, "int4_gemm_kernel")
     for x in (activations(configs.DEQUANTIZE_M[4], 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
 
@@ -113,14 +113,33 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
 @pytest.mark.parametrize("act_order", [False, True])
 def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
     """Few rows: tiles that do not divide evenly among the splits. The bias is in one of them."""
-    inputs = 128 * (13 if rows <= configs.SMALL_M[4] else 12)
+    inputs = 128 * (25 if rows <= configs.SMALL_M[4] else 12)
     tensors, x = checkpoint(inputs, 128, 128, act_order=act_order), activations(rows, inputs)
     bias = activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
     parts = linear.forward_partial_sums(x)
-    assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32  # at least four tiles a program
+    assert parts.shape == (3, rows, 128) and parts.dtype == torch.float32  # as many tiles a program as it needs
     check(ops.sum_partials(parts, x.dtype), x, tensors, bias)
     assert torch.equal(linear(x), ops.sum_partials(parts, x.dtype))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 9, 32])
+@pytest.mark.parametrize("symmetric, group", [(True, 64), (False, 32), (True, 128), (False, 256)])
+def test_few_rows_in_bfloat16(rows: int, symmetric: bool, group: int, bits: int) -> None:
+    tensors, x = checkpoint(320, 136, group, bits=bits, symmetric=symmetric), activations(rows, 320, torch.bfloat16)
+    exact = reference.gptq_dequantize(*tensors, bits, 1)
+    plain = torch.nn.functional.linear(x, exact.to(torch.bfloat16))
+    as_good_as_torch(ops.prepare_gptq(*tensors, bits, 1)(x), plain, x.double() @ exact.double().t())
+
+
+@pytest.mark.parametrize("symmetric, group", [(True, 128), (True, 32), (False, 64)])
+def test_a_row_does_not_depend_on_the_others(symmetric: bool, group: int) -> None:
+    tensors, x = checkpoint(640, 128, group, symmetric=symmetric), activations(32, 640)
+    linear = ops.prepare_gptq(*tensors, 4, 1)
+    together = linear.forward_partial_sums(x)
+    for rows in (1, 2, 8, 9, 16, 17):
+        assert torch.equal(linear.forward_partial_sums(x[:rows]), together[..., :rows, :])
 
 
 def test_any_split_gives_the_sum() -> None:
@@ -151,7 +170,7 @@ def test_leading_axes_are_kept(shape: tuple[int, ...]) -> None:
     [
         (lambda x: x[:, :64], r"x is float16 \[2, 64\], strided; expected contiguous float16 or bfloat16 \[any, 128\]"),
         (lambda x: x.double(), r"x is float64 \[2, 128\]"),
-        (lambda x: x.repeat(9, 1), r"x has 18 rows; expected 1 to 16"),
+        (lambda x: x.repeat(17, 1), r"x has 34 rows; expected 1 to 32"),
     ],
 )
 def test_what_a_kernel_must_not_be_given_is_said(spoil: Callable[[Tensor], Tensor], message: str) -> None:
@@ -183,21 +202,23 @@ def test_configurations_cover_what_they_are_given(capability: int, rows: int, in
     kind = configs.regime(4, rows, torch.float16)
     made = configs.config(capability, kind, rows, inputs, outputs)
     assert outputs % made.columns == 0 and made.rows & (made.rows - 1) == 0
-    assert 1 <= made.splits <= max(1, inputs // 128 // configs.LEAST_TILES)
+    assert 1 <= made.splits <= max(1, inputs // 128 // configs.LEAST_TILES[kind])
     assert kind == "gemm" or made.rows >= rows
+    if kind == "small_m":
+        assert made._replace(rows=8) == configs.config(capability, kind, 1, inputs, outputs)
 
 
 def test_a_file_of_configurations_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = tmp_path / "configs.json"
     monkeypatch.setenv("QVL_KERNEL_CONFIGS", str(named))
-    named.write_text(json.dumps({"90": {"small_m 4096 4096": [16, 128, 8, 4, 6]}}))
+    named.write_text(json.dumps({"90": {"small_m 4096 4096": [8, 64, 8, 4, 6]}}))
     configs.overrides.cache_clear()
     try:
-        assert configs.config(90, "small_m", 1, 4096, 4096) == (16, 128, 8, 4, 6)
-        assert configs.config(80, "small_m", 1, 4096, 4096) != (16, 128, 8, 4, 6)
-        named.write_text(json.dumps({"90": {"small_m 4096 4096": [16, 96, 8, 4, 6]}}))
+        assert configs.config(90, "small_m", 1, 4096, 4096) == (8, 64, 8, 4, 6)
+        assert configs.config(80, "small_m", 1, 4096, 4096) != (8, 64, 8, 4, 6)
+        named.write_text(json.dumps({"90": {"small_m 4096 4096": [8, 96, 8, 4, 6]}}))
         configs.overrides.cache_clear()
-        with pytest.raises(ValueError, match=r"'small_m 4096 4096' is \[16, 96, 8, 4, 6\]; expected"):
+        with pytest.raises(ValueError, match=r"'small_m 4096 4096' is \[8, 96, 8, 4, 6\]; expected"):
             configs.config(90, "small_m", 1, 4096, 4096)
     finally:
         monkeypatch.delenv("QVL_KERNEL_CONFIGS")

@@ -77,7 +77,7 @@ def test_dequantized_weights_are_rounded_once(
 def test_many_rows_and_float32_take_the_dequantized_weight(poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, bias = checkpoint(192, 40, 64, bits=8, act_order=True), activations(1, 40)[0]
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
-    monkeypatch.delattr(small_m, "int8_small_m_kernel")
+    monkeypatch.delattr(small_m, "small_m_kernel")
     for x in (activations(configs.SMALL_M[8] + 1, 192), activations(2, 192, torch.float32)):
         check(linear(x), x, tensors, bias)
 

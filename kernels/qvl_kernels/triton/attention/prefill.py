@@ -78,15 +78,16 @@ class Configuration(NamedTuple):
 def configuration(capability: int, rows: int, head_dim: int, dtype: torch.dtype, int8: bool) -> Configuration:
     """rows: the most that a request has; dtype: of q; int8: whether the cache is.
 
-    The widest tiles that do not spill: on sm_80 16 rows a warp with 32 keys. An int8 cache uses more keys, so that the
-    total, which has four parts, is updated less often; and on sm_80 half the rows, so that two programs fit on an SM.
+    The widest tiles that do not spill on any supported Triton: on sm_80 16 rows a warp with 32 keys. An int8 cache uses
+    more keys there, so that the total, which has four parts, is updated less often, and half the rows, so that two
+    programs fit on an SM.
     """
     if rows <= 16:
         return Configuration(16, 64 if head_dim <= 128 else 32, 4, 2)
     if head_dim > 128 or dtype == torch.float32:
         return Configuration(64, 32, 8, 2)
     if capability >= 90:
-        return Configuration(128, 128 if int8 else 64, 8, 2)
+        return Configuration(128, 64, 8, 2)
     return Configuration(64, 64, 4, 2) if int8 else Configuration(128, 32, 8, 2)
 
 

@@ -16,23 +16,28 @@ from typing import Literal, NamedTuple
 import torch
 
 from qvl_kernels.gpus import gpu_named
-from qvl_kernels.layouts.gpu import OUTPUTS, TILE
+from qvl_kernels.layouts.gpu import OUTPUTS, TILE, TILE_INT8
 from qvl_kernels.triton.launch import CAPABILITIES
 from qvl_kernels.util import cdiv
 
 Regime = Literal["small_m", "gemm", "dequantize"]
-# By bits. Rows up to which a linear is memory-bound: for int4 one tensor-core tile; for int8 a few, and beyond the
-# weight is dequantized once for torch's product, three passes over what the kernel reads.
-SMALL_M = {4: 16, 8: 64}
+# By bits. Rows up to which a weight is multiplied as it is unpacked, from registers: beyond, an int4 weight meets tiles
+# of many rows, and an int8 weight is dequantized once for torch's product, three passes over what the kernel reads.
+SMALL_M = {4: 32, 8: 64}
 # Rows from which dequantizing an int4 weight once, 1.3 passes over it in 16 bits, costs less than in each tile.
 DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
-INT8_TILE_M = 32  # rows of an int8 program where there are more than 16: programs of the same columns share the L2
+SMALL_M_TILES = (8, 16, 32)  # rows of a program with few rows: the registers of a tile of 64 would spill
 
+TILES = {4: TILE, 8: TILE_INT8}  # inputs of a tile, by bits
 MULTIPROCESSORS = {  # by capability, of the GPU whose configurations all others of that capability share
     gpu.capability: gpu.sms for gpu in map(gpu_named, ("A100-SXM4-80GB", "RTX A6000", "RTX 4090", "H100 80GB HBM3"))
 }
-PROGRAMS = 1.5  # on each: 2 stages of 16 KB each outstanding are 48 KB, of the 18 that Little's law asks on H100
-LEAST_TILES = 4  # a program: with fewer, filling the pipeline takes longer than running it
+# Programs on each. Many rows: 2 stages of 16 KB each outstanding are 48 KB, of the 18 that Little's law asks on H100.
+# Few rows: measured on an H100 over 1 to 32 splits, where a layer's four linears were best at 1, 2 to 4, 1 and 4
+# splits, each partial sum costing the next kernel 0.1 to 0.2 us.
+PROGRAMS = {"small_m": 3.9, "gemm": 1.5}
+LEAST_TILES = {"small_m": 16, "gemm": 4}  # a program: with fewer, filling the pipeline takes longer than running it
+LARGE_TILES = "rows that are a power of two from 16 to 256, columns of 128 or 256"
 
 
 class Config(NamedTuple):
@@ -55,23 +60,21 @@ def regime(bits: int, rows: int, dtype: torch.dtype) -> Regime:
 def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, bits: int = 4) -> Config:
     """The configuration for a weight [outputs, inputs]; outputs are the padded ones, a multiple of 128.
 
-    Int8 uses int4's: as many bytes a tile, and the same split-K.
+    With few rows, all but the rows of a tile depends on the weight alone, so that a row's sums are added in the same
+    order whatever else is in the step.
     """
-    chosen = _config(capability, kind, rows, inputs, outputs)
-    return chosen._replace(rows=INT8_TILE_M) if bits == 8 and rows > chosen.rows else chosen
-
-
-def _config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int) -> Config:
-    here = known(capability)
+    here, tiles = known(capability), cdiv(inputs, TILES[bits])
     tuned = overrides().get((here, f"{kind} {inputs} {outputs}"))
     if tuned is not None:
-        return tuned if outputs % tuned.columns == 0 else tuned._replace(columns=OUTPUTS)
-    made = _small_m(here, outputs) if kind == "small_m" else _gemm(here, rows, outputs)
-    programs = cdiv(rows, made.rows) * (outputs // made.columns)
-    splits = _splits(here, programs, cdiv(inputs, TILE))
-    if kind == "gemm":  # its splits have the same number of tiles
-        splits = next(n for n in range(splits, 0, -1) if cdiv(inputs, TILE) % n == 0)
-    return made._replace(splits=splits)
+        tuned = tuned if outputs % tuned.columns == 0 else tuned._replace(columns=OUTPUTS)
+        return tuned._replace(rows=_tile_rows(rows)) if kind == "small_m" else tuned
+    if kind == "small_m":
+        made = Config(_tile_rows(rows), 32, 4, 1)
+        return made._replace(splits=_splits(here, kind, outputs // made.columns, tiles))
+    made = _gemm(here, rows, outputs)
+    splits = _splits(here, kind, cdiv(rows, made.rows) * (outputs // made.columns), tiles)
+    # its splits have the same number of tiles
+    return made._replace(splits=next(n for n in range(splits, 0, -1) if tiles % n == 0))
 
 
 def known(capability: int) -> int:
@@ -79,10 +82,8 @@ def known(capability: int) -> int:
     return max((c for c in CAPABILITIES if c <= capability), default=CAPABILITIES[0])
 
 
-def _small_m(capability: int, outputs: int) -> Config:
-    # 256 columns halve what each program spends on x: 0.46 of memory time on A100 where 128 columns take 0.53.
-    # The 100 KB of shared memory of 8.6 and 8.9 hold two programs of 3 stages.
-    return Config(SMALL_M[4], 256 if outputs % 256 == 0 else 128, 4, 3)
+def _tile_rows(rows: int) -> int:
+    return next((n for n in SMALL_M_TILES if n >= rows), SMALL_M_TILES[-1])
 
 
 def _gemm(capability: int, rows: int, outputs: int) -> Config:
@@ -93,10 +94,11 @@ def _gemm(capability: int, rows: int, outputs: int) -> Config:
     return Config(32, 128, 4, 3) if rows <= 32 else Config(64, 128, 8, 3)
 
 
-def _splits(capability: int, programs: int, tiles: int) -> int:
-    """Split-K that fills the GPU; with many rows there is none, since partial sums cost traffic."""
-    splits = cdiv(int(PROGRAMS * MULTIPROCESSORS[capability]), programs)
-    return max(1, min(splits, tiles // LEAST_TILES))
+def _splits(capability: int, kind: Regime, programs: int, tiles: int) -> int:
+    """Split-K that fills the GPU; with many rows or outputs there is none, since partial sums cost traffic."""
+    wanted = PROGRAMS[kind] * MULTIPROCESSORS[capability]
+    splits = int(wanted) // programs if kind == "small_m" else cdiv(int(wanted), programs)
+    return max(1, min(splits, tiles // LEAST_TILES[kind]))
 
 
 @cache
@@ -108,17 +110,26 @@ def overrides() -> dict[tuple[int, str], Config]:
     found: dict[tuple[int, str], Config] = {}
     for capability, entries in json.loads(Path(path).read_text(encoding="utf-8")).items():
         for key, numbers in entries.items():
-            if not _valid(numbers):
+            if not _valid(key, numbers):
                 raise ValueError(
-                    f"{path}: {key!r} is {numbers}; expected [rows, columns, warps, stages, splits] with rows and"
-                    " columns (128 or 256) powers of two from 16 on, and 1 to 64 of the others"
+                    f"{path}: {key!r} is {numbers}; expected [rows, columns, warps, stages, splits] with"
+                    f" {'rows of 8, 16 or 32, columns of 32, 64 or 128' if _few_rows(key) else LARGE_TILES}, 1, 2, 4 or"
+                    " 8 warps, and 1 to 64 of the others"
                 )
             found[int(capability), key] = Config(*numbers)
     return found
 
 
-def _valid(numbers: object) -> bool:
+def _few_rows(key: str) -> bool:
+    return key.startswith("small_m")
+
+
+def _valid(key: str, numbers: object) -> bool:
     if not isinstance(numbers, list) or len(numbers) != 5 or not all(type(n) is int for n in numbers):
         return False
-    rows, columns, *others = numbers
-    return rows in (16, 32, 64, 128, 256) and columns in (128, 256) and all(1 <= n <= 64 for n in others)
+    rows, columns, warps, *others = numbers
+    if _few_rows(key):
+        fits = rows in SMALL_M_TILES and columns in (32, 64, 128)
+    else:
+        fits = rows in (16, 32, 64, 128, 256) and columns in (128, 256)
+    return fits and warps in (1, 2, 4, 8) and all(1 <= n <= 64 for n in others)

@@ -81,7 +81,7 @@ def int8_dequantize_kernel(
         first = tile * TILE_INT8 + part * SPAN
         group = tl.minimum(first, INPUTS - 1) // GROUP * PADDED + n
         zero = None if zeros_ptr is None else tl.load(zeros_ptr + group).to(tl.float32)
-        level = tl.trans(unpack_int8(words, zero, tl.float16, part * 2 // PARTS, 2 // PARTS)).to(tl.float32)
+        level = tl.trans(unpack_int8(words, zero, part * 2 // PARTS, 2 // PARTS)).to(tl.float32)
         weight = level * tl.load(scales_ptr + group).to(tl.float32)[:, None]
         inside = (n[:, None] < OUTPUTS) & (first + k[None, :] < INPUTS)
         tl.store(out_ptr + n.to(tl.int64)[:, None] * INPUTS + first + k[None, :], weight.to(OUT), inside)

@@ -85,7 +85,7 @@ def gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
 
 
 def plan_gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> MatmulPlan:
-    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 16-row blocks."""
+    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 8-row blocks."""
     checks.tensor("int4_gemm", "x", x, (None, weight.inputs), torch.float16, torch.bfloat16)
     checks.device("int4_gemm", x, bias, *weight.tensors().values())
     rows, padded = len(x), weight.words.shape[1]

@@ -18,17 +18,18 @@ from qvl_kernels.triton.linear.gemm import plan_gemm
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.small_m import plan_small_m
 from qvl_kernels.triton.linear.split_sum import sum_partials
+from qvl_kernels.util import cdiv
 
 __all__ = ["LAYOUTS", "bind", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "unpack_to_qweight"]
 
 STEP = 128  # outputs: whole programs of the kernels that dequantize
 UNPACKED_AT_ONCE = 16 << 20  # bytes: the published model's up_gate would be 172 MiB on top of a prompt's activations
-BUCKET = 16  # rows: configurations change only at multiples of it
+BUCKET = 8  # rows: configurations change only at multiples of it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A packed weight and its bias. Checks and configurations are resolved once per regime, 16 rows and dtype."""
+    """A packed weight and its bias. Checks and configurations are resolved once per regime, 8 rows and dtype."""
 
     weight: PackedInt4 | PackedInt8
     bias: Tensor | None
@@ -53,7 +54,7 @@ class PackedLinear:
         if kind == "dequantize":
             return self._dequantized(x)
         # The key holds all that the checks look at, so that an x with a plan needs none.
-        key = (kind, (rows + BUCKET - 1) // BUCKET, dtype, x.device, x.shape[1:])
+        key = (kind, cdiv(rows, BUCKET), dtype, x.device, x.shape[1:])
         plan = self._plans.get(key)
         if plan is None:
             plan_matmul = plan_small_m if kind == "small_m" else plan_gemm

@@ -1,130 +1,123 @@
 """Int4 and int8 linears with few rows (small M): memory-bound, every weight is read once.
 
-Int4 takes 1 to 16 rows, int8 1 to 64; `configs` holds the limits. Tensor cores multiply even a single row: a dot takes
-0.25 instructions a weight, CUDA cores one for each weight and row. Budget at 0.6 of memory time, everything included:
-2.9 instructions an int4 weight on A100 and 2.6 on H100. An int8 weight has twice the bytes, so 5.8 and 5.2: values
-become exact 16-bit floats (`int8_tile`), and the scale is applied to the accumulator.
+Tensor cores multiply even a single row: a dot takes 0.25 instructions a weight, CUDA cores one for each weight and row.
+The product is out^T = W x^T by mma.sync with the weights as operand A, straight from the registers that they are
+unpacked in (`mma_operands`, `code_pairs`). Budget at 0.6 of memory time, everything included: 2.9 instructions an int4
+weight on A100 and 2.6 on H100; an int8 weight has twice the bytes, so 5.8 and 5.2.
+
+The warps of a program take different tiles of K, and their sums meet in shared memory once, at the end. Which warp and
+split a tile belongs to depends on the weight alone, and a row's products meet in the same order for any number of rows:
+a row's result does not depend on the others.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
+from qvl_kernels.triton.gluon import gl, gluon, mma
 from qvl_kernels.triton.launch import Launch, Spec, capability, counted
+from qvl_kernels.triton.linear.code_pairs import EXPONENT, base, unit
 from qvl_kernels.triton.linear.configs import SMALL_M, Config, config
-from qvl_kernels.triton.linear.int4_tile import (
-    BASE_BF16,
-    EXPONENT_BF16,
-    TILE_INT4,
-    WORDS,
-    keep_in_register,
-    unpack_int4,
-)
-from qvl_kernels.triton.linear.int8_tile import TILE_INT8, unpack_int8
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
+from qvl_kernels.triton.linear.mma_operands import (
+    index,
+    repeat_rows,
+    weight_operand,
+    words_layout,
+    x_layout,
+    x_operand,
+)
 from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
 from qvl_kernels.util import cdiv
 
-MOST_RATIO, LEAST_WIDE = 0.6, 0.9  # bars of the kernel report
+# Bars of the kernel report. With 9 to 16 rows the operand of x doubles, and so do its MMAs: an H100 took 15.5 us for
+# qkv, whose weight it reads in 8.5, at a ratio of 0.65, and no configuration of a lower ratio was faster.
+MOST_RATIO, MOST_RATIO_16, LEAST_WIDE = 0.6, 0.7, 0.9
 
 
-@triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
-def int4_small_m_kernel(
+@gluon.jit(do_not_specialize=["rows"])  # one binary for every batch size of a tile
+def small_m_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
     rows,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BITS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """out[s, m, n] = sum over groups g of split s: scale[g, n] * (sum over k of g: x[m, k] * (q[k, n] - zero[g, n])).
 
-    x [rows, INPUTS]; words int32 [tiles, PADDED, 16]; scales, zeros [groups, PADDED] (zeros None: 8); bias [OUTPUTS]
-    or None, added by split 0; out [splits, rows, OUTPUTS].
+    x [rows, INPUTS]; words int32 [tiles, PADDED, 16]; scales, zeros [groups, PADDED] (zeros None: the middle code);
+    bias [OUTPUTS] or None, added by split 0; out [splits, rows, OUTPUTS]. A program: BM rows, BN outputs, W warps.
 
-    The dot multiplies x by UNIT * (BASE + q). UNIT * (BASE + zero) times the group's sum of x is subtracted from its
-    result, and the scale is applied to it: once per output and group, not per weight.
+    The dot multiplies x by UNIT * (BASE + q). UNIT * (BASE + zero) times the group's sum of x, which an MMA of
+    constants makes, is subtracted from its result, and the scale is applied to it: once per output and group.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
-    BASE: tl.constexpr = 0 if FLOAT == tl.float16 else BASE_BF16
-    UNIT: tl.constexpr = 2.0**-21 if FLOAT == tl.float16 else 1.0
-    PARTS: tl.constexpr = TILE_INT4 // GROUP if GROUP < TILE_INT4 else 1  # of a tile, each in one group
-    SPAN: tl.constexpr = TILE_INT4 // PARTS
-    RAGGED: tl.constexpr = (INPUTS + TILE_INT4 - 1) // TILE_INT4 * TILE_INT4 != INPUTS
-    TILES: tl.constexpr = (INPUTS + TILE_INT4 - 1) // TILE_INT4
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
-    k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
-    exponent = 0 if FLOAT == tl.float16 else keep_in_register(EXPONENT_BF16, words_ptr, rows)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
-        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
-        words = tl.trans(words).to(tl.uint32, bitcast=True)
-        for part in tl.static_range(PARTS):
-            first = tile * TILE_INT4 + part * SPAN
-            inside = m[:, None] < rows
-            if RAGGED:
-                inside &= first + k[None, :] < INPUTS
-            x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
-            weight = unpack_int4(words, FLOAT, exponent, part * 4 // PARTS, 4 // PARTS)
-            group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
-            scale = tl.load(scales_ptr + group).to(tl.float32)
-            total = tl.sum(x.to(tl.float32), 1)[:, None] * UNIT
-            if zeros_ptr is None:
-                zero = total * (BASE + 8)
-            else:
-                zero = total * (tl.load(zeros_ptr + group).to(tl.float32) + BASE)[None, :]
-            acc += (tl.dot(x, weight) - zero) * scale[None, :]
-    acc *= 1 / UNIT
+    UNIT: tl.constexpr = unit(BITS, FLOAT == gl.float16)
+    BASE: tl.constexpr = base(BITS, FLOAT == gl.float16)
+    TILE: tl.constexpr = 512 // BITS  # inputs of 16 words
+    CHUNKS: tl.constexpr = TILE // 32
+    PARTS: tl.constexpr = TILE // GROUP if GROUP < TILE else 1  # of a tile, each in one group
+    SPAN: tl.constexpr = TILE // PARTS
+    TILES: tl.constexpr = (INPUTS + TILE - 1) // TILE
+    RAGGED: tl.constexpr = TILES * TILE != INPUTS
+    MIDDLE: tl.constexpr = BASE + (1 << (BITS - 1))
+    SUMMED: tl.constexpr = 1.0 if zeros_ptr is not None else -MIDDLE * UNIT  # what the sum of x is multiplied by
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
+    A: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: tl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    L: tl.constexpr = words_layout(W, BN)
+    X: tl.constexpr = x_layout(W, BM)
+    S: tl.constexpr = gl.SliceLayout(2, MMA)
+    split, splits = gl.program_id(1), gl.num_programs(1)
+    first, last = split * TILES // splits, (split + 1) * TILES // splits
+    n0, m0 = gl.program_id(0) * BN, gl.program_id(2) * BM
+    w, w_x = index(W, 0, L), index(W, 0, X)  # [W, 1, 1]
+    w_s = gl.expand_dims(gl.arange(0, W, gl.SliceLayout(1, S)), 1)  # [W, 1]
+    words_at = words_ptr + (n0 + index(BN, 1, L)) * 16 + index(16, 2, L)
+    n_s = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)  # [1, BN]
+    k = index(32, 1, X)
+    x_at = x_ptr + gl.minimum(m0 + index(BM, 2, X), rows - 1) * INPUTS + k  # rows past the last are the last
+    exponent = 0
+    if BITS == 4 and FLOAT != gl.float16:
+        exponent = gl.load(words_ptr, rows < 0, EXPONENT)  # never loaded: a constant that stays in a register
+    summed = gl.full([W, 16, 32], SUMMED, FLOAT, A)
+    acc = gl.zeros([W, BN, BM], gl.float32, MMA)
+    for i in range(first, last, W):
+        if W == 1:
+            words = gl.load(words_at + i * (PADDED * 16))
+        else:
+            words = gl.load(words_at + (i + w) * (PADDED * 16), i + w < last)
+        for part in gl.static_range(PARTS):
+            total = gl.zeros([W, 16, BM], gl.float32, MMA)
+            dot = gl.zeros([W, BN, BM], gl.float32, MMA)
+            for chunk in gl.static_range(part * (CHUNKS // PARTS), (part + 1) * (CHUNKS // PARTS)):
+                start = gl.minimum(i + w_x, last - 1) * TILE + 32 * chunk  # past the end the last tile once more
+                if RAGGED:
+                    x = x_operand(gl.load(x_at + start, start + k < INPUTS, 0.0), B)
+                else:
+                    x = x_operand(gl.load(x_at + start), B)
+                if SUMMED != 0:
+                    total = mma(summed, x, total)
+                dot = mma(weight_operand(words, exponent, FLOAT, BITS, chunk, A), x, dot)
+            group = gl.minimum((i + w_s) * TILE + part * SPAN, INPUTS - 1) // GROUP * PADDED + n_s  # [W, BN]
+            inside = (i + w_s < last) & (n_s >= 0)
+            scale = gl.load(scales_ptr + group, inside, 0.0).to(gl.float32)
+            if zeros_ptr is not None:
+                zero = (gl.load(zeros_ptr + group, inside, 0).to(gl.float32) + BASE) * UNIT
+                dot -= repeat_rows(total, BN, MMA) * gl.expand_dims(zero, 2)
+            elif SUMMED != 0:
+                dot += repeat_rows(total, BN, MMA)
+            acc += dot * gl.expand_dims(scale, 2)
+    y = gl.sum(acc, 0) * (1 / UNIT)  # [BN, BM]
+    n = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, y.type.layout)), 1)
+    m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, y.type.layout)), 0)
     if bias_ptr is not None and split == 0:
-        acc += tl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(tl.float32)[None, :]
-    inside = (m[:, None] < rows) & (n[None, :] < OUTPUTS)
-    out = out_ptr + (split * rows + m[:, None]) * OUTPUTS + n[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
-def int8_small_m_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
-    rows,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """out[s, m, n] = sum over groups g of split s: scale[g, n] * (sum over k of g: x[m, k] * (q[k, n] - zero[g, n])).
-
-    x [rows, INPUTS]; words int32 [tiles, PADDED, 16]; scales, zeros [groups, PADDED] (zeros None: 128); bias [OUTPUTS]
-    or None, added by split 0; out [splits, rows, OUTPUTS].
-    """
-    FLOAT: tl.constexpr = x_ptr.dtype.element_ty
-    PARTS: tl.constexpr = TILE_INT8 // GROUP if GROUP < TILE_INT8 else 1  # of a tile, each in one group
-    SPAN: tl.constexpr = TILE_INT8 // PARTS
-    RAGGED: tl.constexpr = (INPUTS + TILE_INT8 - 1) // TILE_INT8 * TILE_INT8 != INPUTS
-    TILES: tl.constexpr = (INPUTS + TILE_INT8 - 1) // TILE_INT8
-    split, splits = tl.program_id(2), tl.num_programs(2)
-    m, n = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
-    k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for tile in range(split * TILES // splits, (split + 1) * TILES // splits):
-        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
-        words = tl.trans(words).to(tl.uint32, bitcast=True)
-        for part in tl.static_range(PARTS):
-            first = tile * TILE_INT8 + part * SPAN
-            inside = m[:, None] < rows
-            if RAGGED:
-                inside &= first + k[None, :] < INPUTS
-            x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
-            group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
-            zero = None if zeros_ptr is None else tl.load(zeros_ptr + group).to(tl.float32)
-            weight = unpack_int8(words, zero, FLOAT, part * 2 // PARTS, 2 // PARTS)
-            acc += tl.dot(x, weight) * tl.load(scales_ptr + group).to(tl.float32)[None, :]
-    if bias_ptr is not None and split == 0:
-        acc += tl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(tl.float32)[None, :]
-    inside = (m[:, None] < rows) & (n[None, :] < OUTPUTS)
-    out = out_ptr + (split * rows + m[:, None]).to(tl.int64) * OUTPUTS + n[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
+        y += gl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(gl.float32)
+    out = out_ptr + (split * rows + m) * OUTPUTS + n
+    gl.store(out, y.to(out_ptr.dtype.element_ty), (n < OUTPUTS) & (m < rows))
 
 
 def small_m(
@@ -140,7 +133,7 @@ def small_m(
 def plan_small_m(
     x: Tensor, weight: PackedInt4 | PackedInt8, bias: Tensor | None = None, splits: int | None = None
 ) -> MatmulPlan:
-    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 16-row blocks."""
+    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 8-row blocks."""
     op, rows, most = f"int{weight.BITS}_small_m", len(x), SMALL_M[weight.BITS]
     checks.tensor(op, "x", x, (None, weight.inputs), torch.float16, torch.bfloat16)
     checks.device(op, x, bias, *weight.tensors().values())
@@ -152,14 +145,13 @@ def plan_small_m(
 
 
 def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
-    padded, int8 = weight.words.shape[1], weight.BITS == 8
-    grid = (cdiv(padded, chosen.columns), chosen.splits)
+    padded = weight.words.shape[1]
     launch = Launch(
-        int8_small_m_kernel if int8 else int4_small_m_kernel,
-        (cdiv(rows, chosen.rows), *grid) if int8 else grid,
+        small_m_kernel,
+        (cdiv(padded, chosen.columns), chosen.splits, cdiv(rows, chosen.rows)),
         {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
-        {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
-         "BM": chosen.rows, "BN": chosen.columns},
+        {"BITS": weight.BITS, "INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded,
+         "GROUP": weight.group, "BM": chosen.rows, "BN": chosen.columns, "W": chosen.warps},
         chosen.warps,
         chosen.stages,
     )  # fmt: skip
@@ -172,7 +164,7 @@ def aot_specs(capability: int) -> list[Spec]:
     One case of each has zero points.
     """
     fp16, bf16 = torch.float16, torch.bfloat16
-    cases = [(4, name, rows, fp16, True) for name in DECODER for rows in (1, 4, 16)]
+    cases = [(4, name, rows, fp16, True) for name in DECODER for rows in (1, 4, 16, 32)]
     cases += [(4, name, rows, bf16, True) for name in DECODER for rows in (1, 16)]
     cases += [(4, "qkv", 16, dtype, False) for dtype in (fp16, bf16)]
     cases += [(8, "head", rows, dtype, True) for rows in (1, 16) for dtype in (fp16, bf16)]
@@ -190,9 +182,10 @@ def _spec(capability: int, bits: int, name: str, rows: int, dtype: torch.dtype, 
         label + ("" if symmetric else ", zero points"),
         launch,
         x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-        max_ratio=MOST_RATIO if rows <= 16 else None,
+        max_ratio=None if rows > 16 else MOST_RATIO if rows <= 8 or bits == 8 else MOST_RATIO_16,
         min_wide=LEAST_WIDE,
-        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
+        from_registers=True,
+        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits / chosen.warps,
         flops=2 * rows * weight.inputs * weight.outputs,
         per_layer=int(bits == 4 and dtype == torch.float16 and symmetric),
         least_bytes=weight_bytes(weight, bias),

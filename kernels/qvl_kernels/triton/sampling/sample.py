@@ -90,7 +90,7 @@ def level_kernel(
         weight = tl.exp2(x * LOG2E)
         at = row * (LEVELS + 1) * chunks + chunk
         for level in range(LEVELS):
-            above = x >= -LOWEST * tl.exp2(tl.cast(level, tl.float32) * GROWTH)
+            above = x >= tl.exp2(tl.cast(level, tl.float32) * GROWTH) * -LOWEST
             tl.store(counts_ptr + at + level * chunks, tl.sum(above.to(tl.int32), 0))
             tl.store(mass_ptr + at + level * chunks, tl.sum(tl.where(above, weight, 0.0), 0))
         tl.store(counts_ptr + at + LEVELS * chunks, tl.sum((token < vocab).to(tl.int32), 0))
