@@ -9,8 +9,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.errors import ConfigError, QVLError
+from qvl_runtime.errors import ConfigError, QVLError, quoted
 from qvl_runtime.text import read_text
+
+# Numbers that are sampled with are float32: below the smallest normal one a GPU may take them for 0.
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
+LARGEST_INT = 2**63 - 1
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
@@ -47,6 +51,8 @@ def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, 
         declared = str(field.type).removesuffix(" | None")
         if not isinstance(value, _TYPES[declared]) or (isinstance(value, bool) and declared != "bool"):
             raise ConfigError(f"{where} has {field.name} {value!r}; expected a value of type {declared}")
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            raise ConfigError(f"{where} has {field.name} {quoted(value)}; expected a number of at most 63 bits")
         values[field.name] = float(value) if isinstance(value, int) and declared == "float" else value
     return values
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.config.checks import read_fields, read_json, require_choice, require_positive
+from qvl_runtime.config.checks import (
+    LARGEST_FLOAT32,
+    LARGEST_INT,
+    SMALLEST_FLOAT32,
+    read_fields,
+    read_json,
+    require_choice,
+    require_positive,
+)
 from qvl_runtime.config.generation_keys import refuse_unsupported, unused_keys
 from qvl_runtime.errors import ConfigError, quoted
 
@@ -43,12 +50,16 @@ class GenerationDefaults:
 
     def __post_init__(self) -> None:
         require_choice("chat_format", self.chat_format, ("chatml", "raw"))
-        require_positive(self, "", "max_window_size", "max_new_tokens", "repetition_penalty")
-        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"{_FILE} has temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; "
-                "expected temperature and top_k of at least 0 and top_p in (0, 1]"
-            )
+        require_positive(self, "", "max_window_size", "max_new_tokens")
+        for name, least, most in (
+            ("temperature", 0, LARGEST_FLOAT32),
+            ("top_k", 0, LARGEST_INT),
+            ("top_p", SMALLEST_FLOAT32, 1),
+            ("repetition_penalty", SMALLEST_FLOAT32, LARGEST_FLOAT32),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"{_FILE} has {name} {quoted(value)}; expected {least:.2g} to {most:.2g}")
         if self.max_time is not None:
             require_positive(self, "", "max_time")
 

@@ -63,7 +63,7 @@ class AsyncEngine:
 
         Raises the errors of `Engine.stream`, and `CapacityError` if the engine is busy and `wait` is false.
         """
-        if params is not None and params.n != 1:
+        if isinstance(params, SamplingParams) and params.n != 1:
             raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
         async with aclosing(self._items(prompt, params, wait, streamed=True)) as items:
             async for piece in items:

@@ -15,7 +15,7 @@ from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe
 from qvl_runtime.engine.score import Score, score_prompt
-from qvl_runtime.errors import PromptError, QVLError
+from qvl_runtime.errors import PromptError, QVLError, SamplingError, quoted
 from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
@@ -102,7 +102,7 @@ class Engine:
         its error is raised once all are done, and what became of each is in the error's `completions`.
         """
         batch = _prompt_list(prompts)
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(batch)
         if len(each) != len(batch):
             raise PromptError(f"there are {len(batch)} prompts and {len(each)} sampling parameters; expected one each")
         encoded = [
@@ -155,7 +155,7 @@ class Engine:
         self, encoded: Encoded, params: SamplingParams | None = None, streamed: bool = False, tag: Any = None
     ) -> Request:
         """Queue a request in `core`, for callers that run `core.step` themselves."""
-        resolved = (params or SamplingParams()).resolve(self.defaults)
+        resolved = _checked(params).resolve(self.defaults)
         return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
@@ -220,7 +220,7 @@ class Engine:
         return self._encoded(self._prompts.encode, prompt)
 
     def _stream(self, encode: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
-        params = params or SamplingParams()
+        params = _checked(params)
         if params.n != 1:
             raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
         return self._stream_pieces(encode, prompt, params)
@@ -248,6 +248,13 @@ class Engine:
     def _step(self) -> None:
         if not self.core.step():
             raise RuntimeError("requests are unanswered, but none can make progress")
+
+
+def _checked(params: SamplingParams | None) -> SamplingParams:
+    """Return sampling parameters, by default those of the checkpoint. Raises `SamplingError` for anything else."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise SamplingError(f"params is {quoted(params)}; expected SamplingParams, as SamplingParams(temperature=0)")
+    return params or SamplingParams()
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -13,7 +13,7 @@ from itertools import takewhile
 from operator import index
 from typing import Any, TypeAlias, cast
 
-from qvl_runtime.errors import ConfigError, PromptError
+from qvl_runtime.errors import ConfigError, PromptError, quoted
 from qvl_runtime.prompt.images import LoadedImage, load_image
 from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.messages import Conversation, Turn, is_messages
@@ -186,8 +186,12 @@ def ids_segment(tokenizer: Tokenizer, prompt: Mapping[str, Any]) -> Segment:
     except TypeError as error:
         raise PromptError(f"token_ids is not a list of whole numbers ({error}); expected token ids") from None
     if outside := [token for token in ids if not 0 <= token < tokenizer.n_vocab]:
-        raise PromptError(f"token_ids holds {outside[0]}; expected ids from 0 to {tokenizer.n_vocab - 1}")
-    sources = list(prompt.get("images") or ())
+        raise PromptError(f"token_ids holds {quoted(outside[0])}; expected ids from 0 to {tokenizer.n_vocab - 1}")
+    sources = prompt.get("images")
+    if sources is None:
+        sources = []
+    if not isinstance(sources, (list, tuple)):
+        raise PromptError(f"images is {quoted(sources)}; expected a list with an image for each span of token_ids")
     spans = ids.count(tokenizer.img_start)
     if spans != len(sources):
         raise PromptError(f"token_ids has {spans} image spans, but images has {len(sources)} images")

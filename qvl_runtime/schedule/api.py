@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvl_runtime.errors import PromptError, SamplingError
+from qvl_runtime.config.checks import LARGEST_FLOAT32, LARGEST_INT, SMALLEST_FLOAT32
+from qvl_runtime.errors import PromptError
 from qvl_runtime.prompt.boxes import Box
+from qvl_runtime.schedule import parameter_checks as check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,14 +20,37 @@ if TYPE_CHECKING:
     from qvl_runtime.prompt.images import LoadedImage
 
 
+MAX_ANSWERS = 128  # n, as in the API that it follows; more are more requests, which share the prompt's cached blocks
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 128, 1000  # those of generation_config.json included
+
+_WHOLE: dict[str, tuple[int, int, str]] = {
+    "max_tokens": (1, LARGEST_INT, "at least 1"),
+    "top_k": (0, LARGEST_INT, "0 (off) or more"),
+    "seed": (0, LARGEST_INT, "0 to 2^63 - 1"),
+    "n": (1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers: make more requests for more"),
+    "logprobs": (0, 100, "0 to 100 alternatives"),
+}
+_REAL: dict[str, tuple[float, float, str]] = {
+    "temperature": (0.0, LARGEST_FLOAT32, "0 (greedy) or more, up to 3.4e38"),
+    "top_p": (SMALLEST_FLOAT32, 1.0, "at least 1.2e-38 and at most 1"),
+    "min_p": (0.0, 1.0, "0 (off) to 1"),
+    "repetition_penalty": (SMALLEST_FLOAT32, LARGEST_FLOAT32, "at least 1.2e-38 and at most 3.4e38; 1 is off"),
+    "timeout_s": (SMALLEST_FLOAT32, LARGEST_FLOAT32, "a number of seconds above 0"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are sampled and when an answer stops. None means the value of the checkpoint's generation_config.json.
 
-    temperature 0 is greedy. top_k 0 is off. `n` answers share one prefill; answer i is sampled with seed + i. `stop`
-    strings are not part of the text. `logprobs` is the number of alternatives returned for each token. With a seed,
-    the answer does not depend on other requests. Requests with different `cache_salt` share no cached prefixes, so that
-    timing does not tell one tenant what another has sent. Raises `SamplingError` for a value out of range.
+    temperature 0 is greedy. top_k 0 is off. `n` answers, at most 128, share one prefill; answer i is sampled with
+    seed + i. `stop` strings, at most 128 of up to 1,000 characters, are not part of the text. A `logit_bias` of -inf
+    forbids a token. `logprobs` is the number of alternatives returned for each token. With a seed, the answer does not
+    depend on other requests. Requests with different `cache_salt` share no cached prefixes, so that timing does not
+    tell one tenant what another has sent.
+
+    Numbers may be those of numpy. They are sampled with as float32. Raises `SamplingError` for a value that has another
+    type or is out of range as a float32.
     """
 
     max_tokens: int | None = None  # of the answer
@@ -45,50 +70,33 @@ class SamplingParams:
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        self._check_types()
-        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        _check(
-            "temperature", self.temperature, _is_none_or_between(self.temperature, 0, math.inf), "0 (greedy) or more"
-        )
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "more than 0 and at most 1")
-        _check("top_k", self.top_k, _is_none_or_between(self.top_k, 0, math.inf), "0 (off) or more")
-        _check("min_p", self.min_p, _is_none_or_between(self.min_p, 0, 1), "0 (off) to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty is None or 0 < penalty < math.inf, "more than 0; 1 is off")
-        _check("seed", self.seed, _is_none_or_between(self.seed, 0, 2**63 - 1), "0 or more")
-        _check("n", self.n, self.n >= 1, "at least 1")
-        _check("logprobs", self.logprobs, _is_none_or_between(self.logprobs, 0, 100), "0 to 100 alternatives")
-        timeout = self.timeout_s
-        _check("timeout_s", timeout, timeout is None or 0 < timeout < math.inf, "a number of seconds above 0")
-        _check("stop", self.stop, all(self.stop), "strings of at least one character")
+        for name, (least, most, expected) in _WHOLE.items():
+            value = getattr(self, name)
+            if value is not None or name == "n":
+                self._set(name, check.whole(name, value, least, most, expected))
+        for name, (low, high, expected) in _REAL.items():
+            value = getattr(self, name)
+            if value is not None or name == "min_p":
+                self._set(name, check.real(name, value, low, high, expected))
+        self._set("stop", check.stop_strings(self.stop, MAX_STOP_STRINGS, MAX_STOP_LENGTH))
+        self._set("stop_token_ids", check.ids("stop_token_ids", self.stop_token_ids))
+        self._set("logit_bias", check.biases(self.logit_bias))
+        self._set("ignore_eos", check.flag("ignore_eos", self.ignore_eos))
+        self._set("cache_salt", check.text("cache_salt", self.cache_salt))
 
-    def _check_types(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "n", "logprobs"):
-            value = getattr(self, name)
-            _check(name, value, (value is None and name != "n") or _is_integer(value), "a whole number")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "timeout_s"):
-            value = getattr(self, name)
-            _check(name, value, (value is None and name != "min_p") or _is_number(value), "a number")
-        texts = isinstance(self.stop, (tuple, list)) and all(isinstance(text, str) for text in self.stop)
-        _check("stop", self.stop, texts, "strings")
-        ids = isinstance(self.stop_token_ids, (tuple, list)) and all(map(_is_integer, self.stop_token_ids))
-        _check("stop_token_ids", self.stop_token_ids, ids, "whole numbers")
-        bias = self.logit_bias
-        known = isinstance(bias, Mapping) and all(map(_is_integer, bias)) and all(map(_is_number, bias.values()))
-        _check("logit_bias", bias, known and all(v < math.inf for v in bias.values()), "token ids to finite numbers")
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def resolve(self, defaults: GenerationDefaults) -> SamplingParams:
         """Return the parameters with every None filled in from generation_config.json, except the seed.
 
         The file's stop strings and suppressed tokens are added; a bias of these parameters counts for its token.
         """
-        greedy = not defaults.do_sample
+        greedy, suppressed = not defaults.do_sample, defaults.suppressed_ids
         return replace(
             self,
             stop=self.stop if self.ignore_eos else (*self.stop, *defaults.stop_strings),
-            logit_bias={**dict.fromkeys(defaults.suppressed_ids, -math.inf), **self.logit_bias},
+            logit_bias={**dict.fromkeys(suppressed, -math.inf), **self.logit_bias} if suppressed else self.logit_bias,
             timeout_s=defaults.max_time if self.timeout_s is None else self.timeout_s,
             max_tokens=defaults.max_new_tokens if self.max_tokens is None else self.max_tokens,
             temperature=(0.0 if greedy else defaults.temperature) if self.temperature is None else self.temperature,
@@ -193,20 +201,3 @@ class StreamPiece(NamedTuple):
     text: str
     token_ids: tuple[int, ...] = ()
     completion: Completion | None = None
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _is_none_or_between(value: float | None, low: float, high: float) -> bool:
-    return value is None or (low <= value <= high and not math.isinf(value))
-
-
-def _check(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise SamplingError(f"{name} is {value!r}; expected {expected}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
-from qvl_runtime.errors import NumericsError, SamplingError
+from qvl_runtime.errors import NumericsError, SamplingError, quoted
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 from qvl_runtime.schedule.numerics import numerics_error
 
@@ -40,7 +40,11 @@ class SamplingState:
         """params: resolved; prompt_ids: already counted by the repetition penalty; index: of the answer, among n."""
         out_of_range = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab]
         if out_of_range:
-            raise SamplingError(f"token id {out_of_range[0]} is not in the vocabulary; expected 0 to {vocab - 1}")
+            raise SamplingError(
+                f"token id {quoted(out_of_range[0])} is not in the vocabulary; expected 0 to {vocab - 1}"
+            )
+        if len(params.logit_bias) == vocab and max(params.logit_bias.values()) == -math.inf:
+            raise SamplingError(f"logit_bias forbids every token of {vocab}: leave one without -inf")
         self.params = params
         self.penalty = params.repetition_penalty or 1.0
         self.seen: Tensor | None = None
@@ -110,7 +114,7 @@ def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> Sampling
     numbers = [
         (
             p.temperature or 0.0,
-            p.top_k or 0,
+            min(p.top_k or 0, 2**31 - 1),
             1.0 if p.top_p is None else p.top_p,
             p.min_p,
             row.state.uniform(row.position),

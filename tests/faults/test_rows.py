@@ -14,7 +14,7 @@ import torch
 
 from qvl_runtime import AsyncEngine, Completion, Engine, SamplingParams
 from qvl_runtime.cli.batch import run_batch
-from qvl_runtime.errors import NumericsError, QVLError
+from qvl_runtime.errors import NumericsError, QVLError, SamplingError
 
 pytestmark = pytest.mark.cpu
 DAMAGED = 77  # the token whose embedding is damaged
@@ -203,8 +203,14 @@ def test_a_batch_goes_past_it(engine: Engine, tmp_path: Path) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_token_forbidden(engine: Engine, temperature: float) -> None:
     forbidden = SamplingParams(temperature=temperature, logit_bias=dict.fromkeys(range(1152), -math.inf))
-    with pytest.raises(NumericsError, match="logit_bias forbids every token of 1152: leave one without -inf"):
+    with pytest.raises(SamplingError, match="logit_bias forbids every token of 1152: leave one without -inf"):
         engine.generate([GOOD[0], GOOD[1]], [forbidden, GREEDY])
+    seen = [token for token in range(1000) if token != DAMAGED]  # at least one has a positive logit
+    beyond = SamplingParams(temperature=temperature, repetition_penalty=1.2e-38, logit_bias=dict.fromkeys(seen, 3.4e38))
+    with pytest.raises(
+        NumericsError, match=r"repetition_penalty 1\.2e-38 and logit_bias give a token an infinite score"
+    ):
+        engine.generate([{"token_ids": seen}], beyond)
     one_left = SamplingParams(temperature=temperature, max_tokens=3, ignore_eos=True, logit_bias={
         token: -math.inf for token in range(1152) if token != 40
     })  # fmt: skip

@@ -44,7 +44,7 @@ DRAWN = params(temperature=0.8, top_p=0.9)
 CUT = params(temperature=1.2, top_k=5, min_p=0.01)
 PENALIZED = params(temperature=0.7, repetition_penalty=1.3, logit_bias={4: 2.0})
 PLAIN = [GREEDY, DRAWN, CUT, PENALIZED]
-FORBIDDEN = dict.fromkeys(range(VOCAB), -math.inf)
+FORBIDDEN = dict.fromkeys(range(1, VOCAB), -math.inf)
 
 
 def sampled(logits: Tensor, given: list[SamplingParams], ops: ModuleType) -> list[Sample]:
@@ -117,16 +117,17 @@ def test_scores_that_rule_out_every_token(name: str, temperature: float) -> None
     given = [
         params(temperature=temperature),
         params(temperature=temperature, logit_bias=FORBIDDEN),
-        params(temperature=temperature, logit_bias={t: b for t, b in FORBIDDEN.items() if t != 7}),
-        params(temperature=temperature, repetition_penalty=1e-38, logit_bias={3: 3e38}),
+        params(temperature=temperature, logit_bias={0: -math.inf} | {t: b for t, b in FORBIDDEN.items() if t != 7}),
+        params(temperature=temperature, repetition_penalty=1.2e-38, logit_bias={3: 3e38}),
         params(temperature=temperature, repetition_penalty=1.0001),
     ]
-    logits[3, 3] = 5.0  # over 1e-38: beyond float32
+    logits[1, 0] = -math.inf  # the only one that is not forbidden
+    logits[3, 3] = 5.0  # over 1.2e-38: beyond float32
     plain, forbidden, one_left, overflow, penalized = sampled(logits, given, ops)
     assert plain.error is None and penalized.error is None
     assert one_left.error is None and one_left.token_id == 7
     assert "logit_bias forbids every token of 97" in str(forbidden.error)
-    assert "repetition_penalty 1e-38" in str(overflow.error)
+    assert "repetition_penalty 1.2e-38" in str(overflow.error)
 
 
 @pytest.mark.parametrize("isa", SETS)
