@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from qvl_runtime.engine.encoding import Encoding
 from qvl_runtime.engine.engine import Encoded, Engine
 from qvl_runtime.errors import CapacityError, PromptError, QVLError
 from qvl_runtime.prompt.chatml import Prompt
@@ -45,6 +46,7 @@ class AsyncEngine:
     def __init__(self, engine: Engine, max_pending: int = 256, max_unread: int = 64) -> None:
         self.engine, self.max_pending, self.max_unread = engine, max_pending, max_unread
         self._slots = asyncio.Semaphore(max_pending)
+        self._encoding = Encoding(engine)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._readers: set[Reader] = set()  # used by the worker only
         self._closed = False
@@ -105,6 +107,7 @@ class AsyncEngine:
         """Stop the worker; unfinished requests fail with `QVLError`. The engine may then be used directly again."""
         if not self._closed:
             self._closed = True
+            self._encoding.close()
             self._commands.put(lambda: None)
             await asyncio.to_thread(self._worker.join)
 
@@ -122,7 +125,7 @@ class AsyncEngine:
         if self.busy and not wait:
             raise CapacityError(f"{self.max_pending} requests are pending, the limit of max_pending: try again later")
         async with self._slots:
-            encoded = await asyncio.to_thread(self.engine.encode, prompt)  # images are decoded while the model runs
+            encoded = await self._encoding.encode(prompt)  # while the model runs
             reader = Reader(asyncio.get_running_loop())
             self._send_command(lambda: self._submit(reader, encoded, params, streamed))
             try:

@@ -16,7 +16,8 @@ from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe
 from qvl_runtime.engine.score import Score, score_prompt
 from qvl_runtime.errors import PromptError, QVLError, SamplingError, quoted
-from qvl_runtime.prompt.chatml import EncodedPrompt, Prompt, PromptEncoder
+from qvl_runtime.prompt.cancellation import NEVER, Cancellation
+from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.core import EngineCore
@@ -164,7 +165,7 @@ class Engine:
         Closing the iterator cancels the request and frees its memory. Raises the request's error after the pieces that
         preceded it, such as `NumericsError` for logits that are not finite.
         """
-        return self._stream(self._prompts.encode, prompt, params)
+        return self._stream(self._prompts.draft, prompt, params)
 
     @overload
     def chat(
@@ -182,7 +183,7 @@ class Engine:
     ) -> Completion | Iterator[StreamPiece]:
         """Answer a conversation of OpenAI-style messages. Their text is never searched for tags."""
         if stream:
-            return self._stream(self._prompts.encode_chat, messages, params)
+            return self._stream(self._prompts.draft_chat, messages, params)
         return self.generate([messages], params)[0]
 
     def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
@@ -217,16 +218,26 @@ class Engine:
 
     def encode(self, prompt: Prompt) -> Encoded:
         """Encode a prompt of any form to tokens and images. Safe in any thread, as it does not use the model."""
-        return self._encoded(self._prompts.encode, prompt)
+        return self._encoded(self._prompts.draft, prompt)
 
-    def _stream(self, encode: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
+    def draft(self, prompt: Prompt) -> Draft:
+        """Encode the text of a prompt, the first half of `encode`. Safe in any thread."""
+        return self._prompts.draft(prompt)
+
+    def read_images(self, draft: Draft, cancellation: Cancellation = NEVER) -> EncodedPrompt:
+        """Read the images of a draft, the second half of `encode`, unless they are canceled. Safe in any thread."""
+        if draft.dropped_turns:
+            _log.warning("the %d oldest turns of the conversation do not fit and are left out", draft.dropped_turns)
+        return self._prompts.read_images(draft, cancellation)
+
+    def _stream(self, draft: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
         params = _checked(params)
         if params.n != 1:
             raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
-        return self._stream_pieces(encode, prompt, params)
+        return self._stream_pieces(draft, prompt, params)
 
-    def _stream_pieces(self, encode: Any, prompt: Any, params: SamplingParams) -> Iterator[StreamPiece]:
-        request = self.submit(self._encoded(encode, prompt), params, streamed=True)
+    def _stream_pieces(self, draft: Any, prompt: Any, params: SamplingParams) -> Iterator[StreamPiece]:
+        request = self.submit(self._encoded(draft, prompt), params, streamed=True)
         try:
             while request.pieces or not request.done:
                 while request.pieces:
@@ -238,11 +249,9 @@ class Engine:
         finally:
             self.core.cancel(request)
 
-    def _encoded(self, encode: Any, prompt: Any) -> Encoded:
+    def _encoded(self, draft: Any, prompt: Any) -> Encoded:
         began = time.perf_counter()
-        encoded: EncodedPrompt = encode(prompt)
-        if encoded.dropped_turns:
-            _log.warning("the %d oldest turns of the conversation do not fit and are left out", encoded.dropped_turns)
+        encoded = self.read_images(draft(prompt))
         return Encoded(encoded, time.perf_counter() - began)
 
     def _step(self) -> None:

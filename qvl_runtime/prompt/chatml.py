@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from operator import index
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from qvl_runtime.errors import ConfigError, PromptError, quoted
+from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.images import LoadedImage, load_image
 from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.messages import Conversation, Turn, is_messages
@@ -51,6 +52,14 @@ class EncodedPrompt:
     dropped_turns: int = 0  # number of oldest turns that did not fit the window
 
 
+class Draft(NamedTuple):
+    """A prompt as token ids whose images are not read yet."""
+
+    segment: Segment
+    dropped_turns: int = 0
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Encodes prompts for one checkpoint; stateless."""
@@ -73,6 +82,14 @@ class PromptEncoder:
 
         Raises `PromptError`, `ImageError` or `DownloadError`.
         """
+        return self.read_images(self.draft(prompt))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> EncodedPrompt:
+        """Encode OpenAI-style messages; see `draft_chat`."""
+        return self.read_images(self.draft_chat(messages))
+
+    def draft(self, prompt: Prompt) -> Draft:
+        """Encode the text of a prompt of any form; its images are counted, not read. Raises `PromptError`."""
         if isinstance(prompt, str):
             segment = self.tokenizer.encode_tagged(prompt)
         elif isinstance(prompt, Mapping):
@@ -81,13 +98,31 @@ class PromptEncoder:
             type_name = type(prompt).__name__
             raise PromptError(f"the prompt has type {type_name}; expected a string, a list of parts or messages")
         elif is_messages(prompt):
-            return self.encode_chat(cast("Sequence[Mapping[str, Any]]", prompt))
+            return self.draft_chat(cast("Sequence[Mapping[str, Any]]", prompt))
         else:
             segment = content_segment(self.tokenizer, prompt, "the prompt")
-        return self._finish(segment)
+        return self._checked(Draft(segment))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> EncodedPrompt:
-        """Encode OpenAI-style messages up to the start of the assistant's answer.
+    def read_images(self, draft: Draft, cancellation: Cancellation = NEVER) -> EncodedPrompt:
+        """Read the images of a draft, one after another, in order.
+
+        Raises `ImageError`, `DownloadError`, and `Canceled` if another thread cancels.
+        """
+        segment, images = draft.segment, list[LoadedImage]()
+        for number, slot in enumerate(segment.slots, start=1):
+            cancellation.check()
+            images.append(load_image(slot.source, self.image_size, self.limits, name=f"image {number}"))
+        spans = tuple(
+            ImageSpan(slot.start, self.tokenizer.n_queries, image)
+            for slot, image in zip(segment.slots, images, strict=True)
+        )
+        stop_ids = self.usual_stop_ids.union(self.end_ids)
+        return EncodedPrompt(
+            segment.ids, spans, stop_ids, (*draft.stop_sequences, *self.end_sequences), draft.dropped_turns
+        )
+
+    def draft_chat(self, messages: Sequence[Mapping[str, Any]]) -> Draft:
+        """Encode the text of OpenAI-style messages up to the start of the assistant's answer.
 
         The oldest turns that do not fit the window are dropped whole, their images unread, and counted in
         `dropped_turns`. A base model gets only the last question, as in the original; a warning is logged if that drops
@@ -100,36 +135,26 @@ class PromptEncoder:
                     "a base model (chat_format raw) supports neither a system message nor history: both are dropped"
                 )
             human = tuple(self.tokenizer.encode("Human:", "none"))
-            return self._finish(conversation.query, len(conversation.turns), (human,))
+            return self._checked(Draft(conversation.query, len(conversation.turns), (human,)))
         system = conversation.system
         if system is None:
             system = Segment(self.tokenizer.encode(self.system, "none"))
         segment, dropped = chatml_segment(
             self.tokenizer, system, conversation.turns, conversation.query, self.max_window_size, self.limits.max_images
         )
-        return self._finish(segment, dropped)
+        return self._checked(Draft(segment, dropped))
 
-    def _finish(
-        self, segment: Segment, dropped_turns: int = 0, stop_sequences: tuple[tuple[int, ...], ...] = ()
-    ) -> EncodedPrompt:
-        """Validate a complete prompt and read its images."""
-        tokens, count, limit = self.tokenizer, len(segment.slots), self.limits.max_images
-        if not segment.ids:
+    def _checked(self, draft: Draft) -> Draft:
+        """The draft, if it has anything and no more images than allowed."""
+        count, limit = len(draft.segment.slots), self.limits.max_images
+        if not draft.segment.ids:
             raise PromptError("the prompt is empty: add text or an image")
         if count > limit:
             raise PromptError(
                 f"the prompt has {count} images, over the limit of {limit}: "
                 "ask about fewer at a time, or raise max_images"
             )
-        images = [
-            load_image(slot.source, self.image_size, self.limits, name=f"image {number}")
-            for number, slot in enumerate(segment.slots, start=1)
-        ]
-        spans = tuple(
-            ImageSpan(slot.start, tokens.n_queries, image) for slot, image in zip(segment.slots, images, strict=True)
-        )
-        stop_ids = self.usual_stop_ids.union(self.end_ids)
-        return EncodedPrompt(segment.ids, spans, stop_ids, (*stop_sequences, *self.end_sequences), dropped_turns)
+        return draft
 
     @property
     def usual_stop_ids(self) -> frozenset[int]:
