@@ -10,7 +10,7 @@ import typer
 
 from qvl_runtime.cli.options import with_options
 from qvl_runtime.cli.terminal import INTERRUPTED, say, say_error
-from qvl_runtime.errors import QVLError
+from qvl_runtime.errors import QVLError, StepError
 
 P = ParamSpec("P")
 
@@ -35,7 +35,7 @@ def exit_with(command: Callable[P, int]) -> Callable[P, None]:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            expected = isinstance(error, (QVLError, OSError))
+            expected = isinstance(error, (QVLError, OSError)) and not isinstance(error, StepError)
             say_error(error if expected else f"{type(error).__name__}: {error} (a bug in qvl; --debug shows where)")
             code = 2 if expected else 1
         raise typer.Exit(code)

@@ -51,11 +51,11 @@ def say_error(error: BaseException | str) -> None:
 
 
 class LogLines(logging.Handler):
-    """Prints the library's log records to standard error, as `warning: …`."""
+    """Prints the first lines of the library's log records to standard error, as `warning: …`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        say(f"{record.levelname.lower()}: {record.getMessage()}")
+        """Print the first line of a record; a traceback may follow it."""
+        say(f"{record.levelname.lower()}: {record.getMessage().partition(chr(10))[0]}")
 
 
 @contextmanager

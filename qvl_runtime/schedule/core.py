@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sam
 from qvl_runtime.schedule.scheduler import ScheduledBranch, Scheduler, StepLimits
 from qvl_runtime.schedule.sequence import Sequence
 from qvl_runtime.schedule.speculative import Drafter
+from qvl_runtime.schedule.step_faults import compute_contained, error_of
 
 
 class Outcome(NamedTuple):
@@ -85,26 +89,45 @@ class EngineCore:
         self._timed.discard(request)
 
     def step(self) -> bool:
-        """Run one step. Returns False if nothing could be computed and no request reached its deadline."""
-        expired = self._expire()
-        plan = self.scheduler.schedule()
+        """Run one step. Returns False if nothing could be computed and no request ended.
+
+        An error that one request causes ends that request, and is in its `error`.
+        """
+        ended = self._expire()
+        plan = self._plan()
         if not plan:
-            return expired
+            return ended or plan is None
         now = time.perf_counter()
         for planned in plan:
             clock = planned.branch.request.clock
             clock.scheduled = now if clock.scheduled is None else clock.scheduled
-        for planned, samples, error in self._compute(plan):
-            if error is not None:
-                self._fail(planned.branch.request, error)
-            self._append_tokens(planned, samples)
+        for outcome in compute_contained(plan, self._compute, self._fail):
+            self._contained(outcome.planned.branch, partial(self._take, outcome))
         for planned in plan:
             if not planned.samples and planned.branch.request.error is None:
-                planned.branch.finish_step()
+                self._contained(planned.branch, planned.branch.finish_step)
         self.steps += 1
         return True
 
-    def _compute(self, plan: list[ScheduledBranch]) -> list[Outcome]:
+    def _plan(self) -> list[ScheduledBranch] | None:
+        """Plan the next step; None if a request could not be scheduled, and has failed."""
+        try:
+            return self.scheduler.schedule()
+        except Exception as fault:
+            culprit, self.scheduler.current = self.scheduler.current, None
+            if culprit is None:
+                raise
+            self._fail(culprit.request, error_of(fault))
+            return None
+
+    def _contained(self, branch: Branch, function: Callable[[], None]) -> None:
+        """Run a part of a step that concerns one branch; if it raises, its request fails."""
+        try:
+            function()
+        except Exception as fault:
+            self._fail(branch.request, error_of(fault))
+
+    def _compute(self, plan: Items[ScheduledBranch]) -> list[Outcome]:
         """Run the model and sample. On any exception, Ctrl-C included, restore all branches."""
         lengths = [planned.branch.sequence.length for planned in plan]
         num_branches = [len(planned.branch.request.branches) for planned in plan]
@@ -116,6 +139,7 @@ class EngineCore:
         except BaseException:
             for planned, length, branches in zip(plan, lengths, num_branches, strict=True):
                 planned.branch.sequence.truncate(length)
+                planned.branch.sampling_state.restore(planned.branch.token_ids)
                 for fork in planned.branch.request.branches[branches:]:
                     self.scheduler.remove(fork)
                 del planned.branch.request.branches[branches:]
@@ -130,7 +154,7 @@ class EngineCore:
         request.branches.append(branch)
         return branch
 
-    def _encode_images(self, plan: list[ScheduledBranch]) -> None:
+    def _encode_images(self, plan: Items[ScheduledBranch]) -> None:
         """Get the features of all images with tokens in this step; new ones share a pass of the vision encoder."""
         missing = [
             (p.branch, i, span.image)
@@ -147,7 +171,7 @@ class EngineCore:
         for request in {branch.request for branch, _, _ in missing}:
             request.clock.vision_s += elapsed
 
-    def _check(self, plan: list[ScheduledBranch], computed: Computed) -> list[Outcome]:
+    def _check(self, plan: Items[ScheduledBranch], computed: Computed) -> list[Outcome]:
         """Find the parts of prompts that are not finite, so that the prefix cache does not get their blocks."""
         ends = accumulate(planned.size for planned in plan)
         parts = [(planned, end - 1) for planned, end in zip(plan, ends, strict=True) if not planned.samples]
@@ -157,7 +181,7 @@ class EngineCore:
         damaged = [part for part, is_finite in zip(parts, finite, strict=True) if not is_finite]
         return [Outcome(planned, [], numerics_error(computed([last])[0])) for planned, last in damaged]
 
-    def _sample(self, plan: list[ScheduledBranch], computed: Computed) -> list[Outcome]:
+    def _sample(self, plan: Items[ScheduledBranch], computed: Computed) -> list[Outcome]:
         """Compute logits for the tokens that need them, and sample a token from each."""
         indices: list[int] = []
         rows: list[SamplingRow] = []
@@ -192,6 +216,11 @@ class EngineCore:
                 fork.sequence.close()
                 self.scheduler.add(fork)
         return started
+
+    def _take(self, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            self._fail(outcome.planned.branch.request, outcome.error)
+        self._append_tokens(outcome.planned, outcome.samples)
 
     def _append_tokens(self, planned: ScheduledBranch, samples: list[Sample]) -> None:
         """Append the sampled tokens up to the first draft that was rejected, or fail the request at the first error.
@@ -237,7 +266,9 @@ class EngineCore:
         for request in late:
             for branch in request.branches:
                 if branch.index not in request.completions:
-                    self._finish(branch, "deadline")
+                    self._contained(branch, partial(self._finish, branch, "deadline"))
+            if request.error is not None:
+                continue
             for index in range(len(request.branches), request.params.n):  # not started
                 request.completions[index] = replace(request.completions[0])
             self._timed.discard(request)

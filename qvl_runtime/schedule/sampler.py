@@ -50,7 +50,7 @@ class SamplingState:
         self.seen: Tensor | None = None
         if self.penalty != 1.0:
             self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self.seen[torch.tensor(list(prompt_ids), dtype=torch.long, device=device)] = True
+            self.restore(prompt_ids)
         self.bias: Tensor | None = None
         if params.logit_bias:
             self.bias = torch.zeros(vocab, device=device)
@@ -61,6 +61,12 @@ class SamplingState:
     def foreseeable(self) -> bool:
         """Whether several positions may be sampled in one step. With a penalty, each depends on the previous ones."""
         return self.seen is None
+
+    def restore(self, token_ids: Iterable[int]) -> None:
+        """Have the penalty count these tokens, of prompt and answer, and no other."""
+        if self.seen is not None:
+            self.seen.zero_()
+            self.seen[torch.tensor(list(token_ids), dtype=torch.long, device=self.seen.device)] = True
 
     def uniform(self, position: int) -> float:
         """Return the random number in [0, 1) for this position of the answer."""

@@ -60,6 +60,7 @@ class Scheduler:
         self.waiting: list[Branch] = []  # in order
         self.running: list[Branch] = []  # in order
         self.preemptions = 0
+        self.current: Branch | None = None  # whose turn it is in `schedule`, or was when that raised
         self._cache, self._limits, self._drafter = cache, limits, drafter
 
     def add(self, branch: Branch) -> None:
@@ -90,6 +91,7 @@ class Scheduler:
         for branch in sorted(
             ready, key=lambda branch: branch.pending > 1
         ):  # decodes first; stable, so in order of arrival within each kind
+            self.current = branch
             count, preemptions = min(branch.pending, budget), self.preemptions
             if count == 0 or not self._free_blocks(branch, count, plan):
                 continue
@@ -99,6 +101,7 @@ class Scheduler:
                 budget = self._limits.tokens - sum(planned.size for planned in plan.values())
         if self.preemptions == before:
             self._admit(plan, budget)
+        self.current = None
         return list(plan.values())
 
     def make_room(self, blocks: int) -> None:
@@ -113,6 +116,7 @@ class Scheduler:
             branch = next((b for b in candidates if not (b.request.paused or self._waits_for_prefix(b))), None)
             if branch is None:
                 return
+            self.current = branch
             cached = branch.sequence.find_prefix(branch.token_ids, branch.spans)
             if branch.sequence.needed(branch.pending) + len(self.running) > self._cache.pool.available:
                 branch.sequence.close()

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.serving.workload import greedy, image, prompt_of
 from qvl_runtime import AsyncEngine, Engine, SamplingParams
-from qvl_runtime.errors import CapacityError, ImageError, PromptError, QVLError
+from qvl_runtime.errors import CapacityError, ImageError, PromptError, QVLError, StepError
 
 pytestmark = pytest.mark.cpu
 PROMPT = {"token_ids": [1, 2, 3]}
@@ -117,8 +117,9 @@ def test_errors_go_to_whom_they_belong(engine: Engine, monkeypatch: pytest.Monke
             await anext(served.stream(PROMPT, SamplingParams(n=2)))
         with monkeypatch.context() as patched:
             patched.setattr(engine.core.runner, "compute", lambda chunks: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(StepError, match="ZeroDivisionError") as error:
                 await served.generate(PROMPT, greedy(2))
+            assert isinstance(error.value.__cause__, ZeroDivisionError)
         assert (await served.generate(PROMPT, greedy(2))).usage.completion_tokens == 2
 
     run(engine, body)

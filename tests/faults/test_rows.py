@@ -51,7 +51,7 @@ def check_books(engine: Engine) -> None:
     assert not scheduler.running and not scheduler.waiting
 
 
-def together(engine: Engine, prompts: list[Any], params: SamplingParams) -> list[Completion | QVLError]:
+def together(engine: Engine, prompts: list[Any], params: Any) -> list[Completion | QVLError]:
     try:
         return list(engine.generate(prompts, params))
     except QVLError as error:
