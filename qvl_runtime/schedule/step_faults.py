@@ -24,7 +24,7 @@ def compute_contained(
     """Compute a plan; if that raises, compute it by halves, down to the request that raises alone, and fail that one.
 
     One faulty request among R costs about 2 log2(R) more computations, once: it is gone afterwards. If only the whole
-    is too large for memory, no request fails. `compute` leaves everything as it was when it raises. Ctrl-C passes through.
+    is too large for memory, none fails. `compute` leaves everything as it was when it raises. Ctrl-C passes through.
     """
     requests = list(dict.fromkeys(planned.branch.request for planned in plan))
     try:
