@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import ConfigError, QVLError, quoted
-from qvl_runtime.text import read_text
+from qvl_runtime.json_text import parse_json
+from qvl_runtime.regular_files import is_there, read_regular
+from qvl_runtime.text import decode
 
 # Numbers that are sampled with are float32: below the smallest normal one a GPU may take them for 0.
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
 LARGEST_INT = 2**63 - 1
+LARGEST_JSON = 16 << 20  # bytes: the manifest of a published model has 0.54 million, its index 0.12
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
@@ -22,13 +24,11 @@ _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bo
 def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]:
     """Read a JSON object from a file; raise `error` if it does not exist, cannot be parsed or is no object."""
     try:
-        content = json.loads(read_text(path, error))
+        data = read_regular(path, error, LARGEST_JSON)
     except FileNotFoundError:
-        raise error(f"{path} does not exist; expected a checkpoint folder with a {path.name} in it") from None
-    except QVLError:
-        raise
-    except (OSError, ValueError) as cause:
-        raise error(f"{path} cannot be read as JSON ({cause}): fetch the file again") from cause
+        found = "is a link to a file that is missing" if is_there(path) else "does not exist"
+        raise error(f"{path} {found}; expected a checkpoint folder with a {path.name} in it") from None
+    content = parse_json(decode(data, str(path), error), str(path), error, "fetch the file again")
     if not isinstance(content, dict):
         raise error(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content

@@ -19,6 +19,7 @@ from qvl_runtime.config.checks import (
 )
 from qvl_runtime.config.generation_keys import refuse_unsupported, unused_keys
 from qvl_runtime.errors import ConfigError, quoted
+from qvl_runtime.regular_files import is_there
 
 _log = logging.getLogger("qvl_runtime")
 _FILE = "generation_config.json"
@@ -84,7 +85,7 @@ class GenerationDefaults:
     def from_folder(cls, folder: Path) -> GenerationDefaults:
         """Read a folder's `generation_config.json`; without one, the released defaults."""
         path = Path(folder) / _FILE
-        return cls.from_dict(read_json(path)) if path.is_file() else cls()
+        return cls.from_dict(read_json(path)) if is_there(path) else cls()
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> GenerationDefaults:

@@ -23,6 +23,7 @@ from qvl_runtime.config.checks import (
 )
 from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.regular_files import is_there
 
 DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -190,10 +191,10 @@ class ModelConfig:
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read `config.json` and, if it exists, `quantize_config.json` of a checkpoint folder."""
         folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        if not is_there(folder / "config.json") and (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first")
         quantize = folder / "quantize_config.json"
-        return cls.from_dict(read_json(folder / "config.json"), read_json(quantize) if quantize.is_file() else None)
+        return cls.from_dict(read_json(folder / "config.json"), read_json(quantize) if is_there(quantize) else None)
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:

@@ -10,13 +10,13 @@ of a record.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import PromptError, quoted
+from qvl_runtime.json_text import parse_json_at
 from qvl_runtime.prompt.chatml import DEFAULT_SYSTEM
 from qvl_runtime.prompt.records import Conversation, Message, read_record
 from qvl_runtime.prompt.segment import Segment
@@ -73,7 +73,7 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
         number += 1
         line, counted = line + text.count("\n", counted, position), position
         where = f"{name} line {line} (record {number})"
-        raw, position = _parse(text, position, where)
+        raw, position = parse_json_at(text, position, where, PromptError)
         if not listed and number == 1 and not isinstance(raw.get("conversations", raw.get("messages")) or 0, list):
             raise PromptError(f"{where} has {', '.join(map(quoted, list(raw)[:5]))}; {_EXPECTED}")
         yield where, raw
@@ -82,15 +82,6 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
             position = _after_record(text, position, where)
     if listed:
         _check_end(text, position, name)
-
-
-def _parse(text: str, position: int, where: str) -> tuple[Any, int]:
-    try:
-        return json.JSONDecoder().raw_decode(text, position)
-    except RecursionError as error:
-        raise PromptError(f"{where} is nested too deeply: fix it") from error
-    except ValueError as error:
-        raise PromptError(f"{where} is not valid JSON ({error}): fix it") from error
 
 
 def _after_record(text: str, position: int, where: str) -> int:

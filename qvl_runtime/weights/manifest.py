@@ -12,6 +12,7 @@ from typing import Any
 
 from qvl_runtime.config.checks import read_json
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.regular_files import is_there
 from qvl_runtime.weights.files import sync
 
 MANIFEST = "qvl_manifest.json"
@@ -89,7 +90,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Read a folder's manifest. Raises `CheckpointError` for one that is missing, damaged or of another version."""
         path = folder / MANIFEST
-        if not path.is_file():
+        if not is_there(path):
             raise CheckpointError(f"{folder} is not a converted checkpoint, as it has no {MANIFEST}: run qvl convert")
         content = read_json(path, CheckpointError)
         version = content.pop("format", None)
@@ -104,7 +105,7 @@ class Manifest:
 
 def is_converted(folder: Path) -> bool:
     """Whether a folder holds a converted checkpoint."""
-    return (folder / MANIFEST).is_file()
+    return is_there(folder / MANIFEST)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.regular_files import open_regular
 from qvl_runtime.weights.tensor_file import CODES, LENGTH
 from qvl_runtime.weights.tensor_info import TensorInfo, damaged
 from qvl_runtime.weights.torch_file import OLD_FORM, TorchShard
@@ -43,10 +44,8 @@ class Shard(Protocol):
 
 def open_shard(path: Path) -> Shard:
     """Open a weight file. Raises `CheckpointError` that names what is wrong with it."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: fetch the checkpoint again")
     try:
-        with path.open("rb") as file:
+        with open_regular(path, CheckpointError) as file:
             head = file.read(64)
         if head.startswith((_ZIP, OLD_FORM)):
             return TorchShard(path, old_form=head.startswith(OLD_FORM))
@@ -56,6 +55,8 @@ def open_shard(path: Path) -> Shard:
             if head.lstrip().startswith(start):
                 raise CheckpointError(f"{path} is {found}: {way_out}")
         return _SafetensorsShard(path) if path.suffix == ".safetensors" else TorchShard(path, old_form=False)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: fetch the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}): check its permissions and the disk") from error
 

@@ -50,7 +50,7 @@ def test_images_are_found_next_to_the_file(tmp_path: Path) -> None:
         ('[\n\n"a"]', r"line 3 \(record 1\) has str"),
         ('[{"conversations": [{"from": "narrator", "value": "a"}]}]', "expected {'from': 'user' or 'assistant'"),
         ('[{"conversations": [{"from": "user", "value": 1}]}]', "expected {'from'"),
-        ('[{"conversations": [{"from": "user", "value": "a"}]},\n {"conv', r"line 2 \(record 2\) is not valid JSON"),
+        ('[{"conversations": [{"from": "user", "value": "a"}]},\n {"conv', r"line 2 \(record 2\) is not JSON"),
         ('[{"conversations": [{"from": "user", "value": "a"}]}\n {}]', "expected a comma"),
         ('[{"conversations": [{"from": "user", "value": "a"}]}', "expected a comma"),
         ('[\n{"conversations": [{"from": "user", "value": "<img>no.png</img>"}]}]', r"line 2 \(record 1\).*'no.png'"),

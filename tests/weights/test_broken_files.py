@@ -104,7 +104,7 @@ def test_unreadable_index(raw: dict[str, Any], make_state: Fixture, write: Fixtu
     config = ModelConfig.from_dict(raw)
     folder = write(raw, make_state(config), shards=2)
     (folder / "model.safetensors.index.json").write_text("{")
-    fails(folder, config, "model.safetensors.index.json cannot be read as JSON")
+    fails(folder, config, "model.safetensors.index.json is not JSON")
 
 
 def test_shards_without_an_index(raw: dict[str, Any], make_state: Fixture, write: Fixture) -> None:
