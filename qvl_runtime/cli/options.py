@@ -133,6 +133,23 @@ class EngineOptions(ModelOptions):
         ),
     ] = "range"
 
+    allow_files: Annotated[
+        bool,
+        typer.Option("--files/--no-files", help="Whether images may be paths on this machine.", rich_help_panel=IMAGES),
+    ] = True
+    allow_urls: Annotated[
+        bool,
+        typer.Option("--urls/--no-urls", help="Whether images may be http(s) URLs.", rich_help_panel=IMAGES),
+    ] = True
+    allow_private_addresses: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-addresses",
+            help="Fetch URLs on this machine and inside its network, too.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = False
+
 
 @dataclass(frozen=True)
 class SamplingOptions:

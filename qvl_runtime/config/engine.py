@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from qvl_runtime.config.checks import require_choice, require_positive
@@ -28,7 +28,9 @@ class EngineConfig:
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit
-    allow_urls: bool = _IMAGES.allow_urls  # http(s) images
+    allow_files: bool = _IMAGES.allow_files  # images by their path on this machine
+    allow_urls: bool | tuple[str, ...] = _IMAGES.allow_urls  # http(s) images: of any host, none, or those named
+    allow_private_addresses: bool = _IMAGES.allow_private_addresses  # loopback, inside a network, link-local
     max_image_bytes: int = _IMAGES.max_image_bytes
     max_image_pixels: int = _IMAGES.max_image_pixels
     image_timeout_s: float = _IMAGES.image_timeout_s
@@ -68,13 +70,4 @@ class EngineConfig:
     @property
     def image_limits(self) -> ImageLimits:
         """The limits on the images of a prompt. Raises `ConfigError` for a value out of range."""
-        return ImageLimits(
-            max_image_bytes=self.max_image_bytes,
-            max_image_pixels=self.max_image_pixels,
-            image_timeout_s=self.image_timeout_s,
-            max_images=self.max_images,
-            allow_urls=self.allow_urls,
-            transparency=self.transparency,
-            exif_orientation=self.exif_orientation,
-            deep_pixels=self.deep_pixels,
-        )
+        return ImageLimits(**{option.name: getattr(self, option.name) for option in fields(ImageLimits)})

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from qvl_runtime.errors import ConfigError, ImageError, quoted
+from qvl_runtime.prompt.hosts import is_pattern
 
 CHOICES = {
     "transparency": ("drop", "white"),
@@ -26,7 +27,8 @@ class ImageLimits:
     max_image_pixels: int = 2**26  # width x height of the original, from its header; phones take up to 64 million
     image_timeout_s: float = 10.0  # seconds, for one download from name look-up to last byte
     max_images: int = 16  # a prompt
-    allow_urls: bool = True
+    allow_urls: bool | tuple[str, ...] = True  # http(s): any host, none, or those named; "*.example.com": subdomains
+    allow_private_addresses: bool = False  # of hosts, redirects included: loopback, inside a network, link-local
     allow_files: bool = True
     transparency: str = "drop"  # the alpha channel: "drop" as the original does, or put the image on "white"
     exif_orientation: str = "ignore"  # "ignore" as the original does, or "apply" as viewers do; boxes follow
@@ -38,6 +40,14 @@ class ImageLimits:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.max_images < 0:
             raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
+        for name in ("allow_private_addresses", "allow_files"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {quoted(getattr(self, name))}; expected True or False")
+        if not isinstance(self.allow_urls, bool):
+            hosts = self.allow_urls if isinstance(self.allow_urls, (tuple, list)) else (self.allow_urls,)
+            if hosts is not self.allow_urls or not all(map(is_pattern, hosts)):
+                wrong = next((host for host in hosts if not is_pattern(host)), self.allow_urls)
+                raise ConfigError(f"allow_urls has {quoted(wrong)}; expected True, False or a tuple of host names")
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name} is {quoted(value)}; supported are {' and '.join(map(repr, choices))}")

@@ -13,6 +13,7 @@ from typing import IO, Any, TypeAlias, TypeGuard
 from urllib.parse import unquote, unquote_to_bytes
 
 from qvl_runtime.errors import ImageError, QVLError, quoted, shortened
+from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.fetch import fetch, is_http_url, without_credentials
 from qvl_runtime.prompt.limits import ImageLimits
 
@@ -40,18 +41,19 @@ def is_readable(source: object) -> TypeGuard[Source]:
     )
 
 
-def read_bytes(source: Source, limits: ImageLimits, described: str) -> bytes:
+def read_bytes(source: Source, limits: ImageLimits, described: str, cancellation: Cancellation = NEVER) -> bytes:
     """Read an encoded image of at most `limits.max_image_bytes` bytes.
 
     A string is a path, an http(s), file or data URL, or base64 without a heading; white space around it does not count.
     An open file is read from its start if it can be. `described` names the image in error messages. Raises `ImageError`
-    for a source that cannot be read or is too large, and `DownloadError` for an address that cannot or may not be.
+    for a source that cannot be read or is too large, `DownloadError` for an address that cannot or may not be, and
+    `Canceled` if a download is.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         limits.check_bytes(source.nbytes if isinstance(source, memoryview) else len(source), described)
         return bytes(source)
     if isinstance(source, str):
-        return _read_address(source, limits, described)
+        return _read_address(source, limits, described, cancellation)
     if isinstance(source, os.PathLike):
         return _read_file(source, limits, described)
     return _read_open_file(source, limits, described)
@@ -76,12 +78,12 @@ def is_bare_base64(text: str) -> bool:
     return _BASE64.fullmatch(text) is not None
 
 
-def _read_address(source: str, limits: ImageLimits, described: str) -> bytes:
+def _read_address(source: str, limits: ImageLimits, described: str, cancellation: Cancellation) -> bytes:
     address = source.strip()
     if is_data_url(address):
         return _read_data_url(address, limits, described)
     if is_http_url(address):
-        return fetch(address, limits, described)
+        return fetch(address, limits, described, cancellation)
     if address[:5].lower() == "file:":
         return _read_file(_path_of(address, described), limits, described)
     if scheme := _SCHEME.match(address):

@@ -108,7 +108,7 @@ class TestAddresses:
             sent.append(url)
             return PNG
 
-        monkeypatch.setattr(fetch, "_download", download)
+        monkeypatch.setattr(fetch, "_follow", download)
         assert load_image(" http://example.com/a.png \n", 28).source == "http://example.com/a.png"
         assert sent == ["http://example.com/a.png"]
 
@@ -116,7 +116,7 @@ class TestAddresses:
         "url", ["http://user:pass@example.com/a.png", "https://token@example.com", "http://a:b@c:80/x?y=z@w"]
     )
     def test_credentials(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fetch, "_download", lambda *_: pytest.fail("nothing is asked of the host"))
+        monkeypatch.setattr(fetch, "_follow", lambda *_: pytest.fail("nothing is asked of the host"))
         with pytest.raises(DownloadError, match="credentials in the address are not used") as caught:
             load_image(url, 28)
         assert not re.search(":pass|token|a:b", str(caught.value))
@@ -125,7 +125,7 @@ class TestAddresses:
         "url", ["http://example.com/a@2x.png", "http://example.com?mail=a@b", "https://h/@u/i.png"]
     )
     def test_no_credentials(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(fetch, "_download", lambda *_: PNG)
+        monkeypatch.setattr(fetch, "_follow", lambda *_: PNG)
         assert load_image(url, 28).digest == DIGEST
 
 
