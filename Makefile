@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format triton docs examples wheel kernel-report ttsem demo test asan ubsan lint nano eval-nano report report-quick clean
+.PHONY: help setup format triton docs examples wheel kernel-report ttsem demo test asan ubsan tsan lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,15 @@ asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their test
 
 ubsan: $(STAMP) ## the same with UndefinedBehaviorSanitizer
 	$(call SANITIZED,undefined -fno-sanitize-recover=all,libubsan.so)
+
+# 64 calls from 8 threads. Races inside torch's own libraries, which are not built for this, are left out (tsan.supp).
+tsan: $(STAMP) ## build the CPU kernels with ThreadSanitizer and run an engine from 8 threads
+	rm -rf build/$@ && QVL_CXXFLAGS='-fsanitize=thread -fno-omit-frame-pointer -g' \
+	$(BIN)/python setup.py -q build_ext --build-lib build/$@ --build-temp build/$@/objects \
+	&& LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	TSAN_OPTIONS=suppressions=kernels/csrc/tsan.supp:ignore_noninstrumented_modules=1:halt_on_error=0:exitcode=66 \
+	QVL_THREAD_CALLS=$${QVL_THREAD_CALLS:-64} QVL_CPU_LIBRARY=$$(ls build/$@/qvl_kernels/_cpu*) setarch -R \
+	$(BIN)/python -m pytest tests/faults/test_threads.py -q -k 'mixed or dropped' --timeout 3000 $(PYTEST_FLAGS)
 
 lint: $(STAMP) ## ruff, formatting, types, import contracts
 	$(BIN)/ruff check .

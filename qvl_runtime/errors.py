@@ -96,3 +96,7 @@ class StepError(QVLError, RuntimeError):
 
 class CapacityError(QVLError, ValueError):
     """A request is longer than the context, or needs more memory than is available."""
+
+
+class ForkError(QVLError, RuntimeError):
+    """An engine is used in a forked child of the process that made it."""

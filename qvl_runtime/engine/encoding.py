@@ -68,5 +68,6 @@ class Encoding:
             cancellation.cancel()
 
     def _check_open(self) -> None:
+        self._engine.check_process()  # a forked child has none of the threads
         if self._closed:
             raise QVLError("the engine is closed: make another AsyncEngine")

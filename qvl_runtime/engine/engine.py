@@ -7,15 +7,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.generation import GenerationDefaults
+from qvl_runtime.engine.arguments import checked_params, prompt_list
 from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe
 from qvl_runtime.engine.score import Score, score_prompt
-from qvl_runtime.errors import PromptError, QVLError, SamplingError, quoted
+from qvl_runtime.engine.turns import Turns
+from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -41,7 +44,10 @@ class Encoded(NamedTuple):
 
 
 class Engine:
-    """A checkpoint on a device. Not thread-safe: use `AsyncEngine` for concurrent callers."""
+    """A checkpoint on a device, for any number of threads: their requests run together, and each gets its own answer.
+
+    A forked child cannot use its parent's engine: every method raises `ForkError` there.
+    """
 
     def __init__(
         self,
@@ -87,6 +93,7 @@ class Engine:
         runner = load_runner(engine_config, config, self.folder, self.max_model_len)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
         self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter)
+        self._turns = Turns(self.core)
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())
         kernels = self.report()["kernels"]
@@ -102,7 +109,7 @@ class Engine:
         completion has the other answers in `alternatives`. A prompt that cannot be computed does not stop the others:
         its error is raised once all are done, and what became of each is in the error's `completions`.
         """
-        batch = _prompt_list(prompts)
+        batch = prompt_list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(batch)
         if len(each) != len(batch):
             raise PromptError(f"there are {len(batch)} prompts and {len(each)} sampling parameters; expected one each")
@@ -113,11 +120,10 @@ class Engine:
         try:
             for prompt, prompt_params in zip(encoded, each, strict=True):
                 requests.append(self.submit(prompt, prompt_params))
-            while not all(request.done for request in requests):
-                self._step()
+            self._turns.step_until(lambda: all(request.done for request in requests))
         finally:
             for request in requests:
-                self.core.cancel(request)
+                self.cancel(request)
         errors = [request.error for request in requests if request.error is not None]
         if errors:
             errors[0].completions = tuple(request.error or request.completion() for request in requests)
@@ -144,20 +150,33 @@ class Engine:
                         yield tag, error
                 if not open_requests:
                     return
-                self._step()
+                self._turns.step_until(lambda: any(request.done for request in open_requests))
                 for request in [r for r in open_requests if r.done]:
                     open_requests.remove(request)
                     yield request.tag, request.error or request.completion()
         finally:
             for request in open_requests:
-                self.core.cancel(request)
+                self.cancel(request)
 
     def submit(
         self, encoded: Encoded, params: SamplingParams | None = None, streamed: bool = False, tag: Any = None
     ) -> Request:
-        """Queue a request in `core`, for callers that run `core.step` themselves."""
-        resolved = _checked(params).resolve(self.defaults)
-        return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
+        """Queue a request in `core`, for callers that take its steps or wait for them with `exclusive`."""
+        resolved = checked_params(params).resolve(self.defaults)
+        with self.exclusive():
+            return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
+
+    def cancel(self, request: Request) -> None:
+        """Remove a submitted request and free its memory, now or when the running step ends. Safe in any thread."""
+        self._turns.cancel(request)
+
+    def check_process(self) -> None:
+        """Raise `ForkError` in a forked child of the process that made the engine."""
+        self._turns.check_process()
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Keep other threads from the core, between two steps, for callers of `core`."""
+        return self._turns.exclusive()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece, whole characters only; the last piece carries the completion.
@@ -188,11 +207,15 @@ class Engine:
 
     def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
         """Return the log probability of each token of a prompt after the first, pad ids of images included."""
-        return score_prompt(self.core, self._prompts.encode(prompt), return_logits)
+        self.check_process()
+        encoded = self._prompts.encode(prompt)
+        with self.exclusive():
+            return score_prompt(self.core, encoded, return_logits)
 
     def report(self) -> dict[str, Any]:
         """Report model, device, dtype, kernels and why they were chosen, memory in bytes, caches and hit rates."""
-        return describe(self.folder, self.core, self._load_s)
+        with self.exclusive():
+            return describe(self.folder, self.core, self._load_s)
 
     def summary(self) -> str:
         """Summarize the report in one line."""
@@ -231,7 +254,7 @@ class Engine:
         return self._prompts.read_images(draft, cancellation)
 
     def _stream(self, draft: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
-        params = _checked(params)
+        params = checked_params(params)
         if params.n != 1:
             raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
         return self._stream_pieces(draft, prompt, params)
@@ -243,41 +266,14 @@ class Engine:
                 while request.pieces:
                     yield request.pieces.popleft()
                 if not request.done:
-                    self._step()
+                    self._turns.step_until(lambda: request.pieces or request.done)
             if request.error is not None:
                 raise request.error
         finally:
-            self.core.cancel(request)
+            self.cancel(request)
 
     def _encoded(self, draft: Any, prompt: Any) -> Encoded:
+        self.check_process()
         began = time.perf_counter()
         encoded = self.read_images(draft(prompt))
         return Encoded(encoded, time.perf_counter() - began)
-
-    def _step(self) -> None:
-        if not self.core.step():
-            raise RuntimeError("requests are unanswered, but none can make progress")
-
-
-def _checked(params: SamplingParams | None) -> SamplingParams:
-    """Return sampling parameters, by default those of the checkpoint. Raises `SamplingError` for anything else."""
-    if params is not None and not isinstance(params, SamplingParams):
-        raise SamplingError(f"params is {quoted(params)}; expected SamplingParams, as SamplingParams(temperature=0)")
-    return params or SamplingParams()
-
-
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return the prompts as a list; a string or dict alone is one prompt.
-
-    Raises `PromptError` for the parts of one prompt that are not in a list of their own.
-    """
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    listed = list(prompts)
-    bare = [p for p in listed if isinstance(p, Mapping) and "token_ids" not in p]
-    if bare:
-        raise PromptError(
-            f"generate takes a list of prompts, and its first dict has {', '.join(map(repr, bare[0]))}: put the "
-            "parts or messages of one prompt into a list of their own, generate([[...]]), or use chat(messages)"
-        )
-    return listed

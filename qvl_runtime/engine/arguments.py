@@ -1,0 +1,33 @@
+"""The arguments of `Engine`'s methods: one prompt or several, and sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qvl_runtime.errors import PromptError, SamplingError, quoted
+from qvl_runtime.prompt.chatml import Prompt
+from qvl_runtime.schedule.api import SamplingParams
+
+
+def checked_params(params: SamplingParams | None) -> SamplingParams:
+    """Return sampling parameters, by default those of the checkpoint. Raises `SamplingError` for anything else."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise SamplingError(f"params is {quoted(params)}; expected SamplingParams, as SamplingParams(temperature=0)")
+    return params or SamplingParams()
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return the prompts as a list; a string or dict alone is one prompt.
+
+    Raises `PromptError` for the parts of one prompt that are not in a list of their own.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    listed = list(prompts)
+    bare = [p for p in listed if isinstance(p, Mapping) and "token_ids" not in p]
+    if bare:
+        raise PromptError(
+            f"generate takes a list of prompts, and its first dict has {', '.join(map(repr, bare[0]))}: put the "
+            "parts or messages of one prompt into a list of their own, generate([[...]]), or use chat(messages)"
+        )
+    return listed
