@@ -1,6 +1,7 @@
 """The `qvl` command: its help, its exit codes and its list of subcommands, one file each.
 
-Exit codes: 0 success, 1 a bug in qvl, 2 an error that the user can fix (described on one line), 130 Ctrl-C.
+Exit codes: 0 success, 1 a bug in qvl, 2 an error that the user can fix (described on one line), 3 `qvl batch` answered
+some requests with an error, 130 Ctrl-C, 141 the reader of the output is gone.
 Nothing heavy is imported before a command runs, so that `qvl --help` answers at once.
 """
 
@@ -22,7 +23,8 @@ from qvl_runtime.cli.info import info
 from qvl_runtime.cli.plan import plan
 from qvl_runtime.cli.profile import profile_app
 from qvl_runtime.cli.quantize import quantize
-from qvl_runtime.cli.terminal import LogLines, say
+from qvl_runtime.cli.streams import discard_output, prepare
+from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say, say_error
 from qvl_runtime.cli.verify import verify
 
 COMMANDS = (generate, chat, batch, info, demo, convert, verify, quantize, plan)
@@ -51,6 +53,9 @@ def root() -> None:
     [cyan]qvl generate "What is this?" -i dog.jpg --model Qwen/Qwen-VL-Chat-Int4 --download[/cyan]
 
     [cyan]qvl generate "Box the dog" -i dog.jpg --draw boxed.png[/cyan]
+
+    [bold]Exit codes:[/bold] 0 success, 1 a bug in qvl, 2 an error to fix, 3 requests of a batch failed, 130 Ctrl-C,
+    141 nothing reads the output any longer.
     """
 
 
@@ -61,9 +66,16 @@ app.add_typer(profile_app, name="profile")
 
 def main() -> None:
     """Run the command line: the entry point of `qvl`."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # without UTF-8 a Chinese word becomes '?', not a traceback
+    prepare()
     logging.getLogger("qvl_runtime").addHandler(LogLines(logging.WARNING))
     warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
-    app()
+    try:
+        app()
+    except OSError as error:  # of the help or a usage error: commands report their own
+        say_error(error)
+        discard_output()
+        sys.exit(USER_ERROR)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich and typer turn it into code 1
+            sys.exit(BROKEN_PIPE)
+        raise

@@ -1,9 +1,9 @@
-"""`qvl batch`: answer a JSON Lines file of requests, in order; resumes if interrupted.
+"""`qvl batch`: answer JSON Lines of requests, in order; resumes if interrupted.
 
 A request is a JSON object on one line: "messages" (OpenAI-style), or "prompt" (a question) with optional "images", or
 "raw" (a string with Qwen's tags, or a list of parts). It may have an "id", which is copied to the answer, and "params"
 with fields of `SamplingParams`. An answer is one line: "index", "id" and either "text", "finish_reason", "boxes" and
-"usage" (plus "alternatives" if n > 1) or "error".
+"usage" (plus "alternatives" if n > 1) or "error" with the "line" of the request.
 """
 
 from __future__ import annotations
@@ -11,37 +11,51 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from contextlib import closing
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from qvl_runtime.cli.options import Debug, EngineOptions, Quiet, SamplingOptions, user_message
-from qvl_runtime.cli.terminal import progress_bar, rate, say
+from qvl_runtime.cli.endpoints import Input, Output, check_distinct
+from qvl_runtime.cli.flags import as_flags, flags_of
+from qvl_runtime.cli.lines import MAX_LINE, Line
+from qvl_runtime.cli.options import Debug, EngineOptions, Quiet, SamplingOptions, count_option
+from qvl_runtime.cli.records import answer_record, parse_record, parse_request, record_id
+from qvl_runtime.cli.terminal import FAILED_RECORDS, progress_bar, rate, say
 from qvl_runtime.errors import PromptError, QVLError
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine
-    from qvl_runtime.schedule.api import Completion, SamplingParams
+    from qvl_runtime.schedule.api import SamplingParams
 
-FORMS = ("messages", "prompt", "raw")
+MAX_WAITING = 1000  # answers that wait for an earlier one, beyond which no more requests are begun
+_BEGINNING = b'{"index": '
 
 
 class Progress(NamedTuple):
     """Progress of a batch."""
 
     done: int  # answers in the file, those of earlier runs included
-    errors: int  # of this run
+    errors: int  # of them
     tokens: int  # generated in this run
 
 
 def batch(
     *,
-    requests: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="The requests, one per line.")],
-    answers: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, one per line in the same order.")],
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN.jsonl", help="The requests, one per line: a file, a pipe, or - for stdin.")
+    ],
+    answers: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="The answers in the same order: a file, or - for stdout.")
+    ],
     models: EngineOptions,
     sampling: SamplingOptions,
+    max_line_bytes: Annotated[
+        int, count_option("The longest line that is read, images in base64 included.")
+    ] = MAX_LINE,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -55,36 +69,35 @@ def batch(
 
     {"raw": "<img>dog.jpg</img>Describe it:"}
 
-    A request that fails is answered by a line with "error".
+    A request that fails is answered by a line with "error". The exit code is then 3.
+
+    An interrupted run resumes when it is repeated with the same OUT.jsonl, if that is a file.
 
     [cyan]qvl batch questions.jsonl answers.jsonl --temperature 0 --max-tokens 64[/cyan]
+
+    [cyan]gunzip -c questions.jsonl.gz | qvl batch - - | gzip > answers.jsonl.gz[/cyan]
     """
-    params, total = sampling.params(), count_requests(requests)
-    before = resume_at(requests, answers)
-    if before and not quiet:
-        say(f"{before} of {total} requests already answered in {answers}")
-    engine, progress = models.open(), None
-    began = time.perf_counter()
-    with progress_bar(answers.name, total, before, shown=not quiet) as advance:
-        for progress in run_batch(engine, requests, answers, params):
-            advance(progress.done)
-    if progress is not None and not quiet:
-        seconds = time.perf_counter() - began
-        errors = f" ({progress.errors} of them errors)" if progress.errors else ""
-        say(f"wrote {progress.done - before} answers{errors} to {answers} in {seconds:.1f} s")
-        say(f"{progress.tokens} tokens at {rate(progress.tokens / seconds)}")
-    return 0
-
-
-def count_requests(path: Path) -> int:
-    """Number of requests in a file."""
-    return sum(1 for _ in lines_of(path))
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """The non-empty lines of a file."""
-    with path.open(encoding="utf-8") as file:
-        yield from (line for line in file if line.strip())
+    params = sampling.params()
+    check_distinct(requests, answers)
+    with closing(Input(requests)) as source, closing(Output(answers)) as target:
+        job = Batch(source, target, params, max_line_bytes)
+        job.resume()
+        before, total = job.progress, source.count(max_line_bytes)
+        if before.done and not quiet:
+            of = "" if total is None else f" of {total}"
+            say(f"{before.done}{of} requests already answered in {target.name}{_errors(before.errors)}")
+        if job.is_complete():
+            return FAILED_RECORDS if before.errors else 0
+        engine, began = models.open(), time.perf_counter()
+        with progress_bar(answers.name, total, before.done, shown=not quiet) as advance:
+            for progress in job.run(engine):
+                advance(progress.done)
+        if not quiet:
+            done, errors, tokens = (now - then for now, then in zip(job.progress, before, strict=True))
+            seconds = time.perf_counter() - began
+            say(f"wrote {done} answers{_errors(errors)} to {target.name} in {seconds:.1f} s")
+            say(f"{tokens} tokens at {rate(tokens / seconds)}")
+    return FAILED_RECORDS if job.progress.errors else 0
 
 
 def run_batch(engine: Engine, source: Path, target: Path, params: SamplingParams) -> Iterator[Progress]:
@@ -92,137 +105,137 @@ def run_batch(engine: Engine, source: Path, target: Path, params: SamplingParams
 
     Raises `PromptError` if `target` holds answers to other requests.
     """
-    done = resume_at(source, target)
-    ready: dict[int, dict[str, Any]] = {}  # answers that wait for an earlier one to be written
-    ids: dict[int, Any] = {}
+    check_distinct(source, target)
+    with closing(Input(source)) as requests, closing(Output(target)) as answers:
+        job = Batch(requests, answers, params)
+        job.resume()
+        if not job.is_complete():
+            yield from job.run(engine)
 
-    def requests() -> Iterator[tuple[int, Any, SamplingParams]]:
-        for index, line in enumerate(lines_of(source)):
-            if index < done:
+
+class Batch:
+    """Requests that are read once, in order, and their answers."""
+
+    progress: Progress
+
+    def __init__(self, source: Input, target: Output, params: SamplingParams, limit: int = MAX_LINE) -> None:
+        """limit: bytes of a line of either."""
+        self.progress = Progress(0, 0, 0)
+        self._source, self._target, self._params, self._limit = source, target, params, limit
+        self._lines = source.lines(limit, self._may_wait)
+        self._taken = 0  # lines
+        self._open = 0  # requests that the engine has and has not answered
+        self._end = 0  # bytes of the answers of earlier runs
+        self._names: dict[int, tuple[Any, int]] = {}  # id and line of requests whose answer is not written
+        self._ready: dict[int, dict[str, Any]] = {}  # answers that wait for an earlier one to be written
+
+    def resume(self) -> None:
+        """Read the answers of earlier runs, and as many requests. Raises `PromptError` if they do not belong together.
+
+        A last answer that was only partly written does not count.
+        """
+        if (path := self._target.path) is None or not path.exists():
+            return
+        with path.open("rb") as file:
+            while (answer := file.readline(self._limit)).endswith(b"\n"):
+                self._skip(answer, path)
+            if answer and (not answer.startswith(_BEGINNING[: len(answer)]) or file.read(1)):
+                raise PromptError(f"{path} does not end with a batch answer: remove it or use another file")
+
+    def is_complete(self) -> bool:
+        """Whether all requests are answered. Raises `PromptError` if there is none at all, which is a mistake."""
+        line = next(self._lines, None)
+        if line is not None:
+            self._lines = chain([line], self._lines)
+        elif not self._taken:
+            raise PromptError(f"{self._source.name} holds no request; expected one JSON object on each line")
+        return line is None
+
+    def run(self, engine: Engine) -> Iterator[Progress]:
+        """Answer what is not answered; yields after each answer that is written."""
+        self._target.begin(self._end)
+        for index, result in engine.as_completed(self._requests()):
+            self._open -= 1
+            self._ready[index] = self._error(index, result) if isinstance(result, QVLError) else answer_record(result)
+            yield from self._write()
+        yield from self._write()
+
+    def _skip(self, answer: bytes, path: Path) -> None:
+        """Take the next request as answered."""
+        line, number = next(self._lines, None), self._taken + 1
+        if line is None:
+            raise PromptError(f"{path} has more lines than {self._source.name}: remove it or use another file")
+        record = self._parsed(answer)
+        try:
+            request_id = record_id(parse_record(line, self._source.name, self._limit))
+        except QVLError:
+            request_id = None
+        if record.get("index") != self._taken or record.get("id") != request_id:
+            raise PromptError(
+                f"line {number} of {path} does not answer {self._source.name}: remove it or use another file"
+            )
+        self._taken, self._end = number, self._end + len(answer)
+        self.progress = Progress(number, self.progress.errors + ("error" in record), 0)
+
+    def _parsed(self, answer: bytes) -> dict[str, Any]:
+        """An answer of an earlier run, or nothing for a line that is none."""
+        try:
+            return parse_record(Line(0, answer, len(answer)), self._target.name, self._limit)
+        except QVLError:
+            return {}
+
+    def _requests(self) -> Iterator[tuple[int, Any, SamplingParams] | None]:
+        """The requests that are valid, as they arrive; None while there is none, or while many answers wait."""
+        for line in self._lines:
+            if line is None:
+                yield None
                 continue
+            while self._open and len(self._ready) > MAX_WAITING:
+                yield None
+            index, self._taken = self._taken, self._taken + 1
+            self._names[index] = None, line.number
             try:
-                record = parse_record(line)
-                ids[index] = record.get("id")
-                prompt, request_params = parse_request(record, params)
+                record = parse_record(line, self._source.name, self._limit)
+                self._names[index] = record_id(record), line.number
+                prompt, params = parse_request(record, self._params)
             except QVLError as error:
-                ready[index] = {"error": str(error)}
+                self._ready[index] = self._error(index, error)
             else:
-                yield index, prompt, request_params
+                self._open += 1
+                yield index, prompt, params
 
-    errors = tokens = 0
-    with target.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    def _may_wait(self) -> bool:
+        """Whether to wait for a line that has not arrived: the engine has nothing to do.
 
-        def write() -> Iterator[Progress]:
-            nonlocal done, errors, tokens
-            while done in ready:
-                answer = ready.pop(done)
-                errors += "error" in answer
-                tokens += answer.get("usage", {}).get("completion_tokens", 0)
-                line = {"index": done, "id": ids.pop(done, None), **answer}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                done += 1
-                yield Progress(done, errors, tokens)
+        Then errors are written, which nothing else would write: the one who sends the requests may wait for them.
+        """
+        if self._open:
+            return False
+        if self._source.path is None or len(self._ready) > MAX_WAITING:
+            for _ in self._write():
+                pass
+        return True
 
-        for index, result in engine.as_completed(requests()):
-            ready[index] = {"error": str(result)} if isinstance(result, QVLError) else answer_record(result)
-            yield from write()
-        yield from write()
+    def _write(self) -> Iterator[Progress]:
+        """Write the answers whose turn it is."""
+        while (index := self.progress.done) in self._ready:
+            answer, (request_id, _) = self._ready.pop(index), self._names.pop(index)
+            line = {"index": index, "id": request_id, **answer}
+            self._target.write(json.dumps(line, ensure_ascii=False))
+            tokens = answer.get("usage", {}).get("completion_tokens", 0)
+            _, errors, before = self.progress
+            self.progress = Progress(index + 1, errors + ("error" in answer), before + tokens)
+            yield self.progress
 
-
-def resume_at(source: Path, target: Path) -> int:
-    """Number of answers in `target`; removes a last line that was only partly written."""
-    if not target.exists():
-        return 0
-    if source.exists() and source.samefile(target):
-        raise PromptError(f"{target} holds the requests: choose another file for the answers")
-    content = target.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    answers = complete.splitlines()
-    for index, (answer, line) in enumerate(zip(answers, lines_of(source), strict=False)):
-        if not _matches(answer, index, line):
-            raise PromptError(f"line {index + 1} of {target} does not answer {source}: remove it or use another file")
-    if len(answers) > count_requests(source):
-        raise PromptError(f"{target} has more lines than {source}: remove it or use another file")
-    if len(complete) < len(content):
-        if not content[len(complete) :].startswith(b'{"index": '):
-            raise PromptError(f"{target} does not end with a batch answer: remove it or use another file")
-        with target.open("r+b") as file:
-            file.truncate(len(complete))
-    return len(answers)
+    def _error(self, index: int, error: QVLError) -> dict[str, Any]:
+        return {"line": self._names[index][1], "error": as_flags(str(error), _flags())}
 
 
-def parse_record(line: str) -> dict[str, Any]:
-    """The JSON object on a line. Raises `PromptError` for anything else."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise PromptError(f"the line is not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise PromptError(f"the line holds a JSON {type(record).__name__}; expected an object")
-    return record
+@cache
+def _flags() -> dict[str, str]:
+    """The parameters that a message of a request may name and that are options here, not of the request."""
+    return flags_of(EngineOptions) | {"max_line_bytes": "--max-line-bytes"}
 
 
-def parse_request(record: dict[str, Any], params: SamplingParams) -> tuple[Any, SamplingParams]:
-    """The prompt of a record, and `params` updated with the record's own. Raises `PromptError`."""
-    forms = [form for form in FORMS if form in record]
-    unknown = sorted(set(record) - {*FORMS, "images", "id", "params"})
-    if len(forms) != 1 or unknown:
-        problem = f"unknown keys {', '.join(map(repr, unknown))}" if unknown else f"{len(forms)} of them"
-        raise PromptError(f'a request needs one of "messages", "prompt" (with "images") or "raw"; found {problem}')
-    value, images = record[forms[0]], record.get("images", [])
-    if forms == ["prompt"]:
-        if not isinstance(value, str) or not isinstance(images, list):
-            raise PromptError('"prompt" must be a string and "images" a list of files, URLs or data URLs')
-        value = [user_message(value, images)]
-    elif images:
-        raise PromptError(f'"images" goes with "prompt"; put the images of "{forms[0]}" inside it')
-    return value, _merge_params(record.get("params", {}), params)
-
-
-def answer_record(completion: Completion) -> dict[str, Any]:
-    """The fields of a line of answers."""
-    boxes, *other_boxes = ([asdict(box) for box in answer.boxes] for answer in completion.answers)
-    record: dict[str, Any] = {
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "boxes": boxes,
-        "usage": asdict(completion.usage),
-    }
-    if other_boxes:
-        record["alternatives"] = [
-            {"text": answer.text, "finish_reason": answer.finish_reason, "boxes": own_boxes}
-            for answer, own_boxes in zip(completion.alternatives, other_boxes, strict=True)
-        ]
-    return record
-
-
-def _merge_params(raw: Any, params: SamplingParams) -> SamplingParams:
-    """`params` with the values of a request's "params" object. Raises `PromptError` or `SamplingError`."""
-    from qvl_runtime.schedule.api import SamplingParams
-
-    known = {field.name for field in fields(SamplingParams)}
-    if not isinstance(raw, dict) or not set(raw) <= known:
-        raise PromptError(f'"params" is {raw!r}; expected an object with some of {", ".join(sorted(known))}')
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
-    try:
-        if "logit_bias" in values:
-            values["logit_bias"] = {int(token): bias for token, bias in values["logit_bias"].items()}
-        return replace(params, **values)
-    except QVLError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise PromptError(f'"params" has a value of the wrong type ({error})') from None
-
-
-def _matches(answer: bytes, index: int, request: str) -> bool:
-    """Whether an answer line belongs to the request line at `index`; a request that is not valid JSON has no id."""
-    try:
-        record = parse_record(answer.decode("utf-8", "replace"))
-    except QVLError:
-        return False
-    try:
-        request_id = parse_record(request).get("id")
-    except QVLError:
-        request_id = None
-    return record.get("index") == index and record.get("id") == request_id
+def _errors(count: int) -> str:
+    return f" ({count} of them errors)" if count else ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_runtime.cli.lines import Line
 from qvl_runtime.cli.options import Debug, EngineOptions, Images, SamplingOptions, System, user_message
+from qvl_runtime.cli.streams import Closed, argument_text, check_output, input_decoded, input_lines
 from qvl_runtime.cli.terminal import (
     INTERRUPTED,
     box_lines,
@@ -48,6 +50,10 @@ def chat(
 
     [cyan]printf 'Hello!\\nBox the dog\\n' | qvl chat --image dog.jpg[/cyan]
     """
+    check_output()
+    if isinstance(sys.stdin, Closed):
+        sys.stdin.refuse()
+    system = None if system is None else argument_text(system, "--system")
     params, engine = sampling.params(), models.open()
     if note := engine.defaults_note(params):
         say(f"note: {note}")
@@ -144,13 +150,14 @@ def converse(session: ChatSession) -> int:
     earlier ones, it ends with code 2.
     """
     interactive = sys.stdin.isatty()
+    lines = iter(()) if interactive else input_lines()
     if interactive:
         _enable_line_editing()
         say("/help lists the commands, /image PATH attaches an image, Ctrl-D quits")
     interrupts = 0
     while True:
         try:
-            line = input("you> ") if interactive else _read_line()
+            line = input("you> ") if interactive else _next_line(lines)
             interrupts = 0
             if line.startswith("/"):
                 if not session.command(line.rstrip()):
@@ -167,7 +174,7 @@ def converse(session: ChatSession) -> int:
                 return INTERRUPTED
             print(file=sys.stderr)
             say("press Ctrl-C again or Ctrl-D to quit")
-        except (QVLError, OSError) as error:
+        except (QVLError, OSError, UnicodeDecodeError) as error:  # the last of a terminal in another encoding
             if isinstance(error, BrokenPipeError):
                 raise
             say_error(error)
@@ -175,11 +182,12 @@ def converse(session: ChatSession) -> int:
                 return 2
 
 
-def _read_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
+def _next_line(lines: Iterator[Line]) -> str:
+    if (line := next(lines, None)) is None:
         raise EOFError
-    return line.removesuffix("\n")
+    if line.size > len(line.data):
+        raise PromptError(f"standard input line {line.number} has {line.size:,} bytes; expected a message on each line")
+    return input_decoded(line.data, line.number)
 
 
 def _enable_line_editing() -> None:

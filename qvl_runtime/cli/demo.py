@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from qvl_runtime.cli.options import Debug, ModelOptions, user_message
+from qvl_runtime.cli.options import Debug, RunOptions, user_message
 from qvl_runtime.cli.terminal import check_drawable, printable, rate, size
 from qvl_runtime.errors import ConfigError, QVLError
 
@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the image with the boxes drawn on it.")]
 
 
-def demo(*, out: Out = Path("out/demo.png"), models: ModelOptions, debug: Debug = False) -> int:
+def demo(*, out: Out = Path("out/demo.png"), models: RunOptions, debug: Debug = False) -> int:
     """Caption an image that ships with qvl, answer a question about it, box an object, and report the speed.
 
     [cyan]qvl demo[/cyan]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +20,13 @@ from qvl_runtime.cli.options import (
     System,
     user_message,
 )
+from qvl_runtime.cli.streams import argument_text, check_output, input_text
 from qvl_runtime.cli.terminal import (
     INTERRUPTED,
     Answer,
     box_lines,
     check_drawable,
+    print_json,
     receive,
     save_drawing,
     say,
@@ -69,7 +70,9 @@ def generate(
 
     [cyan]echo "Describe it" | qvl generate - -i dog.jpg --quiet[/cyan]
     """
-    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    check_output()
+    text = input_text().strip() if prompt == "-" else argument_text(prompt, "the prompt")
+    system = None if system is None else argument_text(system, "--system")
     images = image or []
     if raw and system is not None:
         raise PromptError("--system belongs to the chat format, which --raw turns off; drop one of the two")
@@ -86,7 +89,7 @@ def generate(
     answer = receive(pieces, echo=not as_json)
     drawing = save_drawing(answer.completion, draw) if answer.completion is not None and draw is not None else None
     if as_json:
-        print(answer_json(answer, drawing))
+        print_json(answer_json(answer, drawing))
     if answer.completion is None:
         say("interrupted; the answer is incomplete")
         return INTERRUPTED
@@ -96,8 +99,8 @@ def generate(
     return 0
 
 
-def answer_json(answer: Answer, drawing: Path | None) -> str:
-    """The answer as one JSON object on one line; an interrupted one has only its text and its finish reason."""
+def answer_json(answer: Answer, drawing: Path | None) -> dict[str, Any]:
+    """The answer as one JSON object; an interrupted one has only its text and its finish reason."""
     record: dict[str, Any] = {"text": answer.text, "finish_reason": "interrupted"}
     if (completion := answer.completion) is not None:
         derived = ("ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s")
@@ -111,7 +114,7 @@ def answer_json(answer: Answer, drawing: Path | None) -> str:
             "timings": {name: round(value, 6) for name, value in timings.items()},
             "drawn": None if drawing is None else str(drawing),
         }
-    return json.dumps(record, ensure_ascii=False)
+    return record
 
 
 def _box_record(box: Box, completion: Completion) -> dict[str, Any]:

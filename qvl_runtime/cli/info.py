@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvl_runtime.cli.options import AsJson, Debug, ModelOptions
-from qvl_runtime.cli.terminal import size
+from qvl_runtime.cli.terminal import print_json, size
 
 if TYPE_CHECKING:
     from qvl_runtime.config.model import ModelConfig
@@ -45,7 +44,7 @@ def info(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False)
     """
     report = info_report(models)
     if as_json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print_json(report, indent=2)
     else:
         show_info(report)
     return 0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from functools import wraps
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from qvl_runtime.schedule.api import SamplingParams
     from qvl_runtime.weights.hub import Source
 
-MODEL, IMAGES, SAMPLING, OUTPUT = "Model", "Images", "Sampling", "Output"  # help panels
+MODEL, MEMORY, IMAGES, SAMPLING, OUTPUT = "Model", "Memory", "Images", "Sampling", "Output"  # help panels
 DEFAULT_MODEL = "the small checkpoint that ships with qvl"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
@@ -34,6 +33,25 @@ System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System message. Default: 'You are a helpful assistant.'")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel=OUTPUT)]
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:(k|M|G|T)(i?))?B?", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_count(text: str) -> int:
+    """A number with a unit: 48M, 1.5k, 20MiB (of 1024). Raises typer's error for anything else."""
+    match = _COUNT.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no number; expected one such as 500000, 48M or 20MiB")
+    number, prefix, binary = match.groups()
+    return (
+        round(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()]) if prefix else round(float(number))
+    )
+
+
+def count_option(help: str, panel: str | None = None) -> Any:
+    """An option for a number of bytes, pixels or tokens, with a unit if wanted."""
+    return typer.Option(parser=parse_count, metavar="N", help=help, rich_help_panel=panel)
 
 
 @dataclass(frozen=True)
@@ -101,12 +119,42 @@ class ModelOptions:
         with working(f"loading {self.model or DEFAULT_MODEL}"):
             from qvl_runtime.engine.engine import Engine
 
-            return Engine(**asdict(self))
+            return Engine(**{name: value for name, value in asdict(self).items() if value is not None})
 
 
 @dataclass(frozen=True)
-class EngineOptions(ModelOptions):
-    """Which checkpoint to run, and how it reads the user's images: fields of `Engine`, too."""
+class RunOptions(ModelOptions):
+    """Which checkpoint to run, and how much memory it may take: fields of `Engine`, too. None is its default."""
+
+    max_model_len: Annotated[
+        int | None, count_option("Longest prompt and answer, in tokens. Default: the model's.", MEMORY)
+    ] = None
+    kv_cache_bytes: Annotated[
+        int | None, count_option("KV cache of all requests, such as 4GiB. Default: from what is free.", MEMORY)
+    ] = None
+    kv_dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, or int8: a KV cache of half the size.", rich_help_panel=MEMORY)
+    ] = "auto"
+    max_running: Annotated[int | None, count_option("Requests that are computed together. Default: 64.", MEMORY)] = None
+    max_step_tokens: Annotated[
+        int | None, count_option("Tokens of a step; fewer need less memory. Default: 1024.", MEMORY)
+    ] = None
+    image_cache_bytes: Annotated[int | None, count_option("Cache of encoded images. Default: 256MiB.", MEMORY)] = None
+
+
+@dataclass(frozen=True)
+class EngineOptions(RunOptions):
+    """Which checkpoint to run, and which of the user's images it reads and how: fields of `Engine`, too."""
+
+    max_image_pixels: Annotated[
+        int | None, count_option("Largest image, width x height. Default: 67,108,864.", IMAGES)
+    ] = None
+    max_image_bytes: Annotated[int | None, count_option("Largest image file. Default: 20MiB.", IMAGES)] = None
+    max_images: Annotated[int | None, count_option("Images of one prompt. Default: 16.", IMAGES)] = None
+    image_timeout_s: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Seconds to download one image in. Default: 10.", rich_help_panel=IMAGES),
+    ] = None
 
     transparency: Annotated[
         str,
@@ -185,6 +233,7 @@ class SamplingOptions:
 
     def params(self) -> SamplingParams:
         """The sampling parameters, validated before a model is loaded. Raises `SamplingError`."""
+        from qvl_runtime.cli.streams import argument_text
         from qvl_runtime.schedule.api import SamplingParams
 
         return SamplingParams(
@@ -193,7 +242,7 @@ class SamplingOptions:
             top_p=self.top_p,
             top_k=self.top_k,
             seed=self.seed,
-            stop=tuple(self.stop or ()),
+            stop=tuple(argument_text(text, "--stop") for text in self.stop or ()),
         )
 
 
@@ -201,31 +250,3 @@ def user_message(text: str, images: Sequence[str]) -> dict[str, Any]:
     """A chat message of the user: images first, then the text."""
     parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     return {"role": "user", "content": parts}
-
-
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Expand each parameter whose type is a dataclass into its fields, which typer sees as options."""
-    hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint) and isinstance(hint, type)}
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        if (group := groups.get(parameter.name)) is None:
-            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
-            continue
-        field_hints = get_type_hints(group, include_extras=True)
-        parameters += [
-            inspect.Parameter(f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=field_hints[f.name])
-            for f in fields(group)
-        ]
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        built_groups = {
-            name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
-        }
-        command(**values, **built_groups)
-
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__
-    return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvl_runtime.cli.options import AsJson, Debug
-from qvl_runtime.cli.terminal import print_table, size
+from qvl_runtime.cli.terminal import print_json, print_table, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +48,7 @@ def plan(
 
     report = plan_report(resolve_model(model), gpu, PlanOptions(dtype, vision, head, kv, embedding_on_host))
     if as_json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print_json(report, indent=2)
     else:
         show_plan(report)
     return 0

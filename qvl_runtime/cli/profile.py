@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qvl_runtime.cli.command import add_command
-from qvl_runtime.cli.options import AsJson, Debug, ModelOptions
+from qvl_runtime.cli.options import AsJson, Debug, RunOptions
 from qvl_runtime.cli.terminal import print_table, say
 from qvl_runtime.errors import ConfigError
 
@@ -37,7 +37,7 @@ def speed(
     *,
     tokens: Tokens = None,
     batch: Batches = "1,2,4,8",
-    models: ModelOptions,
+    models: RunOptions,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -63,7 +63,7 @@ def speed(
     return 0
 
 
-def memory(*, models: ModelOptions, as_json: AsJson = False, debug: Debug = False) -> int:
+def memory(*, models: RunOptions, as_json: AsJson = False, debug: Debug = False) -> int:
     """Peak memory of encoding 2048 tokens and of generating 8192, compared with the published figures.
 
     [cyan]qvl profile memory --synthetic qwen-vl-chat-int4 --precision fast[/cyan]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from qvl_runtime.cli.options import AsJson, Debug, Quiet
-from qvl_runtime.cli.terminal import print_table, progress_bar, say, size, working
+from qvl_runtime.cli.terminal import print_json, print_table, progress_bar, say, size, working
 from qvl_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ def quantize(
     if plot is not None:
         plot_errors(errors, plot, options.method)
     if as_json:
-        print(json.dumps(quantizer.report(errors) | {"seconds": seconds}, ensure_ascii=False))
+        print_json(quantizer.report(errors) | {"seconds": seconds})
     elif not quiet:
         print_table(error_table(errors))
     if not quiet:

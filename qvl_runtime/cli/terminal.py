@@ -5,13 +5,16 @@ Results go to standard output, and nothing else does; notes, progress, speed and
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qvl_runtime.cli.flags import as_flags
 from qvl_runtime.errors import ImageError
 
 if TYPE_CHECKING:
@@ -20,12 +23,15 @@ if TYPE_CHECKING:
 
     from qvl_runtime.schedule.api import Completion, StreamPiece
 
-INTERRUPTED = 130  # the exit code that shells report for a program killed by SIGINT
+# Exit codes. The last two are what shells report for a program that SIGINT or SIGPIPE killed.
+BUG, USER_ERROR, FAILED_RECORDS, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Control characters except tab and newline, shown as symbols: an answer must not be able to control the terminal.
 _CONTROL_SYMBOLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 _CONTROL_SYMBOLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+_flags: dict[str, str] = {}  # of the command that runs
 
 
 class Answer(NamedTuple):
@@ -45,9 +51,25 @@ def say(line: str) -> None:
     print(" ".join(printable(line).split()), file=sys.stderr, flush=True)
 
 
+def use_flags(flags: Mapping[str, str]) -> None:
+    """Set the options that take the place of parameters in errors and warnings: those of the command that runs."""
+    _flags.clear()
+    _flags.update(flags)
+
+
 def say_error(error: BaseException | str) -> None:
     """Print `error: …` to standard error, on one line even if the message has line breaks."""
-    say(f"error: {error}")
+    if isinstance(error, OSError) and error.strerror:  # without its number and quotes
+        name = error.filename
+        name = os.fsdecode(name) if isinstance(name, (str, bytes)) else name
+        error = error.strerror if name is None else f"{name}: {error.strerror}"
+    say(f"error: {as_flags(str(error), _flags)}")
+
+
+def print_json(content: object, indent: int | None = None) -> None:
+    """Print a JSON object; a character that standard output's encoding may lack is escaped, so that none is lost."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(json.dumps(content, ensure_ascii=not is_unicode, indent=indent))
 
 
 class LogLines(logging.Handler):
@@ -55,7 +77,8 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the first line of a record; a traceback may follow it."""
-        say(f"{record.levelname.lower()}: {record.getMessage().partition(chr(10))[0]}")
+        first_line = record.getMessage().partition("\n")[0]
+        say(f"{record.levelname.lower()}: {as_flags(first_line, _flags)}")
 
 
 @contextmanager
@@ -72,9 +95,12 @@ def working(label: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(
-    label: str, total: int, done: int = 0, shown: bool = True, in_bytes: bool = False
+    label: str, total: int | None, done: int = 0, shown: bool = True, in_bytes: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar, if standard error is a terminal; yields a function to call with the number done so far."""
+    """Show a progress bar, if standard error is a terminal; yields a function to call with the number done so far.
+
+    total: None if it is not known.
+    """
     if not shown or not sys.stderr.isatty():
         yield lambda count: None
         return

@@ -131,12 +131,13 @@ class Engine:
         return [request.completion() for request in requests]
 
     def as_completed(
-        self, requests: Iterable[tuple[Any, Prompt, SamplingParams | None]], window: int | None = None
+        self, requests: Iterable[tuple[Any, Prompt, SamplingParams | None] | None], window: int | None = None
     ) -> Iterator[tuple[Any, Completion | QVLError]]:
         """Answer (tag, prompt, params) together, and yield (tag, completion or error) in the order of completion.
 
         Requests are read lazily, up to `window` ahead (by default twice as many as run together), so there may be any
-        number of them. One that is invalid or fails yields its error and does not stop the others.
+        number of them. One that is invalid or fails yields its error and does not stop the others. While some are open,
+        None instead of a request means that there is none yet: the open ones are computed, and then it is asked again.
         """
         waiting, open_requests = iter(requests), deque[Request]()
         max_open = window or 2 * self.engine_config.max_running

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.cli.batch import resume_at, run_batch
+from qvl_runtime.cli.batch import run_batch
 from qvl_runtime.cli.options import ModelOptions
 from qvl_runtime.errors import PromptError
 from tests.fakes import make_image, qvl
@@ -94,20 +94,21 @@ def test_the_command(engine: Engine, source: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ModelOptions, "open", lambda self: engine)
     target = source.with_name("out.jsonl")
     result = qvl("batch", source, target, "--temperature", 0, "--max-tokens", 4)
-    assert (result.exit_code, result.stdout) == (0, ""), result.stderr
+    assert (result.exit_code, result.stdout) == (3, ""), result.stderr
     assert "wrote 8 answers (3 of them errors)" in result.stderr and f"to {target} in" in result.stderr
-    assert "8 of 8 requests already answered" in qvl("batch", source, target).stderr
+    again = qvl("batch", source, target)
+    assert again.exit_code == 3 and "8 of 8 requests already answered" in again.stderr
     missing = qvl("batch", source.with_name("none.jsonl"), target)
     assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
 
 
-def test_a_file_without_answers_is_left_unchanged(tmp_path: Path) -> None:
+def test_a_file_without_answers_is_left_unchanged(engine: Engine, tmp_path: Path) -> None:
     requests = tmp_path / "in.jsonl"
     requests.write_text('{"prompt": "Hello!"}')  # no newline at its end
     with pytest.raises(PromptError, match="holds the requests"):
-        resume_at(requests, requests)
+        list(run_batch(engine, requests, requests, PARAMS))
     notes = tmp_path / "notes.txt"
     notes.write_text("keep me")
     with pytest.raises(PromptError, match="does not end with a batch answer"):
-        resume_at(requests, notes)
+        list(run_batch(engine, requests, notes, PARAMS))
     assert requests.read_text() == '{"prompt": "Hello!"}' and notes.read_text() == "keep me"

@@ -119,7 +119,7 @@ def test_draw_without_a_box_says_so_and_writes_nothing(fake_engine: FakeEngine, 
     [
         (["generate", "x", "--image", "no/such.png"], "error: image no/such.png does not exist; give the path"),
         (["generate", "x", "--temperature", "-1"], "error: temperature is -1.0; expected 0 (greedy) or more"),
-        (["generate", "x", "--max-tokens", "0"], "error: max_tokens is 0; expected at least 1"),
+        (["generate", "x", "--max-tokens", "0"], "error: --max-tokens is 0; expected at least 1"),
         (["generate", "x", "--raw", "--system", "y"], "error: --system belongs to the chat format"),
         (["generate", "x", "--draw", "out.doc"], "error: cannot draw to out.doc: its name must end in .png"),
         (["generate", "x", "--draw", "no/such/out.png"], "error: cannot draw to no/such/out.png: the folder no/such"),
@@ -191,7 +191,7 @@ def test_a_closed_pipe_ends_it_silently() -> None:
     process.stdout.read(12)
     process.stdout.close()
     assert process.stderr.read() == "ready\n"
-    assert process.wait(timeout=30) == 1
+    assert process.wait(timeout=30) == 141
 
 
 def test_control_characters_cannot_drive_a_terminal() -> None:
