@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format triton docs examples wheel kernel-report ttsem demo test asan ubsan tsan lint nano eval-nano report report-quick clean
+.PHONY: help setup format triton docs examples wheel kernel-report ttsem interop demo test asan ubsan tsan lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,23 @@ $(TTSEM)/.set-up: constraints.txt
 	@grep -v '^triton==' constraints.txt > $(TTSEM)/constraints.txt
 	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(TTSEM)/constraints.txt $(TTSEM_PACKAGES)
 	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)"
+	@touch $@
+
+# Checkpoints go to and come from the other projects that write this format. Each has an environment of its own, with
+# the libraries of its time; auto-gptq has wheels for Python 3.8 to 3.12.
+INTEROP := .venv-interop
+INTEROP_FLAGS ?=
+INTEROP_INSTALL = $(INTEROP)/$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS)
+interop: $(STAMP) $(INTEROP)/.set-up ## exchange GPTQ checkpoints with auto-gptq, Optimum and GPTQModel: ten minutes
+	$(BIN)/python -m tools.interop $(INTEROP_FLAGS)
+
+$(INTEROP)/.set-up: tools/interop/auto-gptq.txt tools/interop/gptqmodel.txt
+	@python="$${PYTHON:-$$($(FIND_PYTHON))}"; for name in auto-gptq gptqmodel; do \
+	[ -x $(INTEROP)/$$name/bin/python ] || "$$python" -m venv $(INTEROP)/$$name || exit 2; done
+	$(call INTEROP_INSTALL,auto-gptq) -r tools/interop/auto-gptq.txt
+	$(call INTEROP_INSTALL,auto-gptq) --no-deps auto-gptq==0.7.1
+	$(call INTEROP_INSTALL,gptqmodel) -r tools/interop/gptqmodel.txt
+	BUILD_CUDA_EXT=0 $(call INTEROP_INSTALL,gptqmodel) --no-deps --no-build-isolation gptqmodel==7.7.0 torchao==0.18.0
 	@touch $@
 
 demo: $(STAMP) ## caption an image, answer a question, box an object: about a minute
@@ -139,5 +156,5 @@ report-quick: $(STAMP) ## the same at the smallest sizes, to out/report: does it
 	$(BIN)/python -m benchmarks.report --quick
 
 clean: ## remove the environment, builds, caches and outputs
-	rm -rf $(VENV) $(TTSEM) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TTSEM) $(INTEROP) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,7 @@ from qvl_runtime.config.checks import (
     require_positive,
 )
 from qvl_runtime.config.quantization import QuantizationConfig
-from qvl_runtime.errors import ConfigError
+from qvl_runtime.errors import ConfigError, quoted
 from qvl_runtime.regular_files import is_there
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -208,6 +208,9 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
         raise ConfigError(f"config.json has no 'visual' section, so it looks like {other}; {_RUNS}")
     if raw.get("rope_scaling"):
         raise ConfigError(f"config.json sets rope_scaling to {raw['rope_scaling']}; supported is use_dynamic_ntk alone")
+    rope = raw.get("rope_parameters")  # transformers 5 writes the default one
+    if isinstance(rope, Mapping) and rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"config.json has rope_parameters {quoted(rope)}; supported is use_dynamic_ntk alone")
     groups = raw.get("num_key_value_heads")
     if groups is not None and groups != raw.get("num_attention_heads"):
         raise ConfigError(f"config.json has num_key_value_heads {groups}; supported is one for each query head")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qvl_runtime.weights.checkpoint import Checkpoint
 
 
+SAMPLED_ROWS = 64  # of the vocabulary, compared where a head is stored twice
 _log = logging.getLogger("qvl_runtime")
 
 
@@ -53,10 +54,27 @@ def source_notes(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, ...]
 
     Raises `CheckpointError` for zero points that contradict the configuration.
     """
-    notes = [*checkpoint.notes, *zero_point_notes(checkpoint, config)]
+    notes = [*checkpoint.notes, *_tied_head_note(checkpoint, config), *zero_point_notes(checkpoint, config)]
     for note in notes:
         _log.warning("%s", note)
     return tuple(notes)
+
+
+def _tied_head_note(checkpoint: Checkpoint, config: ModelConfig) -> list[str]:
+    """A head that is stored although the configuration ties it to the embedding, and is another matrix."""
+    import torch
+
+    head, embedding = "lm_head.weight", "transformer.wte.weight"
+    if not config.tie_word_embeddings or head not in checkpoint:
+        return []
+    rows = torch.linspace(0, config.vocab_size - 1, SAMPLED_ROWS).long()
+    stored, used = checkpoint.tensor(head), checkpoint.tensor(embedding)
+    if stored.shape == used.shape and torch.equal(stored[rows].float(), used[rows].float()):
+        return []
+    return [
+        "config.json has tie_word_embeddings true, and the checkpoint has an lm_head.weight that differs from the "
+        "embedding: it is not used; set the key to false if the head was trained"
+    ]
 
 
 def build_linears(

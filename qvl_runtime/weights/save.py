@@ -70,6 +70,8 @@ def quantized_config(raw_config: Mapping[str, Any], quantization: QuantizationCo
         "sym": quantization.sym,
         "checkpoint_format": quantization.checkpoint_format,
     }
+    if quantization.desc_act:  # Optimum 2.3 takes it for true otherwise, and refuses it together with desc_act
+        section["act_group_aware"] = False
     dtype = {"bf16": False, "fp16": True, "fp32": False, "torch_dtype": "float16"}
     return {**raw_config, **dtype, "quantization_config": section}
 

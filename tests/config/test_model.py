@@ -144,6 +144,7 @@ def test_golden_checkpoints(golden: Path, name: str) -> None:
         ({"visual": ..., "audio": {}}, ["'visual'", "Qwen-Audio"]),
         ({"visual": 3}, ["visual 3", "object"]),
         ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling", "yarn"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, ["rope_parameters", "yarn"]),
         ({"num_key_value_heads": 8}, ["num_key_value_heads", "8"]),
         ({"seq_length": ...}, ["'seq_length'"]),
         ({"hidden_size": "4096"}, ["hidden_size", "'4096'", "int"]),

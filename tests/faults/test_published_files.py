@@ -282,3 +282,15 @@ def test_later_models_are_refused_by_name(raw: dict[str, Any], names: dict[str, 
         ModelConfig.from_dict({**raw, **names})
     assert str(names.get("model_type", "qwen")) in str(caught.value)
     assert json.dumps(names)  # what a file can hold
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_head_that_is_stored_and_differs_is_remarked_on(
+    raw: dict[str, Any], make_state: MakeState, write: Write, same: bool
+) -> None:
+    raw["tie_word_embeddings"] = True
+    config = ModelConfig.from_dict(raw)
+    state = make_state(config)
+    head = state["transformer.wte.weight"] + (0 if same else 1)
+    notes = load_weights(write(raw, {**state, "lm_head.weight": head}), config, torch.float32, CPU).notes
+    assert len(notes) == (not same) and all("tie_word_embeddings true" in note for note in notes)
