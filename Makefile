@@ -19,7 +19,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format triton docs examples wheel kernel-report ttsem interop demo test asan ubsan tsan lint nano eval-nano report report-quick clean
+.PHONY: help setup format triton docs examples wheel kernel-report ttsem interop demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +98,11 @@ asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their test
 
 ubsan: $(STAMP) ## the same with UndefinedBehaviorSanitizer
 	$(call SANITIZED,undefined -fno-sanitize-recover=all,libubsan.so)
+
+FUZZ_SECONDS ?= 600
+FUZZ_FLAGS ?=
+fuzz: $(STAMP) ## feed random and damaged files and requests to it: 10 minutes, or FUZZ_SECONDS
+	$(BIN)/python -m tools.fuzz --seconds $(FUZZ_SECONDS) --keep build/fuzz/failures.jsonl $(FUZZ_FLAGS)
 
 # 64 calls from 8 threads. Races inside torch's own libraries, which are not built for this, are left out (tsan.supp).
 tsan: $(STAMP) ## build the CPU kernels with ThreadSanitizer and run an engine from 8 threads
