@@ -9,7 +9,7 @@ from typing import Literal
 from qvl_runtime.config.checks import require_choice, require_positive
 from qvl_runtime.config.model import DTYPES
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.prompt.limits import ImageLimits
+from qvl_runtime.prompt.limits import CAN_ISOLATE, ImageLimits
 
 PRECISIONS = ("exact", "fast")
 _IMAGES = ImageLimits()
@@ -33,7 +33,10 @@ class EngineConfig:
     allow_private_addresses: bool = _IMAGES.allow_private_addresses  # loopback, inside a network, link-local
     max_image_bytes: int = _IMAGES.max_image_bytes
     max_image_pixels: int = _IMAGES.max_image_pixels
+    max_image_side: int = _IMAGES.max_image_side
+    max_request_pixels: int = _IMAGES.max_request_pixels  # of all images of a request
     image_timeout_s: float = _IMAGES.image_timeout_s
+    isolate_images: bool = CAN_ISOLATE  # decode files in worker processes, limited in time and memory
     max_images: int = _IMAGES.max_images  # a request
     transparency: str = _IMAGES.transparency  # "drop" the alpha channel, or put images on "white"
     exif_orientation: str = _IMAGES.exif_orientation  # "ignore", or "apply" to images and their boxes

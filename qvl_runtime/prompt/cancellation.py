@@ -17,18 +17,18 @@ class Cancellation:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._end_wait: Callable[[], None] | None = None
-        self._is_set = False
+        self.is_set = False
 
     def cancel(self) -> None:
         """Cancel the request. Returns once its present wait is ended, if it was in one."""
         with self._lock:
-            self._is_set = True
+            self.is_set = True
             if self._end_wait is not None:
                 self._end_wait()
 
     def check(self) -> None:
         """Raise `Canceled` if the request was canceled."""
-        if self._is_set:
+        if self.is_set:
             raise Canceled
 
     @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 from qvl_runtime.errors import ConfigError, PromptError, quoted
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
-from qvl_runtime.prompt.images import LoadedImage, load_image
+from qvl_runtime.prompt.images import ImageReader, LoadedImage
 from qvl_runtime.prompt.limits import ImageLimits
 from qvl_runtime.prompt.messages import Conversation, Turn, is_messages
 from qvl_runtime.prompt.parts import Part, content_segment
@@ -108,10 +108,8 @@ class PromptEncoder:
 
         Raises `ImageError`, `DownloadError`, and `Canceled` if another thread cancels.
         """
-        segment, images = draft.segment, list[LoadedImage]()
-        for number, slot in enumerate(segment.slots, start=1):
-            cancellation.check()
-            images.append(load_image(slot.source, self.image_size, self.limits, name=f"image {number}"))
+        segment, reader = draft.segment, ImageReader(self.image_size, self.limits, cancellation)
+        images = [reader.read(slot.source, f"image {number}") for number, slot in enumerate(segment.slots, start=1)]
         spans = tuple(
             ImageSpan(slot.start, self.tokenizer.n_queries, image)
             for slot, image in zip(segment.slots, images, strict=True)

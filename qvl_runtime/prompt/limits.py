@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
 
 from qvl_runtime.errors import ConfigError, ImageError, quoted
 from qvl_runtime.prompt.hosts import is_pattern
+
+CAN_ISOLATE = os.name == "posix" and not getattr(sys, "frozen", False)
+"""Whether worker processes can be started here. A frozen program would start itself again, not Python."""
 
 CHOICES = {
     "transparency": ("drop", "white"),
@@ -25,7 +30,10 @@ class ImageLimits:
 
     max_image_bytes: int = 20 * 2**20  # of the encoded file
     max_image_pixels: int = 2**26  # width x height of the original, from its header; phones take up to 64 million
-    image_timeout_s: float = 10.0  # seconds, for one download from name look-up to last byte
+    max_image_side: int = 65_535  # pixels; resizing a longer side takes seconds and gigabytes, however narrow it is
+    max_request_pixels: int = 2**28  # of all images of a prompt, which are decoded one after another
+    image_timeout_s: float = 10.0  # seconds for an image: its download, and its decoding if images are isolated
+    isolate_images: bool = False  # decode files in worker processes, limited in time and memory
     max_images: int = 16  # a prompt
     allow_urls: bool | tuple[str, ...] = True  # http(s): any host, none, or those named; "*.example.com": subdomains
     allow_private_addresses: bool = False  # of hosts, redirects included: loopback, inside a network, link-local
@@ -35,14 +43,16 @@ class ImageLimits:
     deep_pixels: str = "range"  # above 8 bits: white is the type's "range", or "stretch" from darkest to brightest
 
     def __post_init__(self) -> None:
-        for name in ("max_image_bytes", "max_image_pixels", "image_timeout_s"):
+        for name in ("max_image_bytes", "max_image_pixels", "max_image_side", "max_request_pixels", "image_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.max_images < 0:
             raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
-        for name in ("allow_private_addresses", "allow_files"):
+        for name in ("isolate_images", "allow_private_addresses", "allow_files"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {quoted(getattr(self, name))}; expected True or False")
+        if self.isolate_images and not CAN_ISOLATE:
+            raise ConfigError("isolate_images is True, which needs a POSIX system and a Python that is not frozen")
         if not isinstance(self.allow_urls, bool):
             hosts = self.allow_urls if isinstance(self.allow_urls, (tuple, list)) else (self.allow_urls,)
             if hosts is not self.allow_urls or not all(map(is_pattern, hosts)):
@@ -66,6 +76,11 @@ class ImageLimits:
             raise ImageError(
                 f"{described} is {width} x {height}, over the limit of {self.max_image_pixels:,} pixels: "
                 "shrink it or raise max_image_pixels"
+            )
+        if max(width, height) > self.max_image_side:
+            raise ImageError(
+                f"{described} is {width} x {height}, over the limit of {self.max_image_side:,} pixels a side: "
+                "cut it into parts or raise max_image_side"
             )
         if width * height <= 0:
             raise ImageError(f"{described} is {width} x {height}: it has no pixels")

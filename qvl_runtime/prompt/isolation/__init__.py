@@ -1,0 +1,1 @@
+"""Decode images in worker processes, which can be limited, killed and replaced."""

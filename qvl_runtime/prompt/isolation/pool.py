@@ -1,0 +1,219 @@
+"""The workers of this process, started when they are needed, and the rules by which images share them.
+
+Each image begins in the quick lane. One that is large, or takes longer than its size explains, continues in the slow
+lane with the machine's leftover time, or starts over there when it is its turn: so it delays no one but its like.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+
+from qvl_runtime.errors import ImageError
+from qvl_runtime.prompt.cancellation import Cancellation
+from qvl_runtime.prompt.isolation.lanes import Lane
+from qvl_runtime.prompt.isolation.messages import Disconnected
+from qvl_runtime.prompt.isolation.process import Job, Worker
+from qvl_runtime.prompt.preparing import Admit, Prepared
+
+QUICK_PIXELS = 2**24  # of an image in the quick lane, at most: what phones take by default
+_QUICK_IMAGES, _SLOW_IMAGES = 8, 2
+_SLOW_PIXELS = 2**27  # together: up to 2 GiB, if they are WebP
+# The CPU time that an image may take in the quick lane: twice what JPEG and PNG take on a slow core.
+_QUICK_S, _QUICK_S_PER_PIXEL, _QUICK_S_PER_BYTE = 0.1, 1e-7, 5e-8
+_MAX_IDLE = 2
+
+
+class Pool:
+    """Decodes images in worker processes, for any number of threads."""
+
+    def __init__(self) -> None:
+        self._quick = Lane(_QUICK_IMAGES, _QUICK_IMAGES * QUICK_PIXELS)
+        self._slow = Lane(_SLOW_IMAGES, _SLOW_PIXELS)
+        self._lock = threading.Lock()
+        self._idle: list[Worker] = []
+        self._workers: set[Worker] = set()
+
+    def decode(self, job: Job, pixels: memoryview, admit: Admit, cancellation: Cancellation) -> Prepared:
+        """Decode an image into `pixels`, S x S x 3 bytes. Its time limit does not count the wait for other images.
+
+        Raises `ImageError`, what `admit` raises, and `Canceled`.
+        """
+        self._quick.enter(0, cancellation)
+        turn = _Turn(self._quick, 0)
+        try:
+            found = self._attempt(job, pixels, admit, cancellation, turn)
+            if isinstance(found, Prepared):
+                return found
+            turn.end()
+            self._slow.enter(found, cancellation)
+            turn = _Turn(self._slow, found)
+            done = self._attempt(job, pixels, admit, cancellation, turn)
+            if isinstance(done, Prepared):
+                return done
+            raise ImageError(f"{job.described} has another size each time that it is read")
+        finally:
+            turn.end()
+
+    def close(self) -> None:
+        """Kill all workers."""
+        with self._lock:
+            workers, self._workers, self._idle = self._workers, set(), []
+        for worker in workers:
+            worker.kill()
+
+    def disown(self) -> None:
+        """In a forked child: forget the workers, which are the parent's."""
+        for worker in self._workers:
+            worker.disown()
+
+    def pids(self) -> list[int]:
+        """The ids of the processes that run."""
+        with self._lock:
+            return sorted(worker.pid for worker in self._workers if worker.is_alive())
+
+    def _attempt(
+        self, job: Job, pixels: memoryview, admit: Admit, cancellation: Cancellation, turn: _Turn
+    ) -> Prepared | int:
+        """Decode, or return the number of pixels if this must wait for the slow lane."""
+        worker = self._take()
+        try:
+            with cancellation.ending_with(worker.kill):
+                return self._ask(worker, job, pixels, admit, turn)
+        except TimeoutError:
+            raise ImageError(
+                f"{job.described} was not read within {job.limits.image_timeout_s:g} s: shrink it, save it in "
+                "another format, or raise image_timeout_s"
+            ) from None
+        except Disconnected:
+            raise ImageError(
+                f"{job.described} cannot be read: the process that decodes it {worker.how_it_ended()}; "
+                "shrink it or save it in another format"
+            ) from None
+        finally:
+            self._give_back(worker)
+
+    def _ask(self, worker: Worker, job: Job, pixels: memoryview, admit: Admit, turn: _Turn) -> Prepared | int:
+        if turn.lane is self._slow:
+            worker.slow_down()
+        worker.send(job)
+        patience = _QUICK_S + _QUICK_S_PER_BYTE * len(job.data)
+        if not self._keeps_turn(worker, turn, QUICK_PIXELS, patience):
+            return QUICK_PIXELS
+        width, height = worker.header()
+        count = width * height
+        try:
+            admit(width, height)
+        except BaseException:
+            worker.refuse()
+            raise
+        if turn.lane is self._quick and count > QUICK_PIXELS:
+            if not turn.change(self._slow, count):
+                worker.refuse()
+                return count
+            worker.slow_down()
+        worker.start()
+        if not self._keeps_turn(worker, turn, count, patience + _QUICK_S_PER_PIXEL * count):
+            return count
+        return worker.result(pixels)
+
+    def _keeps_turn(self, worker: Worker, turn: _Turn, pixels: int, patience: float) -> bool:
+        """Wait for an answer; an image that takes more CPU time than `patience` leaves the quick lane, if it can."""
+        if turn.lane is self._slow or worker.is_ready(patience):
+            return True
+        if not turn.change(self._slow, pixels):
+            return False
+        worker.slow_down()
+        self._keep_a_spare()
+        return True
+
+    def _take(self) -> Worker:
+        with self._lock:
+            while self._idle:
+                if (worker := self._idle.pop()).is_alive():
+                    return worker
+                self._workers.discard(worker)
+                worker.close()
+        return self._started()
+
+    def _started(self) -> Worker:
+        try:
+            worker = Worker()
+        except OSError as error:
+            raise ImageError(
+                f"no process for decoding images can be started ({error}): set isolate_images to False"
+            ) from error
+        with self._lock:
+            self._workers.add(worker)
+        return worker
+
+    def _give_back(self, worker: Worker) -> None:
+        with self._lock:
+            if worker.is_reusable and len(self._idle) < _MAX_IDLE:
+                self._idle.append(worker)
+                return
+            self._workers.discard(worker)
+        worker.close()
+
+    def _keep_a_spare(self) -> None:
+        """Start a worker ahead, since some are busy for long and a start takes 100 ms."""
+        with self._lock:
+            if self._idle:
+                return
+        worker = self._started()
+        with self._lock:
+            self._idle.append(worker)
+
+
+class _Turn:
+    """An image's place in a lane."""
+
+    def __init__(self, lane: Lane, pixels: int) -> None:
+        self.lane, self._pixels = lane, pixels
+        self._ended = False
+
+    def change(self, lane: Lane, pixels: int) -> bool:
+        """Go to another lane, if that has room at once."""
+        if not lane.try_enter(pixels):
+            return False
+        self.lane.leave(self._pixels)
+        self.lane, self._pixels = lane, pixels
+        return True
+
+    def end(self) -> None:
+        """Leave the lane."""
+        if not self._ended:
+            self._ended = True
+            self.lane.leave(self._pixels)
+
+
+_pool: Pool | None = None
+_making = threading.Lock()
+
+
+def shared_pool() -> Pool:
+    """The pool of this process."""
+    global _pool
+    with _making:
+        if _pool is None:
+            _pool = Pool()
+        return _pool
+
+
+def _close_at_exit() -> None:
+    if _pool is not None:
+        _pool.close()
+
+
+def _forget_in_child() -> None:
+    global _pool, _making
+    _making = threading.Lock()
+    if _pool is not None:
+        _pool.disown()
+        _pool = None
+
+
+atexit.register(_close_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
