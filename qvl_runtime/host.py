@@ -30,7 +30,9 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         version = torch.__version__
         reason = f"torch {version} finds none" if torch.version.cuda else f"torch {version} was built without CUDA"
-        raise ConfigError(f"device is {name!r}, but there is no usable GPU ({reason}): use device='cpu' or 'auto'")
+        raise ConfigError(
+            f"device is {name!r}, but there is no usable GPU ({reason}): use device='cpu' or device='auto'"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
     try:

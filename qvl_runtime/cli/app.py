@@ -24,7 +24,7 @@ from qvl_runtime.cli.plan import plan
 from qvl_runtime.cli.profile import profile_app
 from qvl_runtime.cli.quantize import quantize
 from qvl_runtime.cli.streams import discard_output, prepare
-from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say, say_error
+from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say_error, say_warning
 from qvl_runtime.cli.verify import verify
 
 COMMANDS = (generate, chat, batch, info, demo, convert, verify, quantize, plan)
@@ -68,7 +68,7 @@ def main() -> None:
     """Run the command line: the entry point of `qvl`."""
     prepare()
     logging.getLogger("qvl_runtime").addHandler(LogLines(logging.WARNING))
-    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    warnings.showwarning = lambda message, *_, **__: say_warning(message)
     try:
         app()
     except OSError as error:  # of the help or a usage error: commands report their own

@@ -8,15 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_runtime.cli.drawing import check_drawable, save_drawing
 from qvl_runtime.cli.lines import Line
-from qvl_runtime.cli.options import Debug, EngineOptions, Images, SamplingOptions, System, user_message
+from qvl_runtime.cli.options import Debug, EngineOptions, Font, Images, SamplingOptions, System, user_message
 from qvl_runtime.cli.streams import Closed, argument_text, check_output, input_decoded, input_lines
 from qvl_runtime.cli.terminal import (
     INTERRUPTED,
     box_lines,
-    check_drawable,
     receive,
-    save_drawing,
     say,
     say_error,
     speed_line,
@@ -42,6 +41,7 @@ def chat(
     system: System = None,
     models: EngineOptions,
     sampling: SamplingOptions,
+    font: Font = None,
     debug: Debug = False,
 ) -> int:
     """Chat with the model, one line per message; type /help for the commands.
@@ -57,7 +57,7 @@ def chat(
     params, engine = sampling.params(), models.open()
     if note := engine.defaults_note(params):
         say(f"note: {note}")
-    session = ChatSession(engine, params, system)
+    session = ChatSession(engine, params, system, font)
     for source in image or []:
         session.attach(source)
     return converse(session)
@@ -70,8 +70,10 @@ class ChatSession:
     pending_images: list[str]
     last: Completion | None
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None) -> None:
-        self.engine, self.params, self.system = engine, params, system
+    def __init__(
+        self, engine: Engine, params: SamplingParams, system: str | None = None, font: Path | None = None
+    ) -> None:
+        self.engine, self.params, self.system, self.font = engine, params, system, font
         self.reset()
 
     def reset(self) -> None:
@@ -120,8 +122,8 @@ class ChatSession:
         if self.last is None:
             raise PromptError("no answer to draw yet; ask for a box first: 'Box the dog'")
         path = Path(argument).expanduser()
-        check_drawable(path)
-        if save_drawing(self.last, path) is not None:
+        check_drawable(path, self.font)
+        if save_drawing(self.last, path, self.font) is not None:
             say(f"wrote {path}")
 
     def command(self, line: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qvl_runtime.cli.options import Debug, Quiet
+from qvl_runtime.cli.options import Debug, Download, Hub, Quiet, model_folder
 from qvl_runtime.cli.terminal import progress_bar, say, size
 from qvl_runtime.errors import ConfigError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def convert(
     *,
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a hub id in the local cache.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint folder, or a hub id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to create.")],
     to: Annotated[
         str,
@@ -32,6 +32,8 @@ def convert(
     ] = "keep",
     head: Annotated[str, typer.Option(metavar="NAME", help="The output head: keep, int8 or int4.")] = "keep",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
+    download: Download = False,
+    hub: Hub = "huggingface",
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -45,10 +47,8 @@ def convert(
 
     [cyan]qvl convert ./chat-int4-cpu ./chat-int4-restored --to hf[/cyan]
     """
-    from qvl_runtime.weights.hub import resolve_model
-
     options = convert_options(to, dtype, vision, head)
-    folder = resolve_model(source)
+    folder = model_folder(source, download, hub)
     if options is None:
         return _restore(folder, destination, quiet)
     return _convert(folder, destination, options, dry_run, quiet)

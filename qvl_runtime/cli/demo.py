@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from qvl_runtime.cli.options import Debug, RunOptions, user_message
-from qvl_runtime.cli.terminal import check_drawable, printable, rate, size
+from qvl_runtime.cli.drawing import check_drawable, save_image
+from qvl_runtime.cli.options import Debug, Font, RunOptions, user_message
+from qvl_runtime.cli.terminal import printable, rate, size
 from qvl_runtime.errors import ConfigError, QVLError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the image with the boxes drawn on it.")]
 
 
-def demo(*, out: Out = Path("out/demo.png"), models: RunOptions, debug: Debug = False) -> int:
+def demo(*, out: Out = Path("out/demo.png"), font: Font = None, models: RunOptions, debug: Debug = False) -> int:
     """Caption an image that ships with qvl, answer a question about it, box an object, and report the speed.
 
     [cyan]qvl demo[/cyan]
@@ -31,8 +32,8 @@ def demo(*, out: Out = Path("out/demo.png"), models: RunOptions, debug: Debug = 
     [cyan]qvl demo --model Qwen/Qwen-VL-Chat-Int4 --out boxed.png[/cyan]
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_drawable(out)
-    run(models.open(), out)
+    check_drawable(out, font)
+    run(models.open(), out, font=font)
     return 0
 
 
@@ -60,7 +61,7 @@ class DemoPlan(NamedTuple):
         return cls(folder / texts.pop("image"), **texts)
 
 
-def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
+def run(engine: Engine, out: Path, plan: DemoPlan | None = None, font: Path | None = None) -> None:
     """Run the plan's three prompts, write the image with the boxes of the answers to `out`, and print the speed."""
     from rich.console import Console
 
@@ -74,7 +75,7 @@ def run(engine: Engine, out: Path, plan: DemoPlan | None = None) -> None:
     boxes = list(answers["caption"].boxes)
     known = {box.label for box in boxes}  # an object that the caption boxed is not drawn twice
     boxes += [box for box in answers["box"].boxes if box.label not in known]
-    draw_boxes(answers["box"].images[0].original, boxes).save(out)
+    save_image(draw_boxes(answers["box"].images[0].original, boxes, font), out)
     console.print(f"\nwrote    {out}, with {len(boxes)} box{'' if len(boxes) == 1 else 'es'} drawn\n")
     console.print(engine_table(engine))
     console.print()

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qvl_runtime.cli.drawing import check_drawable, save_drawing
 from qvl_runtime.cli.options import (
     OUTPUT,
     AsJson,
     Debug,
     EngineOptions,
+    Font,
     Images,
     Quiet,
     SamplingOptions,
@@ -25,10 +27,8 @@ from qvl_runtime.cli.terminal import (
     INTERRUPTED,
     Answer,
     box_lines,
-    check_drawable,
     print_json,
     receive,
-    save_drawing,
     say,
     speed_line,
 )
@@ -57,6 +57,7 @@ def generate(
     sampling: SamplingOptions,
     as_json: AsJson = False,
     draw: Draw = None,
+    font: Font = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -77,7 +78,7 @@ def generate(
     if raw and system is not None:
         raise PromptError("--system belongs to the chat format, which --raw turns off; drop one of the two")
     if draw is not None:
-        check_drawable(draw)
+        check_drawable(draw, font)
     params, engine = sampling.params(), models.open()
     if not quiet and (note := engine.defaults_note(params)):
         say(f"note: {note}")
@@ -87,7 +88,9 @@ def generate(
         opening = [] if system is None else [{"role": "system", "content": system}]
         pieces = engine.chat([*opening, user_message(text, images)], params, stream=True)
     answer = receive(pieces, echo=not as_json)
-    drawing = save_drawing(answer.completion, draw) if answer.completion is not None and draw is not None else None
+    drawing = None
+    if answer.completion is not None and draw is not None:
+        drawing = save_drawing(answer.completion, draw, font)
     if as_json:
         print_json(answer_json(answer, drawing))
     if answer.completion is None:

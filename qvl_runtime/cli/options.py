@@ -33,6 +33,21 @@ System = Annotated[
     str | None, typer.Option(metavar="TEXT", help="System message. Default: 'You are a helpful assistant.'")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel=OUTPUT)]
+Download = Annotated[
+    bool, typer.Option("--download", help="Download the model if it is not cached.", rich_help_panel=MODEL)
+]
+Hub = Annotated[
+    str,
+    typer.Option(
+        "--source", metavar="HUB", help="Hub to download from: huggingface or modelscope.", rich_help_panel=MODEL
+    ),
+]
+Font = Annotated[
+    Path | None,
+    typer.Option(
+        "--font", metavar="FILE", help="Font of drawn labels. Default: an installed one.", rich_help_panel=OUTPUT
+    ),
+]
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:(k|M|G|T)(i?))?B?", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -54,6 +69,13 @@ def count_option(help: str, panel: str | None = None) -> Any:
     return typer.Option(parser=parse_count, metavar="N", help=help, rich_help_panel=panel)
 
 
+def model_folder(name: str | Path, download: bool, hub: str) -> Path:
+    """The folder of a model, downloaded first if asked. Raises `CheckpointError` or `DownloadError`."""
+    from qvl_runtime.weights.hub import resolve_model
+
+    return resolve_model(name, download=download, source=cast("Source", hub))
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which checkpoint to run, on what device and in what precision: fields of `Engine`."""
@@ -68,13 +90,8 @@ class ModelOptions:
             rich_help_panel=MODEL,
         ),
     ] = None
-    download: Annotated[
-        bool, typer.Option("--download", help="Download the model if it is not cached.", rich_help_panel=MODEL)
-    ] = False
-    source: Annotated[
-        str,
-        typer.Option(metavar="HUB", help="Hub to download from: huggingface or modelscope.", rich_help_panel=MODEL),
-    ] = "huggingface"
+    download: Download = False
+    source: Hub = "huggingface"
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)] = (
         "auto"
     )
@@ -110,9 +127,8 @@ class ModelOptions:
     def folder(self) -> Path:
         """The checkpoint folder, downloaded first with `--download`. Raises `CheckpointError` or `DownloadError`."""
         from qvl_runtime.engine.engine import NANO
-        from qvl_runtime.weights.hub import resolve_model
 
-        return resolve_model(self.model or NANO, download=self.download, source=cast("Source", self.source))
+        return model_folder(self.model or NANO, self.download, self.source)
 
     def open(self) -> Engine:
         """Load the model, with a spinner if standard error is a terminal."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvl_runtime.cli.options import AsJson, Debug
+from qvl_runtime.cli.options import AsJson, Debug, Download, Hub, model_folder
 from qvl_runtime.cli.terminal import print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ CONTEXTS = (300, 2048, 8192)  # tokens at which the speed is bounded
 
 def plan(
     *,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a hub id in the local cache.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder, or a hub id.")],
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="Plan for a GPU such as a100-40. Default: this machine's CPU.")
     ] = None,
@@ -34,6 +34,8 @@ def plan(
     embedding_on_host: Annotated[
         bool, typer.Option("--embedding-on-host", help="Keep the embedding table in host memory, not on the GPU.")
     ] = False,
+    download: Download = False,
+    hub: Hub = "huggingface",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -44,9 +46,10 @@ def plan(
     [cyan]qvl plan Qwen/Qwen-VL-Chat --gpu 3090 --kv int8[/cyan]
     """
     from qvl_runtime.plan.options import PlanOptions
-    from qvl_runtime.weights.hub import resolve_model
 
-    report = plan_report(resolve_model(model), gpu, PlanOptions(dtype, vision, head, kv, embedding_on_host))
+    report = plan_report(
+        model_folder(model, download, hub), gpu, PlanOptions(dtype, vision, head, kv, embedding_on_host)
+    )
     if as_json:
         print_json(report, indent=2)
     else:

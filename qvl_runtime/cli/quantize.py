@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from qvl_runtime.cli.options import AsJson, Debug, Quiet
+from qvl_runtime.cli.options import AsJson, Debug, Download, Hub, Quiet, model_folder
 from qvl_runtime.cli.terminal import print_json, print_table, progress_bar, say, size, working
 from qvl_runtime.errors import ConfigError
 
@@ -88,6 +88,8 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the inputs, print the memory and disk needed, and exit.")
     ] = False,
+    download: Download = False,
+    hub: Hub = "huggingface",
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -107,11 +109,10 @@ def quantize(
     with working(f"reading {source} and the calibration set"):
         from qvl_runtime.host import choose_device, free_memory
         from qvl_runtime.quantize.quantizer import Quantizer
-        from qvl_runtime.weights.hub import resolve_model
 
         torch_device = choose_device(device)
         quantizer = Quantizer.open(
-            resolve_model(source), destination, options.resolve(), options.calibration, torch_device
+            model_folder(source, download, hub), destination, options.resolve(), options.calibration, torch_device
         )
     quantizer.check_memory(free_memory(torch_device))
     if not quiet or dry_run:

@@ -11,11 +11,9 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvl_runtime.cli.flags import as_flags
-from qvl_runtime.errors import ImageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
 # Exit codes. The last two are what shells report for a program that SIGINT or SIGPIPE killed.
 BUG, USER_ERROR, FAILED_RECORDS, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # Control characters except tab and newline, shown as symbols: an answer must not be able to control the terminal.
 _CONTROL_SYMBOLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
@@ -70,6 +67,11 @@ def print_json(content: object, indent: int | None = None) -> None:
     """Print a JSON object; a character that standard output's encoding may lack is escaped, so that none is lost."""
     is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     print(json.dumps(content, ensure_ascii=not is_unicode, indent=indent))
+
+
+def say_warning(message: object) -> None:
+    """Print `warning: …` to standard error, on one line."""
+    say(f"warning: {as_flags(str(message), _flags)}")
 
 
 class LogLines(logging.Handler):
@@ -213,20 +215,3 @@ def box_lines(completion: Completion) -> list[str]:
         + (f", image {box.image_index + 1}" if completion.usage.images > 1 and box.image_index is not None else "")
         for box in completion.boxes
     ]
-
-
-def check_drawable(path: Path) -> None:
-    """Raise `ImageError` if no image can be written to `path`; called before the model is loaded."""
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ImageError(f"cannot draw to {path}: its name must end in {', '.join(IMAGE_SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ImageError(f"cannot draw to {path}: the folder {path.parent} does not exist: create it first")
-
-
-def save_drawing(completion: Completion, path: Path) -> Path | None:
-    """Write the image with the answer's boxes drawn on it; without boxes, print a note and return None."""
-    if not completion.boxes:
-        say(f"note: the answer has no box, so {path} is not written; ask for one: 'Box the dog', '框出图中的狗'")
-        return None
-    completion.draw().save(path)
-    return path

@@ -117,7 +117,9 @@ class _Job(NamedTuple):
         source, destination = Path(source), Path(destination)
         check_destination(source, destination)
         if is_converted(source):
-            raise CheckpointError(f"{source} is converted already: convert its source, or restore that with --to hf")
+            raise CheckpointError(
+                f"{source} is converted already: convert its source, or restore that with `qvl convert --to hf`"
+            )
         config = ModelConfig.from_folder(source)
         try:
             ops = packing_for(options.target)

@@ -59,7 +59,8 @@ class QwenVL:
             if tied:
                 raise ConfigError(
                     "embedding_on_host is set, but this model's head is its embedding table (tie_word_embeddings), "
-                    "which every token reads in full: leave it out, or convert the checkpoint with --head int8"
+                    "which every token reads in full: leave it out, or "
+                    "convert the checkpoint with `qvl convert --head int8`"
                 )
             state["transformer.wte.weight"] = state["transformer.wte.weight"].cpu()
         self.decoder = Decoder(config, linears)

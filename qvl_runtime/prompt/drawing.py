@@ -90,7 +90,8 @@ def _tag(
     text = " ".join("".join(char for char in label if char not in missing).split()) or str(number)
     if missing:
         warnings.warn(
-            f"no font here has the glyphs {missing!r}, so the label {label!r} is drawn as {text!r}: {INSTALL_HINT}",
+            f"no font here has the glyphs {missing!r}, so the label {label!r} is drawn as {text!r}: {INSTALL_HINT}, "
+            "or pass font=FILE",
             stacklevel=3,
         )
     left, top, right, bottom = chosen.getbbox(text)

@@ -56,7 +56,8 @@ def fetch(url: str, limits: ImageLimits, described: str, cancellation: Cancellat
         raise DownloadError(f"{described} may not be fetched (allow_urls is off): pass a file, bytes or a data URL")
     if without_credentials(url) != url:
         raise DownloadError(
-            f"credentials in the address are not used ({described}): remove them, or fetch the image and pass its bytes"
+            f"credentials in the address are not used ({described}): "
+            "remove them, or fetch the image yourself and give its file"
         )
     deadline = time.monotonic() + limits.image_timeout_s
     try:
@@ -139,7 +140,9 @@ def _read(answer: http.client.HTTPResponse, limits: ImageLimits, described: str)
         raise DownloadError(f"{described} is not an image: the server sends {quoted(kind[1])}")
     coding = answer.headers.get("Content-Encoding", "").strip().lower()
     if coding not in (*_UNPACKED, *_GZIP):
-        raise DownloadError(f"{described} comes in a Content-Encoding other than gzip: fetch it and pass its bytes")
+        raise DownloadError(
+            f"{described} comes in a Content-Encoding other than gzip: fetch it yourself and give its file"
+        )
     declared = answer.headers.get("Content-Length", "")
     if declared.isdecimal() and len(declared) < 20:
         limits.check_bytes(int(declared), described)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Font: TypeAlias = "ImageFont.FreeTypeFont | ImageFont.ImageFont"
 
-INSTALL_HINT = "install one (Debian and Ubuntu: apt install fonts-noto-cjk) or pass font=PATH"
+INSTALL_HINT = "install one (Debian and Ubuntu: apt install fonts-noto-cjk)"
 
 # File names, best first: fonts that cover Chinese in a plain upright style, then ones for other scripts.
 _PREFERRED = (

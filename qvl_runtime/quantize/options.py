@@ -30,7 +30,7 @@ class QuantizeOptions:
         require_choice("method", self.method, ("gptq", "rtn"))
         require_choice("bits", self.bits, (4, 8))
         require_choice("group size", self.group_size, (32, 64, 128, -1))
-        require_choice("order", self.order, ("none", "static", "full"))
+        require_choice("activation order", self.order, ("none", "static", "full"))
         require_positive(self, "", "damping", "samples", "max_tokens")
         if not 0 <= self.drift <= 1:
             raise ConfigError(f"drift is {self.drift:g}; expected a share from 0, as GPTQ was published, to 1")

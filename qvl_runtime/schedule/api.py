@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.checks import LARGEST_FLOAT32, LARGEST_INT, SMALLEST_FLOAT32
@@ -174,10 +175,11 @@ class Completion:
     images: tuple[LoadedImage, ...] = field(default=(), repr=False)
     alternatives: tuple[Completion, ...] = ()  # the other answers, if n > 1
 
-    def draw(self, image_index: int | None = None) -> Image.Image:
+    def draw(self, image_index: int | None = None, font: str | PathLike[str] | None = None) -> Image.Image:
         """Return the image, by default the last, with this answer's boxes drawn on it.
 
-        Raises `PromptError` if the prompt had no such image.
+        font: a file; by default an installed font that has the labels' glyphs. Raises `PromptError` if the prompt had
+        no such image, and `ConfigError` for a font that cannot be read.
         """
         from qvl_runtime.prompt.drawing import draw_boxes
 
@@ -187,7 +189,7 @@ class Completion:
         if not 0 <= index < len(self.images):
             raise PromptError(f"image_index is {index}; the prompt had {len(self.images)} images, counted from 0")
         boxes = [box for box in self.boxes if box.image_index in (None, index)]
-        return draw_boxes(self.images[index].original, boxes)
+        return draw_boxes(self.images[index].original, boxes, font)
 
     @cached_property
     def answers(self) -> tuple[Completion, ...]:

@@ -101,8 +101,8 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 def _unavailable(name: str, source: str, download: bool, error: Exception) -> DownloadError:
     if not download:
         return DownloadError(
-            f"{name!r} is neither a folder nor in the local cache of {source}: pass download=True (on the command line "
-            "--download) to download it, or give the folder that holds it"
+            f"{name!r} is neither a folder nor in the local cache of {source}: pass download=True to "
+            "download it, or give the folder that holds it"
         )
     lines = str(error).strip().splitlines() or ["no details"]
     return DownloadError(

@@ -119,7 +119,7 @@ def _check_layouts(folder: Path, manifest: Manifest, device: torch.device) -> No
     if manifest.target != target:
         raise CheckpointError(
             f"{folder} was converted for {manifest.target} and cannot run on {target}: convert its source with "
-            f"--target {target}, or run it with --device {manifest.target}"
+            f"`qvl convert --target {target}`, or run it with device={manifest.target!r}"
         )
     readable = ops_for(device).LAYOUTS
     unknown = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))

@@ -40,7 +40,7 @@ class TestAnswers:
             ("garbage", r"the answer is not valid HTTP \(BadStatusLine\)$"),
             ("to/SECRET:1", "a redirect leads to no address, its scheme is neither http nor https$"),
             ("to/http://[SECRET/", "a redirect leads to no address, it has no valid host and port$"),
-            ("packed/br", "comes in a Content-Encoding other than gzip: fetch it and pass its bytes$"),
+            ("packed/br", "comes in a Content-Encoding other than gzip: fetch it yourself and give its file$"),
             ("packed/SECRET", "comes in a Content-Encoding other than gzip"),
             ("cut", "the connection closed after [0-9]+ bytes, before the end$"),
             ("typed/text/html", "is not an image: the server sends 'text/html'$"),
