@@ -29,13 +29,21 @@ class AsyncEngine:
     `wait=False`; and a request whose reader is `max_unread` pieces behind is paused until the reader catches up.
     """
 
-    def __init__(self, engine: Engine, max_pending: int = 256, max_unread: int = 64) -> None:
+    def __init__(
+        self, engine: Engine, max_pending: int = 256, max_unread: int = 64, max_parallel: int | None = 8
+    ) -> None:
+        """max_parallel: of the n answers to one prompt, those that are generated at a time; None: all.
+
+        A step takes longer with every answer in it: more at a time are done sooner, and others wait longer.
+        """
         engine.check_process()
         self.engine, self.max_pending, self.max_unread = engine, max_pending, max_unread
         self._encoding = Encoding(engine)
         self._slots = Slots(max_pending)
         self._worker = Worker(engine, max_unread)
         weakref.finalize(self, self._worker.stop)  # one that is dropped without `close` frees its thread and engine
+        engine.core.share_steps(max_parallel)
+        self._end_sharing = weakref.finalize(self, engine.core.share_steps, None)
 
     @property
     def busy(self) -> bool:
@@ -80,6 +88,7 @@ class AsyncEngine:
         self._encoding.close()
         self._worker.stop()
         await asyncio.to_thread(self._worker.join)
+        self._end_sharing()
 
     async def __aenter__(self) -> AsyncEngine:
         return self

@@ -14,14 +14,13 @@ from qvl_runtime.errors import CapacityError, NumericsError, QVLError
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
+from qvl_runtime.schedule.answers import Answers
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.numerics import numerics_error
-from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.request import Branch, Clock, Request
 from qvl_runtime.schedule.runner import Chunk, Computed, Runner
-from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import Sample, SamplingRow, sample
 from qvl_runtime.schedule.scheduler import ScheduledBranch, Scheduler, StepLimits
-from qvl_runtime.schedule.sequence import Sequence
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.schedule.step_faults import compute_contained, error_of
 
@@ -47,8 +46,8 @@ class EngineCore:
     ) -> None:
         self.runner, self.drafter, self.max_model_len = runner, drafter, max_model_len
         self.scheduler = Scheduler(runner.cache, limits, drafter)
+        self.answers = Answers(runner, self.scheduler, tokenizer, max_model_len)
         self.steps = 0
-        self._tokenizer = tokenizer
         self._ops = runner.model.ops
         self._numbers = count()
         self._timed: set[Request] = set()  # those with a deadline
@@ -68,7 +67,7 @@ class EngineCore:
         self.check_length(len(prompt.token_ids), answer=1)
         request = Request(next(self._numbers), prompt, params, Clock(image_s), tag, streamed)
         alpha = ntk_alpha(self.runner.model.config, len(prompt.token_ids))
-        self.scheduler.add(self._new_branch(request, self.runner.cache.sequence(alpha, params.cache_salt)))
+        self.scheduler.add(self.answers.new(request, self.runner.cache.sequence(alpha, params.cache_salt)))
         if request.deadline is not None:
             self._timed.add(request)
         return request
@@ -82,10 +81,19 @@ class EngineCore:
             raise CapacityError(f"the prompt has {length} tokens; the context holds {limit} with the answer: {way_out}")
         self.runner.cache.check_fits_cache(length + answer)
 
+    def share_steps(self, max_parallel: int | None) -> None:
+        """Limit what the n answers to one prompt take from other requests: `max_parallel` at a time; None: no limit.
+
+        With a limit, all but the first answer also sit out every other step while a request waits for its first token.
+        """
+        self.answers.max_parallel = max_parallel
+        self.scheduler.yielding = max_parallel is not None
+
     def cancel(self, request: Request) -> None:
         """Remove a request and free its blocks; a request that is done is not changed."""
         for branch in request.branches:
             self.scheduler.remove(branch)
+        self.answers.forget(request)
         self._timed.discard(request)
 
     def step(self) -> bool:
@@ -111,6 +119,7 @@ class EngineCore:
 
     def _plan(self) -> list[ScheduledBranch] | None:
         """Plan the next step; None if a request could not be scheduled, and has failed."""
+        self.answers.start_more()
         try:
             return self.scheduler.schedule()
         except Exception as fault:
@@ -144,15 +153,6 @@ class EngineCore:
                     self.scheduler.remove(fork)
                 del planned.branch.request.branches[branches:]
             raise
-
-    def _new_branch(self, request: Request, sequence: Sequence) -> Branch:
-        index, ids, runner = len(request.branches), request.prompt.token_ids, self.runner
-        remaining = min(self.max_model_len, runner.cache.num_slots) - len(ids)
-        output = OutputBuilder(request.prompt, request.params, self._tokenizer, remaining)
-        sampling_state = SamplingState(request.params, ids, runner.model.config.vocab_size, runner.model.device, index)
-        branch = Branch(request, index, sequence, output, sampling_state)
-        request.branches.append(branch)
-        return branch
 
     def _encode_images(self, plan: Items[ScheduledBranch]) -> None:
         """Get the features of all images with tokens in this step; new ones share a pass of the vision encoder."""
@@ -191,7 +191,7 @@ class EngineCore:
             start, end = end + planned.known - 1, end + planned.known + len(planned.drafts)
             if not planned.samples:
                 continue
-            for branch in [planned.branch, *self._fork_branches(planned.branch)]:
+            for branch in [planned.branch, *self.answers.fork(planned.branch)]:
                 scheduled = planned if branch is planned.branch else ScheduledBranch(branch, 0)
                 indices += range(start, end)
                 rows += [
@@ -204,18 +204,6 @@ class EngineCore:
         for planned, branch_samples, _ in outcomes:
             branch_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes
-
-    def _fork_branches(self, branch: Branch) -> list[Branch]:
-        """Fork the other answers of a prompt that is now computed; those that do not fit in the step wait."""
-        request, started = branch.request, []
-        for _ in range(len(request.branches), request.params.n):
-            fork = self._new_branch(request, branch.sequence.fork())
-            if self.scheduler.start(fork):
-                started.append(fork)
-            else:
-                fork.sequence.close()
-                self.scheduler.add(fork)
-        return started
 
     def _take(self, outcome: Outcome) -> None:
         if outcome.error is not None:
@@ -245,6 +233,7 @@ class EngineCore:
             self.drafter.count(len(drafts), max(0, taken - 1))
         branch.sequence.truncate(len(branch.token_ids) - 1)
         branch.finish_step()
+        self.answers.postpone(branch)
         if branch.output.finish_reason is not None:
             self._finish(branch, branch.output.finish_reason)
 
@@ -269,6 +258,7 @@ class EngineCore:
                     self._contained(branch, partial(self._finish, branch, "deadline"))
             if request.error is not None:
                 continue
+            self.answers.forget(request)
             for index in range(len(request.branches), request.params.n):  # not started
                 request.completions[index] = replace(request.completions[0])
             self._timed.discard(request)

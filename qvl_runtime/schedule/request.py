@@ -18,6 +18,10 @@ from qvl_runtime.schedule.runner import Span
 from qvl_runtime.schedule.sampler import Sample, SamplingState
 from qvl_runtime.schedule.sequence import Sequence
 
+# Requests that may arrive after another and still come before each further answer of it: as many as run together by
+# default. So one with many answers delays others little, and always gets its turn.
+TURNS = 64
+
 
 @dataclass(slots=True, eq=False)
 class Clock:
@@ -104,9 +108,9 @@ class Branch:
         self.features: dict[int, Tensor] = {}  # of the images being prefilled, by the span's number
 
     @property
-    def order(self) -> tuple[int, int]:
-        """The scheduling order: by arrival of the request, then by answer."""
-        return self.request.number, self.index
+    def order(self) -> tuple[int, int, int]:
+        """The scheduling order: by arrival, each further answer of a request like one that arrives `TURNS` later."""
+        return self.request.number + TURNS * self.index, self.request.number, self.index
 
     @property
     def pending(self) -> int:

@@ -1,15 +1,17 @@
 """The scheduler chooses the tokens of each step. It knows blocks and budgets, no tensors.
 
 The policy is first come, first served (FCFS): every choice is made in order of arrival, and when blocks run out, the
-latest arrival is preempted. The oldest request always advances, so none can starve. Decoding precedes prefill, so that
-no stream stalls behind a long prompt; prompts use the rest of the budget, in chunks (chunked prefill).
+latest arrival is preempted. The oldest request always advances, so none can starve. The further answers of a request
+with n > 1 come later in this order than a few requests after it, and give up their slot to these. Decoding precedes
+prefill, so that no stream stalls behind a long prompt; prompts use the rest of the budget, in chunks (chunked prefill).
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from qvl_runtime.errors import ConfigError
@@ -60,6 +62,8 @@ class Scheduler:
         self.waiting: list[Branch] = []  # in order
         self.running: list[Branch] = []  # in order
         self.preemptions = 0
+        self.yielding = False  # whether further answers sit out a step that may give a request its first token
+        self._yielded = False  # whether they sat out the last step: never two in a row
         self.current: Branch | None = None  # whose turn it is in `schedule`, or was when that raised
         self._cache, self._limits, self._drafter = cache, limits, drafter
 
@@ -67,12 +71,14 @@ class Scheduler:
         """Queue a branch in order of arrival."""
         insort(self.waiting, branch, key=lambda branch: branch.order)
 
-    def start(self, branch: Branch) -> bool:
-        """Run a forked branch, which already has its blocks, at once. Return False if max_running is reached."""
-        if len(self.running) >= self._limits.running:
-            return False
+    @property
+    def free_slots(self) -> int:
+        """How many more answers may run, up to max_running."""
+        return self._limits.running - len(self.running)
+
+    def start(self, branch: Branch) -> None:
+        """Run a forked branch, which already has its blocks, at once. There must be a slot."""
         self._run(branch)
-        return True
 
     def remove(self, branch: Branch) -> None:
         """Remove a branch and free its blocks; a branch that is not queued or running is only closed."""
@@ -85,9 +91,17 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledBranch]:
         """Plan the next step and reserve the blocks of each branch in it; empty if no branch can advance."""
+        self._yielded = self.yielding and not self._yielded and self._awaits_first_token()
+        plan = self._schedule([branch for branch in self.running if not (self._yielded and branch.index)])
+        return self._schedule(self.running) if self._yielded and not plan else plan
+
+    def _awaits_first_token(self) -> bool:
+        return any(not (b.index or b.output.token_ids) for b in chain(self.waiting, self.running))
+
+    def _schedule(self, running: Sequence[Branch]) -> list[ScheduledBranch]:
         plan: dict[Branch, ScheduledBranch] = {}
         budget, before = self._limits.tokens, self.preemptions
-        ready = [branch for branch in self.running if not branch.request.paused]
+        ready = [branch for branch in running if not branch.request.paused]
         for branch in sorted(
             ready, key=lambda branch: branch.pending > 1
         ):  # decodes first; stable, so in order of arrival within each kind
@@ -111,12 +125,17 @@ class Scheduler:
 
     def _admit(self, plan: dict[Branch, ScheduledBranch], budget: int) -> None:
         """Start waiting branches whose tokens fit in the free blocks, less one block for each running branch."""
-        while budget and self.waiting and len(self.running) < self._limits.running:
+        while budget and self.waiting:
             candidates = islice(self.waiting, self._limits.running)
             branch = next((b for b in candidates if not (b.request.paused or self._waits_for_prefix(b))), None)
             if branch is None:
                 return
             self.current = branch
+            if not self.free_slots:
+                if (victim := self._further_answer_after(branch)) is None:
+                    return
+                budget += plan.pop(victim).size if victim in plan else 0
+                self._preempt(victim)
             cached = branch.sequence.find_prefix(branch.token_ids, branch.spans)
             if branch.sequence.needed(branch.pending) + len(self.running) > self._cache.pool.available:
                 branch.sequence.close()
@@ -129,6 +148,11 @@ class Scheduler:
             count = min(branch.pending, budget)
             plan[branch] = self._schedule_branch(branch, count, 0)
             budget -= count
+
+    def _further_answer_after(self, branch: Branch) -> Branch | None:
+        """Return the last running answer that is not the first of its request, if its turn is after `branch`'s."""
+        further = next((other for other in reversed(self.running) if other.index), None)
+        return further if further is not None and further.order > branch.order else None
 
     def _waits_for_prefix(self, branch: Branch) -> bool:
         """Whether a prompt that is being prefilled has the same prefix, up to and including the first image.
