@@ -28,7 +28,7 @@ def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]
     except FileNotFoundError:
         found = "is a link to a file that is missing" if is_there(path) else "does not exist"
         raise error(f"{path} {found}; expected a checkpoint folder with a {path.name} in it") from None
-    content = parse_json(decode(data, str(path), error), str(path), error, "fetch the file again")
+    content = parse_json(decode(data, str(path), error), str(path), error, "correct it, or fetch the file again")
     if not isinstance(content, dict):
         raise error(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content

@@ -24,25 +24,19 @@ INT_MAX = 2**31 - 1
 def release(tensor: Tensor) -> None:
     """Drop the pages of a view of a mapped file; reading the view again reads the file again.
 
-    Only for such views: other memory would lose its content. Without this, a process that reads a 9 GB file once stays
-    9 GB large until it unmaps the file. Does nothing if the OS has no madvise.
+    Other tensors are left alone: they would lose their content. Without this, a process that reads a 9 GB file once
+    stays 9 GB large until it unmaps the file. Does nothing if the OS has no madvise.
     """
+    from qvl_runtime.host import is_file_mapping  # imports torch
+
     advise = _madvise()
     if advise is None or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
     start = cdiv(tensor.data_ptr(), page) * page
     end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end > start:
+    if end > start and is_file_mapping(start):
         advise(start, end - start, mmap.MADV_DONTNEED)
-
-
-def release_source(tensor: Tensor) -> None:
-    """`release` a tensor that was repacked, if it is a view of a mapped file; other tensors are left alone."""
-    from qvl_runtime.host import is_file_mapping  # imports torch
-
-    if is_file_mapping(tensor.data_ptr()):
-        release(tensor)
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference import BoundLinear, Packed, Precision
-from qvl_runtime.formats.host_memory import release_source
+from qvl_runtime.formats.host_memory import release
 
 
 class Linear(Protocol):
@@ -68,7 +68,7 @@ class LinearBuilder:
             return self._packed(name)
         self.bound[name] = self.ops.prepare_linear(weight, bias, self.precision)
         if self.precision == "fast":
-            release_source(weight)  # at full size 5 GB of a published checkpoint's pages, which are not needed any more
+            release(weight)  # at full size 5 GB of a published checkpoint's pages, which are not needed any more
         return self.bound[name]
 
     def decoder(self, name: str) -> Linear:

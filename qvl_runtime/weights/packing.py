@@ -13,7 +13,7 @@ from qvl_kernels.ops import Packer
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.formats.gptq import GPTQ_TENSORS, GPTQLinear
-from qvl_runtime.formats.host_memory import release_source
+from qvl_runtime.formats.host_memory import release
 from qvl_runtime.formats.zero_points import zero_point_notes
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def build_linears(
         for part, source in zip(parts, published, strict=True):
             # A layout that keeps qweight as published still reads the file.
             if part in group_parts and packed.tensors.get("qweight") is not source.qweight:
-                release_source(source.qweight)
+                release(source.qweight)
         yield BuiltLinear(group_name, packed, group_parts)
 
 
