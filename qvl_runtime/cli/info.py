@@ -86,7 +86,7 @@ def model_summary(folder: Path) -> dict[str, Any]:
         info = checkpoint.info(name)
         part = parts[next(part for part, prefixes in PARTS if name.startswith(prefixes))]
         part["parameters"] += 0 if name.endswith(auxiliary) else math.prod(packed.get(name, info.shape))
-        part["bytes"] += math.prod(info.shape) * ITEM_SIZE[info.dtype]
+        part["bytes"] += info.nbytes
     return {
         "folder": str(folder),
         "dtype": config.dtype,

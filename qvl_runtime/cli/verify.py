@@ -21,12 +21,14 @@ def verify(
 ) -> int:
     """Check a converted checkpoint against its manifest and name every tensor that differs.
 
+    This finds damage. It cannot tell who made the folder: checksums are not a signature.
+
     [cyan]qvl verify ./chat-int4-cpu[/cyan]
     """
     from qvl_runtime.convert.verify import verify as verify_checkpoint
     from qvl_runtime.weights.manifest import MANIFEST
 
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
     began = time.perf_counter()
     with progress_bar(folder.name, total, shown=not quiet, in_bytes=True) as advance:
         result = verify_checkpoint(folder, advance)
@@ -38,4 +40,5 @@ def verify(
     if not quiet:
         seconds = time.perf_counter() - began
         say(f"{folder}: {result.tensors} tensors, {size(result.bytes)}, all match {MANIFEST}, in {seconds:.1f} s")
+        say("no damage was found; checksums are not a signature, so this does not tell who made the folder")
     return 0

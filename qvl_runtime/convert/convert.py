@@ -6,8 +6,6 @@ stopped resumes after the last of them and produces the same bytes. The destinat
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -16,32 +14,26 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_kernels.ops import Packer
 from qvl_kernels.util import dtype_name
-from qvl_runtime.config.checks import read_json
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.journal import Journal
 from qvl_runtime.convert.prefetch import prefetch
 from qvl_runtime.convert.recipes import ConvertOptions, Recipe, build, recipes
 from qvl_runtime.convert.shard_writer import Entry, ShardWriter
+from qvl_runtime.convert.source_files import check_files, index_text, small_files, source_file
 from qvl_runtime.errors import CheckpointError, ConfigError
 from qvl_runtime.formats.gptq import GPTQ_TENSORS
 from qvl_runtime.formats.host_memory import pieces
+from qvl_runtime.formats.layout import is_ignored
 from qvl_runtime.weights.checkpoint import Checkpoint
-from qvl_runtime.weights.manifest import (
-    Manifest,
-    PackedLinear,
-    ShardRecord,
-    SourceFile,
-    file_digest,
-    is_converted,
-)
+from qvl_runtime.weights.file_names import INDEXES, SMALL_FILES
+from qvl_runtime.weights.files import copy_file
+from qvl_runtime.weights.manifest import Manifest, PackedLinear, file_digest, is_converted
 from qvl_runtime.weights.packing import source_notes
 from qvl_runtime.weights.partial import check_destination, free_bytes
-from qvl_runtime.weights.tensor_file import CODES, Written, header_of, read_header
 
 if TYPE_CHECKING:
     import torch
 
-SMALL_FILES = ("*.json", "*.tiktoken")
 LOSSLESS = {("float16", "float32"), ("bfloat16", "float32")}
 DISK_MARGIN = 64 << 20  # bytes of disk beyond the size of the result
 
@@ -126,7 +118,9 @@ class _Job(NamedTuple):
         except RuntimeError as fault:
             raise ConfigError(f"target {options.target!r} is not available on this machine: {fault}") from fault
         dtype = getattr(torch, config.dtype if options.dtype == "auto" else options.dtype)
-        return cls(source, destination, options, config, Checkpoint.open(source, config), ops, dtype)
+        checkpoint = Checkpoint.open(source, config)
+        check_files(checkpoint)
+        return cls(source, destination, options, config, checkpoint, ops, dtype)
 
     @property
     def dtype_name(self) -> str:
@@ -203,18 +197,19 @@ class _Job(NamedTuple):
         return [Entry.of(name, t)._replace(parts=pieces(t, t.dtype)) for name, t in tensors.items()]
 
     def _unchanged(self, name: str) -> Entry:
-        """A tensor of the source, floats in the dtype of the conversion."""
+        """A tensor of the source; the floats that the model has in the dtype of the conversion."""
         tensor = self.checkpoint.tensor(name)
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        cast = tensor.is_floating_point() and not is_ignored(name, self.config)
+        dtype = self.dtype if cast else tensor.dtype
         return Entry(name, dtype_name(dtype), tuple(tensor.shape), pieces(tensor, dtype))
 
     def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]], notes: Sequence[str]) -> Manifest:
         """Copy the small files of the source, and describe the whole folder."""
+        indexes = {path.name: index_text(self.checkpoint, path) for path in small_files(self.source, INDEXES)}
         companions = {}
-        indexes = {path.name: self._index(path) for path in self.source.glob("*.index.json")}
-        for path in (p for pattern in SMALL_FILES for p in sorted(self.source.glob(pattern))):
+        for path in small_files(self.source, SMALL_FILES):
             if path.name not in indexes:
-                shutil.copyfile(path, journal.folder / path.name)
+                copy_file(path, journal.folder / path.name)
                 companions[path.name] = file_digest(journal.folder / path.name)
         state = [r.name for r in recipes(self.config, self.options) if not r.parts and r.name in self.checkpoint]
         dtypes = (self.checkpoint.info(name).dtype for name in state)
@@ -224,7 +219,7 @@ class _Job(NamedTuple):
             dtype=self.dtype_name,
             vision=options.vision,
             head=options.head,
-            sources={path.name: self._source_file(path, digest.result()) for path, digest in digests},
+            sources={path.name: source_file(self.checkpoint, path, digest.result()) for path, digest in digests},
             indexes=indexes,
             companions=companions,
             state=state,
@@ -234,26 +229,8 @@ class _Job(NamedTuple):
             notes=list(notes),
         )
 
-    def _index(self, path: Path) -> str:
-        """An index of the source, with the published names."""
-        if not self.checkpoint.renamed:
-            return path.read_bytes().decode("utf-8")
-        files = {name: self.checkpoint.file(name) for name in self.checkpoint.names}
-        return json.dumps({**read_json(path, CheckpointError), "weight_map": files}, indent=2)
-
-    def _source_file(self, path: Path, sha256: str) -> SourceFile:
-        if self.checkpoint.restorable(path.name):
-            return SourceFile(path.stat().st_size, sha256, read_header(path).decode(), path.name, True)
-        tensors, offset = {}, 0
-        for name in (name for name in self.checkpoint.names if self.checkpoint.file(name) == path.name):
-            info, size = self.checkpoint.info(name), self.checkpoint.nbytes(name)
-            tensors[name] = Written(CODES[info.dtype], info.shape, offset, offset + size, "")
-            offset += size
-        restored = f"{path.stem.replace('pytorch_model', 'model')}.safetensors"
-        return SourceFile(path.stat().st_size, sha256, header_of(tensors).decode(), restored, False)
-
 
 _KINDS = ("weight", *GPTQ_TENSORS)
 
 
-__all__ = ["ConvertOptions", "Estimate", "ShardRecord", "convert", "estimate"]
+__all__ = ["ConvertOptions", "Estimate", "convert", "estimate"]

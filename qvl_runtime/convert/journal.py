@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from qvl_runtime.convert.shard_writer import Shard
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.json_text import parse_json
+from qvl_runtime.weights.file_names import name_fault
 from qvl_runtime.weights.files import sync
 from qvl_runtime.weights.manifest import FORMAT, Manifest, PackedLinear, ShardRecord
 from qvl_runtime.weights.partial import PartialFolder
+from qvl_runtime.weights.records import read_record
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A complete file."""
+
+    shard: str  # its name
+    record: ShardRecord
+    items: list[str]
+    bytes: int
+    linears: dict[str, PackedLinear]
 
 
 class Journal:
@@ -35,7 +49,7 @@ class Journal:
             published = not self.folder.is_dir()  # by a run that was killed before it removed its journal
             if published or not self._partial.resumable:
                 self._partial.restart()
-            self._handle = (self._partial.home / "journal.jsonl").open("a+", encoding="utf-8")
+            self._handle = (self._partial.home / "journal.jsonl").open("a+", encoding="utf-8", errors="replace")
             self._resume()
         except BaseException:
             self._partial.__exit__(None, None, None)
@@ -70,27 +84,32 @@ class Journal:
         self._partial.publish()
 
     def _resume(self) -> None:
-        for line in self._read():
-            linears = {name: PackedLinear(**linear) for name, linear in line["linears"].items()}
-            self._add(Shard(line["shard"], ShardRecord(**line["record"]), line["items"], linears, line["bytes"]))
-        for path in self.folder.iterdir():  # cut off by a kill
-            if path.name not in self.shards:
-                path.unlink()
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The journal's lines up to the first that a kill cut off, which is dropped."""
+        """Take over the files of the journal's lines, up to the first line that was cut off or damaged."""
         self._handle.seek(0)
-        lines: list[dict[str, Any]] = []
         valid_bytes = 0
         for line in self._handle.read().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                if line.endswith("\n"):
-                    lines.append(json.loads(line))
-                    valid_bytes += len(line.encode())
-                    continue
-            break
+            entry = self._read(line)
+            if entry is None:
+                break
+            self._add(Shard(entry.shard, entry.record, entry.items, entry.linears, entry.bytes))
+            valid_bytes += len(line.encode())
         self._handle.truncate(valid_bytes)
-        return lines
+        for path in self.folder.iterdir():  # cut off by a kill
+            if path.name not in self.shards:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _read(self, line: str) -> _Line | None:
+        """One line, or None for one that a kill cut off, or whose file is not as it says."""
+        if not line.endswith("\n") or not line.isascii():
+            return None
+        try:
+            raw = parse_json(line, "the journal", CheckpointError)
+            entry = read_record(_Line, raw, "the journal", {"PackedLinear": PackedLinear, "ShardRecord": ShardRecord})
+        except CheckpointError:
+            return None
+        if name_fault(entry.shard) or not (self.folder / entry.shard).is_file():
+            return None
+        return entry if (self.folder / entry.shard).stat().st_size == entry.bytes else None
 
     def _add(self, shard: Shard) -> None:
         self.shards[shard.name] = shard.record

@@ -13,18 +13,15 @@ from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.formats.host_memory import release
 from qvl_runtime.formats.layout import expected_tensors
-from qvl_runtime.weights.manifest import KEEP
-from qvl_runtime.weights.packing import BuiltLinear, build_linears, decoder_groups, pack
+from qvl_runtime.weights.manifest import KEEP, TARGETS
+from qvl_runtime.weights.packed_specs import POOL, SLICES, decoder_groups, rounded_vision
+from qvl_runtime.weights.packing import BuiltLinear, build_linears, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TARGETS = ("cpu", "cuda")
 ROUNDED_GROUP = 128  # inputs per scale where floats are rounded to 8 or 4 bits
 OUTPUTS_AT_ONCE = 2048  # rounded together, then released: 17 MB of the source at 4096 inputs
-_POOL = "transformer.visual.attn_pool.attn"
-SLICES = (f"{_POOL}.to_k", f"{_POOL}.to_v", "transformer.visual.proj")  # linears without a published name
-_VISION = (".attn.in_proj", ".attn.out_proj", ".mlp.c_fc", ".mlp.c_proj", ".kv_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +66,7 @@ def _linears(config: ModelConfig, options: ConvertOptions) -> Iterator[Recipe]:
     if config.quantization is not None:
         yield from (Recipe(name, parts) for name, parts in decoder_groups(config))
     if options.vision == "int8":
-        for name in expected_tensors(config):
-            prefix, _, kind = name.rpartition(".")
-            if kind == "weight" and prefix.startswith("transformer.visual.") and prefix.endswith(_VISION):
-                yield Recipe(prefix, (prefix,), 8)
+        yield from (Recipe(name, (name,), 8) for name in rounded_vision(config))
         yield from (Recipe(name, (name,), 8) for name in SLICES)
     if options.head != KEEP:
         source = "transformer.wte" if config.tie_word_embeddings else "lm_head"
@@ -101,7 +95,7 @@ def _slice(tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor | N
     if name.endswith(".proj"):
         return tensors[name].t().contiguous(), None
     number = 1 if name.endswith(".to_k") else 2
-    weight, bias = (tensors[f"{_POOL}.in_proj_{kind}"].chunk(3)[number] for kind in ("weight", "bias"))
+    weight, bias = (tensors[f"{POOL}.in_proj_{kind}"].chunk(3)[number] for kind in ("weight", "bias"))
     return weight, bias
 
 

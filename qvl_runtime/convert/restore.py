@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvl_kernels.ops import Packer
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.errors import CheckpointError, quoted
 from qvl_runtime.formats.host_memory import pieces, release
-from qvl_runtime.weights.loader import open_shards, packed_linear
-from qvl_runtime.weights.manifest import Manifest, SourceFile
+from qvl_runtime.json_text import parse_json
+from qvl_runtime.regular_files import is_there
+from qvl_runtime.weights.converted import Converted
+from qvl_runtime.weights.file_names import check_inside, check_names
+from qvl_runtime.weights.files import copy_file
+from qvl_runtime.weights.manifest import MANIFEST, Manifest, SourceFile, file_digest
 from qvl_runtime.weights.partial import check_destination, write_folder
-from qvl_runtime.weights.shards import Shard
-from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, memory
+from qvl_runtime.weights.records import check_once
+from qvl_runtime.weights.tensor_file import CODES, LENGTH, TensorFile, Written, memory, read_entries
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +49,13 @@ def restore(source: Path, destination: Path, progress: Callable[[int], None] = l
             "the published ones cannot be restored: keep the source"
         )
 
+    converted = Converted.open(source, manifest=manifest)
+    entries = _entries(source, manifest)
+
     def write(folder: Path) -> None:
-        reader, done = _Reader(source, manifest, packing_for(manifest.target)), 0
-        for file in manifest.sources.values():
-            done += _write(folder / file.restored_as, file, reader)
+        reader, done = _Reader(converted, packing_for(manifest.target)), 0
+        for name, file in manifest.sources.items():
+            done += _write(folder / file.restored_as, file, entries[name], reader)
             progress(done)
         _small_files(source, folder, manifest)
 
@@ -61,41 +67,45 @@ def restore(source: Path, destination: Path, progress: Callable[[int], None] = l
 class _Reader:
     """The published tensors of a converted checkpoint."""
 
-    def __init__(self, folder: Path, manifest: Manifest, ops: Packer) -> None:
-        shards = open_shards(folder, manifest)
-        self._shard_of: dict[str, Shard] = {name: shard for shard in shards.values() for name in shard.infos}
-        self._manifest, self._ops = manifest, ops
-        self._linears = {part: name for name, linear in manifest.linears.items() for part in linear.parts}
+    def __init__(self, converted: Converted, ops: Packer) -> None:
+        self._converted, self._ops = converted, ops
+        self._linears = {part: name for name, linear in converted.manifest.linears.items() for part in linear.parts}
         self._latest: tuple[str, Tensor] | None = None  # a linear that may have another part
 
     def tensor(self, name: str, dtype: str) -> Iterator[Tensor]:
         """A tensor as `dtype`, in pieces."""
         import torch
 
-        if name in self._shard_of:
-            return pieces(self._shard_of[name].tensor(name), getattr(torch, dtype))
+        if name in self._converted.shard_of:
+            return pieces(self._converted.tensor(name), getattr(torch, dtype))
         prefix, _, kind = name.rpartition(".")
         if kind != "qweight" or prefix not in self._linears:
-            raise CheckpointError(f"the converted checkpoint lacks {name}: convert the source again")
+            raise CheckpointError(f"the converted checkpoint lacks {quoted(name)}: convert the source again")
         return iter([self._qweight(prefix)])
 
     def _qweight(self, part: str) -> Tensor:
         name = self._linears[part]
-        linear = self._manifest.linears[name]
         if self._latest is None or self._latest[0] != name:
-            packed = packed_linear(name, linear, self._manifest, self._shard_of)
+            packed = self._converted.linear(name)
             self._latest = name, self._ops.unpack_to_qweight(packed)
             for tensor in packed.tensors.values():
                 release(tensor)
+        linear = self._converted.manifest.linears[name]
         parts = self._latest[1].chunk(len(linear.parts), dim=1)  # of equal width
         return parts[linear.parts.index(part)].contiguous()
 
 
-def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
+def _entries(source: Path, manifest: Manifest) -> dict[str, dict[str, Written]]:
+    """The tensors of each published file. Raises `CheckpointError` for one that is in two of them."""
+    where = f"{source / MANIFEST}, sources,"
+    entries = {name: read_entries(file.header, f"{where} {name}") for name, file in manifest.sources.items()}
+    check_once((name for file in entries.values() for name in file), "tensor", where)
+    return entries
+
+
+def _write(path: Path, file: SourceFile, entries: Mapping[str, Written], reader: _Reader) -> int:
     """Write one published file; returns its size."""
     header, digest = file.header.encode(), hashlib.sha256()
-    entries: dict[str, Any] = json.loads(header)
-    entries.pop("__metadata__", None)
     dtypes = {code: name for name, code in CODES.items()}
     digest.update(len(header).to_bytes(LENGTH, "little") + header)
 
@@ -105,11 +115,14 @@ def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
             yield part
 
     with TensorFile(path, LENGTH + len(header)) as out:
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
-            dtype = dtypes[entry["dtype"]]
-            written = out.append(hashed(reader.tensor(name, dtype)), dtype, tuple(entry["shape"]))
-            if [written.begin, written.end] != entry["data_offsets"]:
-                raise CheckpointError(f"{name} was restored as {written}; the source had it at {entry['data_offsets']}")
+        for name, entry in entries.items():
+            dtype = dtypes[entry.dtype]
+            written = out.append(hashed(reader.tensor(name, dtype)), dtype, entry.shape)
+            if (written.begin, written.end) != (entry.begin, entry.end):
+                raise CheckpointError(
+                    f"{quoted(name)} was restored as bytes {written.begin} to {written.end} of {path.name}; the source "
+                    f"had it at {entry.begin} to {entry.end}: find the tensor that changed with qvl verify"
+                )
         out.finish(header)
     if file.exact and digest.hexdigest() != file.sha256:
         raise CheckpointError(f"{path.name} differs from the source: find the tensor that changed with qvl verify")
@@ -118,13 +131,30 @@ def _write(path: Path, file: SourceFile, reader: _Reader) -> int:
 
 def _small_files(source: Path, folder: Path, manifest: Manifest) -> None:
     """Copy configuration and tokenizer, and write the index, with new names where the files have new names."""
-    for name in manifest.companions:
-        shutil.copyfile(source / name, folder / name)
+    for name, sha256 in manifest.companions.items():
+        copy_file(check_inside(source, name), folder / name)
+        if file_digest(folder / name) != sha256:
+            raise CheckpointError(f"{source / name} was changed after the conversion: convert the source again")
     renamed = {name: file.restored_as for name, file in manifest.sources.items()}
     for name, text in manifest.indexes.items():
-        files = set(json.loads(text.removeprefix("\ufeff"))["weight_map"].values())
-        if files <= renamed.keys() and any(renamed[file] != file for file in files):
-            index = json.loads(text.removeprefix("\ufeff"))
+        index = _index(f"{source / MANIFEST}, {name},", text)
+        files = set(index["weight_map"].values()) if index else set()
+        if index and files <= renamed.keys() and any(renamed[file] != file for file in files):
             index["weight_map"] = {tensor: renamed[file] for tensor, file in index["weight_map"].items()}
             name, text = "model.safetensors.index.json", json.dumps(index, indent=2)
+        if is_there(folder / name):
+            raise CheckpointError(f"{source / MANIFEST} has two indexes for {name}: convert the source again")
         (folder / name).write_bytes(text.encode())
+
+
+def _index(where: str, text: str) -> dict[str, Any]:
+    """An index as JSON, with names of files alone; empty for a text that is no index, which is restored as it is."""
+    try:
+        index = parse_json(text.removeprefix("\ufeff"), where, CheckpointError)
+    except CheckpointError:
+        return {}
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        return {}
+    check_names(weight_map.values(), ("*",), where)
+    return dict(index)

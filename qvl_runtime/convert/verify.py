@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.errors import CheckpointError, ConfigError
 from qvl_runtime.formats.host_memory import release
+from qvl_runtime.weights.converted import Converted
+from qvl_runtime.weights.file_names import check_inside
 from qvl_runtime.weights.manifest import Manifest, ShardRecord, file_digest
-from qvl_runtime.weights.shards import open_shard
+from qvl_runtime.weights.shards import MAX_HEADER, open_shard
 from qvl_runtime.weights.tensor_file import LENGTH, memory
 
 
@@ -23,20 +25,21 @@ class Verified(NamedTuple):
 
 
 def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> Verified:
-    """Compare every file of a converted checkpoint with the SHA-256 in its manifest.
+    """Compare each file of a converted checkpoint with the SHA-256 in its manifest, and all of it with config.json.
 
+    This finds damage. It is no proof of who made the folder: whoever changes a file can change the manifest with it.
     progress: called with the number of bytes read. Raises `CheckpointError` where the manifest is missing or changed.
     """
     folder = Path(folder)
-    manifest, faults, tensors, size = Manifest.read(folder), [], 0, 0
+    faults: list[str] = []
+    manifest, tensors, size = Manifest.read(folder), 0, 0
     for name, sha256 in manifest.companions.items():
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
-        elif file_digest(folder / name) != sha256:
+        if _is_missing(folder, name, faults):
+            continue
+        if file_digest(folder / name) != sha256:
             faults.append(f"{name} was changed")
     for name, record in manifest.shards.items():
-        if not (folder / name).is_file():
-            faults.append(f"{name} is missing")
+        if _is_missing(folder, name, faults):
             continue
         try:
             read = _shard(folder / name, record, faults, progress, size)
@@ -44,13 +47,30 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) ->
             faults.append(str(error))
             continue
         tensors, size = tensors + len(record.tensors), size + read
+    if not faults:
+        try:
+            converted = Converted.open(folder, manifest=manifest)
+            for name in manifest.linears:
+                converted.linear(name)
+        except (CheckpointError, ConfigError) as error:
+            faults.append(str(error))
     return Verified(tensors, size, faults)
+
+
+def _is_missing(folder: Path, name: str, faults: list[str]) -> bool:
+    """Whether there is no file of that name in the folder; if so it is added to the faults."""
+    try:
+        fault = "" if check_inside(folder, name).is_file() else f"{name} is missing"
+    except CheckpointError as error:
+        fault = str(error)
+    faults.extend([fault] if fault else [])
+    return bool(fault)
 
 
 def _shard(path: Path, record: ShardRecord, faults: list[str], progress: Callable[[int], None], before: int) -> int:
     with path.open("rb") as file:
         length = file.read(LENGTH)
-        front = length + file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
+        front = length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER))
     if hashlib.sha256(front).hexdigest() != record.front:
         faults.append(f"the header of {path.name} was changed")
     shard, done = open_shard(path), len(front)

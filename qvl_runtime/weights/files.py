@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.regular_files import open_regular
 
 
 def sync(path: Path) -> None:
@@ -28,6 +32,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file. Raises `CheckpointError` for anything else, and for a full disk."""
+    try:
+        with open_regular(source, CheckpointError) as file, target.open("xb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be copied to {target.parent} ({error.strerror})") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.errors import CheckpointError
-from qvl_runtime.formats.layout import expected_tensors
+from qvl_runtime.errors import CheckpointError, quoted
 from qvl_runtime.weights.checkpoint import Checkpoint
-from qvl_runtime.weights.manifest import Manifest, PackedLinear, is_converted
-from qvl_runtime.weights.packing import decoder_groups, merge_dense, pack_decoder, source_notes
-from qvl_runtime.weights.shards import Shard, open_shard
+from qvl_runtime.weights.converted import Converted
+from qvl_runtime.weights.manifest import Manifest, is_converted
+from qvl_runtime.weights.packed_specs import decoder_groups
+from qvl_runtime.weights.packing import merge_dense, pack_decoder, source_notes
 
 if TYPE_CHECKING:
     import torch
@@ -52,18 +52,14 @@ def load_weights(
         return _published(folder, config, dtype, device, embedding_on_host)
     manifest = Manifest.read(folder)
     _check_layouts(folder, manifest, device)
-    shards = open_shards(folder, manifest)
-    _check_complete(folder, manifest, shards, config)
-    shard_of = {name: shard for shard in shards.values() for name in shard.infos}
+    converted = Converted.open(folder, config, manifest)
     state: dict[str, Tensor] = {}
     for name in manifest.state:
-        tensor = shard_of[name].tensor(name)
         target = "cpu" if embedding_on_host and name == EMBEDDING else device
-        state[name] = tensor.to(target, dtype if tensor.is_floating_point() else tensor.dtype)
+        state[name] = converted.tensor(name).to(target, dtype)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[EMBEDDING]
-    linears = manifest.linears.items()
-    packed = {name: packed_linear(name, linear, manifest, shard_of, device) for name, linear in linears}
+    packed = {name: converted.linear(name, device) for name in manifest.linears}
     return Weights(state, packed, tuple(manifest.notes))
 
 
@@ -87,31 +83,6 @@ def _published(
     return Weights(state, packed, notes)
 
 
-def packed_linear(
-    name: str, linear: PackedLinear, manifest: Manifest, shard_of: dict[str, Shard], device: torch.device | None = None
-) -> Packed:
-    """One linear of a converted checkpoint in the layout of its kernel."""
-    from qvl_kernels.reference import Packed
-
-    names = {kind: f"{name}.{manifest.target}.{kind}" for kind in linear.tensors}
-    tensors = {kind: shard_of[full].tensor(full).to(device) for kind, full in names.items()}
-    return Packed(linear.layout, tensors, linear.fields)
-
-
-def open_shards(folder: Path, manifest: Manifest) -> dict[str, Shard]:
-    """Open the files of a converted checkpoint. Raises `CheckpointError` for one that is missing or damaged."""
-    shards = {name: open_shard(folder / name) for name in manifest.shards}
-    for name, record in manifest.shards.items():
-        expected, stored = record.tensors.keys(), shards[name].infos.keys()
-        missing, unexpected = expected - stored, stored - expected
-        if missing or unexpected:
-            raise CheckpointError(
-                f"{folder / name} lacks {len(missing)} tensors and has {len(unexpected)} that are not in the manifest "
-                f"({', '.join(sorted(missing | unexpected)[:3])}): convert the source again"
-            )
-    return shards
-
-
 def _check_layouts(folder: Path, manifest: Manifest, device: torch.device) -> None:
     from qvl_kernels import ops_for, target_on
 
@@ -125,28 +96,6 @@ def _check_layouts(folder: Path, manifest: Manifest, device: torch.device) -> No
     unknown = sorted({linear.layout for linear in manifest.linears.values()} - set(readable))
     if unknown:
         raise CheckpointError(
-            f"{folder} has linears in the layout {unknown[0]!r}; the kernels here read "
+            f"{folder} has linears in the layout {quoted(unknown[0])}; the kernels here read "
             f"{', '.join(map(repr, readable))}: convert its source again with this version, or unset QVL_KERNELS"
         )
-
-
-def _check_complete(folder: Path, manifest: Manifest, shards: dict[str, Shard], config: ModelConfig) -> None:
-    """Raise `CheckpointError` unless every weight of the configuration is stored, in its shape or packed."""
-    infos = {name: info for shard in shards.values() for name, info in shard.infos.items()}
-    packed_parts = {part for linear in manifest.linears.values() for part in linear.parts}
-    for name, spec in expected_tensors(config).items():
-        if name.rpartition(".")[0] in packed_parts or (spec.optional and name not in infos):
-            continue
-        if name not in infos or name not in manifest.state:
-            raise CheckpointError(f"{folder} lacks {name}, which config.json requires: convert the source again")
-        if infos[name].shape != spec.shape:
-            raise CheckpointError(
-                f"{folder} has {name} of shape {infos[name].shape}; config.json requires {spec.shape}"
-            )
-    tensors = [
-        f"{name}.{manifest.target}.{kind}" for name, linear in manifest.linears.items() for kind in linear.tensors
-    ]
-    missing = [name for name in tensors if name not in infos]
-    if missing:
-        names = ", ".join(missing[:3])
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors ({names}): convert the source again")

@@ -15,6 +15,7 @@ from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.formats.gptq import GPTQ_TENSORS, GPTQLinear
 from qvl_runtime.formats.host_memory import release
 from qvl_runtime.formats.zero_points import zero_point_notes
+from qvl_runtime.weights.packed_specs import decoder_groups
 
 if TYPE_CHECKING:
     import torch
@@ -34,19 +35,6 @@ class BuiltLinear(NamedTuple):
     name: str
     packed: Packed
     parts: tuple[str, ...]  # the published linears merged in it, one after another along the outputs
-
-
-def decoder_groups(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The linears of the decoder as the model has them: (name, published linears), in published order.
-
-    w1 and w2 have the same input and are merged into one linear, `up_gate`.
-    """
-    for layer in range(config.num_hidden_layers):
-        block = f"transformer.h.{layer}"
-        for name in (f"{block}.attn.c_attn", f"{block}.attn.c_proj"):
-            yield name, (name,)
-        yield f"{block}.mlp.up_gate", (f"{block}.mlp.w1", f"{block}.mlp.w2")
-        yield f"{block}.mlp.c_proj", (f"{block}.mlp.c_proj",)
 
 
 def source_notes(checkpoint: Checkpoint, config: ModelConfig) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.errors import CheckpointError, quoted
 from qvl_runtime.regular_files import open_regular
 from qvl_runtime.weights.tensor_file import CODES, LENGTH
 from qvl_runtime.weights.tensor_info import TensorInfo, damaged
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SAFETENSORS_DTYPES = {code: name for name, code in CODES.items()}
+MAX_HEADER = 16 << 20  # bytes: that of the published model has 0.2 million
 _ZIP = b"PK\x03\x04"
 _OTHERS = (  # first bytes, what they are, what to do
     (b"version https://git-lfs", "a git-lfs pointer, not weights", "run `git lfs pull` in its folder"),
@@ -49,12 +50,15 @@ def open_shard(path: Path) -> Shard:
             head = file.read(64)
         if head.startswith((_ZIP, OLD_FORM)):
             return TorchShard(path, old_form=head.startswith(OLD_FORM))
+        header_bytes = int.from_bytes(head[:LENGTH], "little")
         if head[LENGTH : LENGTH + 1] == b"{":
-            return _SafetensorsShard(path)
+            return _SafetensorsShard(path, header_bytes)
         for start, found, way_out in _OTHERS:
             if head.lstrip().startswith(start):
                 raise CheckpointError(f"{path} is {found}: {way_out}")
-        return _SafetensorsShard(path) if path.suffix == ".safetensors" else TorchShard(path, old_form=False)
+        if path.suffix == ".safetensors":
+            return _SafetensorsShard(path, header_bytes)
+        return TorchShard(path, old_form=False)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: fetch the checkpoint again") from None
     except OSError as error:
@@ -64,8 +68,10 @@ def open_shard(path: Path) -> Shard:
 class _SafetensorsShard:
     restorable, note = True, ""
 
-    def __init__(self, path: Path) -> None:
-        self._file = _open_safetensors(path)
+    def __init__(self, path: Path, header_bytes: int) -> None:
+        if header_bytes > MAX_HEADER:
+            raise damaged(path, f"a header of {header_bytes:,} bytes")
+        self._path, self._file = path, _open_safetensors(path)
         self.infos = {}
         for name in self._file.keys():  # noqa: SIM118 - not a dict
             header = self._file.get_slice(name)
@@ -73,15 +79,20 @@ class _SafetensorsShard:
             self.infos[name] = TensorInfo(tuple(header.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except Exception as error:  # a dtype that torch does not have, or a shape that it cannot hold
+            raise damaged(self._path, f"{quoted(name)}: {error}") from error
         # A header may have any length, so data may start at any byte; kernels need aligned elements.
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _open_safetensors(path: Path) -> Any:  # safetensors has no type annotations
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what its reader did not foresee
         raise damaged(path, error) from error

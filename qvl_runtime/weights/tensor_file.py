@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.config.checks import LARGEST_INT
+from qvl_runtime.errors import CheckpointError, quoted
+from qvl_runtime.json_text import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +36,19 @@ CODES = {
     "int8": "I8",
     "uint8": "U8",
     "bool": "BOOL",
+    # None of a model's weights has one of these; a tensor that is kept to restore the source may.
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
 FLUSH = 128 << 20  # bytes after which a background fsync starts
 LENGTH = 8  # bytes of the header's length
+MAX_DIMS = 64  # dimensions, as many as torch has
 
 
 class Written(NamedTuple):
@@ -138,6 +151,45 @@ def header_of(tensors: dict[str, Written]) -> bytes:
     for name, t in tensors.items():
         entries[name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.begin, t.end]}
     return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def read_entries(header: str, where: str) -> dict[str, Written]:
+    """The tensors of a JSON header, in the order of their bytes and without digests.
+
+    where: what to call the header. Raises `CheckpointError` unless they fill a file from its start, without gaps.
+    """
+    content = parse_json(header, where, CheckpointError, "convert the source again")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where} is no header of a safetensors file: convert the source again")
+    content.pop("__metadata__", None)
+    entries = {name: _entry(raw, f"{where}, {quoted(name)},") for name, raw in content.items()}
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise CheckpointError(f"{where}, {quoted(name)}, begins at {entry.begin}; expected {end}")
+        end = entry.end
+    return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+
+
+def _entry(raw: object, where: str) -> Written:
+    """One entry of a header. Raises `CheckpointError` for another dtype or shape than its bytes have."""
+    import torch
+
+    names = {code: name for name, code in CODES.items()}
+    entry = raw if isinstance(raw, dict) else {}
+    code, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if isinstance(code, str) and code in names and shape is not None and offsets is not None and len(offsets) == 2:
+        begin, end = offsets
+        if end - begin == math.prod(shape) * getattr(torch, names[code]).itemsize:
+            return Written(code, shape, begin, end, "")
+    raise CheckpointError(f"{where} is {quoted(raw)}, which describes no tensor: convert the source again")
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """A list of whole numbers from 0 on; None for anything else."""
+    if not isinstance(value, list) or len(value) > MAX_DIMS:
+        return None
+    return tuple(value) if all(type(size) is int and 0 <= size <= LARGEST_INT for size in value) else None
 
 
 def read_header(path: Path) -> bytes:

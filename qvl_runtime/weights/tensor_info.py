@@ -17,10 +17,11 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Bytes of the tensor; 0 for a dtype that torch does not have."""
         import torch
 
-        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
+        dtype = getattr(torch, self.dtype, None)
+        return 0 if dtype is None else math.prod(self.shape) * int(dtype.itemsize)
 
 
 def damaged(path: Path, cause: object) -> CheckpointError:

@@ -11,7 +11,8 @@ import torch
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.errors import ConfigError
-from qvl_runtime.weights.loader import load_weights, open_shards, packed_linear
+from qvl_runtime.weights.converted import Converted
+from qvl_runtime.weights.loader import load_weights
 from tests.checkpoints import MakeState, Write
 
 pytestmark = pytest.mark.cpu
@@ -42,11 +43,9 @@ def test_both_targets_round_to_the_same_codes(int4: Path, tmp_path: Path, head: 
     for target in ("cpu", "cuda"):
         options = ConvertOptions(target=target, vision="int8", head=head)
         manifest = convert(int4, tmp_path / target, options)
-        shards = open_shards(tmp_path / target, manifest)
-        where = {name: shard for shard in shards.values() for name in shard.infos}
+        converted = Converted.open(tmp_path / target)
         codes[target] = {
-            name: packing_for(target).unpack_to_qweight(packed_linear(name, linear, manifest, where))
-            for name, linear in manifest.linears.items()
+            name: packing_for(target).unpack_to_qweight(converted.linear(name)) for name in manifest.linears
         }
     assert codes["cpu"].keys() == codes["cuda"].keys()
     assert all(torch.equal(found, codes["cuda"][name]) for name, found in codes["cpu"].items())

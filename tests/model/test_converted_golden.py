@@ -16,7 +16,7 @@ from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.formats.gptq import GPTQLinear
 from qvl_runtime.schedule.runner import Chunk
 from qvl_runtime.weights.checkpoint import load_state
-from qvl_runtime.weights.loader import open_shards, packed_linear
+from qvl_runtime.weights.converted import Converted
 from tests.model.oracle import LOGITS, Oracle, close
 
 pytestmark = pytest.mark.cpu
@@ -65,12 +65,11 @@ def test_tiny_int4(tiny_int4: Oracle, golden: Path, converted: dict[str, Path]) 
 def test_tiny_int4_for_cuda(tiny_int4: Oracle, golden: Path, tmp_path: Path) -> None:
     """The GPU's layout read back into plain torch: the weights of every linear, to the bit."""
     manifest = convert(golden / "tiny-int4", tmp_path / "cuda", ConvertOptions(target="cuda"))
-    shards = open_shards(tmp_path / "cuda", manifest)
-    where = {name: shard for shard in shards.values() for name in shard.infos}
+    converted = Converted.open(tmp_path / "cuda")
     state = load_state(golden / "tiny-int4", tiny_int4.config, torch.float16)
     for name, linear in manifest.linears.items():
         assert linear.layout == "gpu-1"
-        back = repack.unpack_gptq(packed_linear(name, linear, manifest, where)).tensors
+        back = repack.unpack_gptq(converted.linear(name)).tensors
         for kind in ("qweight", "qzeros", "scales"):
             assert torch.equal(back[kind], torch.cat([state[f"{part}.{kind}"] for part in linear.parts], 1))
 

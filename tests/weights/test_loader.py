@@ -17,7 +17,7 @@ from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.gptq import GPTQ_TENSORS
 from qvl_runtime.weights.loader import load_weights
 from qvl_runtime.weights.manifest import MANIFEST, Manifest
-from qvl_runtime.weights.packing import decoder_groups
+from qvl_runtime.weights.packed_specs import decoder_groups
 from qvl_runtime.weights.synthetic import synthetic_weights
 from tests.checkpoints import MakeState, Write
 

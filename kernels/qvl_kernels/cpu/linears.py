@@ -17,11 +17,14 @@ from qvl_kernels.cpu.memory import empty
 from qvl_kernels.layouts.binding import bind_published
 from qvl_kernels.layouts.gpu import symmetric_zero_point
 from qvl_kernels.layouts.repack import zero_points
+from qvl_kernels.packed_checks import Part, check_choice, check_fields, check_parts, check_permutation
 from qvl_kernels.reference import BoundLinear, Packed, Precision
 from qvl_kernels.util import cdiv, dtype_name
 
 LAYOUT = "cpu-1"  # the layout id in files; increase the number when csrc/linear/int8.inl reads them differently
 LAYOUTS = (LAYOUT, *reference.LAYOUTS)
+_WHAT = "a packed linear of the CPU"
+_TENSORS = ("lines", "scales", "zeros", "perm", "bias")
 BLOCK = 16  # outputs that are interleaved in a packed weight
 GROUPS = (128, 64, 32)  # group sizes (inputs that share a scale) that the kernels support
 FEW_EXACT = 96  # without AMX, rows up to which weights are unpacked in registers for float activations: 0.8 ms a row at
@@ -58,11 +61,29 @@ class PackedWeight:
 
     @classmethod
     def from_packed(cls, packed: Packed) -> PackedWeight:
-        """Wrap a packed linear; raises `ValueError` for another layout, or another version of this one."""
+        """Check and wrap a packed linear; raises `ValueError` for another layout, and for parts that do not fit."""
         if packed.layout != LAYOUT:
             raise ValueError(f"these CPU kernels read the layout {LAYOUT!r}; found {packed.layout!r}")
+        names = [field.name for field in fields(cls) if field.name not in _TENSORS]
+        check_fields(packed.fields, names, _WHAT)
         absent = dict.fromkeys(("zeros", "perm", "bias"))
-        return cls(**(absent | packed.tensors), **packed.fields)  # type: ignore[arg-type]
+        bits, group, inputs, padded, outputs = (packed.fields[name] for name in names)
+        check_choice("bits", bits, (4, 8), _WHAT)
+        check_choice("group", group, GROUPS, _WHAT)
+        if not 0 < inputs <= padded or padded % group or not outputs:
+            raise ValueError(f"{_WHAT} has {outputs} outputs and {inputs} inputs, padded to {padded}")
+        blocks = _up(outputs, BLOCK) // BLOCK
+        by_group = (blocks, padded // group, BLOCK)
+        parts = {
+            "lines": Part((blocks * BLOCK * padded * bits // 8,), (torch.uint8,)),
+            "scales": Part(by_group, (torch.float16,)),
+            "zeros": Part(by_group, (torch.uint8,), optional=True),
+            "perm": Part((padded,), (torch.int32,), optional=True),
+            "bias": Part((outputs,), (torch.float32,), optional=True),
+        }
+        check_parts(packed.tensors, parts, _WHAT)
+        check_permutation(packed.tensors.get("perm"), inputs, _WHAT)
+        return cls(**(absent | packed.tensors), **packed.fields)  # type: ignore[arg-type]  # checked above
 
     def int8(self, x: Tensor) -> Tensor:
         """Map x [.., in] to [.., out] with activations rounded to int8 for each row and group."""

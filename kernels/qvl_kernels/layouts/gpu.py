@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.layouts.interleave import WORDS
+from qvl_kernels.packed_checks import FLOATS, Part, check_fields, check_parts, check_permutation
 from qvl_kernels.reference import Packed
 from qvl_kernels.util import cdiv
 
@@ -70,24 +71,27 @@ class PackedWeight:
 
     @classmethod
     def from_packed(cls: type[Kind], packed: Packed) -> Kind:
-        """Check and wrap a packed linear; raises `ValueError` for another layout or a wrong shape or dtype."""
+        """Check and wrap a packed linear; raises `ValueError` for another layout, and for parts that do not fit."""
         if packed.layout != cls.LAYOUT:
             raise ValueError(f"these GPU kernels read the layout {cls.LAYOUT!r}; found {packed.layout!r}")
+        what = f"a packed int{cls.BITS} linear of a GPU"
+        check_fields(packed.fields, ("inputs", "outputs", "group", "zero_offset"), what)
         inputs, outputs, group = (packed.fields[name] for name in ("inputs", "outputs", "group"))
+        if not inputs or not outputs or not group:
+            raise ValueError(f"{what} has {outputs} outputs and {inputs} inputs in groups of {group}")
         tiles, padded, groups = cdiv(inputs, cls.TILE), cdiv(outputs, OUTPUTS) * OUTPUTS, cdiv(inputs, group)
-        expected = {
-            "words": ((tiles, padded, WORDS), torch.int32),
-            "scales": ((groups, padded), None),
-            "zeros": ((groups, padded), torch.uint8),
-            "order": ((inputs,), torch.int32),
+        if groups > 1 and group % TILE and group not in (32, 64):
+            raise ValueError(f"{what} has groups of {group}; expected 32, 64, a multiple of {TILE}, or one group")
+        parts = {
+            "words": Part((tiles, padded, WORDS), (torch.int32,)),
+            "scales": Part((groups, padded), FLOATS),
+            "zeros": Part((groups, padded), (torch.uint8,), optional=True),
+            "order": Part((inputs,), (torch.int32,), optional=True),
+            "bias": Part((outputs,), FLOATS, optional=True),
         }
-        if missing := {"words", "scales"} - set(packed.tensors):
-            raise ValueError(f"packed int{cls.BITS} linear lacks {' and '.join(sorted(missing))}")
-        for name, (shape, dtype) in expected.items():
-            tensor = packed.tensors.get(name)
-            if tensor is not None and (tuple(tensor.shape) != shape or dtype not in (None, tensor.dtype)):
-                raise ValueError(f"packed {name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {shape}")
-        words, scales, zeros, perm = (packed.tensors.get(name) for name in expected)
+        check_parts(packed.tensors, parts, what)
+        words, scales, zeros, perm = (packed.tensors.get(name) for name in ("words", "scales", "zeros", "order"))
+        check_permutation(perm, inputs, what)
         return cls(words, scales, zeros, perm, inputs, outputs, group)  # type: ignore[arg-type]  # checked above
 
 
