@@ -27,7 +27,7 @@ class Verified(NamedTuple):
 def verify(folder: Path, progress: Callable[[int], None] = lambda done: None) -> Verified:
     """Compare each file of a converted checkpoint with the SHA-256 in its manifest, and all of it with config.json.
 
-    This finds damage. It is no proof of who made the folder: whoever changes a file can change the manifest with it.
+    This finds damage. It is no proof of who made the folder: one who changes a file can change the manifest too.
     progress: called with the number of bytes read. Raises `CheckpointError` where the manifest is missing or changed.
     """
     folder = Path(folder)

@@ -42,7 +42,7 @@ def check_names(names: Iterable[object], patterns: Sequence[str], where: str) ->
         if fault:
             raise CheckpointError(
                 f"{where} has {quoted(name)}, which {fault}; expected plain names of files, {' or '.join(patterns)}, "
-                "so take the folder from whoever made it again"
+                "so rename the file, or take the folder from its source again"
             )
 
 

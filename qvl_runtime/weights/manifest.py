@@ -1,7 +1,7 @@
 """The manifest of a converted checkpoint: its source, its layout, and the SHA-256 of each part.
 
 It may come from a stranger, so all that it says is checked when it is read, before a path is made of a name in it. The
-SHA-256 in it is no signature: whoever changes a file can change the manifest with it.
+SHA-256 in it is no signature: one who changes a file can change the manifest too.
 """
 
 from __future__ import annotations

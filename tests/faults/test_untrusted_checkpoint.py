@@ -42,7 +42,7 @@ def everything(folder: Path) -> list[Callable[[], object]]:
 
 
 def refused(folder: Path, change: Change, expected: str = "") -> None:
-    """Every reader raises one line, and nothing is written beside the folder."""
+    """Every reader raises one line, and nothing is written outside the folder."""
     change_manifest(folder, change)
     before = sorted(folder.parent.parent.rglob("*"))
     for read in everything(folder):
