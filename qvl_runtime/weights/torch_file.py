@@ -52,13 +52,20 @@ class TorchShard:
     def _read(self, device: str) -> dict[str, Tensor]:
         import torch
 
-        if not self._old_form and not zipfile.is_zipfile(self._path):  # torch's message blames mmap, whatever the cause
+        if not self._old_form and not _is_zip(self._path):  # torch's message blames mmap, whatever the cause
             raise damaged(self._path, "not a zip archive as torch >= 1.6 writes it")
         state = _state(self._path, _load(self._path, device, mapped=not self.note))
         for name, value in state.items():
             if value.device.type != device or value.layout != torch.strided or value.is_quantized:
                 raise CheckpointError(f"{self._path} holds {quoted(name)}, which is no plain tensor: save it as one")
         return state
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of an archive whose last record says that it has several disks
+        return False
 
 
 def _load(path: Path, device: str, mapped: bool) -> Any:

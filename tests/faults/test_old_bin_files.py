@@ -19,6 +19,7 @@ from qvl_runtime.weights.checkpoint import load_state
 from tests.checkpoints import MakeState, Write
 from tests.gptq_checkpoints import gptq
 from tests.quantize.quantized import run
+from tests.weights.faults import fails
 
 
 def test_quantizing_reads_weights_twice(source: Path, whole: Path, tmp_path: Path) -> None:  # transformers#29007
@@ -52,6 +53,18 @@ def test_converting_reads_a_tied_embedding_twice(
     files = [load_file(next((tmp_path / f"converted-{name}").glob("*.safetensors"))) for name in (new.name, "old")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_a_zip_with_a_damaged_end_is_named(raw: dict[str, Any], write: Write) -> None:
+    """Its last record tells of several disks, which Python's zipfile raises an error of its own for."""
+    folder = write(raw, {}, ".bin")
+    path = folder / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    locator = content.rfind(b"PK\x06\x07")  # of the end record of a zip64, which torch writes
+    assert locator > 0
+    content[locator + 16] = 9
+    path.write_bytes(content)
+    fails(folder, ModelConfig.from_dict(raw), str(path), "damaged or truncated", "not a zip archive")
 
 
 def test_converting_a_quantized_one_and_back(
