@@ -28,6 +28,7 @@ _REMARKS: frozenset[Remark] = frozenset(get_args(Remark))
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TMPDIR")
 _SLOW_NICENESS = 10
 _GLANCE_S = 0.02
+_STARVED = 3  # a process that gets less than a third of a core is one of too many
 _START_S = 60.0  # on a machine that is overloaded; 0.1 s otherwise
 
 
@@ -119,15 +120,16 @@ class Worker:
         self._is_busy = False
 
     def is_ready(self, patience: float) -> bool:
-        """Wait for the next answer until the process has used so much CPU time for the image, or its time is over."""
+        """Wait for the next answer until the image has taken so much CPU time, or three times that by the clock."""
+        end = time.monotonic() + _STARVED * patience
         while True:
             now = time.monotonic()
             spent = self._cpu_seconds() - self._cpu_began
             left = (self._channel.deadline or now) - now
-            wait = max(0.0, min(left, max(patience - spent, _GLANCE_S)))
+            wait = max(0.0, min(left, end - now, max(patience - spent, _GLANCE_S)))
             if select.select([self._channel.sock], [], [], wait)[0] or left <= 0:
                 return True
-            if spent >= patience:
+            if spent >= patience or now >= end:
                 return False
 
     def result(self, pixels: memoryview) -> Prepared:
@@ -143,7 +145,7 @@ class Worker:
         return Prepared(pixels, width, height, frozenset(remark for remark in _REMARKS if remark in remarks), small)
 
     def slow_down(self) -> None:
-        """Let everything else on the machine go first, for good: only root may take that back."""
+        """Let everything else on the machine go first, for good: not every user may take that back."""
         self._is_slow = True
         try:
             os.setpriority(os.PRIO_PROCESS, self.pid, _SLOW_NICENESS)
