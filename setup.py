@@ -27,6 +27,9 @@ KERNELS = find_packages("kernels", include=["qvl_kernels*"])
 
 CSRC = Path("kernels/csrc")
 COMMON = ["-std=c++17", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+# A product and a sum fused in one instance of a template and not in another would round differently: the bits of a row
+# would depend on the number of rows, which chooses the instance.
+COMMON += ["-ffp-contract=off"]
 # g++ 12's intrinsics headers trigger the first two warnings; the unknown pragmas are for other compilers.
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-pragmas"]
 SHARED = {

@@ -1,8 +1,10 @@
-// Dense bfloat16 weights times activations of five or more rows, on AMX tiles.
+// Dense bfloat16 weights times activations, on AMX tiles.
 //
 // Sixteen rows of a weight [outputs, inputs] and 32 of their inputs form a left-hand tile without any conversion, so that
 // weights are read in place, even from a mapped file. The activations are the right-hand side, converted in each call: a
 // row of such a tile holds a pair of inputs of sixteen rows of x. The sums come out as [outputs][rows].
+//
+// Each sum is one chain of products of 32 inputs, in order, for any number of rows: a row's result depends on no other.
 
 namespace {
 
@@ -18,7 +20,7 @@ struct Dense {
   int64_t outputs;
   const void* bias;
   uint16_t* y;
-  const uint8_t* tile(int64_t strip, int64_t step) const { return x + (strip * steps + step) * kTileBytes; }
+  const uint8_t* tile(int64_t strip, int64_t step) const { return x + (rows == 1 ? step * 64 : (strip * steps + step) * kTileBytes); }
   // Whether the 16 outputs from n on and the step's inputs can be read as a tile in place.
   bool whole(int64_t n, int64_t step) const { return n + 16 <= outputs && (step + 1) * 32 <= inputs; }
 };
@@ -31,7 +33,13 @@ inline void copy_tile(const uint16_t* from, int64_t rows, int64_t columns, int64
     _mm512_storeu_si512(to, i < rows ? _mm512_maskz_loadu_epi16(there, from + i * columns + first) : _mm512_setzero_si512());
 }
 
+// A single row is a column of pairs as it is: its tiles have 16 rows of four bytes.
 void lay_out(const uint16_t* x, const Dense& d, uint8_t* to) {
+  if (d.rows == 1) {
+    memcpy(to, x, (size_t)d.inputs * 2);
+    memset(to + d.inputs * 2, 0, (size_t)(d.steps * 32 - d.inputs) * 2);
+    return;
+  }
   parallel_ranges(d.strips * d.steps, 16, [&](int64_t begin, int64_t end) {
     alignas(64) uint8_t rows[kTileBytes];
     for (int64_t i = begin; i < end; i++) {
@@ -42,60 +50,37 @@ void lay_out(const uint16_t* x, const Dense& d, uint8_t* to) {
   });
 }
 
-// Stores the sums [16 outputs][16 rows] of the outputs from n on and of a strip in y.
+// Stores the sums [16 outputs][16 rows], or [16 outputs] of a single row, of the outputs from n on and of a strip in y.
 inline void put_sums(const Dense& d, int64_t n, int64_t strip, const float* sums) {
   alignas(64) float rows[256];
-  transpose16((const uint32_t*)sums, 16, (uint32_t*)rows);
+  if (d.rows > 1) transpose16((const uint32_t*)sums, 16, (uint32_t*)rows), sums = rows;
   const int64_t count = d.outputs - n < 16 ? d.outputs - n : 16;
   const F bias = d.bias ? load_upto(d.bias, kBfloat16, n, count) : zero();
   for (int64_t m = 0; m < 16 && strip * 16 + m < d.rows; m++)
-    store_upto(d.y, kBfloat16, (strip * 16 + m) * d.outputs + n, add(load(rows + m * 16), bias), count);
+    store_upto(d.y, kBfloat16, (strip * 16 + m) * d.outputs + n, add(load(sums + m * 16), bias), count);
 }
 
-// 16 outputs from n on against one strip: memory-bound. Steps go to four sums in turn, since a product waits for the
-// previous one of the same sum.
+// 16 outputs from n on against one strip: memory-bound, although a product waits for the previous one.
 void one_strip(const Dense& d, int64_t n) {
   alignas(64) uint8_t copy[kTileBytes];
-  alignas(64) float sums[4][256];
-  const int64_t stride = d.inputs * 2;
+  alignas(64) float sums[256];
+  const int64_t stride = d.inputs * 2, across = d.rows == 1 ? 4 : 64;
+  const uint16_t* weight = d.weight + n * d.inputs;
   _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const auto weights = [&](int64_t step, int64_t& across) {
-    const uint16_t* from = d.weight + n * d.inputs;
+  for (int64_t step = 0; step < d.steps; step++) {
+    const char* lines = (const char*)(weight + step * 32);
     if (d.whole(n, step)) {
-      const char* lines = (const char*)(from + step * 32);
       for (int i = 0; i < 16; i++) __builtin_prefetch(lines + i * stride + kDenseAhead);
-      across = stride;
-      return (const uint8_t*)lines;
+      _tile_loadd(4, lines, stride);
+    } else {
+      copy_tile(weight, d.outputs - n, d.inputs, step * 32, copy);
+      _tile_loadd(4, copy, 64);
     }
-    copy_tile(from, d.outputs - n, d.inputs, step * 32, copy);
-    across = 64;
-    return (const uint8_t*)copy;
-  };
-  for (int64_t step = 0; step < d.steps; step += 4) {
-    int64_t across;
-#define QVL_STEP(SUMS, LEFT, RIGHT, I) \
-  if (step + I < d.steps) { \
-    const uint8_t* left = weights(step + I, across); \
-    _tile_loadd(LEFT, left, across); \
-    _tile_loadd(RIGHT, d.tile(0, step + I), 64); \
-    _tile_dpbf16ps(SUMS, LEFT, RIGHT); \
+    _tile_loadd(6, d.tile(0, step), across);
+    _tile_dpbf16ps(0, 4, 6);
   }
-    QVL_STEP(0, 4, 5, 0)
-    QVL_STEP(1, 6, 7, 1)
-    QVL_STEP(2, 4, 5, 2)
-    QVL_STEP(3, 6, 7, 3)
-#undef QVL_STEP
-  }
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
-  for (int i = 0; i < 256; i += 16)
-    store(sums[0] + i, add(add(load(sums[0] + i), load(sums[1] + i)), add(load(sums[2] + i), load(sums[3] + i))));
-  put_sums(d, n, 0, sums[0]);
+  _tile_stored(0, sums, across);
+  put_sums(d, n, 0, sums);
 }
 
 // sums [2 strips][2 blocks][256] += weights of two blocks [2][kDenseSteps][1 KiB] times `steps` tiles of two strips.
@@ -149,7 +134,9 @@ void many_strips(const Dense& d, int64_t begin, int64_t end) {
 
 void linear_dense_amx(const uint16_t* x, int64_t rows, int64_t inputs, const uint16_t* weight, int64_t outputs,
                       const void* bias, uint16_t* y) {
-  static const TileConfig config;
+  TileConfig config;
+  if (rows == 1)
+    for (int tile : {0, 6}) config.row_bytes[tile] = 4;
   for (int64_t first = 0; first < rows; first += kRowsOfPanel) {
     const int64_t count = rows - first < kRowsOfPanel ? rows - first : kRowsOfPanel;
     Dense d{nullptr, count, (count + 15) / 16, (inputs + 31) / 32, inputs, weight, outputs, bias, y + first * outputs};

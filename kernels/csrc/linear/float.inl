@@ -167,7 +167,7 @@ void dense_all(const float* x, int64_t rows, int64_t padded, const void* weight,
 void linear_dense(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const void* weight, int64_t outputs,
                   const void* bias, void* y) {
 #if defined(__AMX_BF16__)
-  if (dtype == kBfloat16 && rows >= kAmxRows)
+  if (dtype == kBfloat16)
     return linear_dense_amx((const uint16_t*)x, rows, inputs, (const uint16_t*)weight, outputs, bias, (uint16_t*)y);
 #endif
   const int64_t padded = (inputs + 15) / 16 * 16, rows_padded = rows == 1 ? 1 : (rows + 3) / 4 * 4;

@@ -63,15 +63,27 @@ struct Pending {
   bool zeros;  // whether to subtract their part: once a group
 };
 
+// Zero points are subtracted from an int8 sum as integers, as for few rows: the sums are the same numbers there.
 template <class T> inline void add_scaled(const Packed& w, const Tiled& a, const Pending& step) {
   const int64_t rows = a.strips > 1 ? 16 : a.rows, first = (step.group * a.strips + step.strip) * 16;
   // Read once: as far as the compiler knows, a store may change `a`.
   const float *row_scale = a.scale + first, *row_sum = a.sum + first;
+  const int32_t middle = 1 << (w.bits - 1);
   for (int n = 0; n < 2; n++) {
     const int64_t block = step.block + n < w.blocks() ? step.block + n : step.block;
     const F scale = w.scale(block, step.group);
     const int32_t* from = (const int32_t*)step.sums + n * 256;
     float* to = step.acc + n * 256;
+    const I shift = step.zeros ? isub(iset1(middle), load_u8(w.zeros + (block * w.groups + step.group) * 16)) : iset1(0);
+    if constexpr (T::kScaled) {
+      if (step.zeros) {
+        for (int64_t m = 0; m < rows; m++) {
+          const I sum = iadd(_mm512_load_si512(from + m * 16), imul(shift, iset1(((const int32_t*)row_sum)[m])));
+          store(to + m * 16, fma(to_float(sum), mul(scale, set1(row_scale[m])), load(to + m * 16)));
+        }
+        continue;
+      }
+    }
 #pragma GCC unroll 4
     for (int64_t m = 0; m < rows; m++) {
       F factor = scale, value;
@@ -83,9 +95,8 @@ template <class T> inline void add_scaled(const Packed& w, const Tiled& a, const
       store(to + m * 16, fma(value, factor, load(to + m * 16)));
     }
     if (!step.zeros) continue;
-    const F zeros = to_float(load_u8(w.zeros + (block * w.groups + step.group) * 16));
-    const F shift = mul(scale, sub(set1((float)(1 << (w.bits - 1))), zeros));
-    for (int64_t m = 0; m < rows; m++) store(to + m * 16, fma(shift, set1(row_sum[m]), load(to + m * 16)));
+    const F scaled = mul(scale, to_float(shift));
+    for (int64_t m = 0; m < rows; m++) store(to + m * 16, fma(scaled, set1(row_sum[m]), load(to + m * 16)));
   }
 }
 

@@ -41,7 +41,7 @@ bool amx_granted() {
 struct Tiled {
   int64_t rows, strips, padded, groups;
   uint8_t* tiles;      // [strips][tiles of a strip][planes][16][64]
-  float *scale, *sum;  // [groups][strips * 16]; sum is that of a group's activations. Int8 only: scale
+  float *scale, *sum;  // [groups][strips * 16]; sum is that of a group's activations, in int8 an int32. Int8 only: scale
 };
 
 Tiled tiled(int64_t rows, int64_t strips, int64_t padded, int64_t group, int64_t bytes_an_input) {
@@ -61,7 +61,7 @@ struct Int8 {
                            const int32_t* perm) {
     const int64_t padded = w.groups * w.group;
     const Tiled t = tiled(rows, strips, padded, w.group, 1);
-    parallel(strips * 16, [&](int64_t m) {
+    parallel(strips > 1 ? strips * 16 : rows, [&](int64_t m) {
       int8_t* q = scratch<int8_t>(2, padded);
       float* row = scratch<float>(0, padded);
       float* scale = scratch<float>(3, 2 * t.groups);
@@ -76,7 +76,7 @@ struct Int8 {
       for (int64_t k = 0; k < padded; k += 64, to += kTileBytes) memcpy(to, q + k, 64);
       for (int64_t g = 0; g < t.groups; g++) {
         t.scale[g * strips * 16 + m] = scale[g];
-        t.sum[g * strips * 16 + m] = scale[g] * (float)sum[g];
+        ((int32_t*)t.sum)[g * strips * 16 + m] = sum[g];
       }
     });
     return t;
@@ -110,7 +110,7 @@ template <int PLANES> struct Bfloat16 {
     const Tiled t = tiled(rows, strips, padded, w.group, 2 * PLANES);
     const I natural = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const I order = w.bits == 8 ? natural : _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    parallel(strips * 16, [&](int64_t m) {
+    parallel(strips > 1 ? strips * 16 : rows, [&](int64_t m) {
       float* row = scratch<float>(0, padded);
       if (m < rows) gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, perm, row);
       else memset(row, 0, (size_t)padded * 4);

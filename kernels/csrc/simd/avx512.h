@@ -46,6 +46,7 @@ inline F copysign(F size, F sign) {
 
 inline I iset1(int32_t x) { return _mm512_set1_epi32(x); }
 inline I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I imul(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
 inline I shift_high(I a) { return _mm512_srai_epi32(a, kHighNibbleShift); }

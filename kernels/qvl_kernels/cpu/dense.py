@@ -1,4 +1,4 @@
-"""Dense linears on a CPU: our kernels for few rows and for bfloat16 on AMX tiles, torch's GEMM otherwise."""
+"""Dense linears on a CPU: our kernels for few rows, and for any number in bfloat16 on AMX tiles; else torch's GEMM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qvl_kernels.cpu.library import CODES, FLOATS, LibraryError, library, pointe
 from qvl_kernels.cpu.memory import empty
 from qvl_kernels.util import dtype_name
 
-FEW_DENSE = 4  # rows up to which a dense linear is memory-bound; beyond, AMX tiles or torch's GEMM
+FEW_DENSE = 4  # rows up to which a dense linear is memory-bound; beyond, torch's GEMM if there are no AMX tiles
 
 
 def gemm_in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
@@ -53,7 +53,7 @@ def step_sizes(rows: int) -> list[int]:
 
 
 def uses_amx_tiles(dtype: str) -> bool:
-    """Whether many rows of a dtype, by name, are multiplied by dense weights on AMX tiles here, not by torch's GEMM."""
+    """Whether rows of a dtype, by name, are multiplied by dense weights on AMX tiles here, never by torch's GEMM."""
     try:
         return dtype == "bfloat16" and library().instruction_set == "amx"
     except LibraryError:  # the reference ops run
@@ -61,7 +61,7 @@ def uses_amx_tiles(dtype: str) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`: memory-bound for few rows, bfloat16 on AMX tiles, otherwise torch's GEMM."""
+    """`reference.linear`: bfloat16 on AMX tiles; else memory-bound for few rows, and torch's GEMM for more."""
     rows = x.numel() // max(1, x.shape[-1])
     dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))

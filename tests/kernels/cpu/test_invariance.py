@@ -1,0 +1,87 @@
+"""A row's bits do not depend on the other rows of a call: any number of rows against one at a time, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qvl_kernels import cpu
+from qvl_kernels.cpu import linears as cpu_linear
+from qvl_kernels.cpu.dense import uses_amx_tiles
+from qvl_kernels.util import dtype_name
+from qvl_runtime.formats.gptq import quantize_rtn
+
+pytestmark = pytest.mark.unit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Around the limits of every kernel: one row, few rows, a strip of 16 rows, pairs of strips.
+ROWS = (*range(1, 19), 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 70)
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit by bit: -0 is not 0 here, and NaN equals itself."""
+    as_integers = INTEGERS[one.element_size()]
+    return torch.equal(one.contiguous().view(as_integers), other.contiguous().view(as_integers))
+
+
+def differing(op: Callable[[Tensor], Tensor], x: Tensor) -> list[int]:
+    """Return how many of the first or last rows of x, as a batch, give a row of `op` that differs from itself alone."""
+    alone = torch.cat([op(row[None]) for row in x])
+    return [
+        n for n in ROWS if not (same_bits(op(x[:n]), alone[:n]) and same_bits(op(x[len(x) - n :]), alone[len(x) - n :]))
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs"), [(37, 130), (384, 256), (130, 1100), (1, 7)])
+def test_dense(isa: str, rng: torch.Generator, dtype: torch.dtype, outputs: int, inputs: int) -> None:
+    if not uses_amx_tiles(dtype_name(dtype)):
+        pytest.skip(f"{dtype_name(dtype)} on {isa} uses torch's GEMM from five rows on, which is not invariant")
+    weight, bias = (torch.randn(s, generator=rng).to(dtype) for s in ((outputs, inputs), (outputs,)))
+    x = torch.randn(ROWS[-1], inputs, generator=rng).to(dtype)
+    assert differing(lambda rows: cpu.linear(rows, weight, bias), x) == []
+
+
+def test_more_rows_than_a_panel(isa: str, rng: torch.Generator) -> None:
+    """Beyond 512 rows a call starts over; the last rows are a panel of their own, of one row or a few."""
+    if isa != "amx":
+        pytest.skip(f"{isa} uses torch's GEMM for many rows of a dense weight")
+    weight = torch.randn(48, 600, generator=rng).bfloat16()
+    x = torch.randn(530, 600, generator=rng).bfloat16()
+    alone = torch.cat([cpu.linear(row[None], weight) for row in x])
+    for n in (512, 513, 517, 530):
+        assert same_bits(cpu.linear(x[:n], weight), alone[:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_fast(isa: str, rng: torch.Generator, dtype: torch.dtype, bits: int, sym: bool, group: int) -> None:
+    """int8 sums are exact, and so are zero points that are subtracted from them as integers."""
+    w = quantize_rtn(torch.randn(144, 256, generator=rng), bits, group, sym)
+    fast = cpu.prepare_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, None, "fast")
+    assert differing(fast, torch.randn(ROWS[-1], 256, generator=rng).to(dtype)) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dense_weight_in_8_bits(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+    packed = cpu_linear.pack_dense(torch.randn(50, 200, generator=rng), torch.randn(50, generator=rng))
+    assert differing(packed.int8, torch.randn(ROWS[-1], 200, generator=rng).to(dtype)) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 257])
+def test_norms_and_elementwise(isa: str, rng: torch.Generator, dtype: torch.dtype, width: int) -> None:
+    x = torch.randn(ROWS[-1], 2 * width, generator=rng).to(dtype)
+    weight, bias = (torch.randn(2 * width, generator=rng).to(dtype) for _ in range(2))
+    assert differing(lambda rows: cpu.rms_norm(rows, weight, 1e-6), x) == []
+    assert differing(lambda rows: cpu.add_rms_norm(rows, rows.flip(-1), weight, 1e-6)[1], x) == []
+    assert differing(lambda rows: cpu.layer_norm(rows, weight, bias, 1e-6), x) == []
+    assert differing(cpu.gelu, x) == []
+    assert differing(cpu.swiglu, x) == []
+    assert differing(lambda rows: cpu.greedy(rows).logprobs, x) == []
