@@ -166,12 +166,28 @@ class EngineOptions(RunOptions):
         int | None, count_option("Largest image, width x height. Default: 67,108,864.", IMAGES)
     ] = None
     max_image_bytes: Annotated[int | None, count_option("Largest image file. Default: 20MiB.", IMAGES)] = None
+    max_image_side: Annotated[
+        int | None, count_option("Longest side of an image, in pixels. Default: 65,535.", IMAGES)
+    ] = None
     max_images: Annotated[int | None, count_option("Images of one prompt. Default: 16.", IMAGES)] = None
+    max_request_pixels: Annotated[
+        int | None, count_option("Pixels of all images of a prompt. Default: 268,435,456.", IMAGES)
+    ] = None
     image_timeout_s: Annotated[
         float | None,
-        typer.Option(metavar="S", help="Seconds to download one image in. Default: 10.", rich_help_panel=IMAGES),
+        typer.Option(
+            metavar="S", help="Seconds to download and decode one image in. Default: 10.", rich_help_panel=IMAGES
+        ),
     ] = None
-
+    isolate_images: Annotated[
+        bool | None,
+        typer.Option(
+            "--isolate-images/--no-isolate-images",
+            help="Decode images in processes of their own, limited in time and memory, as is the default.",
+            rich_help_panel=IMAGES,
+            show_default=False,
+        ),
+    ] = None
     transparency: Annotated[
         str,
         typer.Option(

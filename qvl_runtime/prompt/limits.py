@@ -52,7 +52,9 @@ class ImageLimits:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {quoted(getattr(self, name))}; expected True or False")
         if self.isolate_images and not CAN_ISOLATE:
-            raise ConfigError("isolate_images is True, which needs a POSIX system and a Python that is not frozen")
+            raise ConfigError(
+                "isolate_images is True, which needs a POSIX system and a Python that is not frozen: leave it out"
+            )
         if not isinstance(self.allow_urls, bool):
             hosts = self.allow_urls if isinstance(self.allow_urls, (tuple, list)) else (self.allow_urls,)
             if hosts is not self.allow_urls or not all(map(is_pattern, hosts)):

@@ -103,16 +103,18 @@ class Tokenizer:
 
     def encode_tagged(self, text: str, allowed: Allowed = "all") -> Segment:
         """Like `encode`, but keeps the verbatim text between `<img>` and `</img>` as image sources."""
-        segment, rest, tags = Segment(), text, _ALLOWED[allowed]
-        while "<img>" in tags and "<img>" in rest:
-            before, _, after = rest.partition("<img>")
-            source, end, rest = after.partition("</img>")
-            if not end:
-                raise PromptError(f"<img> before {after[:60]!r} is not closed: write <img>path</img>")
+        segment, position, tags = Segment(), 0, _ALLOWED[allowed]
+        while "<img>" in tags and (start := text.find("<img>", position)) >= 0:
+            content = start + len("<img>")
+            end = text.find("</img>", content)
+            if end < 0:
+                raise PromptError(f"<img> before {text[content : content + 60]!r} is not closed: write <img>path</img>")
+            source = text[content:end]
             if "<" in source and any(tag in source for tag in tags):  # a data URL, megabytes long, has no "<"
                 raise PromptError(f"<img>{source[:60]}</img> has a special tag inside; expected a path or a URL")
-            segment.extend(self._encode_text(before, allowed), self.image_span(source))
-        return segment.extend(self._encode_text(rest, allowed))
+            segment.extend(self._encode_text(text[position:start], allowed), self.image_span(source))
+            position = end + len("</img>")
+        return segment.extend(self._encode_text(text[position:], allowed))
 
     def image_span(self, source: ImageSource) -> Segment:
         """`<img>`, `n_queries` pad ids and `</img>`: the n_queries + 2 ids of one image."""

@@ -105,13 +105,15 @@ class TestCommandLine:
             done = qvl("generate", "What?", "-i", folder / name, "--no-files", "--max-tokens", 1)
             assert done.exit_code == 2 and "not allowed here" in " ".join(done.stderr.split())
         done = qvl("generate", "What?", "-i", "http://127.0.0.1:1/a.png", "--no-urls", "--max-tokens", 1)
-        assert done.exit_code == 2 and "allow_urls is off" in " ".join(done.stderr.split())
+        assert done.exit_code == 2 and "--urls is off" in " ".join(done.stderr.split())
         assert qvl("generate", "What?", "-i", folder / "there.png", "--max-tokens", 1).exit_code == 0
 
     def test_private_addresses(self) -> None:
         url = "http://127.0.0.1:1/a.png"
         done = qvl("generate", "What?", "-i", url, "--max-tokens", 1)
-        assert done.exit_code == 2 and "not at a public address" in " ".join(done.stderr.split())
+        assert done.exit_code == 2 and "not at a public address (--allow-private-addresses is off)" in " ".join(
+            done.stderr.split()
+        )
         done = qvl("generate", "What?", "-i", url, "--allow-private-addresses", "--max-tokens", 1)
         assert done.exit_code == 2 and "Connection refused" in " ".join(done.stderr.split())
 

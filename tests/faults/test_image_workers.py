@@ -131,7 +131,7 @@ class TestWorkers:
 
     def test_none_can_be_started(self, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(process, "_python", lambda: "/no/python")
-        with pytest.raises(ImageError, match=r"no process for decoding images can be started .*: set isolate_images"):
+        with pytest.raises(ImageError, match=r"no process for decoding images can be started .*: turn isolate"):
             load_image(encoded("PNG"), 28, ISOLATED)
         monkeypatch.setattr(process, "_python", lambda: "/bin/false")
         with pytest.raises(ImageError, match="the process that decodes images ended with code 1 as it started: "):

@@ -143,7 +143,7 @@ class Pool:
             worker = Worker()
         except OSError as error:
             raise ImageError(
-                f"no process for decoding images can be started ({error}): set isolate_images to False"
+                f"no process for decoding images can be started ({error}): turn isolate_images off"
             ) from error
         with self._lock:
             self._workers.add(worker)

@@ -189,7 +189,7 @@ class Worker:
             self._channel.receive_bytes(1)
         except (Disconnected, TimeoutError) as error:
             how = "does not start" if isinstance(error, TimeoutError) else f"{self.how_it_ended()} as it started"
-            raise ImageError(f"the process that decodes images {how}: set isolate_images to False") from None
+            raise ImageError(f"the process that decodes images {how}: turn isolate_images off") from None
         self._is_started = True
 
     def _cpu_seconds(self) -> float:
