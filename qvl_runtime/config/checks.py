@@ -72,6 +72,14 @@ def require_positive(config: Any, prefix: str, *names: str) -> None:
             raise ConfigError(f"{prefix}{name} is {value}; expected a positive number")
 
 
+def require_at_most(config: Any, prefix: str, limits: Mapping[str, float]) -> None:
+    """Raise `ConfigError` for a field of `config` that is larger than its limit; prefix: of their names."""
+    for name, most in limits.items():
+        value = getattr(config, name)
+        if value > most:
+            raise ConfigError(f"{prefix}{name} is {value}; supported are values up to {most:,}")
+
+
 def require_divides(name: str, value: int, by_name: str, by: int) -> None:
     """Raise `ConfigError` unless `value` is a multiple of `by`."""
     if value % by:

@@ -16,11 +16,13 @@ from typing import Any
 from qvl_runtime.config.checks import (
     read_fields,
     read_json,
+    require_at_most,
     require_choice,
     require_divides,
     require_object,
     require_positive,
 )
+from qvl_runtime.config.model_limits import MOST, MOST_DOUBLINGS, MOST_VISUAL
 from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError, quoted
 from qvl_runtime.regular_files import is_there
@@ -51,6 +53,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "visual.", *(f.name for f in fields(self)))
+        require_at_most(self, "visual.", MOST_VISUAL)
+        if not self.mlp_width:
+            raise ConfigError(f"visual.mlp_ratio is {self.mlp_ratio}; expected one that leaves the MLP a channel")
         require_divides("visual.image_size", self.image_size, "visual.patch_size", self.patch_size)
         require_divides("visual.width", self.width, "visual.heads", self.heads)
         require_divides("visual.output_dim", self.output_dim, "the resampler's head size", self.pool_head_dim)
@@ -127,6 +132,7 @@ class ModelConfig:
         require_positive(self, "", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         require_positive(self, "", "vocab_size", "seq_length", "kv_channels", "max_position_embeddings")
         require_positive(self, "", "layer_norm_epsilon", "rotary_emb_base")
+        require_at_most(self, "", MOST)
         heads, channels = self.num_attention_heads, self.kv_channels
         if self.hidden_size != heads * channels:
             raise ConfigError(
@@ -151,6 +157,11 @@ class ModelConfig:
             )
         if self.seq_length < 2:
             raise ConfigError(f"seq_length is {self.seq_length}; expected at least 2 (log-n divides by its logarithm)")
+        if self.use_dynamic_ntk and self.max_position_embeddings > self.seq_length << MOST_DOUBLINGS:
+            raise ConfigError(
+                f"max_position_embeddings is {self.max_position_embeddings} and seq_length {self.seq_length}; expected "
+                f"a context of up to {1 << MOST_DOUBLINGS:,} training lengths"
+            )
         require_choice("dtype", self.dtype, DTYPES)
         if self.quantization is not None:  # AutoGPTQ packs rows and columns by 32
             require_divides("hidden_size", self.hidden_size, "GPTQ's packing", 32)

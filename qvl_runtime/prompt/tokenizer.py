@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qvl_runtime.errors import CheckpointError, PromptError, quoted
 from qvl_runtime.prompt.segment import ImageSlot, Segment
+from qvl_runtime.regular_files import read_regular
 
 if TYPE_CHECKING:
     import tiktoken
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from qvl_runtime.prompt.images import ImageSource
 
 VOCABULARY_FILE = "qwen.tiktoken"
+LARGEST_FILE = 16 << 20  # bytes: the published vocabulary has 2.7 million
+LONGEST_TOKEN = 4096  # characters of base64: the longest published token has 128 bytes
 
 Allowed = Literal["all", "image_tags", "grounding", "none"]
 """Which special strings in a text become special tokens; the others stay plain text."""
@@ -170,11 +173,9 @@ class Tokenizer:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Read a vocabulary file, lines of `base64(token bytes) rank` with every byte and every rank exactly once."""
     try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        lines = read_regular(path, CheckpointError, LARGEST_FILE).removeprefix(codecs.BOM_UTF8).splitlines()
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: copy {VOCABULARY_FILE} from the published model") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if lines and (lines[0].startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in lines[0]):
         raise CheckpointError(f"{path} is text in UTF-16; expected ASCII: copy {VOCABULARY_FILE} as a binary file")
     ranks: dict[bytes, int] = {}
@@ -183,6 +184,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
+            if len(token) > LONGEST_TOKEN:
+                raise ValueError
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise CheckpointError(

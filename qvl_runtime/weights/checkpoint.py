@@ -11,6 +11,8 @@ from qvl_runtime.config.checks import read_json
 from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors, is_ignored
+from qvl_runtime.regular_files import is_there
+from qvl_runtime.weights.file_names import check_names
 from qvl_runtime.weights.hints import few, misfit_hint
 from qvl_runtime.weights.names import published_names
 from qvl_runtime.weights.shards import Shard, open_shard
@@ -211,12 +213,10 @@ def _read_index(indexes: list[Path]) -> tuple[dict[str, str], list[Path]]:
     weight_map = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no 'weight_map'; expected an index as transformers writes it")
-    files = sorted({str(file) for file in weight_map.values()})
-    outside = [file for file in files if Path(file).name != file]
-    if outside:
-        raise CheckpointError(f"{path} names the file {outside[0]!r}; expected names of files in its folder")
+    check_names(weight_map.values(), ("*",), f"{path}, weight_map,")
+    files = sorted(set(weight_map.values()))
     shards = [path.parent / file for file in files]
-    absent = [shard.name for shard in shards if not shard.exists()]
+    absent = [shard.name for shard in shards if not is_there(shard)]
     if absent:
         raise CheckpointError(f"{path.parent} lacks {len(absent)} of {len(files)} shards ({few(absent)}): fetch them")
     return weight_map, shards

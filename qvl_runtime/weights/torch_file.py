@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvl_kernels.util import dtype_name
 from qvl_runtime.errors import CheckpointError, quoted
+from qvl_runtime.weights.pickle_checks import check_old_form, check_zip
 from qvl_runtime.weights.tensor_info import TensorInfo, damaged
 
 if TYPE_CHECKING:
@@ -54,10 +55,16 @@ class TorchShard:
 
         if not self._old_form and not _is_zip(self._path):  # torch's message blames mmap, whatever the cause
             raise damaged(self._path, "not a zip archive as torch >= 1.6 writes it")
+        (check_old_form if self._old_form else check_zip)(self._path)
+        size = self._path.stat().st_size
         state = _state(self._path, _load(self._path, device, mapped=not self.note))
         for name, value in state.items():
             if value.device.type != device or value.layout != torch.strided or value.is_quantized:
                 raise CheckpointError(f"{self._path} holds {quoted(name)}, which is no plain tensor: save it as one")
+            if value.numel() * value.element_size() > size:  # one element, repeated by strides of 0
+                raise CheckpointError(
+                    f"{self._path} holds {quoted(name)}, which is larger than the file: save it as one"
+                )
         return state
 
 
