@@ -196,6 +196,8 @@ def plot_errors(errors: Sequence[LinearError], path: Path, method: str) -> None:
     """Plot the error of each linear against the layer, as quantized and as rounded to nearest."""
     from matplotlib.figure import Figure
 
+    from qvl_runtime.weights.files import replace_file
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, linear in enumerate(dict.fromkeys(error.linear for error in errors)):
@@ -207,4 +209,4 @@ def plot_errors(errors: Sequence[LinearError], path: Path, method: str) -> None:
     axes.set(xlabel="layer", ylabel="output error, %", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(ncols=2, fontsize=8)
-    figure.savefig(path, dpi=120)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=120, format=path.suffix[1:].lower()))

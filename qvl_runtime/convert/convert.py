@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from qvl_kernels.ops import Packer
 from qvl_kernels.util import dtype_name
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.convert.journal import Journal
+from qvl_runtime.convert.journal import COMMAND, Journal
 from qvl_runtime.convert.prefetch import prefetch
-from qvl_runtime.convert.recipes import ConvertOptions, Recipe, build, recipes
+from qvl_runtime.convert.recipes import ConvertOptions, Recipe, build, check_roundable, recipes
 from qvl_runtime.convert.shard_writer import Entry, ShardWriter
 from qvl_runtime.convert.source_files import check_files, index_text, small_files, source_file
 from qvl_runtime.errors import CheckpointError, ConfigError
@@ -29,7 +29,7 @@ from qvl_runtime.weights.file_names import INDEXES, SMALL_FILES
 from qvl_runtime.weights.files import copy_file
 from qvl_runtime.weights.manifest import Manifest, PackedLinear, file_digest, is_converted
 from qvl_runtime.weights.packing import source_notes
-from qvl_runtime.weights.partial import check_destination, free_bytes
+from qvl_runtime.weights.partial import PartialFolder, check_destination, free_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +108,7 @@ class _Job(NamedTuple):
 
         source, destination = Path(source), Path(destination)
         check_destination(source, destination)
+        PartialFolder(destination, {"command": COMMAND}).check_idle()
         if is_converted(source):
             raise CheckpointError(
                 f"{source} is converted already: convert its source, or restore that with `qvl convert --to hf`"
@@ -120,6 +121,7 @@ class _Job(NamedTuple):
         dtype = getattr(torch, config.dtype if options.dtype == "auto" else options.dtype)
         checkpoint = Checkpoint.open(source, config)
         check_files(checkpoint)
+        check_roundable(config, options)
         return cls(source, destination, options, config, checkpoint, ops, dtype)
 
     @property
@@ -129,8 +131,8 @@ class _Job(NamedTuple):
     def key(self) -> dict[str, object]:
         """The source files and options that must be equal to resume a conversion."""
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in self.checkpoint.paths}
-        options = [self.options.target, self.dtype_name, self.options.vision, self.options.head]
-        return {"source": stats, "options": options}
+        options = {"target": self.options.target, "vision": self.options.vision, "head": self.options.head}
+        return {"source": stats, "dtype": self.dtype_name, **options}
 
     def estimate(self) -> Estimate:
         """Estimate the size of the result from the shapes of the source."""

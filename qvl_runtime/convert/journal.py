@@ -13,10 +13,13 @@ from qvl_runtime.convert.shard_writer import Shard
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.json_text import parse_json
 from qvl_runtime.weights.file_names import name_fault
-from qvl_runtime.weights.files import sync
+from qvl_runtime.weights.files import full_disk_error, sync
 from qvl_runtime.weights.manifest import FORMAT, Manifest, PackedLinear, ShardRecord
 from qvl_runtime.weights.partial import PartialFolder
 from qvl_runtime.weights.records import read_record
+
+COMMAND = "qvl convert"
+_JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Journal:
 
     def __init__(self, destination: Path, key: dict[str, object]) -> None:
         """key: the source and the options; work with another key is not resumed but replaced."""
-        self._partial = PartialFolder(destination, {"command": "qvl convert", "format": FORMAT, **key})
+        self._partial = PartialFolder(destination, {"command": COMMAND, "format": FORMAT, **key})
         self.folder = self._partial.model
         self.done: set[str] = set()
         self.linears: dict[str, PackedLinear] = {}
@@ -48,8 +51,9 @@ class Journal:
         try:
             published = not self.folder.is_dir()  # by a run that was killed before it removed its journal
             if published or not self._partial.resumable:
+                self._check_settings()
                 self._partial.restart()
-            self._handle = (self._partial.home / "journal.jsonl").open("a+", encoding="utf-8", errors="replace")
+            self._handle = (self._partial.home / _JOURNAL).open("a+", encoding="utf-8", errors="replace")
             self._resume()
         except BaseException:
             self._partial.__exit__(None, None, None)
@@ -57,8 +61,24 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Release the lock; an error before the first file is complete leaves nothing."""
         self._handle.close()
+        if error is not None and not self.shards:
+            self._partial.discard()
         self._partial.__exit__(kind, error, at)
+
+    def _check_settings(self) -> None:
+        """Raise `CheckpointError` for finished files of a run with other settings, which is another's to continue.
+
+        What was made of a source that has changed since is of no use, and is replaced.
+        """
+        journal = self._partial.home / _JOURNAL
+        differences = self._partial.differences("source")
+        if differences and journal.is_file() and journal.stat().st_size:
+            raise CheckpointError(
+                f"{self._partial.home} holds files of a run with other settings ({', '.join(differences):.300}): use "
+                "those settings to resume it, or remove the folder to start again"
+            )
 
     def append(self, shard: Shard) -> None:
         """Enter a file that is complete and on the disk."""
@@ -72,9 +92,10 @@ class Journal:
                 "linears": {name: asdict(linear) for name, linear in shard.linears.items()},
             }
         )
-        self._handle.write(line + "\n")
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        with full_disk_error(self._partial.home / _JOURNAL):
+            self._handle.write(line + "\n")
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
         self._add(shard)
 
     def complete(self, manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.formats.host_memory import release
 from qvl_runtime.formats.layout import expected_tensors
 from qvl_runtime.weights.manifest import KEEP, TARGETS
-from qvl_runtime.weights.packed_specs import POOL, SLICES, decoder_groups, rounded_vision
+from qvl_runtime.weights.packed_specs import POOL, SLICES, decoder_groups, packed_specs, rounded_vision
 from qvl_runtime.weights.packing import BuiltLinear, build_linears, pack
 
 if TYPE_CHECKING:
@@ -73,6 +73,20 @@ def _linears(config: ModelConfig, options: ConvertOptions) -> Iterator[Recipe]:
         yield Recipe("lm_head", (source,), int(options.head.removeprefix("int")))
 
 
+def check_roundable(config: ModelConfig, options: ConvertOptions) -> None:
+    """Raise `ConfigError` for a linear of a size that cannot be packed once it is rounded."""
+    for name, spec in packed_specs(config, options.vision, options.head).items():
+        if spec.rounded and spec.outputs % 32:
+            raise ConfigError(
+                f"{name} has {spec.outputs} outputs; rounding to {spec.bits} bits needs a multiple of 32: keep it"
+            )
+        if spec.rounded and spec.inputs * spec.bits % 32:
+            raise ConfigError(
+                f"{name} has {spec.inputs} inputs; rounding to {spec.bits} bits needs a multiple of {32 // spec.bits}: "
+                "keep it"
+            )
+
+
 def build(recipe: Recipe, tensors: Mapping[str, Tensor], config: ModelConfig, ops: Packer) -> Iterator[BuiltLinear]:
     """Pack the linear of a recipe; two parts that group their inputs differently become two linears.
 
@@ -105,8 +119,6 @@ def _rounded(tensors: Mapping[str, Tensor], name: str, bits: int) -> GPTQLinear:
 
     weight, bias = _slice(tensors, name) if name in SLICES else (tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
     outputs, inputs = weight.shape
-    if outputs % 32:
-        raise ConfigError(f"{name} has {outputs} outputs; rounding to {bits} bits needs a multiple of 32: keep it")
     group = ROUNDED_GROUP if inputs >= ROUNDED_GROUP else 32
     qweight = weight.new_empty(inputs * bits // 32, outputs, dtype=torch.int32)
     qzeros, scales, start = [], [], 0

@@ -19,16 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.json_text import parse_json
 from qvl_runtime.quantize.block import LinearError
 from qvl_runtime.weights.files import replace_file
 from qvl_runtime.weights.partial import PartialFolder
+from qvl_runtime.weights.shards import Shard, open_shard
 
+COMMAND = "qvl quantize"
 Key = Mapping[str, object]  # the settings that must be equal to resume a quantization; JSON values
 
 
@@ -44,7 +45,7 @@ class Job:
     """The work in progress for one destination. Use it in a `with` block, which holds the folder's lock."""
 
     def __init__(self, destination: Path, key: Key) -> None:
-        self._partial = PartialFolder(destination, {"command": "qvl quantize", **key})
+        self._partial = PartialFolder(destination, {"command": COMMAND, **key})
         self._home, self.model = self._partial.home, self._partial.model
 
     def __enter__(self) -> Job:
@@ -54,16 +55,19 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._partial.__exit__(kind, error, at)
 
-    def resume(self) -> State | None:
-        """What an earlier run left, or None. Raises `CheckpointError` for layers of a run with other settings."""
-        state = self._read_state()
+    def resume(self, shape: tuple[int, ...], layers: int) -> State | None:
+        """What an earlier run left, or None.
+
+        shape: of the residual streams; layers: of the model. Raises `CheckpointError` for work of a run with other
+        settings, and for damaged work.
+        """
         if self._partial.resumable:
-            return state
+            return self._read_state(shape, layers)
         differences = ", ".join(self._partial.differences())
-        if state is not None and differences:
+        if differences and self._state.exists():
             raise CheckpointError(
-                f"{self._home} holds {state.done} layers of a run with other settings ({differences:.300}): use those "
-                "settings to resume it, or remove the folder to start again"
+                f"{self._home} holds {self._num_layers()} layers of a run with other settings ({differences:.300}): "
+                "use those settings to resume it, or remove the folder to start again"
             )
         self._partial.restart()
         return None
@@ -80,23 +84,42 @@ class Job:
 
     def layers(self, count: int) -> dict[str, Path]:
         """The file of each published tensor of the first `count` layers."""
-        file_of: dict[str, Path] = {}
-        for path in map(self._layer, range(count)):
-            with safe_open(path, framework="pt", device="cpu") as file:
-                file_of |= dict.fromkeys(file.keys(), path)
-        return file_of
+        return {name: path for path in map(self._layer, range(count)) for name in self._open(path).infos}
 
     def publish(self) -> None:
         """Rename the complete `model` to the destination, and remove the layers."""
         self._partial.publish()
 
-    def _read_state(self) -> State | None:
+    def _read_state(self, shape: tuple[int, ...], layers: int) -> State | None:
         if not self._state.exists():
             return None
-        with safe_open(self._state, framework="pt", device="cpu") as file:
-            stored = json.loads(file.metadata()["job"])
-            x = file.get_tensor("x").clone()
-        return State(stored["done"], x, [LinearError(*error) for error in stored["errors"]])
+        shard = self._open(self._state)
+        text = shard.metadata.get("job", "")
+        stored = parse_json(text, f"the progress in {self._state}", CheckpointError, self._way_out)
+        progress = _progress(stored)
+        if progress is None or progress[0] > layers or set(shard.infos) != {"x"}:
+            raise CheckpointError(f"the progress in {self._state} is damaged: {self._way_out}")
+        if shard.infos["x"].shape != shape:
+            raise CheckpointError(
+                f"{self._state} holds activations of shape {shard.infos['x'].shape}; expected {shape}: {self._way_out}"
+            )
+        done, errors = progress
+        for number in range(done):
+            self._open(self._layer(number))
+        return State(done, shard.tensor("x").clone(), errors)
+
+    def _open(self, path: Path) -> Shard:
+        try:
+            return open_shard(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is missing or damaged: {self._way_out}") from error
+
+    @property
+    def _way_out(self) -> str:
+        return f"remove {self._home} to start again"
+
+    def _num_layers(self) -> int:
+        return len(list(self._home.glob("layer-*.safetensors")))
 
     @property
     def _state(self) -> Path:
@@ -108,6 +131,18 @@ class Job:
 
 def mapped(path: Path, name: str) -> Tensor:
     """A mapped tensor of a finished file."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
+    return open_shard(path).tensor(name)
+
+
+def _progress(stored: object) -> tuple[int, list[LinearError]] | None:
+    """The finished layers and their errors as `Job.store` wrote them; None for any other JSON value."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("errors"), list):
+        return None
+    done, errors = stored.get("done"), stored["errors"]
+    if type(done) is not int or done < 0 or not all(isinstance(error, list) for error in errors):
+        return None
+    kinds = (int, str, *[(int, float)] * 4)
+    for error in errors:
+        if len(error) != len(kinds) or not all(isinstance(v, kind) for v, kind in zip(error, kinds, strict=True)):
+            return None
+    return done, [LinearError(*error) for error in errors]

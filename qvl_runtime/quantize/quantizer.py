@@ -25,12 +25,12 @@ from qvl_runtime.formats.host_memory import keep_heap, pieces, trim_heap
 from qvl_runtime.formats.layout import decoder_linears, expected_tensors
 from qvl_runtime.quantize.block import BlockQuantizer, CalibrationBatch, LinearError, quantize_block
 from qvl_runtime.quantize.calibration import Calibration, embed, read_calibration
-from qvl_runtime.quantize.job import Job, State, mapped
+from qvl_runtime.quantize.job import COMMAND, Job, State, mapped
 from qvl_runtime.quantize.options import Estimate, QuantizeOptions
 from qvl_runtime.quantize.solver import TOKENS_AT_ONCE, Solver
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.files import write_json
-from qvl_runtime.weights.partial import check_destination, free_bytes
+from qvl_runtime.weights.partial import PartialFolder, check_destination, free_bytes
 from qvl_runtime.weights.save import SHARD, copy_companions, quantized_config, write_config, write_shards
 from qvl_runtime.weights.tensor_info import TensorInfo
 
@@ -66,6 +66,7 @@ class Quantizer:
         """
         source, destination, options = Path(source), Path(destination), options or QuantizeOptions()
         check_destination(source, destination)
+        PartialFolder(destination, {"command": COMMAND, **_settings(options)}).check_idle()
         config = ModelConfig.from_folder(source)
         if config.quantization is not None:
             raise CheckpointError(
@@ -137,9 +138,9 @@ class Quantizer:
             return self._run(job, progress)
 
     def _run(self, job: Job, progress: Callable[[int], None]) -> list[LinearError]:
-        state = job.resume()
+        shape = (self.options.streams, sum(self.calibration.lengths), self.config.hidden_size)
+        state = job.resume(shape, self.config.num_hidden_layers)
         if state is None:
-            shape = (self.options.streams, sum(self.calibration.lengths), self.config.hidden_size)
             x = torch.empty(shape, dtype=self.dtype, device=self.device)
             embed(self.config, Checkpoint.open(self.source), self.calibration, x[0])
             x[1:] = x[0]
@@ -207,9 +208,18 @@ class Quantizer:
         """Everything that decides the result: only a run with the same key resumes another's work."""
         files = sorted([*self.source.glob("*.safetensors"), *self.source.glob("*.bin")])
         stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-        options = cast("dict[str, object]", asdict(self.options))
-        options["drift"] = self.options.drift if self.options.streams > 1 else 0.0  # unused in rounding to nearest
-        return options | {"calibration": self.calibration.digest(), "source": stats, "device": self.device.type}
+        return _settings(self.options) | {
+            "calibration": self.calibration.digest(),
+            "source": stats,
+            "device": self.device.type,
+        }
+
+
+def _settings(options: QuantizeOptions) -> dict[str, object]:
+    """The options that decide the result."""
+    settings = cast("dict[str, object]", asdict(options))
+    settings["drift"] = options.drift if options.streams > 1 else 0.0  # unused in rounding to nearest
+    return settings
 
 
 def _check_float16_range(checkpoint: Checkpoint, config: ModelConfig) -> None:

@@ -15,15 +15,18 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from qvl_runtime.config.checks import read_json
-from qvl_runtime.errors import CheckpointError
+from qvl_runtime.errors import CheckpointError, quoted
+from qvl_runtime.regular_files import is_there
 from qvl_runtime.weights.files import replace_file, sync, write_json
 
+ATTEMPTS, WAIT_S = 3, 0.03  # at the lock, which `check_idle` of another process holds for a moment
 LOCK, KEY, OBSOLETE_KEY = "lock", "key.json", "key-obsolete.json"
 
 
@@ -60,13 +63,13 @@ class PartialFolder:
         """Whether the folder holds work with the same key."""
         return self._stored(KEY) == self.key
 
-    def differences(self) -> list[str]:
+    def differences(self, *ignored: str) -> list[str]:
         """How the settings of the stored work differ from this key, as "bits 4 instead of 8"; empty without work."""
         stored = self._stored(KEY)
         if stored is None:
             return []
-        names = [name for name in self.key if stored.get(name) != self.key[name]]
-        return [f"{name} {stored.get(name)!r} instead of {self.key[name]!r}" for name in names]
+        names = [name for name in self.key if name not in ignored and stored.get(name) != self.key[name]]
+        return [f"{name} {quoted(stored.get(name))} instead of {quoted(self.key[name])}" for name in names]
 
     def restart(self) -> None:
         """Remove all earlier work and store the key: the folder is empty but for `model/`."""
@@ -104,7 +107,7 @@ class PartialFolder:
 
     def _stored(self, name: str) -> dict[str, object] | None:
         path = self.home / name
-        return read_json(path, CheckpointError) if path.is_file() else None
+        return read_json(path, CheckpointError) if is_there(path) else None
 
     def _check_owner(self) -> None:
         """Work of another command is not this one's to remove."""
@@ -145,17 +148,38 @@ class PartialFolder:
             import fcntl
         except ImportError:  # Windows does not let a second process write a file that is open for appending
             return
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
+        for attempt in range(ATTEMPTS):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if attempt + 1 == ATTEMPTS:
+                    raise self._taken(handle) from None
+                time.sleep(WAIT_S)
+            except OSError as error:
                 raise CheckpointError(f"{handle.name} cannot be locked ({error}): choose another disk") from error
-            handle.seek(0)
-            pid = handle.read().strip()
-            raise CheckpointError(
-                f"another process{f' ({pid})' if pid else ''} is writing {self.destination} and holds "
-                f"{self.home / LOCK}: wait for it, or choose another destination"
-            ) from error
+
+    def check_idle(self) -> None:
+        """Raise `CheckpointError`, as taking the lock would, where another process holds it now.
+
+        It costs nothing, so that a second command ends before it reads its source; it holds nothing afterwards.
+        """
+        with contextlib.suppress(FileNotFoundError), (self.home / LOCK).open("r+", encoding="utf-8") as handle:
+            self._flock(handle)
+
+    def _taken(self, handle: IO[str]) -> CheckpointError:
+        """Who holds the lock, and with which other settings."""
+        handle.seek(0)
+        pid = handle.read(20).strip()
+        who = f" ({pid})" if pid.isdecimal() else ""
+        differences: list[str] = []
+        with contextlib.suppress(CheckpointError):  # it writes its key just now
+            differences = self.differences()
+        settings = f", with {', '.join(differences)}" if differences else ""
+        return CheckpointError(
+            f"another process{who} is writing {self.destination}{settings:.300}, and holds {self.home / LOCK}: wait "
+            "for it, or choose another destination"
+        )
 
     def _release(self) -> None:
         """Give the lock back, and remove a folder that holds nothing else."""

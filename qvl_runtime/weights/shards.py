@@ -36,6 +36,7 @@ class Shard(Protocol):
 
     infos: dict[str, TensorInfo]
     restorable: bool  # the file can be written again byte for byte from its header and its tensors
+    metadata: dict[str, str]  # texts of the writer's choice
     note: str  # what is worth saying about how the file is read; empty if nothing is
 
     def tensor(self, name: str) -> Tensor:
@@ -72,6 +73,7 @@ class _SafetensorsShard:
         if header_bytes > MAX_HEADER:
             raise damaged(path, f"a header of {header_bytes:,} bytes")
         self._path, self._file = path, _open_safetensors(path)
+        self.metadata: dict[str, str] = self._file.metadata() or {}
         self.infos = {}
         for name in self._file.keys():  # noqa: SIM118 - not a dict
             header = self._file.get_slice(name)

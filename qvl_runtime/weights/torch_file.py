@@ -39,6 +39,7 @@ class TorchShard:
         self.note = reason and (
             f"{path.name} {reason}, so it cannot be mapped and its weights are held in memory: load and save it again"
         )
+        self.metadata: dict[str, str] = {}
         self._path, self._old_form = path, old_form
         self._tensors = None if reason else self._read("cpu")
         listed = self._read("meta") if self._tensors is None else self._tensors
