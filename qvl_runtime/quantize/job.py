@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -141,7 +141,8 @@ def _progress(stored: object) -> tuple[int, list[LinearError]] | None:
     done, errors = stored.get("done"), stored["errors"]
     if type(done) is not int or done < 0 or not all(isinstance(error, list) for error in errors):
         return None
-    kinds = (int, str, *[(int, float)] * 4)
+    number = (int, float)
+    kinds: tuple[Any, ...] = (int, str, number, number, number, number)
     for error in errors:
         if len(error) != len(kinds) or not all(isinstance(v, kind) for v, kind in zip(error, kinds, strict=True)):
             return None

@@ -1,4 +1,4 @@
-"""Two commands with one destination, full disks, and work that was left: nobody's work is lost or mixed."""
+"""Two commands with one destination, full disks, and work that was left: none of it is lost or mixed."""
 
 from __future__ import annotations
 
