@@ -21,6 +21,7 @@ from qvl_runtime.convert.recipes import ConvertOptions, Recipe, build, check_rou
 from qvl_runtime.convert.shard_writer import Entry, ShardWriter
 from qvl_runtime.convert.source_files import check_files, index_text, small_files, source_file
 from qvl_runtime.errors import CheckpointError, ConfigError
+from qvl_runtime.formats.finite import finite_pieces
 from qvl_runtime.formats.gptq import GPTQ_TENSORS
 from qvl_runtime.formats.host_memory import pieces
 from qvl_runtime.formats.layout import is_ignored
@@ -203,7 +204,8 @@ class _Job(NamedTuple):
         tensor = self.checkpoint.tensor(name)
         cast = tensor.is_floating_point() and not is_ignored(name, self.config)
         dtype = self.dtype if cast else tensor.dtype
-        return Entry(name, dtype_name(dtype), tuple(tensor.shape), pieces(tensor, dtype))
+        parts = finite_pieces(name, tensor, dtype) if cast else pieces(tensor, dtype)
+        return Entry(name, dtype_name(dtype), tuple(tensor.shape), parts)
 
     def manifest(self, journal: Journal, digests: Iterable[tuple[Path, Future[str]]], notes: Sequence[str]) -> Manifest:
         """Copy the small files of the source, and describe the whole folder."""

@@ -10,6 +10,7 @@ from qvl_kernels.ops import Packer
 from qvl_runtime.config.checks import require_choice
 from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.formats.finite import finite
 from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from qvl_runtime.formats.host_memory import release
 from qvl_runtime.formats.layout import expected_tensors
@@ -123,7 +124,7 @@ def _rounded(tensors: Mapping[str, Tensor], name: str, bits: int) -> GPTQLinear:
     qweight = weight.new_empty(inputs * bits // 32, outputs, dtype=torch.int32)
     qzeros, scales, start = [], [], 0
     for rows in torch.split(weight, OUTPUTS_AT_ONCE):
-        part = quantize_rtn(rows, bits, group, sym=bits == 8)
+        part = quantize_rtn(finite(name, rows), bits, group, sym=bits == 8)
         qweight[:, start : start + len(rows)] = part.qweight
         qzeros.append(part.qzeros)
         scales.append(part.scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,21 @@ def release(tensor: Tensor) -> None:
         advise(start, end - start, mmap.MADV_DONTNEED)
 
 
-def pieces(tensor: Tensor, dtype: torch.dtype, mapped: bool = True) -> Iterator[Tensor]:
-    """Yield a tensor as flat pieces of `dtype`, in order, at most `PIECE_BYTES` each; mapped pages are released."""
+def pieces(
+    tensor: Tensor, dtype: torch.dtype, mapped: bool = True, check: Callable[[Tensor, Tensor], object] | None = None
+) -> Iterator[Tensor]:
+    """Yield a tensor as flat pieces of `dtype`, in order, at most `PIECE_BYTES` each; mapped pages are released.
+
+    check: called with each piece as stored and in `dtype`.
+    """
     flat = tensor.reshape(-1)
     count = max(1, PIECE_BYTES // flat.element_size())
     for start in range(0, len(flat), count):
         part = flat[start : start + count]
-        yield part.to(dtype)
+        converted = part.to(dtype)
+        if check is not None:
+            check(part, converted)
+        yield converted
         if mapped:
             release(part)
 

@@ -22,6 +22,7 @@ from qvl_kernels.ops import Ops
 from qvl_kernels.reference import gptq_dequantize
 from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.formats.finite import finite
 from qvl_runtime.formats.gptq import OUTPUTS_AT_ONCE, GPTQLinear, quantize_rtn
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.language import LayerCache, Layout, Observer, make_block, unobserved
@@ -96,7 +97,7 @@ class BlockQuantizer:
     def quantize(self, name: str, x: Tensor) -> Tensor:
         """Quantize linear `name` on its inputs x [n, in]; returns its outputs [n, out] with the rounded weight."""
         start, part = time.perf_counter(), name.split(".", 3)[3]
-        weight = self.state.pop(f"{name}.weight").to(x.device)
+        weight = finite(f"{name}.weight", self.state.pop(f"{name}.weight").to(x.device))
         bias = self.state.pop(f"{name}.bias", None)
         q = self.solver.quantization
         if self.method == "rtn":

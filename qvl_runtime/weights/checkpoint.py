@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from qvl_runtime.config.checks import read_json
 from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.formats.finite import finite
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors, is_ignored
 from qvl_runtime.regular_files import is_there
 from qvl_runtime.weights.file_names import check_names
@@ -141,7 +142,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         exactly. A tensor that already has that dtype and device is the mapped file itself: it is not copied and must
         not be written to. Others are converted one by one, so that memory peaks at most one tensor above its final
         size. A tied `lm_head.weight` is the embedding; an optional tensor that is not stored is absent. Linears in
-        `skip` are left out; tensors in `on_host` stay in the host's memory, whatever the device.
+        `skip` are left out; tensors in `on_host` stay in the host's memory, whatever the device. Raises
+        `CheckpointError` for a value that is not finite in a tensor that is copied, or becomes so in `dtype`.
         """
         import torch
 
@@ -153,7 +155,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             tensor = self.tensor(name)
             as_stored = spec.packed or (name.endswith(".scales") and dtype is not torch.float32)
             target = "cpu" if name in on_host else device
-            state[name] = tensor.to(device=target, dtype=tensor.dtype if as_stored else dtype)
+            state[name] = finite(name, tensor.to(device=target, dtype=tensor.dtype if as_stored else dtype), tensor)
         if config.tie_word_embeddings:
             state["lm_head.weight"] = state["transformer.wte.weight"]
         return state

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CheckpointError, quoted
+from qvl_runtime.formats.finite import finite
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.converted import Converted
 from qvl_runtime.weights.manifest import Manifest, is_converted
@@ -56,7 +57,8 @@ def load_weights(
     state: dict[str, Tensor] = {}
     for name in manifest.state:
         target = "cpu" if embedding_on_host and name == EMBEDDING else device
-        state[name] = converted.tensor(name).to(target, dtype)
+        stored = converted.tensor(name)
+        state[name] = finite(name, stored.to(target, dtype), stored)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[EMBEDDING]
     packed = {name: converted.linear(name, device) for name in manifest.linears}

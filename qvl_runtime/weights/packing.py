@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qvl_kernels.ops import Packer
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.config.quantization import QuantizationConfig
+from qvl_runtime.formats.finite import finite
 from qvl_runtime.formats.gptq import GPTQ_TENSORS, GPTQLinear
 from qvl_runtime.formats.host_memory import release
 from qvl_runtime.formats.zero_points import zero_point_notes
@@ -79,6 +80,10 @@ def build_linears(
     device: where to pack; None: where the tensors are.
     """
     published = [GPTQLinear.from_state(tensors, part, quantization) for part in parts]
+    for part, linear in zip(parts, published, strict=True):
+        finite(f"{part}.scales", linear.scales.half(), linear.scales, always=True)  # kernels have them in float16
+        if linear.bias is not None:
+            finite(f"{part}.bias", linear.bias)
     linears = published if device is None else [linear.to(device) for linear in published]
     merged = linears[0] if len(linears) == 1 else linears[0].concat_outputs(linears[1])
     groups: list[tuple[str, tuple[str, ...], GPTQLinear]]
