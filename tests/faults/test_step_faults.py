@@ -183,7 +183,7 @@ def test_what_is_too_large_together_fails_nobody(engine: Engine, monkeypatch: py
 
 
 @pytest.mark.parametrize(("kind", "words"), [
-    (MemoryError, ""), (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"), (ImageError, "gone"),
+    (MemoryError, "no room"), (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"), (ImageError, "gone"),
 ])  # fmt: skip
 def test_the_error_says_what_it_is(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], words: str
@@ -258,7 +258,7 @@ def test_readers_and_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch, tm
 
 def test_random_faults_at_random_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Preemption, several answers, drafts, and faults of any kind in any step: who is answered is answered right."""
-    for seed in range(4):
+    for seed in range(2):
         dice = random.Random(seed)
         engine = Engine(dtype="float32", max_model_len=512, kv_cache_bytes=2**21, max_running=6, max_step_tokens=48,
                         speculative_tokens=2 * (seed % 2))  # fmt: skip
