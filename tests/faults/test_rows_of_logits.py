@@ -130,6 +130,23 @@ def test_scores_that_rule_out_every_token(name: str, temperature: float) -> None
     assert "repetition_penalty 1.2e-38" in str(overflow.error)
 
 
+@pytest.mark.parametrize("garbage", [0, 7, 96, 2**31 - 1])
+def test_what_memory_held_before_is_no_token(garbage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row without candidates once drew from uninitialized memory, and got a token where that held one."""
+    ops = implementation("triton")
+    empty = torch.Tensor.new_empty
+
+    def filled(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return empty(self, *shape, **options).fill_(garbage)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+    logits = torch.zeros(2, VOCAB)
+    logits[1, 0] = -math.inf
+    fine, forbidden = sampled(logits, [DRAWN, params(temperature=1.0, logit_bias=FORBIDDEN)], ops)
+    assert fine.error is None
+    assert "logit_bias forbids every token of 97" in str(forbidden.error)
+
+
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("width", [1, 5, 16, 17, 1024, 1152, 4099])
 def test_every_instruction_set_tells(isa: str, width: int) -> None:

@@ -183,7 +183,8 @@ def test_what_is_too_large_together_fails_nobody(engine: Engine, monkeypatch: py
 
 
 @pytest.mark.parametrize(("kind", "words"), [
-    (MemoryError, "no room"), (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"), (ImageError, "gone"),
+    (MemoryError, "no room"), (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"),
+    (ImageError, "gone"),
 ])  # fmt: skip
 def test_the_error_says_what_it_is(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: type[Exception], words: str

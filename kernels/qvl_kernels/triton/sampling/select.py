@@ -142,7 +142,8 @@ def pick_kernel(
     highest = tl.max(best, 0)
     token = tl.where(highest > float("-inf"), tl.min(tl.where(best == highest, ids, vocab), 0), vocab)
     if DRAWS:  # noqa: SIM102 - decided when the kernel is compiled
-        if tl.load(temperature_ptr + row) > 0:
+        # where all scores are -inf, no candidate was gathered, whatever `found` says
+        if tl.where(highest > float("-inf"), tl.load(temperature_ptr + row), 0.0) > 0:
             found, top_k = tl.load(found_ptr + row), tl.load(top_k_ptr + row)
             top_k = tl.where(top_k > 0, top_k, vocab + 1)
             top_p, min_p = tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
@@ -158,7 +159,7 @@ def pick_kernel(
                 tl.load(uniform_ptr + row),
                 BLOCK,
             )
-    chosen = (token >= 0) & (token < vocab)  # otherwise every score is -inf, or NaN is among them
+    chosen = (token >= 0) & (token < vocab)  # otherwise every score is -inf
     token = tl.where(chosen, token, 0)
     tops = tl.load(tops_ptr + row * chunks + chunk_index, chunk_index < chunks, float("-inf"))
     masses = tl.load(masses_ptr + row * chunks + chunk_index, chunk_index < chunks, 0.0)
