@@ -87,13 +87,15 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # A sanitizer's library must be loaded before Python; its flags reach every kernel source through QVL_CXXFLAGS.
-SANITIZED = rm -rf build/$@ && QVL_CXXFLAGS='-fsanitize=$(1) -fno-omit-frame-pointer -g' \
+# QVL_CHECKED: kernels compare sizes and indices at their entry, also where a wrong address is one of another tensor.
+UNTRUSTED = tests/faults/test_untrusted_packed.py tests/faults/test_untrusted_checkpoint.py
+SANITIZED = rm -rf build/$@ && QVL_CXXFLAGS='-DQVL_CHECKED -fsanitize=$(1) -fno-omit-frame-pointer -g' \
 	$(BIN)/python setup.py -q build_ext --build-lib build/$@ --build-temp build/$@/objects \
 	&& LD_PRELOAD="$$($${CXX:-g++} -print-file-name=$(2)) $$($${CXX:-g++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 QVL_CPU_LIBRARY=$$(ls build/$@/qvl_kernels/_cpu*) \
-	$(BIN)/python -m pytest tests/kernels --ignore tests/kernels/triton -q $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/kernels $(UNTRUSTED) --ignore tests/kernels/triton -q $(PYTEST_FLAGS)
 
-asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their tests
+asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their tests, and damaged checkpoints
 	$(call SANITIZED,address,libasan.so)
 
 ubsan: $(STAMP) ## the same with UndefinedBehaviorSanitizer
@@ -106,7 +108,7 @@ fuzz: $(STAMP) ## feed random and damaged files and requests to it: 10 minutes, 
 
 # 64 calls from 8 threads. Races inside torch's own libraries, which are not built for this, are left out (tsan.supp).
 tsan: $(STAMP) ## build the CPU kernels with ThreadSanitizer and run an engine from 8 threads
-	rm -rf build/$@ && QVL_CXXFLAGS='-fsanitize=thread -fno-omit-frame-pointer -g' \
+	rm -rf build/$@ && QVL_CXXFLAGS='-DQVL_CHECKED -fsanitize=thread -fno-omit-frame-pointer -g' \
 	$(BIN)/python setup.py -q build_ext --build-lib build/$@ --build-temp build/$@/objects \
 	&& LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	TSAN_OPTIONS=suppressions=kernels/csrc/tsan.supp:ignore_noninstrumented_modules=1:halt_on_error=0:exitcode=66 \

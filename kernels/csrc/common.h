@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "checked.h"
 #include "threads.h"
 
 namespace {

@@ -3,13 +3,16 @@
 #include <math.h>
 #include <string.h>
 
+#include "checked.h"
 #include "library.h"
 #include "threads.h"
 
 namespace {
 
-// y [count] = the rows of `table` that `ids` name, each of `bytes` bytes.
-void gather_rows(const void* table, int64_t bytes, const int64_t* ids, int64_t count, void* y) {
+// y [count] = the rows of `table` [rows] that `ids` name, each of `bytes` bytes.
+void gather_rows(const void* table, int64_t rows, int64_t bytes, const int64_t* ids, int64_t count, void* y) {
+  QVL_CHECK(bytes > 0);
+  check_range(ids, count, 0, rows);
   parallel_ranges(count, 1 + 65536 / bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) memcpy((char*)y + i * bytes, (const char*)table + ids[i] * bytes, (size_t)bytes);
   });

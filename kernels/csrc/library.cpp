@@ -73,6 +73,14 @@ extern "C" const char* qvl_instruction_sets(void) {
 
 extern "C" int64_t qvl_abi(void) { return kAbi; }
 
+extern "C" int64_t qvl_checked(void) {
+#if defined(QVL_CHECKED)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 extern "C" const Entry* qvl_entry(const char* instruction_set, const char* name) {
   const Entry* found = find(entries_pack(), name);
   if (!found) found = find(entries_embed(), name);

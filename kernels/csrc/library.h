@@ -6,7 +6,7 @@
 #include <utility>  // for types alone: see common.h
 
 // Increase it when the meaning of a kernel's arguments changes: a layout, or their order. Python checks it.
-constexpr int64_t kAbi = 3;
+constexpr int64_t kAbi = 4;
 
 // One argument of a recorded call (replay.cpp).
 union Argument {
@@ -72,6 +72,8 @@ const Entry* entries_embed();
 
 extern "C" {
 QVL_EXPORT int64_t qvl_abi(void);
+// Whether kernels check their arguments: see checked.h.
+QVL_EXPORT int64_t qvl_checked(void);
 // Instruction sets that were compiled and that this CPU and system can run, best first, separated by spaces.
 QVL_EXPORT const char* qvl_instruction_sets(void);
 // The kernel `name` for one of them, or null; `arguments`, unless null, is set to its letters.

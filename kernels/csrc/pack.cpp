@@ -22,6 +22,8 @@ inline uint32_t field(const uint32_t* words, int64_t columns, int64_t bits, int6
 // Outputs are a multiple of 16. Padding inputs get level 0: their activations are zero.
 void pack_gptq(const uint32_t* words, int64_t inputs, int64_t padded, int64_t outputs, int64_t bits, const int32_t* perm,
                uint8_t* lines) {
+  check_packed(bits, 32, inputs, padded, outputs, perm);
+  QVL_CHECK(inputs * bits % 32 == 0 && outputs % 16 == 0);
   const int64_t per_word = 32 / bits, rows = padded / per_word, stored = inputs / per_word;
   parallel_ranges(outputs / 16, 4, [&](int64_t begin, int64_t end) {
     for (int64_t j = 0; j < rows; j++)

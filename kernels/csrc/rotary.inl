@@ -34,11 +34,14 @@ void store_vector(void* to, int64_t dtype, int64_t dim, const float* from) {
   memcpy((int8_t*)to + dim, &scale, 4);
 }
 
-// qkv [rows, 3, heads, d]; cos, sin float32 [rows, r]; logn float32 [rows]; slots int64 [rows]. q [rows, heads, d] is
+// qkv [rows, 3, heads, d]; cos, sin float32 [rows, r]; logn float32 [rows]; slots int64 [rows], below blocks * block_size. q [rows, heads, d] is
 // rotated, rounded to `dtype` and scaled by log-n; k is rotated; k and v go to their slots.
 void rotary_to_cache(const void* qkv, int64_t dtype, int64_t rows, int64_t heads, int64_t dim, const float* cos,
                      const float* sin, int64_t rotary, const float* logn, const int64_t* slots, void* k_cache, void* v_cache,
-                     int64_t cache_dtype, int64_t block_size, void* q) {
+                     int64_t cache_dtype, int64_t blocks, int64_t block_size, void* q) {
+  QVL_CHECK(heads > 0 && dim > 0 && rotary >= 0 && rotary <= dim && rotary % 2 == 0);
+  QVL_CHECK(dtype >= kFloat32 && dtype <= kFloat16 && cache_dtype >= kFloat32 && cache_dtype <= kInt8);
+  check_range(slots, rows, 0, blocks * block_size);
   const Cache k = packed_cache(k_cache, cache_dtype, heads, block_size, dim);
   const Cache v = packed_cache(v_cache, cache_dtype, heads, block_size, dim);
   const int64_t padded = (dim + 15) / 16 * 16, half = rotary / 2;

@@ -37,14 +37,25 @@ int64_t heads_at_once(int64_t heads, int64_t requests) {
   return wanted < 1 ? 1 : wanted < kMostHeads ? wanted : kMostHeads;
 }
 
+// The rows of request r, the tokens that they attend to, and the blocks that hold these.
+void check_request(const int64_t* starts, const int64_t* contexts, const int64_t* table, int64_t r, int64_t table_width,
+                   int64_t block_size, int64_t blocks, int64_t causal) {
+  const int64_t rows = starts[r + 1] - starts[r], tokens = contexts[r];
+  QVL_CHECK(starts[r] >= 0 && rows >= 0);
+  QVL_CHECK(tokens >= 0 && tokens <= table_width * block_size && (!causal || rows <= tokens));
+  check_range(table, (tokens + block_size - 1) / block_size, 0, blocks);
+}
+
 // q: rows of `heads` heads of `dim` channels, q_row and q_head elements apart; request r has the rows starts[r] to
 // starts[r + 1], the last of its contexts[r] tokens if `causal`, and otherwise attends to all of them. Keys and values: the
 // request's blocks are tables[r * table_width ..], of block_size tokens, with the given strides. Strides of a plain
 // tensor [requests, tokens, ..] make it a cache with a block for each request. y [rows, heads * dim].
 void attention(const void* q, int64_t dtype, int64_t q_row, int64_t q_head, int64_t heads, int64_t dim, const void* keys,
-               const void* values, int64_t cache_dtype, int64_t block_size, int64_t per_block, int64_t per_head,
+               const void* values, int64_t cache_dtype, int64_t blocks, int64_t block_size, int64_t per_block, int64_t per_head,
                int64_t per_row, const int64_t* tables, int64_t table_width, int64_t requests, const int64_t* starts,
                const int64_t* contexts, int64_t causal, void* y) {
+  QVL_CHECK(dim > 0 && dim <= kMostDim && heads > 0 && block_size > 0 && requests >= 0);
+  for (int64_t r = 0; r < requests; r++) check_request(starts, contexts, tables + r * table_width, r, table_width, block_size, blocks, causal);
   const Rows from{(void*)q, dtype, q_row, q_head}, to{y, dtype, heads * dim, dim};
   const Cache k{(void*)keys, cache_dtype, block_size, per_block, per_head, per_row};
   const Cache v{(void*)values, cache_dtype, block_size, per_block, per_head, per_row};

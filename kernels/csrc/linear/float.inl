@@ -70,6 +70,8 @@ void exact_some(const Packed& w, const float* x, const float* sums, int64_t padd
 void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
                   const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                   int64_t outputs, const float* bias, void* y) {
+  QVL_CHECK(dtype >= kFloat32 && dtype <= kFloat16 && rows >= 0);
+  check_packed(bits, group, inputs, padded, outputs, perm);
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
   const Output out{bias, y, dtype, outputs};
 #if defined(__AMX_INT8__)
@@ -96,6 +98,8 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
 void dequantize(const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                 int64_t outputs, int64_t inputs, int64_t padded, const int32_t* perm, int64_t first, int64_t count,
                 int64_t dtype, void* y) {
+  check_packed(bits, group, inputs, padded, outputs, perm);
+  QVL_CHECK(first >= 0 && first % 16 == 0 && count % 16 == 0 && first + count <= (outputs + 15) / 16 * 16);
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
   const int64_t per_line = 32 / bits, line_count = group / per_line;
   parallel_ranges(count / 16, 4, [&](int64_t begin, int64_t end) {

@@ -193,6 +193,8 @@ namespace {
 void linear_int8(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
                  const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                  int64_t outputs, const float* bias, void* y) {
+  QVL_CHECK(dtype >= kFloat32 && dtype <= kFloat16 && rows >= 0);
+  check_packed(bits, group, inputs, padded, outputs, perm);
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
   const Output out{bias, y, dtype, outputs};
 #if defined(__AMX_INT8__)

@@ -52,8 +52,8 @@ def paged_attention(
     y = empty((n, heads * head_dim), q.dtype)
     library().ready().attention(
         q.data_ptr(), CODES[q.dtype], heads * head_dim, head_dim, heads, head_dim,
-        k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], k_cache.shape[2], *k_cache.stride()[:3],
-        tables.data_ptr(), tables.shape[1],
+        k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype],
+        len(k_cache), k_cache.shape[2], *k_cache.stride()[:3], tables.data_ptr(), tables.shape[1],
         len(context_lens), _integers(query_starts), _integers(context_lens), True, y.data_ptr(),
     )  # fmt: skip
     return y
@@ -91,7 +91,8 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     per_block, per_row, per_head, _ = k.stride()
     library().ready().attention(
         q.data_ptr(), CODES[q.dtype], q.stride(1), q.stride(2), heads, head_dim,
-        k.data_ptr(), v.data_ptr(), CODES[k.dtype], keys, per_block, per_head, per_row, tables.data_ptr(), 1, images,
+        k.data_ptr(), v.data_ptr(), CODES[k.dtype], images, keys, per_block, per_head, per_row,
+        tables.data_ptr(), 1, images,
         _integers(range(0, (images + 1) * rows, rows)), _integers([keys] * images), False, y.data_ptr(),
     )  # fmt: skip
     return y

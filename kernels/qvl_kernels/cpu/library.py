@@ -19,7 +19,7 @@ from torch import Tensor
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-ABI = 3  # the ABI of csrc/library.h, which the library must have been built with
+ABI = 4  # the ABI of csrc/library.h, which the library must have been built with
 _REBUILD = "rebuild it: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
 
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
@@ -32,10 +32,10 @@ SIGNATURES = {  # P is a pointer, i an int64, d a double; csrc/ documents each a
     "layer_norm": "PiiiPPdP",
     "swiglu": "PiiiP",
     "gelu": "PiiP",
-    "rotary_to_cache": "PiiiiPPiPPPPiiP",
-    "attention": "PiiiiiPPiiiiiPiiPPiP",
+    "rotary_to_cache": "PiiiiPPiPPPPiiiP",
+    "attention": "PiiiiiPPiiiiiiPiiPPiP",
     "greedy": "PiiiPP",
-    "gather_rows": "PiPiP",
+    "gather_rows": "PiiPiP",
     "side_by_side": "PiPiiP",
     "rotary_tables": "PPiiiPPP",
     "pack_gptq": "PiiiiPP",
@@ -71,6 +71,7 @@ class Library:
         handle.qvl_instruction_sets.restype = ctypes.c_char_p
         handle.qvl_kernel.restype = ctypes.c_void_p
         handle.qvl_kernel.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p))
+        self.checked = bool(handle.qvl_checked())  # sizes and indices are compared at the entry of each kernel
         self.available = tuple(handle.qvl_instruction_sets().decode().split())
         self.instruction_set = instruction_set or self.available[0]
         if self.instruction_set not in self.available:

@@ -102,7 +102,7 @@ def embedding(ids: Tensor, table: Tensor) -> Tensor:
     y = empty((len(ids), table.shape[1]), table.dtype)
     ids, table = ids.contiguous(), table.contiguous()
     library().ready().gather_rows(
-        table.data_ptr(), table.shape[1] * table.element_size(), ids.data_ptr(), len(ids), y.data_ptr()
+        table.data_ptr(), len(table), table.shape[1] * table.element_size(), ids.data_ptr(), len(ids), y.data_ptr()
     )
     return y
 
@@ -145,8 +145,8 @@ def rotary_to_cache(
     q = empty((len(qkv), heads, head_dim), qkv.dtype)
     library().ready().rotary_to_cache(
         qkv.data_ptr(), CODES[qkv.dtype], len(qkv), heads, head_dim, cos.data_ptr(), sin.data_ptr(), cos.shape[-1],
-        logn.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], block_size,
-        q.data_ptr(),
+        logn.data_ptr(), slots.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), CODES[k_cache.dtype], len(k_cache),
+        block_size, q.data_ptr(),
     )  # fmt: skip
     return q
 
