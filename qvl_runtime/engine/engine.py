@@ -17,7 +17,7 @@ from qvl_runtime.engine.arguments import checked_params, prompt_list
 from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe
 from qvl_runtime.engine.score import Score, score_prompt
-from qvl_runtime.engine.turns import Turns
+from qvl_runtime.engine.turns import Turns, check_fork
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
@@ -64,8 +64,10 @@ class Engine:
         """Load `model`: a folder, a hub id, or None for the small checkpoint that ships with the package.
 
         A hub id is looked up among earlier downloads, and downloaded only with `download=True`. `options` are the other
-        fields of `EngineConfig`. Raises `ConfigError`, `CheckpointError` or `DownloadError`.
+        fields of `EngineConfig`. Raises `ConfigError`, `CheckpointError` or `DownloadError`, and `ForkError` in a
+        child forked from a process that has made an engine.
         """
+        check_fork()
         began = time.perf_counter()
         self.engine_config = engine_config = EngineConfig(device=device, dtype=dtype, **options)
         step_limits = StepLimits(engine_config.max_step_tokens, engine_config.max_running)

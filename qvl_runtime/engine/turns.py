@@ -15,12 +15,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+
 from qvl_runtime.errors import ForkError, QVLError
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.request import Request
 
 RECHECK_S = 0.5  # a sleeping thread looks again, should Ctrl-C have hit the thread that was about to wake it
+_made_in: set[int] = set()  # the ids of this process and of those it was forked from that made an engine
 Ready: TypeAlias = "Callable[[], object]"
+
+
+def check_fork() -> None:
+    """Raise `ForkError` where an engine cannot be made: torch's threads, once they run, are lost in a forked child."""
+    if (parents := _made_in - {os.getpid()}) and torch.get_num_threads() > 1:
+        raise ForkError(
+            f"process {max(parents)} made an engine before it was forked, and torch's threads do not exist in child "
+            f"{os.getpid()}: make engines only after the fork, start workers by spawn, or call torch.set_num_threads(1)"
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +49,7 @@ class Turns:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._pid = os.getpid()
+        _made_in.add(self._pid)
         self._changed = threading.Condition()  # protects what follows; never held during a step
         self._owner: int | None = None  # the thread whose turn it is
         self._stepping = False  # whether the owner is in a step

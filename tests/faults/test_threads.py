@@ -177,7 +177,9 @@ import os, sys
 from qvl_runtime import AsyncEngine, Engine, SamplingParams
 from qvl_runtime.errors import ForkError
 engine = Engine(dtype="float32", max_model_len=128)
-engine.generate(["hello"], SamplingParams(max_tokens=2))
+import torch
+torch.set_num_threads(2)
+first = engine.generate(["hello"], SamplingParams(max_tokens=2))[0].token_ids
 half = engine.stream("hello", SamplingParams(max_tokens=9, ignore_eos=True))
 next(half)
 pid = os.fork()
@@ -186,6 +188,12 @@ if pid == 0:
     doors = [lambda: engine.generate(["hello"]), lambda: next(engine.stream("hello")), lambda: engine.score("hello"),
              engine.report, lambda: engine.encode("hello"), lambda: engine.chat([{"role": "user", "content": "a"}]),
              lambda: next(half), lambda: AsyncEngine(engine)]
+    try:
+        Engine(dtype="float32", max_model_len=128)
+    except ForkError as error:
+        assert "torch's threads do not exist" in str(error), error
+    else:
+        os._exit(100)
     for number, door in enumerate(doors):
         try:
             door()
@@ -193,7 +201,10 @@ if pid == 0:
             assert f"made in process {os.getppid()}" in str(error) and "spawn" in str(error), error
         else:
             os._exit(number + 1)
-    os._exit(0)
+    import torch
+    torch.set_num_threads(1)
+    own = Engine(dtype="float32", max_model_len=128)
+    os._exit(0 if own.generate(["hello"], SamplingParams(max_tokens=2))[0].token_ids == first else 101)
 _, status = os.waitpid(pid, 0)
 rest = [token for piece in half for token in piece.token_ids]
 assert len(rest) == 8, rest  # the parent's stream goes its way
