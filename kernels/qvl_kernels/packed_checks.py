@@ -63,7 +63,7 @@ def check_permutation(perm: Tensor | None, inputs: int, what: str) -> None:
     low, high = (int(end) for end in torch.aminmax(perm)) if perm.numel() else (-1, -1)
     if low < -1 or high >= inputs:
         raise ValueError(f"{what} has a permutation with {low} to {high}; expected -1 to {inputs - 1}")
-    counts = torch.bincount(perm[perm >= 0].long(), minlength=inputs)
+    counts = torch.bincount(perm.long() + 1, minlength=inputs + 1)[1:]  # without those of -1
     if wrong := (counts != 1).nonzero().flatten()[:1].tolist():
         raise ValueError(f"{what} has a permutation with input {wrong[0]} {int(counts[wrong[0]])} times; expected once")
 

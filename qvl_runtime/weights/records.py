@@ -46,9 +46,13 @@ def check_once(names: Iterable[str], kind: str, where: str) -> None:
 
 def _typed(value: object, declared: str, where: str, kinds: Mapping[str, type]) -> Any:
     if declared.startswith("dict[str, "):
-        of = declared[len("dict[str, ") : -1]
-        pairs = _mapping(value, where).items()
-        return {_typed(key, "str", where, kinds): _typed(v, of, f"{where}, {quoted(key)}", kinds) for key, v in pairs}
+        of, content = declared[len("dict[str, ") : -1], _mapping(value, where)
+        if of == "str" and all(type(v) is str and v.isascii() and key.isascii() for key, v in content.items()):
+            return dict(content)  # the thousands of digests of a manifest, without a place made up for each
+        return {
+            _typed(key, "str", where, kinds): _typed(entry, of, f"{where}, {quoted(key)}", kinds)
+            for key, entry in content.items()
+        }
     if declared.startswith("list["):
         if not isinstance(value, list):
             raise CheckpointError(f"{where} is {quoted(value)}; expected a list: {_WAY_OUT}")
