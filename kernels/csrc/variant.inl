@@ -11,7 +11,9 @@
 #include "linear/dense_amx.inl"
 #endif
 
-#include "linear/float.inl"
+#include "linear/exact.inl"
+
+#include "linear/dense.inl"
 
 #include "norms.inl"
 

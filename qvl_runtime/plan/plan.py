@@ -115,10 +115,12 @@ class Plan:
         return None if device.bandwidth is None else device.bandwidth / self.bytes_read_per_token(context)
 
     def compiled_bytes(self, workload: Workload) -> int:
-        """Bytes of code that a CPU compiles while it runs, and keeps: oneDNN's products of dense 16-bit weights."""
-        from qvl_kernels.cpu.dense import uses_amx_tiles
+        """Bytes of code that a CPU without our kernels compiles and keeps: oneDNN's products of 16-bit weights."""
+        import torch
 
-        if self.device != "cpu" or self.item_size == 4 or uses_amx_tiles(self.dtype):
+        from qvl_kernels import ops_for, reference
+
+        if self.device != "cpu" or self.item_size == 4 or ops_for(torch.device("cpu")) is not reference:
             return 0
         c, v, step = self.config, self.config.visual, self.options.max_step_tokens
         sizes = 0
@@ -164,8 +166,5 @@ class Plan:
 
 
 def _num_sizes(rows: int, at_once: int) -> int:
-    """How many different numbers of rows a CPU multiplies with, where `rows` are computed `at_once` per pass."""
-    from qvl_kernels.cpu.dense import step_sizes
-
-    last = rows % at_once
-    return len({*(step_sizes(at_once) if rows >= at_once else ()), *(step_sizes(last) if last else ())})
+    """How many different numbers of rows are multiplied, where `rows` are computed `at_once` per pass."""
+    return len({at_once if rows >= at_once else 0, rows % at_once} - {0})

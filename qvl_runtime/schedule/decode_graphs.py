@@ -151,8 +151,8 @@ class Bucket(NamedTuple):
 class DecodeGraphs:
     """The decode graphs of a model over one KV cache, for up to `max_batch_size` sequences of `max_seq_len` tokens.
 
-    Larger batches run without a graph. If a step cannot be captured, it is captured without the head: a dense head may
-    use torch's GEMM from a few rows on, whatever kernels the blocks use.
+    Larger batches run without a graph. If a step cannot be captured, it is captured without the head: a head may
+    run in torch, such as one whose dtype its kernel does not support, whatever kernels the blocks use.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import qvl_kernels as kernels
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
@@ -133,9 +134,12 @@ def test_weights_that_are_no_pages_of_a_file_are_all_there() -> None:
     assert Plan(config, PlanOptions("float32")).peak(text).embedding == 2 * weights["embedding"], "made wider at load"
 
 
-def test_only_16_bit_floats_on_a_cpu_leave_code_behind() -> None:
+def test_only_16_bit_floats_on_a_cpu_without_our_kernels_leave_code_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     nano, workload = ModelConfig.from_folder(NANO), Workload(300, 300, 1)
     half = PlanOptions("float16")
+    if kernels.ops_for(torch.device("cpu")) is not kernels.reference:
+        assert Plan(nano, half).compiled_bytes(workload) == 0
+    monkeypatch.setenv("QVL_KERNELS", "reference")
     assert Plan(nano, half).compiled_bytes(workload) > Plan(nano, half).compiled_bytes(Workload(300, 300)) > 0
     assert (
         Plan(nano, PlanOptions("float32")).compiled_bytes(workload)

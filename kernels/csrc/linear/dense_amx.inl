@@ -1,4 +1,4 @@
-// Dense bfloat16 weights times activations, on AMX tiles.
+// DenseTiles bfloat16 weights times activations, on AMX tiles.
 //
 // Sixteen rows of a weight [outputs, inputs] and 32 of their inputs form a left-hand tile without any conversion, so that
 // weights are read in place, even from a mapped file. The activations are the right-hand side, converted in each call: a
@@ -9,11 +9,11 @@
 namespace {
 
 constexpr int64_t kDenseSteps = 16;  // of 32 inputs: two blocks of this size are 32 KiB, and stay in the L1 cache
-constexpr int64_t kDenseAhead = 512;  // prefetch distance in a row of weights, bytes
+constexpr int64_t kStripAhead = 512;  // prefetch distance in a row of weights, bytes
 constexpr int64_t kDensePairs = 4;   // pairs of blocks that share the activations of these steps from the L2 cache
 
 // The operands of one call. x: tiles [strips][steps][1 KiB], strips of 16 rows, padded with zeros.
-struct Dense {
+struct DenseTiles {
   const uint8_t* x;
   int64_t rows, strips, steps, inputs;
   const uint16_t* weight;
@@ -34,7 +34,7 @@ inline void copy_tile(const uint16_t* from, int64_t rows, int64_t columns, int64
 }
 
 // A single row is a column of pairs as it is: its tiles have 16 rows of four bytes.
-void lay_out(const uint16_t* x, const Dense& d, uint8_t* to) {
+void lay_out(const uint16_t* x, const DenseTiles& d, uint8_t* to) {
   if (d.rows == 1) {
     memcpy(to, x, (size_t)d.inputs * 2);
     memset(to + d.inputs * 2, 0, (size_t)(d.steps * 32 - d.inputs) * 2);
@@ -51,7 +51,7 @@ void lay_out(const uint16_t* x, const Dense& d, uint8_t* to) {
 }
 
 // Stores the sums [16 outputs][16 rows], or [16 outputs] of a single row, of the outputs from n on and of a strip in y.
-inline void put_sums(const Dense& d, int64_t n, int64_t strip, const float* sums) {
+inline void put_sums(const DenseTiles& d, int64_t n, int64_t strip, const float* sums) {
   alignas(64) float rows[256];
   if (d.rows > 1) transpose16((const uint32_t*)sums, 16, (uint32_t*)rows), sums = rows;
   const int64_t count = d.outputs - n < 16 ? d.outputs - n : 16;
@@ -61,7 +61,7 @@ inline void put_sums(const Dense& d, int64_t n, int64_t strip, const float* sums
 }
 
 // 16 outputs from n on against one strip: memory-bound, although a product waits for the previous one.
-void one_strip(const Dense& d, int64_t n) {
+void one_strip(const DenseTiles& d, int64_t n) {
   alignas(64) uint8_t copy[kTileBytes];
   alignas(64) float sums[256];
   const int64_t stride = d.inputs * 2, across = d.rows == 1 ? 4 : 64;
@@ -70,7 +70,7 @@ void one_strip(const Dense& d, int64_t n) {
   for (int64_t step = 0; step < d.steps; step++) {
     const char* lines = (const char*)(weight + step * 32);
     if (d.whole(n, step)) {
-      for (int i = 0; i < 16; i++) __builtin_prefetch(lines + i * stride + kDenseAhead);
+      for (int i = 0; i < 16; i++) __builtin_prefetch(lines + i * stride + kStripAhead);
       _tile_loadd(4, lines, stride);
     } else {
       copy_tile(weight, d.outputs - n, d.inputs, step * 32, copy);
@@ -106,7 +106,7 @@ inline void two_by_two(const uint8_t* weights, const uint8_t* upper, const uint8
 }
 
 // Pairs of blocks [begin, end) against all strips; an odd last strip is paired with itself.
-void many_strips(const Dense& d, int64_t begin, int64_t end) {
+void many_strips(const DenseTiles& d, int64_t begin, int64_t end) {
   const int64_t strips = (d.strips + 1) / 2 * 2, per_pair = strips * 512;
   float* sums = scratch<float>(7, (end - begin) * per_pair);
   uint8_t* weights = scratch<uint8_t>(5, 2 * kDenseSteps * kTileBytes);
@@ -139,7 +139,7 @@ void linear_dense_amx(const uint16_t* x, int64_t rows, int64_t inputs, const uin
     for (int tile : {0, 6}) config.row_bytes[tile] = 4;
   for (int64_t first = 0; first < rows; first += kRowsOfPanel) {
     const int64_t count = rows - first < kRowsOfPanel ? rows - first : kRowsOfPanel;
-    Dense d{nullptr, count, (count + 15) / 16, (inputs + 31) / 32, inputs, weight, outputs, bias, y + first * outputs};
+    DenseTiles d{nullptr, count, (count + 15) / 16, (inputs + 31) / 32, inputs, weight, outputs, bias, y + first * outputs};
     uint8_t* tiles = scratch<uint8_t>(4, d.strips * d.steps * kTileBytes);
     lay_out(x + first * inputs, d, tiles);
     d.x = tiles;

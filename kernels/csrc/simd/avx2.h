@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int kDotRows = 3, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
+constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kTileRows = 3;         // 3 x 2 accumulators of two registers each, in 16 registers
 constexpr int kHighNibbleShift = 0;  // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first
@@ -111,6 +113,28 @@ inline F row_sums(const F* x) {
   alignas(64) float sums[16];
   for (int i = 0; i < 16; i++) sums[i] = sum(x[i]);
   return load(sums);
+}
+// sums [m][n] += line m of x times the line at weight(n). One half of the lanes after the other: both do not fit 16 registers.
+template <int M, int N, class At> inline void fma_lines(F (&sums)[M][N], const float* x, const At& weight) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    __m256 lines[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) lines[n] = _mm256_loadu_ps(weight(n) + half * 8);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      const __m256 row = _mm256_loadu_ps(x + m * 16 + half * 8);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) {
+        __m256& sum = half ? sums[m][n].b : sums[m][n].a;
+        sum = _mm256_fmadd_ps(lines[n], row, sum);
+      }
+    }
+  }
+}
+
+template <int N> inline void lane_sums(const F* x, bool first, float* to) {
+  for (int i = 0; i < N; i++) to[i] = first ? sum(x[i]) : to[i] + sum(x[i]);
 }
 inline void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {
   for (int i = 0; i < 16; i++)

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int kDotRows = 6, kDotOutputs = 4;  // of a tile of a dense GEMM, whose lanes are inputs
+constexpr int kDotStreams = 8;  // rows of a dense weight that one row is multiplied with at once
 constexpr int kOneRowStreams = 8;  // blocks that one row is multiplied with at once: 24 accumulators
 constexpr int kTileRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators, 2 weights and an activation in 32 registers
 // A high nibble is multiplied in place, 16 times too large; the sum of a group is shifted once instead.
@@ -74,6 +76,15 @@ inline void store_bf16(uint16_t* p, F a) {  // to nearest, ties to even; a NaN s
 }
 #endif
 
+// Products of bfloat16 pairs. In assembly, so that code for any AVX-512 machine may hold them and ask for them first; and
+// since g++ 12 copies the sums of a tile otherwise.
+#define QVL_BF16_PAIRS
+inline bool has_bf16_pairs() {
+  static const bool has = __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+inline void dot_pairs(F& acc, F w, F x) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x)); }
+
 // 32 bfloat16 as their even and their odd elements: two cheap moves, where widening them in order takes four.
 inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   const __m512i both = _mm512_loadu_si512(p);
@@ -94,6 +105,39 @@ QVL_UNROLL
   for (int i = 0; i < 4; i++)
     fours[i] = pairwise_sum(interleaved_sum(x[4 * i], x[4 * i + 1]), interleaved_sum(x[4 * i + 2], x[4 * i + 3]));
   return quarter_sum(quarter_sum(fours[0], fours[1]), quarter_sum(fours[2], fours[3]));
+}
+
+// sums [m][n] += line m of x times the line at weight(n).
+template <int M, int N, class At> inline void fma_lines(F (&sums)[M][N], const float* x, const At& weight) {
+  F lines[N];
+QVL_UNROLL
+  for (int n = 0; n < N; n++) lines[n] = load(weight(n));
+QVL_UNROLL
+  for (int m = 0; m < M; m++) {
+    const F row = load(x + m * 16);
+QVL_UNROLL
+    for (int n = 0; n < N; n++) sums[m][n] = fma(lines[n], row, sums[m][n]);
+  }
+}
+template <int M, int N, class At> inline void dot_pair_lines(F (&sums)[M][N], const float* x, const At& weight) {
+  F lines[N];
+QVL_UNROLL
+  for (int n = 0; n < N; n++) lines[n] = load(weight(n));
+QVL_UNROLL
+  for (int m = 0; m < M; m++) {
+    const F row = load(x + m * 16);
+QVL_UNROLL
+    for (int n = 0; n < N; n++) dot_pairs(sums[m][n], lines[n], row);
+  }
+}
+
+// to [N] = the lanes of N registers, a multiple of four, each added up in the same order; or to += them.
+template <int N> inline void lane_sums(const F* x, bool first, float* to) {
+  if constexpr (N > 4) lane_sums<N - 4>(x + 4, first, to + 4);
+  const F fours = pairwise_sum(interleaved_sum(x[0], x[1]), interleaved_sum(x[2], x[3]));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(to, first ? sums : _mm_add_ps(_mm_loadu_ps(to), sums));
 }
 
 // Transposes 16 x 16 words, from rows `stride` words apart to contiguous columns.

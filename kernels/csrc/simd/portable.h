@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr int kDotRows = 2, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
+constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kTileRows = 2;
 constexpr int kHighNibbleShift = 0;
@@ -100,6 +102,23 @@ inline F row_sums(const F* x) {
   alignas(64) float sums[16];
   for (int i = 0; i < 16; i++) sums[i] = sum(x[i]);
   return load(sums);
+}
+// sums [m][n] += line m of x times the line at weight(n), in quads of lanes, which the compiler keeps in registers.
+template <int M, int N, class At> inline void fma_lines(F (&sums)[M][N], const float* x, const At& weight) {
+  typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
+#pragma GCC unroll 4
+  for (int quad = 0; quad < 4; quad++) {
+    Quad lines[N];
+    for (int n = 0; n < N; n++) lines[n] = *(const Quad*)(weight(n) + quad * 4);
+    for (int m = 0; m < M; m++) {
+      const Quad row = *(const Quad*)(x + m * 16 + quad * 4);
+      for (int n = 0; n < N; n++) *(Quad*)(sums[m][n].v + quad * 4) += lines[n] * row;
+    }
+  }
+}
+
+template <int N> inline void lane_sums(const F* x, bool first, float* to) {
+  for (int i = 0; i < N; i++) to[i] = first ? sum(x[i]) : to[i] + sum(x[i]);
 }
 inline void transpose16(const uint32_t* from, int64_t stride, uint32_t* to) {
   for (int i = 0; i < 16; i++)

@@ -1,19 +1,18 @@
-"""Dense linears on a CPU: our kernels for few rows, and for any number in bfloat16 on AMX tiles; else torch's GEMM."""
+"""Dense linears on a CPU: one order of sums for any number of rows, so that a row's bits depend on no other row.
+
+Also torch's GEMM with few different numbers of rows, for packed weights that are dequantized first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl_kernels.cpu.library import CODES, FLOATS, LibraryError, library, pointer
+from qvl_kernels.cpu.library import CODES, FLOATS, library, pointer
 from qvl_kernels.cpu.memory import empty
-from qvl_kernels.util import dtype_name
-
-FEW_DENSE = 4  # rows up to which a dense linear is memory-bound; beyond, torch's GEMM if there are no AMX tiles
 
 
 def gemm_in_steps(x: Tensor, outputs: int, gemm: Callable[[Tensor, Tensor], object]) -> Tensor:
@@ -52,34 +51,16 @@ def step_sizes(rows: int) -> list[int]:
     return [2 * whole] if padded == whole else [whole, padded]
 
 
-def uses_amx_tiles(dtype: str) -> bool:
-    """Whether rows of a dtype, by name, are multiplied by dense weights on AMX tiles here, never by torch's GEMM."""
-    try:
-        return dtype == "bfloat16" and library().instruction_set == "amx"
-    except LibraryError:  # the reference ops run
-        return False
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`: bfloat16 on AMX tiles; else memory-bound for few rows, and torch's GEMM for more."""
+    """`reference.linear`; weights are read in place, by torch only if dtypes or strides differ."""
     rows = x.numel() // max(1, x.shape[-1])
     dense = x.dtype == weight.dtype and x.dtype in FLOATS and weight.is_contiguous() and x.shape[-1] == weight.shape[-1]
     dense = dense and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
     if not dense or rows == 0:
         return F.linear(x, weight, bias)
-    if rows > FEW_DENSE and not uses_amx_tiles(dtype_name(x.dtype)):
-        return gemm_in_steps(x, len(weight), partial(_gemm, weight=weight.t(), bias=bias))
     x = x.contiguous()
     y = empty((*x.shape[:-1], len(weight)), x.dtype)
     library().ready().linear_dense(
         x.data_ptr(), CODES[x.dtype], rows, x.shape[-1], weight.data_ptr(), len(weight), pointer(bias), y.data_ptr()
     )
     return y
-
-
-def _gemm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Write y [n, outputs] = x weight + bias, weight [in, outputs], by the torch op that F.linear calls."""
-    if bias is None:
-        torch.mm(x, weight, out=y)
-    else:
-        torch.addmm(bias, x, weight, out=y)

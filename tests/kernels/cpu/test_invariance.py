@@ -10,8 +10,6 @@ from torch import Tensor
 
 from qvl_kernels import cpu
 from qvl_kernels.cpu import linears as cpu_linear
-from qvl_kernels.cpu.dense import uses_amx_tiles
-from qvl_kernels.util import dtype_name
 from qvl_runtime.formats.gptq import quantize_rtn
 
 pytestmark = pytest.mark.unit
@@ -39,22 +37,31 @@ def differing(op: Callable[[Tensor], Tensor], x: Tensor) -> list[int]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("outputs", "inputs"), [(37, 130), (384, 256), (130, 1100), (1, 7)])
 def test_dense(isa: str, rng: torch.Generator, dtype: torch.dtype, outputs: int, inputs: int) -> None:
-    if not uses_amx_tiles(dtype_name(dtype)):
-        pytest.skip(f"{dtype_name(dtype)} on {isa} uses torch's GEMM from five rows on, which is not invariant")
     weight, bias = (torch.randn(s, generator=rng).to(dtype) for s in ((outputs, inputs), (outputs,)))
     x = torch.randn(ROWS[-1], inputs, generator=rng).to(dtype)
     assert differing(lambda rows: cpu.linear(rows, weight, bias), x) == []
 
 
-def test_more_rows_than_a_panel(isa: str, rng: torch.Generator) -> None:
-    """Beyond 512 rows a call starts over; the last rows are a panel of their own, of one row or a few."""
-    if isa != "amx":
-        pytest.skip(f"{isa} uses torch's GEMM for many rows of a dense weight")
-    weight = torch.randn(48, 600, generator=rng).bfloat16()
-    x = torch.randn(530, 600, generator=rng).bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_rows_than_a_pass(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+    """Beyond 512 (AMX) or 528 rows a call starts over: the last rows are a pass of their own, of one row or a few."""
+    weight, x = (torch.randn(n, 2100, generator=rng).to(dtype) for n in (20, 541))
     alone = torch.cat([cpu.linear(row[None], weight) for row in x])
-    for n in (512, 513, 517, 530):
+    for n in (512, 513, 529, 541):
         assert same_bits(cpu.linear(x[:n], weight), alone[:n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads(isa: str, rng: torch.Generator, dtype: torch.dtype) -> None:
+    weight, x = (torch.randn(n, 300, generator=rng).to(dtype) for n in (700, 70))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append([cpu.linear(x[:n], weight) for n in (1, 4, 70)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same_bits(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-// Packed weights times float activations (exact mode), dequantization, and dense weights times few rows.
+// Packed weights times float activations (exact mode), and dequantization.
 
 namespace {
 
@@ -119,73 +119,6 @@ void dequantize(const uint8_t* lines, const uint16_t* scales, const uint8_t* zer
           }
         }
   });
-}
-
-template <int DTYPE> inline F load_fixed(const void* p, int64_t i) { return load_as(p, DTYPE, i); }
-
-// M rows of floats against four rows of a dense weight [outputs, inputs].
-template <int DTYPE, int M>
-void dense_rows(const float* x, int64_t padded, const void* weight, int64_t inputs, int64_t n, int64_t valid, float* y) {
-  F acc[M][4];
-  const void* from[4];
-  for (int r = 0; r < 4; r++) {
-    from[r] = at(weight, DTYPE, (n + (r < valid ? r : 0)) * inputs);
-    for (int m = 0; m < M; m++) acc[m][r] = zero();
-  }
-  int64_t k = 0;
-  for (; k + 16 <= inputs; k += 16)
-QVL_UNROLL
-    for (int r = 0; r < 4; r++) {
-      const F w = load_fixed<DTYPE>(from[r], k);
-QVL_UNROLL
-      for (int m = 0; m < M; m++) acc[m][r] = fma(w, load(x + m * padded + k), acc[m][r]);
-    }
-  if (k < inputs)
-    for (int r = 0; r < 4; r++)
-      for (int m = 0; m < M; m++) acc[m][r] = fma(load_part(from[r], DTYPE, k, inputs - k), load(x + m * padded + k), acc[m][r]);
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < 4; r++) y[m * 4 + r] = sum(acc[m][r]);
-}
-
-template <int DTYPE, int M>
-void dense_all(const float* x, int64_t rows, int64_t padded, const void* weight, int64_t inputs, int64_t outputs,
-               const void* bias, void* y) {
-  const int64_t per_chunk = 1 + (128 << 10) / (4 * inputs * size_of(DTYPE));
-  parallel_ranges((outputs + 3) / 4, per_chunk, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) {
-      const int64_t n = 4 * b, valid = outputs - n < 4 ? outputs - n : 4;
-      for (int64_t row = 0; row < rows; row += M) {
-        float part[M * 4];
-        dense_rows<DTYPE, M>(x + row * padded, padded, weight, inputs, n, valid, part);
-        for (int m = 0; m < M && row + m < rows; m++) {
-          F value = load_part(part, kFloat32, m * 4, valid);
-          if (bias) value = add(value, load_part(bias, DTYPE, n, valid));
-          store_part(y, DTYPE, (row + m) * outputs + n, value, valid);
-        }
-      }
-    }
-  });
-}
-
-// x [rows, inputs] times weight [outputs, inputs] transposed, plus bias unless it is null; all of one dtype, sums in float32.
-void linear_dense(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const void* weight, int64_t outputs,
-                  const void* bias, void* y) {
-#if defined(__AMX_BF16__)
-  if (dtype == kBfloat16)
-    return linear_dense_amx((const uint16_t*)x, rows, inputs, (const uint16_t*)weight, outputs, bias, (uint16_t*)y);
-#endif
-  const int64_t padded = (inputs + 15) / 16 * 16, rows_padded = rows == 1 ? 1 : (rows + 3) / 4 * 4;
-  float* floats = scratch<float>(2, rows_padded * padded);
-  for (int64_t m = 0; m < rows_padded; m++)
-    if (m < rows) gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, nullptr, floats + m * padded);
-    else memset(floats + m * padded, 0, (size_t)padded * 4);
-#define QVL_DENSE(DTYPE) \
-  rows == 1 ? dense_all<DTYPE, 1>(floats, rows, padded, weight, inputs, outputs, bias, y) \
-            : dense_all<DTYPE, 4>(floats, rows, padded, weight, inputs, outputs, bias, y)
-  if (dtype == kFloat32) QVL_DENSE(kFloat32);
-  else if (dtype == kBfloat16) QVL_DENSE(kBfloat16);
-  else QVL_DENSE(kFloat16);
-#undef QVL_DENSE
 }
 
 }  // namespace
