@@ -113,7 +113,7 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
 @pytest.mark.parametrize("act_order", [False, True])
 def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
     """Few rows: tiles that do not divide evenly among the splits. The bias is in one of them."""
-    inputs = 128 * (25 if rows <= configs.SMALL_M[4] else 12)
+    inputs = 128 * (49 if rows <= configs.SMALL_M[4] else 12)
     tensors, x = checkpoint(inputs, 128, 128, act_order=act_order), activations(rows, inputs)
     bias = activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)

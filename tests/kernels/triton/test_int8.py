@@ -100,7 +100,7 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
 @pytest.mark.parametrize("rows", [1, 20])
 def test_partial_sums_add_up(poisoned: None, rows: int) -> None:
     """Tiles that do not divide evenly among the splits. The bias is in one of them."""
-    inputs = 64 * 27
+    inputs = 64 * 49
     tensors, x, bias = checkpoint(inputs, 128, 128, bits=8), activations(rows, inputs), activations(1, 128)[0]
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
     parts = linear.forward_partial_sums(x)
