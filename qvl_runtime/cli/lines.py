@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from qvl_runtime.errors import PromptError
-from qvl_runtime.text import check_beginning
+from qvl_runtime.reading.text import check_beginning
 
 MAX_LINE = 64 * 2**20  # bytes: an image in base64 takes 27 million of them at most by default
 _KEPT = 256  # bytes of a line that is longer than allowed

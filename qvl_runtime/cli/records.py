@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from qvl_runtime.cli.lines import MAX_LINE, Line
 from qvl_runtime.cli.options import user_message
 from qvl_runtime.errors import PromptError, quoted
-from qvl_runtime.json_text import parse_json
-from qvl_runtime.text import decode
+from qvl_runtime.reading.json_text import parse_json
+from qvl_runtime.reading.text import decode
 
 if TYPE_CHECKING:
     from qvl_runtime.schedule.api import Completion, SamplingParams

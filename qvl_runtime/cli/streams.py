@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from qvl_runtime.cli.lines import Line, read_lines
 from qvl_runtime.errors import PromptError
-from qvl_runtime.text import decode
+from qvl_runtime.reading.text import decode
 
 CHUNK = 2**16  # bytes read at once
 MAX_TEXT = 16 * 2**20  # bytes of a prompt; the longest context holds far less

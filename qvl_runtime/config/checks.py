@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import ConfigError, QVLError, quoted
-from qvl_runtime.json_text import parse_json
-from qvl_runtime.regular_files import is_there, read_regular
-from qvl_runtime.text import decode
+from qvl_runtime.reading.json_text import parse_json
+from qvl_runtime.reading.regular_files import is_there, read_regular
+from qvl_runtime.reading.text import decode
 
 # Numbers that are sampled with are float32: below the smallest normal one a GPU may take them for 0.
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104

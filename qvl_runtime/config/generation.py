@@ -19,7 +19,7 @@ from qvl_runtime.config.checks import (
 )
 from qvl_runtime.config.generation_keys import refuse_unsupported, unused_keys
 from qvl_runtime.errors import ConfigError, quoted
-from qvl_runtime.regular_files import is_there
+from qvl_runtime.reading.regular_files import is_there
 
 _log = logging.getLogger("qvl_runtime")
 _FILE = "generation_config.json"

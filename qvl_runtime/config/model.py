@@ -25,7 +25,7 @@ from qvl_runtime.config.checks import (
 from qvl_runtime.config.model_limits import MOST, MOST_DOUBLINGS, MOST_VISUAL
 from qvl_runtime.config.quantization import QuantizationConfig
 from qvl_runtime.errors import ConfigError, quoted
-from qvl_runtime.regular_files import is_there
+from qvl_runtime.reading.regular_files import is_there
 
 DTYPES = ("float32", "bfloat16", "float16")
 _DTYPE_FLAGS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from qvl_runtime.convert.shard_writer import Shard
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.json_text import parse_json
+from qvl_runtime.reading.json_text import parse_json
 from qvl_runtime.weights.file_names import name_fault
 from qvl_runtime.weights.files import full_disk_error, sync
 from qvl_runtime.weights.manifest import FORMAT, Manifest, PackedLinear, ShardRecord

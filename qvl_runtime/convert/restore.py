@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qvl_kernels.ops import Packer
 from qvl_runtime.errors import CheckpointError, quoted
 from qvl_runtime.formats.host_memory import pieces, release
-from qvl_runtime.json_text import parse_json
-from qvl_runtime.regular_files import is_there
+from qvl_runtime.reading.json_text import parse_json
+from qvl_runtime.reading.regular_files import is_there
 from qvl_runtime.weights.converted import Converted
 from qvl_runtime.weights.file_names import check_inside, check_names
 from qvl_runtime.weights.files import copy_file

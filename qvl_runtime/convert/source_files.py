@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qvl_runtime.config.checks import LARGEST_JSON, read_json
 from qvl_runtime.errors import CheckpointError, quoted
-from qvl_runtime.regular_files import read_regular
-from qvl_runtime.text import decode
+from qvl_runtime.reading.regular_files import read_regular
+from qvl_runtime.reading.text import decode
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.file_names import SMALL_FILES, check_names
 from qvl_runtime.weights.manifest import MANIFEST, SourceFile

@@ -153,7 +153,7 @@ class Engine:
                         yield tag, error
                 if not open_requests:
                     return
-                self._turns.step_until(lambda: any(request.done for request in open_requests))
+                self._turns.step_once(lambda: any(request.done for request in open_requests))
                 for request in [r for r in open_requests if r.done]:
                     open_requests.remove(request)
                     yield request.tag, request.error or request.completion()

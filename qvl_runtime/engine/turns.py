@@ -88,17 +88,25 @@ class Turns:
 
         Raises `ForkError` in a forked child, and `QVLError` within a turn of the same thread.
         """
+        while not self.step_once(ready):
+            continue
+
+    def step_once(self, ready: Ready) -> bool:
+        """Take one step as `step_until` does, or none if `ready()` is true, which is returned."""
         self.check_process()
-        me, done = threading.get_ident(), False
-        if self._owner == me:
+        me = threading.get_ident()
+        if self._owner == me:  # within `exclusive`
             self._check_not_stepping()
-        while not done:
-            try:
-                done = not self._take(me, ready)
-                if not done:
-                    self._step()
-            finally:
-                self._release(me)
+            if not (done := bool(ready())):
+                self._step()
+            return done
+        try:
+            if not self._take(me, ready):
+                return True
+            self._step()
+            return False
+        finally:
+            self._release(me)
 
     def cancel(self, request: Request) -> None:
         """Cancel a request: at once if no thread has a turn, otherwise when that turn ends. Never waits for a step.

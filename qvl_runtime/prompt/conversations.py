@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import PromptError, quoted
-from qvl_runtime.json_text import parse_json_at
 from qvl_runtime.prompt.chatml import DEFAULT_SYSTEM
 from qvl_runtime.prompt.records import Conversation, Message, read_record
 from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Tokenizer
-from qvl_runtime.text import read_text
+from qvl_runtime.reading.json_text import parse_json_at
+from qvl_runtime.reading.text import read_text
 
 _WHITESPACE = re.compile(r"\s*")
 _EXPECTED = "expected a JSON list of conversations, or one on each line"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qvl_runtime.errors import CheckpointError, PromptError, quoted
 from qvl_runtime.prompt.segment import ImageSlot, Segment
-from qvl_runtime.regular_files import read_regular
+from qvl_runtime.reading.regular_files import read_regular
 
 if TYPE_CHECKING:
     import tiktoken

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.json_text import parse_json
 from qvl_runtime.quantize.block import LinearError
+from qvl_runtime.reading.json_text import parse_json
 from qvl_runtime.weights.files import replace_file
 from qvl_runtime.weights.partial import PartialFolder
 from qvl_runtime.weights.shards import Shard, open_shard

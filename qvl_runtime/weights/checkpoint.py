@@ -12,7 +12,7 @@ from qvl_runtime.config.model import DTYPES, ModelConfig
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.formats.finite import finite
 from qvl_runtime.formats.layout import TensorSpec, expected_tensors, is_ignored
-from qvl_runtime.regular_files import is_there
+from qvl_runtime.reading.regular_files import is_there
 from qvl_runtime.weights.file_names import check_names
 from qvl_runtime.weights.hints import few, misfit_hint
 from qvl_runtime.weights.names import published_names

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import CheckpointError
-from qvl_runtime.regular_files import open_regular
+from qvl_runtime.reading.regular_files import open_regular
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -18,7 +18,7 @@ from typing import Any
 from qvl_runtime.config.checks import read_json, require_choice
 from qvl_runtime.config.model import DTYPES
 from qvl_runtime.errors import MAX_MESSAGE, CheckpointError, ConfigError, escaped, quoted, shortened
-from qvl_runtime.regular_files import is_there
+from qvl_runtime.reading.regular_files import is_there
 from qvl_runtime.weights.file_names import INDEXES, SMALL_FILES, WEIGHTS, check_distinct, check_names
 from qvl_runtime.weights.files import sync
 from qvl_runtime.weights.records import check_once, read_record

@@ -23,7 +23,7 @@ from typing import IO
 
 from qvl_runtime.config.checks import read_json
 from qvl_runtime.errors import CheckpointError, quoted
-from qvl_runtime.regular_files import is_there
+from qvl_runtime.reading.regular_files import is_there
 from qvl_runtime.weights.files import replace_file, sync, write_json
 
 ATTEMPTS, WAIT_S = 3, 0.03  # at the lock, which `check_idle` of another process holds for a moment

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qvl_runtime.errors import CheckpointError, quoted
-from qvl_runtime.regular_files import open_regular
+from qvl_runtime.reading.regular_files import open_regular
 from qvl_runtime.weights.tensor_file import CODES, LENGTH
 from qvl_runtime.weights.tensor_info import TensorInfo, damaged
 from qvl_runtime.weights.torch_file import OLD_FORM, TorchShard

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.checks import LARGEST_INT
 from qvl_runtime.errors import CheckpointError, quoted
-from qvl_runtime.json_text import parse_json
+from qvl_runtime.reading.json_text import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,10 @@ from safetensors.torch import save_file
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.convert.convert import ConvertOptions, convert
 from qvl_runtime.formats.layout import expected_tensors
+from qvl_runtime.prompt import images
+from qvl_runtime.prompt.chatml import PromptEncoder
+from qvl_runtime.prompt.isolation.pool import Pool
+from qvl_runtime.prompt.tokenizer import Tokenizer
 from tests.checkpoints import RAW
 from tests.gptq_checkpoints import gptq
 
@@ -53,3 +57,22 @@ def copy_of(converted_once: Path, tmp_path: Path) -> Copy:
         return Path(shutil.copytree(converted_once / name, tmp_path / name))
 
     return copied
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer({bytes([byte]): byte for byte in range(256)}, n_queries=4)
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: Tokenizer) -> PromptEncoder:
+    return PromptEncoder(tokenizer, 28)
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
+    """A pool of its own, which `load_image` uses."""
+    own = Pool()
+    monkeypatch.setattr(images, "shared_pool", lambda: own)
+    yield own
+    own.close()

@@ -25,6 +25,18 @@ def saved(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+NO_FILES = ImageLimits(allow_files=False)
+
+
+def saved_pixels(kind: str, **options: Any) -> bytes:
+    return saved(PIXELS, kind, **options)
+
+
+PNG = saved_pixels("PNG")
+DIGEST = load_image(PIXELS, 28).digest
+
+
 def seen(source: Any, limits: ImageLimits | None = None) -> np.ndarray:
     """What the model sees at a size that needs no resizing; one channel if all are equal."""
     rgb = load_image(source, SIZE, limits).rgb

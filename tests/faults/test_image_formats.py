@@ -9,7 +9,6 @@ import logging
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,19 +20,8 @@ from qvl_runtime.prompt.decoding import decode, readable_formats
 from qvl_runtime.prompt.file_kinds import HEAD, kind_of, refusal
 from qvl_runtime.prompt.images import load_image
 from qvl_runtime.prompt.limits import ImageLimits
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-NO_FILES = ImageLimits(allow_files=False)
-
-
-def saved(kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(PIXELS).save(file, kind, **options)
-    return file.getvalue()
-
-
-PNG = saved("PNG")
-DIGEST = load_image(PIXELS, 28).digest
+from tests.faults.image_files import DIGEST, PNG
+from tests.faults.image_files import saved_pixels as saved
 
 
 def tiff_with(data: bytes, *tags: tuple[int, int]) -> bytes:

@@ -20,19 +20,8 @@ from qvl_runtime.errors import DownloadError, ImageError
 from qvl_runtime.prompt import fetch
 from qvl_runtime.prompt.images import describe, load_image
 from qvl_runtime.prompt.limits import ImageLimits
-
-PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-NO_FILES = ImageLimits(allow_files=False)
-
-
-def saved(kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(PIXELS).save(file, kind, **options)
-    return file.getvalue()
-
-
-PNG = saved("PNG")
-DIGEST = load_image(PIXELS, 28).digest
+from tests.faults.image_files import DIGEST, NO_FILES, PIXELS, PNG
+from tests.faults.image_files import saved_pixels as saved
 
 
 class TestAddresses:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from PIL import Image
 
 from benchmarks.serving import hostile_images as hostile
 from qvl_runtime.errors import ConfigError, ImageError
-from qvl_runtime.prompt import images, limits
+from qvl_runtime.prompt import limits
 from qvl_runtime.prompt.cancellation import Canceled, Cancellation
 from qvl_runtime.prompt.images import ImageReader, load_image
 from qvl_runtime.prompt.isolation import process
@@ -33,15 +33,6 @@ def encoded(kind: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (53, 37)).save(file, kind)
     return file.getvalue()
-
-
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
-    """A pool of its own, which `load_image` uses."""
-    own = Pool()
-    monkeypatch.setattr(images, "shared_pool", lambda: own)
-    yield own
-    own.close()
 
 
 def is_running(pid: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,6 @@ def encoded(kind: str, mode: str = "RGB", **options: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(TILE).convert(mode).save(file, kind, **options)
     return file.getvalue()
-
-
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
-    """A pool of its own, which `load_image` uses."""
-    own = Pool()
-    monkeypatch.setattr(images, "shared_pool", lambda: own)
-    yield own
-    own.close()
 
 
 class TestEqual:

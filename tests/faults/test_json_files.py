@@ -16,8 +16,8 @@ from qvl_runtime.config.checks import LARGEST_JSON, read_json
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import CheckpointError, ConfigError, PromptError, QVLError
-from qvl_runtime.json_text import MAX_DEPTH, parse_json
 from qvl_runtime.prompt.conversations import read_conversations
+from qvl_runtime.reading.json_text import MAX_DEPTH, parse_json
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.loader import load_weights, model_config
 from tests.checkpoints import MakeState, Write

@@ -7,31 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.errors import MAX_MESSAGE, PromptError, quoted
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.chatml import PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
-
-RED = Image.new("RGB", (30, 20), "red")
-CORNERS = [[1, 2], [30, 4], [31, 60], [2, 58]]
-QUAD = "<quad>(1,2),(30,4),(31,60),(2,58)</quad>"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, n_queries=4)
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer: Tokenizer) -> PromptEncoder:
-    return PromptEncoder(tokenizer, 28)
-
-
-def user(*content: Any, **more: Any) -> dict[str, Any]:
-    return {"role": "user", "content": list(content), **more}
+from tests.faults.message_parts import CORNERS, QUAD, RED, user
 
 
 class TestParts:

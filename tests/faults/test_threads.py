@@ -85,6 +85,33 @@ def test_a_call_within_a_stream_of_the_same_thread(engine: Engine) -> None:
     assert tuple(tokens) == alone[0]
 
 
+def test_a_thread_that_has_the_engine_to_itself_may_use_it(engine: Engine) -> None:
+    alone = call(engine, 1), call(engine, 2)
+    with ThreadPoolExecutor(1) as pool:
+        with engine.exclusive():
+            other = pool.submit(call, engine, 2)
+            with engine.exclusive():
+                assert call(engine, 1) == alone[0]
+            assert not other.done()
+        assert other.result(60) == alone[1]
+
+
+def test_a_request_that_arrives_late_joins_those_that_run(engine: Engine) -> None:
+    """As the lines of a pipe do: None means that there is none yet."""
+    polls = 0
+
+    def arriving() -> Iterator[tuple[str, Any, SamplingParams] | None]:
+        nonlocal polls
+        yield "long", prompt_of(engine, [1]), greedy(60)
+        for _ in range(5):
+            polls += 1
+            yield None
+        yield "short", prompt_of(engine, [2]), greedy(3)
+
+    assert [tag for tag, _ in engine.as_completed(arriving())] == ["short", "long"]
+    assert polls == 5
+
+
 def test_a_long_answer_does_not_hold_up_a_short_one(engine: Engine) -> None:
     steps: list[int] = []
     with ThreadPoolExecutor(2) as pool:

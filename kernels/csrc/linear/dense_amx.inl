@@ -1,4 +1,4 @@
-// DenseTiles bfloat16 weights times activations, on AMX tiles.
+// Dense bfloat16 weights times activations, on AMX tiles.
 //
 // Sixteen rows of a weight [outputs, inputs] and 32 of their inputs form a left-hand tile without any conversion, so that
 // weights are read in place, even from a mapped file. The activations are the right-hand side, converted in each call: a
