@@ -13,7 +13,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE",
+PAGES = ("README.md", "README_zh.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE",
          "examples/README.md", "benchmarks/README.md")  # fmt: skip
 LINK = re.compile(r"(\]\()([^)#\s:]+)([)#])")
 
