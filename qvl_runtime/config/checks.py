@@ -37,7 +37,8 @@ def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]
 def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the fields of dataclass `cls` that `raw` has, except `skip`; null counts as absent.
 
-    Raises `ConfigError` for a missing field without a default, and for a value that is not of the declared type.
+    Raises `ConfigError` for a missing field without a default, and for a value that is not of the declared type
+    or not finite.
     """
     values: dict[str, Any] = {}
     for field in fields(cls):
@@ -53,6 +54,8 @@ def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, 
             raise ConfigError(f"{where} has {field.name} {value!r}; expected a value of type {declared}")
         if isinstance(value, int) and abs(value) > LARGEST_INT:
             raise ConfigError(f"{where} has {field.name} {quoted(value)}; expected a number of at most 63 bits")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where} has {field.name} {value}; expected a finite number")
         values[field.name] = float(value) if isinstance(value, int) and declared == "float" else value
     return values
 

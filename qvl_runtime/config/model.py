@@ -150,10 +150,12 @@ class ModelConfig:
                 f"visual.image_start_id is {self.visual.image_start_id} and needs two ids after it; "
                 f"vocab_size is {self.vocab_size}: the two come from different models"
             )
-        if not 0.0 < self.rotary_pct <= 1.0 or self.rotary_dim < 4 or self.rotary_dim % 2:
+        if not 0.0 < self.rotary_pct <= 1.0:
+            raise ConfigError(f"rotary_pct is {self.rotary_pct}; expected a fraction in (0, 1]")
+        if self.rotary_dim < 4 or self.rotary_dim % 2:
             raise ConfigError(
                 f"rotary_pct is {self.rotary_pct} and rotates {self.rotary_dim} of {channels} channels; "
-                "expected a fraction in (0, 1] and an even number of at least 4 rotated channels"
+                "expected an even number of at least 4 rotated channels"
             )
         if self.seq_length < 2:
             raise ConfigError(f"seq_length is {self.seq_length}; expected at least 2 (log-n divides by its logarithm)")

@@ -116,8 +116,11 @@ def test_what_is_unusual_and_right(tmp_path: Path, raw: dict[str, Any]) -> None:
     assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(raw)
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "layer_norm_epsilon", "seq_length", "visual"])
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-1e400", "1" + "0" * 400, "[]", "true"])
+@pytest.mark.parametrize(
+    "name",
+    ["hidden_size", "num_hidden_layers", "layer_norm_epsilon", "rotary_pct", "rotary_emb_base", "seq_length", "visual"],
+)
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1" + "0" * 400, "[]", "true"])
 def test_numbers_that_are_none(folder: Path, raw: dict[str, Any], name: str, value: str) -> None:
     (folder / "config.json").write_text(json.dumps({**raw, name: "VALUE"}).replace('"VALUE"', value))
     with pytest.raises(ConfigError, match=name):
