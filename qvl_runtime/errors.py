@@ -98,5 +98,9 @@ class CapacityError(QVLError, ValueError):
     """A request is longer than the context, or needs more memory than is available."""
 
 
+class BusyError(CapacityError):
+    """As many requests are pending as may be: the same request may be answered later."""
+
+
 class ForkError(QVLError, RuntimeError):
     """An engine is used in a forked child of the process that made it."""

@@ -14,10 +14,10 @@ from contextlib import aclosing
 from typing import Any
 
 from qvl_runtime.engine.encoding import Encoding
-from qvl_runtime.engine.engine import Engine
+from qvl_runtime.engine.engine import Encoded, Engine
 from qvl_runtime.engine.slots import Slots
 from qvl_runtime.engine.worker import Reader, Worker
-from qvl_runtime.errors import CapacityError, PromptError
+from qvl_runtime.errors import BusyError
 from qvl_runtime.prompt.chatml import Prompt
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 
@@ -50,20 +50,33 @@ class AsyncEngine:
         """Whether `max_pending` requests are pending, so that a new one would have to wait."""
         return self._slots.locked()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread of the model runs. Once it has ended, every request fails with `QVLError`."""
+        return self._worker.is_alive
+
+    async def encode(self, prompt: Prompt) -> Encoded:
+        """Read and encode a prompt while the model runs, for `stream` and `generate`; it may be used several times.
+
+        Canceling the task ends downloads and decoding at once. Raises `PromptError`, `ImageError` or `DownloadError`.
+        """
+        return await self._encoding.encode(prompt)
+
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True
+        self, prompt: Prompt | Encoded, params: SamplingParams | None = None, *, wait: bool = True
     ) -> AsyncGenerator[StreamPiece, None]:
         """Answer one prompt piece by piece, as `Engine.stream` does. Closing the iterator cancels the request.
 
-        Raises the errors of `Engine.stream`, and `CapacityError` if the engine is busy and `wait` is false.
+        `prompt` may be what `encode` returned. Raises the errors of `Engine.stream`, and `BusyError` if the engine is
+        busy and `wait` is false.
         """
-        if isinstance(params, SamplingParams) and params.n != 1:
-            raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
         async with aclosing(self._items(prompt, params, wait, streamed=True)) as items:
             async for piece in items:
                 yield piece
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, wait: bool = True) -> Completion:
+    async def generate(
+        self, prompt: Prompt | Encoded, params: SamplingParams | None = None, *, wait: bool = True
+    ) -> Completion:
         """Answer one prompt; with n > 1 the other answers are in `alternatives`. Canceling the task cancels it."""
         completion = None
         async with aclosing(self._items(prompt, params, wait, streamed=False)) as items:
@@ -97,14 +110,16 @@ class AsyncEngine:
         await self.close()
 
     async def _items(
-        self, prompt: Prompt, params: SamplingParams | None, wait: bool, streamed: bool
+        self, prompt: Prompt | Encoded, params: SamplingParams | None, wait: bool, streamed: bool
     ) -> AsyncGenerator[StreamPiece, None]:
         if self.busy and not wait:
-            raise CapacityError(f"{self.max_pending} requests are pending, the limit of max_pending: try again later")
+            raise BusyError(f"{self.max_pending} requests are pending, the limit of max_pending: try again later")
         async with self._slots:
-            encoded = await self._encoding.encode(prompt)  # while the model runs
+            # While the model runs.
+            encoded = prompt if isinstance(prompt, Encoded) else await self._encoding.encode(prompt)
             reader = Reader(asyncio.get_running_loop())
             self._worker.submit(reader, encoded, params, streamed)
+            unfinished = params.n if streamed and isinstance(params, SamplingParams) else 1
             try:
                 while True:
                     item = await reader.items.get()
@@ -114,7 +129,8 @@ class AsyncEngine:
                     if reader.request is not None and reader.request.paused:
                         self._worker.wake()  # so that it resumes the request
                     yield item
-                    if item.completion is not None:
+                    unfinished -= item.completion is not None
+                    if not unfinished:
                         return
             finally:
                 self._worker.cancel(reader)

@@ -184,6 +184,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
         """Answer one prompt piece by piece, whole characters only; the last piece carries the completion.
 
+        With n > 1, the pieces of the answers alternate: `answer` tells them apart, and each has its own completion.
         Closing the iterator cancels the request and frees its memory. Raises the request's error after the pieces that
         preceded it, such as `NumericsError` for logits that are not finite.
         """
@@ -257,10 +258,7 @@ class Engine:
         return self._prompts.read_images(draft, cancellation)
 
     def _stream(self, draft: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
-        params = checked_params(params)
-        if params.n != 1:
-            raise PromptError(f"n is {params.n}, but a stream is one answer: use generate for several")
-        return self._stream_pieces(draft, prompt, params)
+        return self._stream_pieces(draft, prompt, checked_params(params))
 
     def _stream_pieces(self, draft: Any, prompt: Any, params: SamplingParams) -> Iterator[StreamPiece]:
         request = self.submit(self._encoded(draft, prompt), params, streamed=True)

@@ -66,6 +66,11 @@ class Worker:
         _running.add(self)
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes commands."""
+        return self._end is None
+
     def submit(self, reader: Reader, encoded: Encoded, params: SamplingParams | None, streamed: bool) -> None:
         """Have an encoded prompt answered to its reader. Raises `QVLError` once the worker has ended."""
         self._send(Command(lambda: self._submit(reader, encoded, params, streamed), lambda error: reader.send([error])))

@@ -198,8 +198,11 @@ class Completion:
 
 
 class StreamPiece(NamedTuple):
-    """The next part of an answer; the last piece carries the completion."""
+    """The next part of an answer; its last piece carries the completion."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     completion: Completion | None = None
+    answer: int = 0  # which of n, from 0
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    boxes: tuple[Box, ...] = ()  # that this text closes; those of an answer that breaks off are in its completion only

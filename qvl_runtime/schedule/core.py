@@ -15,7 +15,7 @@ from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.answers import Answers
-from qvl_runtime.schedule.api import SamplingParams
+from qvl_runtime.schedule.api import SamplingParams, StreamPiece
 from qvl_runtime.schedule.numerics import numerics_error
 from qvl_runtime.schedule.request import Branch, Clock, Request
 from qvl_runtime.schedule.runner import Chunk, Computed, Runner
@@ -260,6 +260,8 @@ class EngineCore:
                 continue
             self.answers.forget(request)
             for index in range(len(request.branches), request.params.n):  # not started
-                request.completions[index] = replace(request.completions[0])
+                request.completions[index] = completion = replace(request.completions[0])
+                if request.streamed:
+                    request.pieces.append(StreamPiece("", (), completion, index))
             self._timed.discard(request)
         return bool(late)

@@ -30,6 +30,7 @@ class OutputBuilder:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
+        self._closed = 0  # boxes that `closed_boxes` has returned
 
     def add(self, sample: Sample) -> str:
         """Append a token and return the text it adds, empty while a character or a stop string is incomplete."""
@@ -59,10 +60,20 @@ class OutputBuilder:
         """The text so far, without stop strings."""
         return "".join(self._shown)
 
+    def closed_boxes(self, images: int) -> tuple[Box, ...]:
+        """Return the boxes whose end tag the text has had since the last call, repetitions left out."""
+        text = self.text
+        end = max(text.rfind(tag) + len(tag) if tag in text else 0 for tag in ("</box>", "</quad>"))
+        boxes = self._parsed(text[:end], images)[self._closed :]
+        self._closed += len(boxes)
+        return tuple(replace(box, score=self._score(box.span)) for box in boxes)
+
     def boxes(self, images: int) -> tuple[Box, ...]:
         """Parse the boxes of the text, each scored by the mean probability of its tokens; images: of the prompt."""
-        boxes = parse_boxes(self.text, image_index=0 if images == 1 else None)
-        return tuple(replace(box, score=self._score(box.span)) for box in boxes)
+        return tuple(replace(box, score=self._score(box.span)) for box in self._parsed(self.text, images))
+
+    def _parsed(self, text: str, images: int) -> list[Box]:
+        return parse_boxes(text, image_index=0 if images == 1 else None)
 
     def _score(self, span: tuple[int, int] | None) -> float | None:
         """Return the geometric mean of the probabilities of the tokens that overlap these characters."""

@@ -151,7 +151,9 @@ class Branch:
         self.token_ids.append(sample.token_id)
         text = self.output.add(sample)
         if self.request.streamed:
-            self.request.pieces.append(StreamPiece(text, (sample.token_id,)))
+            logprobs = () if self.request.params.logprobs is None else (sample.logprob,)
+            boxes = self.output.closed_boxes(len(self.spans)) if ">" in text else ()
+            self.request.pieces.append(StreamPiece(text, (sample.token_id,), None, self.index, logprobs, boxes))
 
     def complete(self, finish_reason: str) -> None:
         """Store the completion of this answer, and publish its blocks for later prompts."""
@@ -171,4 +173,4 @@ class Branch:
         )
         request.completions[self.index] = completion
         if request.streamed:
-            request.pieces.append(StreamPiece("", (), completion))
+            request.pieces.append(StreamPiece("", (), completion, self.index))

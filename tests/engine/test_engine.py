@@ -197,8 +197,6 @@ def test_bad_engines(tmp_path: Path) -> None:
 def test_as_many_params_as_prompts(engine: Engine) -> None:
     with pytest.raises(PromptError, match="2 prompts and 1"):
         engine.generate(["a", "b"], [SamplingParams()])
-    with pytest.raises(PromptError, match="n is 2"):
-        engine.stream("a", SamplingParams(n=2))
     assert engine.generate([]) == []
 
 
