@@ -238,6 +238,10 @@ class SamplingOptions:
     max_tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum number of tokens to generate.", rich_help_panel=SAMPLING)
     ] = None
+    min_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", help="Do not end an answer before it has N tokens.", rich_help_panel=SAMPLING),
+    ] = 0
     temperature: Annotated[
         float | None,
         typer.Option(metavar="X", help="Sampling temperature; 0 = greedy.", rich_help_panel=SAMPLING),
@@ -254,6 +258,16 @@ class SamplingOptions:
         int | None,
         typer.Option(metavar="N", help="Sample from the N most likely tokens; 0 = all.", rich_help_panel=SAMPLING),
     ] = None
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="Subtract X, -2 to 2, from the logits of tokens in the answer.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(metavar="X", help="The same for each time that it has the token.", rich_help_panel=SAMPLING),
+    ] = 0.0
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="Random seed: the same seed gives the same answer.", rich_help_panel=SAMPLING),
@@ -270,9 +284,12 @@ class SamplingOptions:
 
         return SamplingParams(
             max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
             seed=self.seed,
             stop=tuple(argument_text(text, "--stop") for text in self.stop or ()),
         )

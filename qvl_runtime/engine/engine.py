@@ -240,7 +240,9 @@ class Engine:
             for name, value in plain.items()
             if name not in unused and getattr(requested, name) is None and getattr(resolved, name) != value
         ]
-        parts += self.defaults.rules(self._prompts.usual_stop_ids, ends=not requested.ignore_eos)
+        parts += self.defaults.rules(
+            self._prompts.usual_stop_ids, ends=not (requested.ignore_eos or requested.end_of_text_only)
+        )
         return f"from generation_config.json: {', '.join(parts)}" if parts else None
 
     def encode(self, prompt: Prompt) -> Encoded:

@@ -29,7 +29,9 @@ class Answers:
         """Return the next answer of a request. Raises `SamplingError` for token ids that the vocabulary lacks."""
         index, ids, model = len(request.branches), request.prompt.token_ids, self._runner.model
         output = OutputBuilder(request.prompt, request.params, self._tokenizer, self._max_tokens - len(ids))
-        sampling_state = SamplingState(request.params, ids, model.config.vocab_size, model.device, index)
+        sampling_state = SamplingState(
+            request.params, ids, model.config.vocab_size, model.device, index, output.end_ids
+        )
         branch = Branch(request, index, sequence, output, sampling_state)
         request.branches.append(branch)
         return branch

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.checks import LARGEST_FLOAT32, LARGEST_INT, SMALLEST_FLOAT32
-from qvl_runtime.errors import PromptError
+from qvl_runtime.errors import PromptError, SamplingError
 from qvl_runtime.prompt.boxes import Box
 from qvl_runtime.schedule import parameter_checks as check
 
@@ -26,6 +26,7 @@ MAX_STOP_STRINGS, MAX_STOP_LENGTH = 128, 1000  # those of generation_config.json
 
 _WHOLE: dict[str, tuple[int, int, str]] = {
     "max_tokens": (1, LARGEST_INT, "at least 1"),
+    "min_tokens": (0, LARGEST_INT, "0 (off) or more"),
     "top_k": (0, LARGEST_INT, "0 (off) or more"),
     "seed": (0, LARGEST_INT, "0 to 2^63 - 1"),
     "n": (1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers: make more requests for more"),
@@ -36,8 +37,11 @@ _REAL: dict[str, tuple[float, float, str]] = {
     "top_p": (SMALLEST_FLOAT32, 1.0, "at least 1.2e-38 and at most 1"),
     "min_p": (0.0, 1.0, "0 (off) to 1"),
     "repetition_penalty": (SMALLEST_FLOAT32, LARGEST_FLOAT32, "at least 1.2e-38 and at most 3.4e38; 1 is off"),
+    "presence_penalty": (-2.0, 2.0, "-2 to 2; 0 is off"),
+    "frequency_penalty": (-2.0, 2.0, "-2 to 2; 0 is off"),
     "timeout_s": (SMALLEST_FLOAT32, LARGEST_FLOAT32, "a number of seconds above 0"),
 }
+_REQUIRED = ("n", "min_tokens", "min_p", "presence_penalty", "frequency_penalty")  # None is no value of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +49,27 @@ class SamplingParams:
     """How tokens are sampled and when an answer stops. None means the value of the checkpoint's generation_config.json.
 
     temperature 0 is greedy. top_k 0 is off. `n` answers, at most 128, share one prefill; answer i is sampled with
-    seed + i. `stop` strings, at most 128 of up to 1,000 characters, are not part of the text. A `logit_bias` of -inf
-    forbids a token. `logprobs` is the number of alternatives returned for each token. With a seed, the answer does not
-    depend on other requests. Requests with different `cache_salt` share no cached prefixes, so that timing does not
-    tell one tenant what another has sent.
+    seed + i. `stop` strings, at most 128 of up to 1,000 characters, are not part of the text. Nothing ends an answer
+    before it has `min_tokens` tokens: those that would are forbidden, and stop strings are not looked for. A
+    `logit_bias` of -inf forbids a token. `presence_penalty` is subtracted from the logit of each token that the answer
+    already has, and `frequency_penalty` for each time that it has it, as OpenAI's API defines them: unlike
+    `repetition_penalty`, they do not count the prompt. `logprobs` is the number of alternatives returned for each
+    token. With a seed, the answer does not depend on other requests. Requests with different `cache_salt` share no
+    cached prefixes, so that timing does not tell one tenant what another has sent.
 
     Numbers may be those of numpy. They are sampled with as float32. Raises `SamplingError` for a value that has another
     type or is out of range as a float32.
     """
 
     max_tokens: int | None = None  # of the answer
+    min_tokens: int = 0  # of the answer
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float = 0.0  # drop tokens less likely than this fraction of the likeliest
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None  # None: from the system's entropy
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -67,22 +77,26 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     ignore_eos: bool = False  # for profiling: only `stop` and `stop_token_ids` end it, no token or string of the model
+    end_of_text_only: bool = False  # of the model's own, only <|endoftext|> ends it, not the end of a chat turn
     timeout_s: float | None = None  # from submission; an unfinished answer then ends with reason "deadline"
     cache_salt: str = ""
 
     def __post_init__(self) -> None:
         for name, (least, most, expected) in _WHOLE.items():
             value = getattr(self, name)
-            if value is not None or name == "n":
+            if value is not None or name in _REQUIRED:
                 self._set(name, check.whole(name, value, least, most, expected))
         for name, (low, high, expected) in _REAL.items():
             value = getattr(self, name)
-            if value is not None or name == "min_p":
+            if value is not None or name in _REQUIRED:
                 self._set(name, check.real(name, value, low, high, expected))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingError(f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; expected no more")
         self._set("stop", check.stop_strings(self.stop, MAX_STOP_STRINGS, MAX_STOP_LENGTH))
         self._set("stop_token_ids", check.ids("stop_token_ids", self.stop_token_ids))
         self._set("logit_bias", check.biases(self.logit_bias))
         self._set("ignore_eos", check.flag("ignore_eos", self.ignore_eos))
+        self._set("end_of_text_only", check.flag("end_of_text_only", self.end_of_text_only))
         self._set("cache_salt", check.text("cache_salt", self.cache_salt))
 
     def _set(self, name: str, value: object) -> None:
@@ -96,7 +110,7 @@ class SamplingParams:
         greedy, suppressed = not defaults.do_sample, defaults.suppressed_ids
         return replace(
             self,
-            stop=self.stop if self.ignore_eos else (*self.stop, *defaults.stop_strings),
+            stop=self.stop if self.ignore_eos or self.end_of_text_only else (*self.stop, *defaults.stop_strings),
             logit_bias={**dict.fromkeys(suppressed, -math.inf), **self.logit_bias} if suppressed else self.logit_bias,
             timeout_s=defaults.max_time if self.timeout_s is None else self.timeout_s,
             max_tokens=defaults.max_new_tokens if self.max_tokens is None else self.max_tokens,

@@ -148,7 +148,9 @@ class EngineCore:
         except BaseException:
             for planned, length, branches in zip(plan, lengths, num_branches, strict=True):
                 planned.branch.sequence.truncate(length)
-                planned.branch.sampling_state.restore(planned.branch.token_ids)
+                planned.branch.sampling_state.restore(
+                    planned.branch.request.prompt.token_ids, planned.branch.output.token_ids
+                )
                 for fork in planned.branch.request.branches[branches:]:
                     self.scheduler.remove(fork)
                 del planned.branch.request.branches[branches:]

@@ -19,9 +19,11 @@ class OutputBuilder:
 
     def __init__(self, prompt: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer, max_tokens: int) -> None:
         """params: resolved; max_tokens: tokens that fit the context after the prompt."""
-        eos_ids = frozenset() if params.ignore_eos else prompt.stop_ids
-        self._stop_ids = eos_ids | set(params.stop_token_ids)
-        sequences = () if params.ignore_eos else prompt.stop_sequences
+        eos_ids = frozenset({tokenizer.endoftext}) if params.end_of_text_only else prompt.stop_ids
+        eos_ids = frozenset() if params.ignore_eos else eos_ids
+        self.end_ids = eos_ids | set(params.stop_token_ids)
+        self._least = params.min_tokens
+        sequences = () if params.ignore_eos or params.end_of_text_only else prompt.stop_sequences
         self._matcher = StopMatcher((*params.stop, *(tokenizer.decode(ids) for ids in sequences)))
         self._decoder = StreamDecoder(tokenizer)
         self._limit = min(params.max_tokens or max_tokens, max_tokens)
@@ -36,13 +38,13 @@ class OutputBuilder:
         """Append a token and return the text it adds, empty while a character or a stop string is incomplete."""
         self.token_ids.append(sample.token_id)
         self.logprobs.append(sample.logprob)
-        if sample.token_id in self._stop_ids:
+        if sample.token_id in self.end_ids:
             self._ends.append(self._ends[-1] if self._ends else 0)
             self.finish_reason = "stop"
             return self._show(self._rest())
         decoded = self._decoder.feed(sample.token_id)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(decoded))
-        text, stopped = self._matcher.feed(decoded)
+        text, stopped = self._feed(decoded)
         if stopped:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self._limit:
@@ -83,8 +85,12 @@ class OutputBuilder:
         logprobs = [self.logprobs[i].logprob for i in range(first, min(last + 1, len(self._ends)))]
         return math.exp(sum(logprobs) / len(logprobs)) if logprobs else None
 
+    def _feed(self, text: str) -> tuple[str, bool]:
+        """Look for stop strings, in text that begins after the least tokens of an answer. Returns text to show."""
+        return self._matcher.feed(text) if len(self.token_ids) > self._least else (text, False)
+
     def _rest(self) -> str:
-        text, stopped = self._matcher.feed(self._decoder.flush())
+        text, stopped = self._feed(self._decoder.flush())
         return text if stopped else text + self._matcher.flush()
 
     def _show(self, text: str) -> str:

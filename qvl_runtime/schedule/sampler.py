@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from secrets import randbits
@@ -17,6 +18,7 @@ from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
 from qvl_runtime.errors import NumericsError, SamplingError, quoted
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 from qvl_runtime.schedule.numerics import numerics_error
+from qvl_runtime.schedule.token_mask import Mask, all_of, holds, remove, tokens_of
 
 
 class Sample(NamedTuple):
@@ -35,38 +37,81 @@ class SamplingState:
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Iterable[int], vocab: int, device: torch.device, index: int = 0
+        self,
+        params: SamplingParams,
+        prompt_ids: Iterable[int],
+        vocab: int,
+        device: torch.device,
+        index: int = 0,
+        end_ids: Iterable[int] = (),
     ) -> None:
-        """params: resolved; prompt_ids: already counted by the repetition penalty; index: of the answer, among n."""
+        """params: resolved; prompt_ids: already counted by the repetition penalty; index: of the answer, among n.
+
+        end_ids: tokens that would end the answer, forbidden until it has `min_tokens`.
+        """
         out_of_range = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab]
         if out_of_range:
             raise SamplingError(
                 f"token id {quoted(out_of_range[0])} is not in the vocabulary; expected 0 to {vocab - 1}"
             )
-        if len(params.logit_bias) == vocab and max(params.logit_bias.values()) == -math.inf:
-            raise SamplingError(f"logit_bias forbids every token of {vocab}: leave one without -inf")
+        ends = {token for token in end_ids if token < vocab} if params.min_tokens else set()
+        forbidden = {token for token, bias in params.logit_bias.items() if bias == -math.inf}
+        if len(forbidden | ends) == vocab:
+            besides = ", and min_tokens those that end the answer" if ends - forbidden else ""
+            raise SamplingError(f"logit_bias forbids every token of {vocab}{besides}: leave one without -inf")
         self.params = params
         self.penalty = params.repetition_penalty or 1.0
         self.seen: Tensor | None = None
         if self.penalty != 1.0:
             self.seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self.restore(prompt_ids)
-        self.bias: Tensor | None = None
-        if params.logit_bias:
+        self.bias: Tensor | None = None  # of the parameters, and less the presence and frequency penalties
+        self._counts: Counter[int] | None = None  # of tokens in the answer, if these penalties need them
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = Counter()
+        if params.logit_bias or self._counts is not None:
             self.bias = torch.zeros(vocab, device=device)
-            self.bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()), device=device)
+        self.restore(prompt_ids, ())
+        self._not_ends: Mask | None = None
+        if ends:
+            self._not_ends = all_of(vocab)
+            remove(self._not_ends, ends)
         self._seed = (randbits(63) if params.seed is None else params.seed) + index
 
     @property
     def foreseeable(self) -> bool:
         """Whether several positions may be sampled in one step. With a penalty, each depends on the previous ones."""
-        return self.seen is None
+        return self.seen is None and self._counts is None
 
-    def restore(self, token_ids: Iterable[int]) -> None:
-        """Have the penalty count these tokens, of prompt and answer, and no other."""
+    def restore(self, prompt_ids: Iterable[int], answer_ids: Iterable[int]) -> None:
+        """Have the penalties count these tokens and no other."""
+        answer = list(answer_ids)
         if self.seen is not None:
             self.seen.zero_()
-            self.seen[torch.tensor(list(token_ids), dtype=torch.long, device=self.seen.device)] = True
+            self.seen[torch.tensor([*prompt_ids, *answer], dtype=torch.long, device=self.seen.device)] = True
+        if self.bias is not None:
+            biases = dict(self.params.logit_bias)
+            if self._counts is not None:
+                self._counts = Counter(answer)
+                biases |= {token: self._bias_of(token, n) for token, n in self._counts.items()}
+            self.bias.zero_()
+            self.bias[list(biases)] = torch.tensor(list(biases.values()), device=self.bias.device)
+
+    def count(self, token: int) -> None:
+        """Have the penalties count a token of the answer."""
+        if self.seen is not None:
+            self.seen[token] = True
+        if self._counts is not None and self.bias is not None:
+            self._counts[token] += 1
+            self.bias[token] = self._bias_of(token, self._counts[token])
+
+    def _bias_of(self, token: int, n: int) -> float:
+        """The bias of a token that the answer has n times, from the start, so that no rounding adds up."""
+        params = self.params
+        return params.logit_bias.get(token, 0.0) - params.presence_penalty - n * params.frequency_penalty
+
+    def allowed(self, position: int) -> Mask | None:
+        """The tokens that may be at this position of the answer; None: all."""
+        return self._not_ends if position < self.params.min_tokens else None
 
     def uniform(self, position: int) -> float:
         """Return the random number in [0, 1) for this position of the answer."""
@@ -84,15 +129,21 @@ class SamplingRow(NamedTuple):
 def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) -> list[Sample]:
     """Sample one token for each row of logits [m, vocab], by `ops.sample`, or `ops.greedy` if all are plain greedy.
 
+    A mask alone does not need `ops.sample`: the likeliest of all tokens is usually allowed.
+
     A row without a distribution gives an error; its log probability, which is NaN, tells. Device results are copied to
     the host once, so that a step waits for its device only when tokens are read.
     """
-    parameters = sampling_rows(logits.device, rows)
+    masks = [row.state.allowed(row.position) for row in rows]
+    parameters = sampling_rows(logits.device, rows, masks)
     sampled = ops.greedy(logits) if parameters is None else ops.sample(logits, parameters)
     token_ids, logprobs = _on_host(sampled)
+    if parameters is None:
+        for i, mask in enumerate(masks):
+            if mask is not None and not holds(mask, token_ids[i]):
+                token_ids[i], logprobs[i] = _likeliest_allowed(logits[i], mask, token_ids[i], logprobs[i])
     for row, token in zip(rows, token_ids, strict=True):
-        if row.state.seen is not None:
-            row.state.seen[token] = True
+        row.state.count(token)
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
     if any(row.state.params.logprobs for row in rows):
         raw = logits.float()
@@ -108,11 +159,23 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) ->
     return samples
 
 
-def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> SamplingRows | None:
-    """The parameters of each row on the device; None if all rows select the likeliest token and nothing else.
+def _likeliest_allowed(logits: Tensor, mask: Mask, first: int, logprob: float) -> tuple[int, float]:
+    """The likeliest token of a mask, and its log probability, from those of the likeliest of all tokens."""
+    ids = torch.from_numpy(tokens_of(mask)).to(logits.device)
+    values = logits[ids].float()
+    best, top = values.argmax(), logits[first].float()
+    chosen = torch.stack([ids[best].double(), (values[best] - top).double() + logprob]).tolist()
+    return int(chosen[0]), chosen[1] if math.isfinite(chosen[1]) else math.nan
+
+
+def sampling_rows(
+    device: torch.device, rows: Sequence[SamplingRow], masks: Sequence[Mask | None] = ()
+) -> SamplingRows | None:
+    """The parameters of each row on the device; None if all rows select the likeliest token, of a mask or of all.
 
     One copy moves the numbers. Rows with a penalty or a bias share one stack of seen tokens and of biases.
     """
+    allowed = _on_device(masks, device)
     special = [i for i, row in enumerate(rows) if row.state.seen is not None or row.state.bias is not None]
     if not special and not any(row.state.params.temperature for row in rows):
         return None
@@ -133,7 +196,7 @@ def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> Sampling
     temperature, top_k, top_p, min_p, uniform, penalty, slot = (
         torch.tensor(numbers, dtype=torch.float64).t().contiguous().to(device, non_blocking=True)
     )
-    parameters = SamplingRows(temperature.float(), top_k.int(), top_p.float(), min_p.float(), uniform)
+    parameters = SamplingRows(temperature.float(), top_k.int(), top_p.float(), min_p.float(), uniform, allowed=allowed)
     if not special:
         return parameters
     states = [rows[i].state for i in special]
@@ -141,6 +204,18 @@ def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> Sampling
     return parameters._replace(
         penalty=None if seen is None else penalty.float(), slots=slot.long(), seen=seen, bias=bias
     )
+
+
+def _on_device(masks: Sequence[Mask | None], device: torch.device) -> Tensor | None:
+    """The masks of all rows, int32 [m, words]; None if no row has one."""
+    words = next((len(mask) for mask in masks if mask is not None), None)
+    if words is None:
+        return None
+    stacked = torch.full((len(masks), words), -1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    for row, mask in zip(stacked.numpy(), masks, strict=True):
+        if mask is not None:
+            row[:] = mask
+    return stacked.to(device, non_blocking=True)
 
 
 def _on_host(sampled: SampledTokens) -> tuple[list[int], list[float]]:

@@ -24,6 +24,9 @@ INNOCENT = {"token_ids": [5, 6, 7]}
 FORMATS = ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM")
 USUAL: dict[str, tuple[Any, ...]] = {  # values that are usually right, and those next to them
     "max_tokens": (1, 2, 5, None, 0),
+    "min_tokens": (0, 1, 4, 10**6),
+    "presence_penalty": (0.0, 1.5, -2.0, 2.1),
+    "frequency_penalty": (0.0, 0.3, -2.0, float("nan")),
     "temperature": (0.0, 1.0, 0.5, 1e-300, 1e30, 100.0),
     "top_p": (1.0, 0.5, 1e-12, 1e-46, 0.999999),
     "top_k": (0, 1, 50, 10**6),
@@ -36,6 +39,7 @@ USUAL: dict[str, tuple[Any, ...]] = {  # values that are usually right, and thos
     "logit_bias": ({}, {5: 100.0}, {5: float("-inf")}, {5: float("inf")}, {5: 1e308}),
     "logprobs": (None, 0, 5, 10**6),
     "ignore_eos": (True, False),
+    "end_of_text_only": (True, False),
     "timeout_s": (None, 10.0, 1e-9),
     "cache_salt": ("", "a", "\ud800"),
 }

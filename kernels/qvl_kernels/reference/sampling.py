@@ -23,13 +23,15 @@ class SamplingRows(NamedTuple):
     slots: Tensor | None = None  # int64 [m]: the row of `seen` and `bias` that applies, or -1
     seen: Tensor | None = None  # bool [s, vocab]: tokens of prompt and answer so far
     bias: Tensor | None = None  # float32 [s, vocab], added to the logits
+    allowed: Tensor | None = None  # int32 [m, ceil(vocab / 32)]: bit t % 32 of word t // 32 is whether t may be chosen
 
 
 class SampledTokens(NamedTuple):
     """The sampled tokens and their log probabilities.
 
     A row without a distribution has no token: its log probability is NaN, and its id a valid one without meaning. Such
-    a row has NaN or +inf among its logits, or after penalties and biases its scores are all -inf or one is +inf.
+    a row has NaN or +inf among its logits, or its scores, after penalties, biases and the mask, are all -inf or one is
+    +inf.
     """
 
     token_ids: Tensor  # int64 [m]
@@ -46,7 +48,7 @@ def greedy(logits: Tensor) -> SampledTokens:
 def sample(logits: Tensor, rows: SamplingRows) -> SampledTokens:
     """One token for each row of logits [m, vocab] of any dtype.
 
-    Order: repetition penalty, bias, temperature, top-k, top-p, min-p, draw. Temperature 0 selects the likeliest.
+    Order: repetition penalty, bias, mask, temperature, top-k, top-p, min-p, draw. Temperature 0 selects the likeliest.
     """
     raw = logits.float()
     scores = _penalized(raw, rows)
@@ -60,15 +62,22 @@ def sample(logits: Tensor, rows: SamplingRows) -> SampledTokens:
 
 
 def _penalized(raw: Tensor, rows: SamplingRows) -> Tensor:
-    """Scores after penalties and biases; `raw` itself if no row has any.
+    """Scores after penalties and biases, -inf for tokens that the mask forbids; `raw` itself if no row has any."""
+    scores = raw if rows.slots is None else _biased(raw, rows, rows.slots)
+    if rows.allowed is None:
+        return scores
+    bits = rows.allowed[:, :, None] >> torch.arange(32, dtype=torch.int32, device=raw.device) & 1
+    return scores.masked_fill(bits.flatten(1)[:, : raw.shape[1]] == 0, -math.inf)
+
+
+def _biased(raw: Tensor, rows: SamplingRows, row_slots: Tensor) -> Tensor:
+    """Scores after penalties and biases, of the rows that have a slot.
 
     The penalty is that of Keskar et al. 2019, with the sign rule of transformers: positive scores are divided by it,
     others multiplied.
     """
-    if rows.slots is None:
-        return raw
-    at = (rows.slots >= 0).nonzero()[:, 0]
-    slots, scores = rows.slots[at], raw[at]
+    at = (row_slots >= 0).nonzero()[:, 0]
+    slots, scores = row_slots[at], raw[at]
     if rows.seen is not None and rows.penalty is not None:
         penalty = rows.penalty[at, None]
         scores = torch.where(rows.seen[slots], torch.where(scores > 0, scores / penalty, scores * penalty), scores)

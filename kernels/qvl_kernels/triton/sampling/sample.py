@@ -1,4 +1,4 @@
-"""Sample the next token of each row on the GPU: penalty, bias, temperature, top-k, top-p, min-p and the draw.
+"""Sample the next token of each row on the GPU: penalty, bias, mask, temperature, top-k, top-p, min-p and draw.
 
 The vocabulary is never sorted. Every cut and the draw itself need the place in the ranking where a count or a mass is
 reached, and a bisection over the scores finds it. It runs over candidates: the tokens above the first of a few
@@ -29,11 +29,14 @@ COLDEST = tl.constexpr(1e-30)
 
 @triton.jit
 def score_kernel(
-    logits_ptr, penalty_ptr, slots_ptr, seen_ptr, bias_ptr, scores_ptr, tops_ptr, masses_ptr, best_ptr, ids_ptr,
-    vocab, chunks,
-    PENALTY: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr,
+    logits_ptr, penalty_ptr, slots_ptr, seen_ptr, bias_ptr, allowed_ptr,
+    scores_ptr, tops_ptr, masses_ptr, best_ptr, ids_ptr,
+    vocab, chunks, words,
+    PENALTY: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """scores = (seen ? logits / penalty or logits * penalty by its sign : logits) + bias, float32 [m, vocab].
+
+    A token whose bit in allowed int32 [m, words] is 0 has the score -inf.
 
     Of each chunk, all [m, chunks]: tops and masses of the logits (largest, and sum of 2^((x - top) log2 e)), best
     and ids of the scores (largest, and the first token that has it). The mass is NaN where a logit is NaN or +inf, or a
@@ -58,6 +61,9 @@ def score_kernel(
         if BIAS:
             bias = tl.load(bias_ptr + slot * vocab + token, known, 0.0)
             x = tl.where(bias == float("-inf"), bias, x + bias)
+    if MASK:
+        word = tl.load(allowed_ptr + row * words + token // 32, inside, 0)
+        x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
     best = tl.max(x, 0)
     tl.store(masses_ptr + at, tl.where(best < float("inf"), mass, float("nan")))
     tl.store(best_ptr + at, best)
@@ -174,16 +180,16 @@ def _plan(logits: Tensor, rows: SamplingRows | None, tokens: Tensor, logprobs: T
     ids, found = logits.new_empty(m, chunks, dtype=torch.int32), logits.new_empty(m, dtype=torch.int32)
     whole = logits.new_empty(m, dtype=torch.float32)
     ranked = logits.new_empty(m, vocab, dtype=torch.int32)
-    penalty, slots, seen, bias = (None,) * 4 if rows is None else rows[5:]
+    penalty, slots, seen, bias, allowed = (None,) * 5 if rows is None else rows[5:]
     marks = ids if seen is None else seen.view(torch.uint8)
     scored: Arguments = {"scores_ptr": scores, "best_ptr": best}
     most = triton.next_power_of_2(chunks)
     launches = [Launch(
         score_kernel, (chunks, m),
         {"logits_ptr": logits, "penalty_ptr": _or(penalty, scores), "slots_ptr": _or(slots, ids),
-         "seen_ptr": marks, "bias_ptr": _or(bias, scores), "tops_ptr": tops, "masses_ptr": masses,
-         "ids_ptr": ids, **scored, **sizes},
-        {"PENALTY": seen is not None, "BIAS": bias is not None, "CHUNK": CHUNK},
+         "seen_ptr": marks, "bias_ptr": _or(bias, scores), "allowed_ptr": _or(allowed, ids),
+         "tops_ptr": tops, "masses_ptr": masses, "ids_ptr": ids, **scored, **sizes, "words": cdiv(vocab, 32)},
+        {"PENALTY": seen is not None, "BIAS": bias is not None, "MASK": allowed is not None, "CHUNK": CHUNK},
     )]  # fmt: skip
     if rows is not None:
         counts = logits.new_empty(m, LEVELS + 1, chunks, dtype=torch.int32)
@@ -226,6 +232,7 @@ def _check_rows(rows: SamplingRows, m: int, vocab: int) -> None:
     for name, value, shape, dtype in (
         ("penalty", rows.penalty, (m,), torch.float32), ("slots", rows.slots, (m,), torch.int64),
         ("seen", rows.seen, (None, vocab), torch.bool), ("bias", rows.bias, (None, vocab), torch.float32),
+        ("allowed", rows.allowed, (m, cdiv(vocab, 32)), torch.int32),
     ):  # fmt: skip
         if value is not None:
             checks.tensor("sample", name, value, shape, dtype)
