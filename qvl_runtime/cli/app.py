@@ -23,11 +23,12 @@ from qvl_runtime.cli.info import info
 from qvl_runtime.cli.plan import plan
 from qvl_runtime.cli.profile import profile_app
 from qvl_runtime.cli.quantize import quantize
+from qvl_runtime.cli.serve import serve
 from qvl_runtime.cli.streams import discard_output, prepare
 from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say_error, say_warning
 from qvl_runtime.cli.verify import verify
 
-COMMANDS = (generate, chat, batch, info, demo, convert, verify, quantize, plan)
+COMMANDS = (generate, chat, batch, serve, info, demo, convert, verify, quantize, plan)
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -135,7 +135,11 @@ class ModelOptions:
         with working(f"loading {self.model or DEFAULT_MODEL}"):
             from qvl_runtime.engine.engine import Engine
 
-            return Engine(**{name: value for name, value in asdict(self).items() if value is not None})
+            return Engine(**self.values())
+
+    def values(self) -> dict[str, Any]:
+        """The arguments of `Engine` that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ class RunOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class EngineOptions(RunOptions):
-    """Which checkpoint to run, and which of the user's images it reads and how: fields of `Engine`, too."""
+class ReadingOptions(RunOptions):
+    """Which checkpoint to run, and how it reads images: fields of `Engine`, too."""
 
     max_image_pixels: Annotated[
         int | None, count_option("Largest image, width x height. Default: 67,108,864.", IMAGES)
@@ -212,6 +216,11 @@ class EngineOptions(RunOptions):
             rich_help_panel=IMAGES,
         ),
     ] = "range"
+
+
+@dataclass(frozen=True)
+class EngineOptions(ReadingOptions):
+    """Which checkpoint to run, and which of the user's images it reads and how: fields of `Engine`, too."""
 
     allow_files: Annotated[
         bool,

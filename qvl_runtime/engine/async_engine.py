@@ -70,18 +70,27 @@ class AsyncEngine:
         `prompt` may be what `encode` returned. Raises the errors of `Engine.stream`, and `BusyError` if the engine is
         busy and `wait` is false.
         """
-        async with aclosing(self._items(prompt, params, wait, streamed=True)) as items:
-            async for piece in items:
-                yield piece
+        async with aclosing(self.stream_batches(prompt, params, wait=wait)) as batches:
+            async for pieces in batches:
+                for piece in pieces:
+                    yield piece
+
+    async def stream_batches(
+        self, prompt: Prompt | Encoded, params: SamplingParams | None = None, *, wait: bool = True
+    ) -> AsyncGenerator[list[StreamPiece], None]:
+        """Do the same, and yield at once all pieces that have come since the last were taken."""
+        async with aclosing(self._batches(prompt, params, wait, streamed=True)) as batches:
+            async for pieces in batches:
+                yield pieces
 
     async def generate(
         self, prompt: Prompt | Encoded, params: SamplingParams | None = None, *, wait: bool = True
     ) -> Completion:
         """Answer one prompt; with n > 1 the other answers are in `alternatives`. Canceling the task cancels it."""
         completion = None
-        async with aclosing(self._items(prompt, params, wait, streamed=False)) as items:
-            async for piece in items:
-                completion = piece.completion
+        async with aclosing(self._batches(prompt, params, wait, streamed=False)) as batches:
+            async for pieces in batches:
+                completion = pieces[-1].completion
         if completion is None:
             raise RuntimeError("the stream ended without a completion")
         return completion
@@ -109,9 +118,9 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _items(
+    async def _batches(
         self, prompt: Prompt | Encoded, params: SamplingParams | None, wait: bool, streamed: bool
-    ) -> AsyncGenerator[StreamPiece, None]:
+    ) -> AsyncGenerator[list[StreamPiece], None]:
         if self.busy and not wait:
             raise BusyError(f"{self.max_pending} requests are pending, the limit of max_pending: try again later")
         async with self._slots:
@@ -122,14 +131,14 @@ class AsyncEngine:
             unfinished = params.n if streamed and isinstance(params, SamplingParams) else 1
             try:
                 while True:
-                    item = await reader.items.get()
-                    reader.taken += 1
-                    if isinstance(item, BaseException):
-                        raise item
+                    pieces, error = await reader.take()
                     if reader.request is not None and reader.request.paused:
                         self._worker.wake()  # so that it resumes the request
-                    yield item
-                    unfinished -= item.completion is not None
+                    if pieces:
+                        yield pieces
+                    if error is not None:
+                        raise error
+                    unfinished -= sum(piece.completion is not None for piece in pieces)
                     if not unfinished:
                         return
             finally:

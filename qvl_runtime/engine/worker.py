@@ -38,6 +38,15 @@ class Reader:
         except RuntimeError:  # the loop was closed in the meantime
             return
 
+    async def take(self) -> tuple[list[StreamPiece], BaseException | None]:
+        """Wait for an item, and return all pieces that are there, and the error that ended them."""
+        items = [await self.items.get()]
+        while not self.items.empty():
+            items.append(self.items.get_nowait())
+        self.taken += len(items)
+        error = next((item for item in items if isinstance(item, BaseException)), None)
+        return [item for item in items if not isinstance(item, BaseException)], error
+
     def _put(self, items: list[Item]) -> None:
         for item in items:
             self.items.put_nowait(item)

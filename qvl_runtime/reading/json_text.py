@@ -11,30 +11,38 @@ MAX_DEPTH = 64  # levels of lists and objects: published files have four, conver
 _WHITESPACE = " \t\n\r"  # JSON's own
 
 
-def parse_json(text: str, where: str, error: type[QVLError], way_out: str = "correct it") -> Any:
+def parse_json(text: str, where: str, error: type[QVLError], way_out: str = "correct it", finite: bool = False) -> Any:
     """Parse one JSON value.
 
     Raises `error`, which names `where` and ends in `way_out`, for text that is not JSON, for more than `MAX_DEPTH`
-    levels, for an object with two values under one key, and for whole numbers of thousands of digits.
+    levels, for an object with two values under one key, for whole numbers of thousands of digits, and if `finite` for
+    the NaN and Infinity that JSON does not have.
     """
-    value, end = parse_json_at(text, len(text) - len(text.lstrip(_WHITESPACE)), where, error, way_out)
+    value, end = parse_json_at(text, len(text) - len(text.lstrip(_WHITESPACE)), where, error, way_out, finite)
     if rest := text[end:].strip(_WHITESPACE):
         raise error(f"{where} has {quoted(rest[:40])} after the end of its JSON: {way_out}")
     return value
 
 
 def parse_json_at(
-    text: str, position: int, where: str, error: type[QVLError], way_out: str = "correct it"
+    text: str,
+    position: int,
+    where: str,
+    error: type[QVLError],
+    way_out: str = "correct it",
+    finite: bool = False,
 ) -> tuple[Any, int]:
     """Parse the JSON value that begins at `position`; returns it and its end. Raises as `parse_json` does."""
     try:
-        value, end = _DECODER.raw_decode(text, position)
+        value, end = (_FINITE if finite else _DECODER).raw_decode(text, position)
     except RecursionError:
         raise error(_too_deep(where, way_out)) from None
     except json.JSONDecodeError as cause:
         raise error(f"{where} is not JSON ({cause}): {way_out}") from None
     except _RepeatedKeyError as cause:
         raise error(f"{where} has two values under the key {quoted(cause.args[0])}: remove one of them") from None
+    except _NotFiniteError as cause:
+        raise error(f"{where} has {cause.args[0]}, which is not JSON: {way_out}") from None
     except ValueError:  # Python refuses to convert them: their time grows with the square of their length
         raise error(f"{where} holds a number of thousands of digits: {way_out}") from None
     if is_deeper(value, MAX_DEPTH):
@@ -57,6 +65,10 @@ class _RepeatedKeyError(ValueError):
     """The key, as the only argument."""
 
 
+class _NotFiniteError(ValueError):
+    """The name of the constant, as the only argument."""
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these pairs. A key may be repeated with an equal value, which is harmless."""
     values = dict(pairs)
@@ -67,7 +79,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def _refuse_constant(name: str) -> None:
+    raise _NotFiniteError(name)
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_FINITE = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _too_deep(where: str, way_out: str) -> str:

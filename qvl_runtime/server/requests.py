@@ -1,0 +1,128 @@
+"""From the JSON of a request to sampling parameters: what both ways of asking have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qvl_runtime.errors import quoted
+from qvl_runtime.server.answers import request_usage
+from qvl_runtime.server.checks import check
+from qvl_runtime.server.errors import NOT_FOUND, APIError, invalid
+from qvl_runtime.server.fields import ABSENT, UNUSED, Field, object_schema
+
+if TYPE_CHECKING:
+    from qvl_runtime.prompt.tokenizer import Tokenizer
+    from qvl_runtime.schedule.api import Completion, SamplingParams
+    from qvl_runtime.server.config import ServerConfig
+
+Body = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request."""
+
+    name: str | None  # of the API key; None: no keys are asked for
+    salt: str = ""  # of the prefix cache, a secret of this process for each key
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what becomes of it, for the log and the metrics."""
+
+    caller: Caller
+    usage: dict[str, Any] | None = None
+    outcome: str | None = None
+
+    def finished(self, answers: Sequence[Completion]) -> None:
+        """Count the answers of one prompt."""
+        usage = request_usage(answers)
+        if self.usage is not None:
+            usage = {name: usage[name] + self.usage[name] for name in ("prompt_tokens", "completion_tokens")}
+        self.usage = usage
+        self.outcome = answers[0].finish_reason
+
+
+def checked(body: Any, fields: Mapping[str, Field], required: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a request that are not null. Raises `APIError` 400, which names the first that is wrong."""
+    if not isinstance(body, dict):
+        raise invalid(f"the body is {quoted(body)}; expected a JSON object", code="invalid_body")
+    check({name: value for name, value in body.items() if name in fields}, object_schema(fields, required), "")
+    for name, value in body.items():
+        if name in fields or name in UNUSED:
+            continue
+        if name not in ABSENT:
+            raise invalid(f"{quoted(name)} is not a field of this request: leave it out", name[:100], "unknown_field")
+        nothing, why = ABSENT[name]
+        if not any(value is entry or value == entry for entry in nothing):
+            raise invalid(f"{name} is not supported: {why}", name, "unsupported_field")
+    return {name: value for name, value in body.items() if name in fields and value is not None}
+
+
+def check_model(request: Body, config: ServerConfig) -> None:
+    """Raise `APIError` 404 for a model that is not served."""
+    name = request.get("model")
+    if name is not None and name not in config.model_names and not config.any_model:
+        served = ", ".join(config.model_names)
+        message = f"the model {quoted(name)} is not served here; expected {served}"
+        raise APIError(404, message, NOT_FOUND, "model", "model_not_found")
+
+
+def sampling_values(
+    request: Body, fields: Mapping[str, Field], tokenizer: Tokenizer, config: ServerConfig, caller: Caller
+) -> dict[str, Any]:
+    """The values of `SamplingParams` that a request sets, except max_tokens and logprobs."""
+    values: dict[str, Any] = {
+        field.to: request[name] for name, field in fields.items() if field.to is not None and name in request
+    }
+    for name in ("stop", "stop_token_ids"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    for name in ("top_k", "seed", "n", "min_tokens"):
+        if name in values:
+            values[name] = int(values[name])
+    if "seed" in values:
+        values["seed"] &= 2**63 - 1  # OpenAI's may be negative
+    if values.get("n", 1) > config.max_answers:
+        raise invalid(f"n is {values['n']}; this server gives at most {config.max_answers} answers", "n")
+    if "logit_bias" in request:
+        values["logit_bias"] = _biases(request["logit_bias"], tokenizer)
+    return values | {"cache_salt": caller.salt, "timeout_s": config.request_timeout_s}
+
+
+def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
+    """The parameters. Raises `SamplingError`, which names the field."""
+    from qvl_runtime.schedule.api import SamplingParams
+
+    return SamplingParams(**values)
+
+
+def answer_limit(wanted: int | None, prompt_tokens: int, context: int, config: ServerConfig, name: str) -> int:
+    """The longest answer to a prompt: what is wanted, by default all that the context has left.
+
+    Raises `APIError` 400, with both numbers, if prompt and answer do not fit the context.
+    """
+    left = context - prompt_tokens
+    if left < 1 or (wanted or 0) > left:
+        answer = "an answer of at least one token" if wanted is None else f"{wanted} tokens of {name}"
+        message = f"the prompt has {prompt_tokens} tokens, and with {answer} exceeds the context of {context} tokens"
+        raise invalid(message, name if left >= 1 else None, "context_length_exceeded")
+    limit = left if wanted is None else wanted
+    return min(limit, config.max_answer_tokens or limit)
+
+
+def salt_of(key: str, secret: bytes) -> str:
+    """The prefix cache's salt for an API key."""
+    return hashlib.blake2b(key.encode(), key=secret, digest_size=16).hexdigest()
+
+
+def _biases(biases: Mapping[str, float], tokenizer: Tokenizer) -> dict[int, float]:
+    """Biases by token id, from those by id, as a string of digits, or by text."""
+    found: dict[int, float] = {}
+    for name, bias in biases.items():
+        ids = [int(name)] if name.isascii() and name.isdigit() and len(name) < 10 else tokenizer.encode(name, "none")
+        found |= dict.fromkeys(ids, float(bias))
+    return found
