@@ -80,6 +80,13 @@ class SamplingError(QVLError, ValueError):
     """A sampling parameter is out of range."""
 
 
+class ConstraintError(SamplingError):
+    """A constraint on the answer is malformed, too large, not supported, or leaves no token to continue with.
+
+    Where it shows only while the answer is generated, it is the error of that request alone.
+    """
+
+
 class NumericsError(QVLError, ArithmeticError):
     """The model gave no probabilities for a token: NaN or infinite logits, or every token ruled out by the request.
 

@@ -281,6 +281,14 @@ class SamplingOptions:
         int | None,
         typer.Option(metavar="N", help="Random seed: the same seed gives the same answer.", rich_help_panel=SAMPLING),
     ] = None
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Hold boxes to their format: force, nothing but boxes, or allow, text too.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Stop before this text; repeat for several.", rich_help_panel=SAMPLING),
@@ -300,6 +308,7 @@ class SamplingOptions:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             seed=self.seed,
+            boxes=self.boxes,
             stop=tuple(argument_text(text, "--stop") for text in self.stop or ()),
         )
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, overload
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.engine.arguments import checked_params, prompt_list
+from qvl_runtime.engine.constraints import Constraints
 from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe
 from qvl_runtime.engine.score import Score, score_prompt
@@ -82,6 +83,7 @@ class Engine:
         if engine_config.synthetic is not None:
             self.folder = Path(f"synthetic {engine_config.synthetic}")  # the name in reports
         defaults.check_ids(config.vocab_size)
+        self.constraints = Constraints(self.tokenizer, config.vocab_size)
         self.max_model_len = engine_config.max_model_len or config.context_limit
         self._prompts = PromptEncoder(
             self.tokenizer,
@@ -166,8 +168,9 @@ class Engine:
     ) -> Request:
         """Queue a request in `core`, for callers that take its steps or wait for them with `exclusive`."""
         resolved = checked_params(params).resolve(self.defaults)
+        constrain = self.constraints.of(resolved, encoded.prompt.token_ids)
         with self.exclusive():
-            return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag)
+            return self.core.submit(encoded.prompt, resolved, encoded.image_s, streamed, tag, constrain)
 
     def cancel(self, request: Request) -> None:
         """Remove a submitted request and free its memory, now or when the running step ends. Safe in any thread."""

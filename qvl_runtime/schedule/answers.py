@@ -26,11 +26,17 @@ class Answers:
         self._unfinished: dict[Request, Root] = {}  # in order
 
     def new(self, request: Request, sequence: Sequence) -> Branch:
-        """Return the next answer of a request. Raises `SamplingError` for token ids that the vocabulary lacks."""
+        """Return the next answer of a request. Raises `SamplingError` for token ids that the vocabulary lacks.
+
+        Raises `ConstraintError` for an answer that is too short for what its constraint demands.
+        """
         index, ids, model = len(request.branches), request.prompt.token_ids, self._runner.model
         output = OutputBuilder(request.prompt, request.params, self._tokenizer, self._max_tokens - len(ids))
+        constraint = None
+        if request.constrain is not None:
+            constraint = request.constrain(output.end_ids, output.remaining)
         sampling_state = SamplingState(
-            request.params, ids, model.config.vocab_size, model.device, index, output.end_ids
+            request.params, ids, model.config.vocab_size, model.device, index, output.end_ids, constraint
         )
         branch = Branch(request, index, sequence, output, sampling_state)
         request.branches.append(branch)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.checks import LARGEST_FLOAT32, LARGEST_INT, SMALLEST_FLOAT32
 from qvl_runtime.errors import PromptError, SamplingError
+from qvl_runtime.prompt.box_rules import BoxRules, rules_of
 from qvl_runtime.prompt.boxes import Box
 from qvl_runtime.schedule import parameter_checks as check
 
@@ -80,6 +81,7 @@ class SamplingParams:
     end_of_text_only: bool = False  # of the model's own, only <|endoftext|> ends it, not the end of a chat turn
     timeout_s: float | None = None  # from submission; an unfinished answer then ends with reason "deadline"
     cache_salt: str = ""
+    boxes: str | BoxRules | None = None  # "force": boxes and nothing else; "allow": free text, in it boxes that parse
 
     def __post_init__(self) -> None:
         for name, (least, most, expected) in _WHOLE.items():
@@ -97,6 +99,8 @@ class SamplingParams:
         self._set("logit_bias", check.biases(self.logit_bias))
         self._set("ignore_eos", check.flag("ignore_eos", self.ignore_eos))
         self._set("end_of_text_only", check.flag("end_of_text_only", self.end_of_text_only))
+        if self.boxes is not None:
+            rules_of(self.boxes)
         self._set("cache_salt", check.text("cache_salt", self.cache_salt))
 
     def _set(self, name: str, value: object) -> None:

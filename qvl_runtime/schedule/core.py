@@ -10,12 +10,13 @@ from functools import partial
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 
-from qvl_runtime.errors import CapacityError, NumericsError, QVLError
+from qvl_runtime.errors import CapacityError, QVLError
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.answers import Answers
 from qvl_runtime.schedule.api import SamplingParams, StreamPiece
+from qvl_runtime.schedule.constraint import Constrain
 from qvl_runtime.schedule.numerics import numerics_error
 from qvl_runtime.schedule.request import Branch, Clock, Request
 from qvl_runtime.schedule.runner import Chunk, Computed, Runner
@@ -30,7 +31,7 @@ class Outcome(NamedTuple):
 
     planned: ScheduledBranch
     samples: list[Sample]
-    error: NumericsError | None = None
+    error: QVLError | None = None
 
 
 class EngineCore:
@@ -59,13 +60,15 @@ class EngineCore:
         image_s: float = 0.0,
         streamed: bool = False,
         tag: Any = None,
+        constrain: Constrain | None = None,
     ) -> Request:
         """Put a request in the queue; params: resolved. Its NTK factor is fixed here, from the whole prompt.
 
-        Raises `CapacityError` for a request that could never run, and `SamplingError` for invalid token ids.
+        Raises `CapacityError` for a request that could never run, `SamplingError` for invalid token ids, and
+        `ConstraintError` if `max_tokens` cannot hold what the constraint demands.
         """
         self.check_length(len(prompt.token_ids), answer=1)
-        request = Request(next(self._numbers), prompt, params, Clock(image_s), tag, streamed)
+        request = Request(next(self._numbers), prompt, params, Clock(image_s), tag, streamed, constrain)
         alpha = ntk_alpha(self.runner.model.config, len(prompt.token_ids))
         self.scheduler.add(self.answers.new(request, self.runner.cache.sequence(alpha, params.cache_salt)))
         if request.deadline is not None:
@@ -195,21 +198,25 @@ class EngineCore:
                 continue
             for branch in [planned.branch, *self.answers.fork(planned.branch)]:
                 scheduled = planned if branch is planned.branch else ScheduledBranch(branch, 0)
+                try:
+                    rows += branch.sampling_state.rows(len(branch.output.token_ids), planned.drafts)
+                except QVLError as error:
+                    outcomes.append(Outcome(scheduled, [], error.with_traceback(None)))
+                    continue
                 indices += range(start, end)
-                rows += [
-                    SamplingRow(branch.sampling_state, len(branch.output.token_ids) + i) for i in range(end - start)
-                ]
                 outcomes.append(Outcome(scheduled, []))
         if not indices:
-            return []
+            return outcomes
         samples = iter(sample(computed(indices), rows, self._ops))
-        for planned, branch_samples, _ in outcomes:
-            branch_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
+        for planned, branch_samples, fault in outcomes:
+            if fault is None:
+                branch_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
         return outcomes
 
     def _take(self, outcome: Outcome) -> None:
         if outcome.error is not None:
             self._fail(outcome.planned.branch.request, outcome.error)
+            return
         self._append_tokens(outcome.planned, outcome.samples)
 
     def _append_tokens(self, planned: ScheduledBranch, samples: list[Sample]) -> None:
@@ -231,7 +238,7 @@ class EngineCore:
             taken += 1
             if branch.output.finish_reason is not None or taken > len(drafts) or sampled.token_id != drafts[taken - 1]:
                 break
-        if drafts and self.drafter is not None:
+        if drafts and self.drafter is not None and not planned.forced:
             self.drafter.count(len(drafts), max(0, taken - 1))
         branch.sequence.truncate(len(branch.token_ids) - 1)
         branch.finish_step()

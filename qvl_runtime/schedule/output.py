@@ -52,6 +52,14 @@ class OutputBuilder:
             text += self._rest()
         return self._show(text)
 
+    def end(self) -> str:
+        """End an answer that its constraint has brought to its end; returns the text that was held back."""
+        if self.finish_reason == "stop":
+            return ""
+        rest = "" if self.finish_reason == "length" else self._show(self._rest())
+        self.finish_reason = "stop"
+        return rest
+
     @property
     def remaining(self) -> int:
         """How many more tokens the answer may have."""

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qvl_runtime.errors import QVLError
+from qvl_runtime.errors import ConstraintError, QVLError
 from qvl_runtime.prompt.chatml import EncodedPrompt, ImageSpan
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, Timings, Usage
+from qvl_runtime.schedule.constraint import Constrain
 from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.runner import Span
 from qvl_runtime.schedule.sampler import Sample, SamplingState
@@ -65,6 +66,7 @@ class Request:
     clock: Clock
     tag: Any = None  # the caller's
     streamed: bool = False
+    constrain: Constrain | None = None  # begins the constraint of each answer
     paused: bool = False  # its reader is too far behind: it keeps its blocks but is not scheduled
     cached_tokens: int = 0
     branches: list[Branch] = field(default_factory=list)
@@ -150,6 +152,12 @@ class Branch:
             clock.first_token = time.perf_counter()
         self.token_ids.append(sample.token_id)
         text = self.output.add(sample)
+        constraint = self.sampling_state.constraint
+        if constraint is not None and sample.token_id not in self.output.end_ids:
+            if not constraint.advance(sample.token_id):
+                raise ConstraintError(f"the answer took token {sample.token_id}, which its constraint does not allow")
+            if constraint.done:
+                text += self.output.end()
         if self.request.streamed:
             logprobs = () if self.request.params.logprobs is None else (sample.logprob,)
             boxes = self.output.closed_boxes(len(self.spans)) if ">" in text else ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from secrets import randbits
 from typing import NamedTuple
@@ -16,9 +16,10 @@ from qvl_kernels import reference
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
 from qvl_runtime.errors import NumericsError, SamplingError, quoted
+from qvl_runtime.prompt.token_mask import Mask, holds, tokens_of
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
+from qvl_runtime.schedule.constraint import Allowed, Constraint
 from qvl_runtime.schedule.numerics import numerics_error
-from qvl_runtime.schedule.token_mask import Mask, all_of, holds, remove, tokens_of
 
 
 class Sample(NamedTuple):
@@ -44,10 +45,11 @@ class SamplingState:
         device: torch.device,
         index: int = 0,
         end_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         """params: resolved; prompt_ids: already counted by the repetition penalty; index: of the answer, among n.
 
-        end_ids: tokens that would end the answer, forbidden until it has `min_tokens`.
+        end_ids: tokens that would end the answer, forbidden until it has `min_tokens`; constraint: on this answer.
         """
         out_of_range = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab]
         if out_of_range:
@@ -68,13 +70,14 @@ class SamplingState:
         self._counts: Counter[int] | None = None  # of tokens in the answer, if these penalties need them
         if params.presence_penalty or params.frequency_penalty:
             self._counts = Counter()
-        if params.logit_bias or self._counts is not None:
+        self.constraint = constraint
+        self._biases = params.logit_bias
+        if constraint is not None:  # which comes before what is forbidden here
+            self._biases = {token: bias for token, bias in params.logit_bias.items() if bias != -math.inf}
+        if self._biases or self._counts is not None:
             self.bias = torch.zeros(vocab, device=device)
         self.restore(prompt_ids, ())
-        self._not_ends: Mask | None = None
-        if ends:
-            self._not_ends = all_of(vocab)
-            remove(self._not_ends, ends)
+        self._allowed = Allowed(vocab, constraint, ends, params.min_tokens, forbidden)
         self._seed = (randbits(63) if params.seed is None else params.seed) + index
 
     @property
@@ -89,7 +92,7 @@ class SamplingState:
             self.seen.zero_()
             self.seen[torch.tensor([*prompt_ids, *answer], dtype=torch.long, device=self.seen.device)] = True
         if self.bias is not None:
-            biases = dict(self.params.logit_bias)
+            biases = dict(self._biases)
             if self._counts is not None:
                 self._counts = Counter(answer)
                 biases |= {token: self._bias_of(token, n) for token, n in self._counts.items()}
@@ -107,11 +110,27 @@ class SamplingState:
     def _bias_of(self, token: int, n: int) -> float:
         """The bias of a token that the answer has n times, from the start, so that no rounding adds up."""
         params = self.params
-        return params.logit_bias.get(token, 0.0) - params.presence_penalty - n * params.frequency_penalty
+        return self._biases.get(token, 0.0) - params.presence_penalty - n * params.frequency_penalty
 
-    def allowed(self, position: int) -> Mask | None:
-        """The tokens that may be at this position of the answer; None: all."""
-        return self._not_ends if position < self.params.min_tokens else None
+    def rows(self, position: int, drafts: Sequence[int] = ()) -> list[SamplingRow]:
+        """The rows for this position of the answer and the one after each of the drafts.
+
+        Raises `ConstraintError` if the constraint leaves no token, or cannot tell.
+        """
+        masks = self._allowed.masks(position, drafts)
+        return [SamplingRow(self, position + i, mask) for i, mask in enumerate(masks)]
+
+    def draft(self, proposed: Callable[[], tuple[int, ...]], most: int) -> tuple[tuple[int, ...], bool]:
+        """Draft tokens for the next positions, and whether they are forced: then they are what will be sampled.
+
+        proposed: asked where nothing is forced, and cut at the first token that may not be there; most: at most.
+        """
+        if self.constraint is None:
+            return proposed(), False
+        if forced := self.constraint.forced()[: max(0, most)]:
+            return tuple(forced), True
+        drafts = proposed()
+        return drafts[: self.constraint.accepts(drafts)] if drafts else drafts, False
 
     def uniform(self, position: int) -> float:
         """Return the random number in [0, 1) for this position of the answer."""
@@ -124,6 +143,7 @@ class SamplingRow(NamedTuple):
 
     state: SamplingState
     position: int
+    allowed: Mask | None = None  # the tokens that may be there; None: all
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) -> list[Sample]:
@@ -134,14 +154,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) ->
     A row without a distribution gives an error; its log probability, which is NaN, tells. Device results are copied to
     the host once, so that a step waits for its device only when tokens are read.
     """
-    masks = [row.state.allowed(row.position) for row in rows]
-    parameters = sampling_rows(logits.device, rows, masks)
+    parameters = sampling_rows(logits.device, rows)
     sampled = ops.greedy(logits) if parameters is None else ops.sample(logits, parameters)
     token_ids, logprobs = _on_host(sampled)
     if parameters is None:
-        for i, mask in enumerate(masks):
-            if mask is not None and not holds(mask, token_ids[i]):
-                token_ids[i], logprobs[i] = _likeliest_allowed(logits[i], mask, token_ids[i], logprobs[i])
+        for i, row in enumerate(rows):
+            if row.allowed is not None and not holds(row.allowed, token_ids[i]):
+                token_ids[i], logprobs[i] = _likeliest_allowed(logits[i], row.allowed, token_ids[i], logprobs[i])
     for row, token in zip(rows, token_ids, strict=True):
         row.state.count(token)
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
@@ -168,17 +187,15 @@ def _likeliest_allowed(logits: Tensor, mask: Mask, first: int, logprob: float) -
     return int(chosen[0]), chosen[1] if math.isfinite(chosen[1]) else math.nan
 
 
-def sampling_rows(
-    device: torch.device, rows: Sequence[SamplingRow], masks: Sequence[Mask | None] = ()
-) -> SamplingRows | None:
+def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> SamplingRows | None:
     """The parameters of each row on the device; None if all rows select the likeliest token, of a mask or of all.
 
     One copy moves the numbers. Rows with a penalty or a bias share one stack of seen tokens and of biases.
     """
-    allowed = _on_device(masks, device)
     special = [i for i, row in enumerate(rows) if row.state.seen is not None or row.state.bias is not None]
     if not special and not any(row.state.params.temperature for row in rows):
         return None
+    allowed = _on_device([row.allowed for row in rows], device)
     slots = dict(zip(special, range(len(special)), strict=True))
     numbers = [
         (

@@ -42,6 +42,7 @@ class ScheduledBranch(NamedTuple):
     known: int
     drafts: tuple[int, ...] = ()
     samples: bool = True  # whether the step reaches the last known token, so that a new one is sampled
+    forced: bool = False  # whether the drafts are what the branch's constraint leaves no choice about
 
     @property
     def size(self) -> int:
@@ -182,13 +183,17 @@ class Scheduler:
     def _schedule_branch(self, branch: Branch, count: int, budget: int) -> ScheduledBranch:
         """Reserve the blocks of a branch's part of the step; drafts only if they preempt no other branch."""
         drafts: tuple[int, ...] = ()
-        if self._drafter is not None and branch.pending == 1 and branch.drafting:
+        forced = False
+        if branch.pending == 1 and branch.drafting:
             max_tokens = min(budget - count, branch.output.remaining - 1)
-            drafts = self._drafter.propose(branch.token_ids, max_tokens)
+            drafts, forced = branch.sampling_state.draft(lambda: self._propose(branch, max_tokens), max_tokens)
             if branch.sequence.needed(count + len(drafts)) > self._cache.pool.available:
                 drafts = ()
         branch.sequence.reserve(count + len(drafts))
-        return ScheduledBranch(branch, count, drafts, samples=count == branch.pending)
+        return ScheduledBranch(branch, count, drafts, samples=count == branch.pending, forced=forced)
+
+    def _propose(self, branch: Branch, max_tokens: int) -> tuple[int, ...]:
+        return () if self._drafter is None else self._drafter.propose(branch.token_ids, max_tokens)
 
     def _free_blocks(self, branch: Branch, count: int, plan: dict[Branch, ScheduledBranch]) -> bool:
         """Free blocks for a branch. Return False if the branch was itself preempted, now or earlier in this step."""

@@ -13,8 +13,8 @@ from qvl_kernels import cpu, reference
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
+from qvl_runtime.prompt.token_mask import all_of, holds, mask_of, none_of, remove, tokens_of
 from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
-from qvl_runtime.schedule.token_mask import all_of, holds, mask_of, none_of, remove, tokens_of
 
 pytestmark = pytest.mark.cpu
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
@@ -45,16 +45,19 @@ def test_a_bitset_is_a_set_of_tokens(vocab: int) -> None:
 
 
 @pytest.mark.parametrize("ops", samplers(), ids=lambda ops: ops.__name__.rsplit(".", 1)[-1])
-@pytest.mark.parametrize("vocab", [33, 97, 2500])
+@pytest.mark.parametrize("vocab", [33, 2500])
 def test_a_forbidden_token_is_never_chosen(ops: ModuleType, vocab: int) -> None:
     """Greedy and drawn, the likeliest tokens being forbidden; log probabilities are those of the model all the same."""
+    if ops.__name__.endswith("triton") and vocab > 33:
+        pytest.skip("the interpreter of Triton is slow: one vocabulary is enough")
     ends = tuple(range(0, vocab, 2))
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(3))
     logits[:, list(ends)] += 20
     kinds = [SamplingParams(temperature=t, min_tokens=5, seed=i) for i, t in enumerate((0, 0, 1.0, 2.0, 0, 1.0))]
     kinds[4] = replace(kinds[4], repetition_penalty=1.2)
     kinds[5] = SamplingParams(temperature=0)  # its neighbors' masks do not concern it
-    rows = [SamplingRow(state(p, vocab, ends), 4) for p in kinds]
+    states = [state(p, vocab, ends) for p in kinds]
+    rows = [own.rows(4)[0] for own in states]
     for selected in ([0, 1, 5], list(range(6))):
         found = sample(logits[selected], [rows[i] for i in selected], ops)
         for i, got in zip(selected, found, strict=True):
@@ -66,7 +69,7 @@ def test_a_forbidden_token_is_never_chosen(ops: ModuleType, vocab: int) -> None:
                 if i != 5:
                     allowed[list(ends)] = -torch.inf
                 assert got.token_id == int(allowed.argmax())
-    later = sample(logits, [row._replace(position=5) for row in rows], ops)
+    later = sample(logits, [own.rows(5)[0] for own in states], ops)
     assert all(got.token_id % 2 == 0 for got in later)
 
 

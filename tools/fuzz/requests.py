@@ -41,6 +41,7 @@ USUAL: dict[str, tuple[Any, ...]] = {  # values that are usually right, and thos
     "ignore_eos": (True, False),
     "end_of_text_only": (True, False),
     "timeout_s": (None, 10.0, 1e-9),
+    "boxes": (None, "force", "allow", "all"),
     "cache_salt": ("", "a", "\ud800"),
 }
 ROLES = ("user", "assistant", "system", "tool", "")

@@ -23,9 +23,15 @@ def none_of(vocab: int) -> Mask:
 
 def all_of(vocab: int) -> Mask:
     """Return the set of all tokens of a vocabulary."""
-    mask = np.full(cdiv(vocab, 32), -1, np.int32)
-    if vocab % 32:
-        mask[-1] = (1 << vocab % 32) - 1
+    return first_of(vocab, vocab)
+
+
+def first_of(count: int, vocab: int) -> Mask:
+    """Return the set of the first `count` tokens of a vocabulary."""
+    mask = none_of(vocab)
+    mask[: count // 32] = -1
+    if count % 32:
+        mask[count // 32] = (1 << count % 32) - 1
     return mask
 
 

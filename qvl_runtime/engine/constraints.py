@@ -1,0 +1,37 @@
+"""The constraints of requests: from sampling parameters to what begins a constraint for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from qvl_runtime.prompt.box_grammar import BoxGrammar
+from qvl_runtime.prompt.box_rules import rules_of
+from qvl_runtime.prompt.box_spelling import BoxSpelling
+from qvl_runtime.prompt.tokenizer import Tokenizer
+from qvl_runtime.schedule.api import SamplingParams
+from qvl_runtime.schedule.constraint import Constrain, Constraint
+
+
+class Constraints:
+    """Makes constraints for one checkpoint. Safe in any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        """vocab: rows of logits, which may be more than the tokenizer has tokens."""
+        self._tokenizer, self._vocab = tokenizer, vocab
+
+    def of(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Constrain | None:
+        """What begins the constraint of each answer to a prompt; None if nothing constrains it."""
+        if params.boxes is None:
+            return None
+        rules = rules_of(params.boxes)
+
+        def begin(end_ids: frozenset[int], limit: int) -> Constraint:
+            return BoxGrammar(self.spelling, rules, self._vocab, end_ids, limit, prompt_ids)
+
+        return begin
+
+    @cached_property
+    def spelling(self) -> BoxSpelling:
+        """How this tokenizer spells boxes; looked up once, in 0.1 s for the published vocabulary."""
+        return BoxSpelling(self._tokenizer)

@@ -1,0 +1,95 @@
+"""How a tokenizer spells boxes: the ids of digits and of the fixed pieces between them, looked up and not assumed.
+
+A model was trained on one spelling of a box. Whether "),(" is one token of it or two is a matter of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from qvl_runtime.errors import CheckpointError
+from qvl_runtime.prompt.boxes import SCALE
+from qvl_runtime.prompt.token_mask import Mask
+from qvl_runtime.prompt.tokenizer import GROUNDING_TAGS, Tokenizer
+
+FIELDS = {"box": 4, "quad": 8}  # coordinates of each shape
+Ids = tuple[int, ...]
+
+
+class Shape(NamedTuple):
+    """The spelling of a box or a quad: `pieces[i]` precedes coordinate i, and the last one ends the shape."""
+
+    start: int  # <box> or <quad>
+    pieces: tuple[Ids, ...]  # "(" "," "),(" "," ")</box>"
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that it has: each coordinate with all its digits."""
+        return 1 + sum(map(len, self.pieces)) + (len(self.pieces) - 1) * len(str(SCALE))
+
+
+class BoxSpelling:
+    """The ids that boxes are made of, and which tokens of a text would spell a tag in plain letters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises `CheckpointError` for a vocabulary without a token for each digit."""
+        encoded = [tokenizer.encode(str(digit), "none") for digit in range(10)]
+        if any(len(ids) != 1 for ids in encoded):
+            raise CheckpointError("the vocabulary has no token for each digit, so that boxes cannot be spelled with it")
+        self.tokenizer = tokenizer
+        self.digits: Ids = tuple(ids[0] for ids in encoded)
+        self.digit_of = {token: digit for digit, token in enumerate(self.digits)}
+        self.box, self.quad = self._shape("box"), self._shape("quad")
+        self.shapes = {shape.start: shape for shape in (self.box, self.quad)}
+        self.tags = frozenset(tokenizer.special_tokens[tag] for tag in GROUNDING_TAGS)
+        self._closers = [
+            (token, spelled) for token in range(tokenizer.n_ranks) if b">" in (spelled := tokenizer.token_bytes(token))
+        ]
+        self._tails = {tag[:end] for tag in _TAGS for end in range(1, len(tag))}
+        self._forbidden: dict[bytes, Ids] = {}
+        self.masks: dict[Ids, Mask] = {}  # of the few sets of tokens that may come next within boxes
+
+    @property
+    def alphabet(self) -> Ids:
+        """The tokens whose probabilities tell about a box: digits, start tags, and the first ids of the pieces."""
+        firsts = [piece[0] for shape in self.shapes.values() for piece in shape.pieces]
+        return tuple(dict.fromkeys((*self.digits, *self.shapes, *firsts)))
+
+    def tail(self, before: bytes, token: int) -> bytes:
+        """The end of a text that may become a tag in plain letters, after one more token; `before` is its last one."""
+        if token >= self.tokenizer.n_ranks:
+            return b"" if token < self.tokenizer.n_vocab else before  # a padding row of the model adds no text
+        text = before + self.tokenizer.token_bytes(token)
+        start = text.rfind(b"<")
+        return text[start:] if start >= 0 and text[start:] in self._tails else b""
+
+    def completes_tag(self, tail: bytes) -> Ids:
+        """The tokens after which a text that ends like this would hold a tag in plain letters, as in `<` `box` `>`.
+
+        The parser reads text, so such a tag would open a box that the grammar does not know of.
+        """
+        if tail not in self._forbidden:
+            self._forbidden[tail] = tuple(
+                token for token, spelled in self._closers if any(tag in tail + spelled for tag in _TAGS)
+            )
+        return self._forbidden[tail]
+
+    def _shape(self, name: str) -> Shape:
+        points = ",".join(f"({n},{n})" for n in range(FIELDS[name] // 2))
+        start, *ids = self.tokenizer.encode(f"<{name}>{points}</{name}>", "grounding")
+        return Shape(start, tuple(_split(ids, self.digit_of)))
+
+
+_TAGS = tuple(tag.encode() for tag in GROUNDING_TAGS)
+
+
+def _split(ids: Iterable[int], digits: Iterable[int]) -> list[Ids]:
+    """The pieces between digits."""
+    pieces: list[list[int]] = [[]]
+    for token in ids:
+        if token in digits:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return [tuple(piece) for piece in pieces]
