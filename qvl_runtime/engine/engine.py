@@ -16,14 +16,14 @@ from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.engine.arguments import checked_params, prompt_list
 from qvl_runtime.engine.constraints import Constraints
 from qvl_runtime.engine.loading import load_runner
-from qvl_runtime.engine.report import describe
-from qvl_runtime.engine.score import Score, score_prompt
+from qvl_runtime.engine.report import describe, note_of_defaults
+from qvl_runtime.engine.score import Score, continued, score_prompt
 from qvl_runtime.engine.turns import Turns, check_fork
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
-from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
+from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, TokenLogprob
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.request import Request
 from qvl_runtime.schedule.scheduler import StepLimits
@@ -117,17 +117,8 @@ class Engine:
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(batch)
         if len(each) != len(batch):
             raise PromptError(f"there are {len(batch)} prompts and {len(each)} sampling parameters; expected one each")
-        encoded = [
-            self.encode(prompt) for prompt in batch
-        ]  # all before the first is submitted: an error costs no answer
-        requests: list[Request] = []
-        try:
-            for prompt, prompt_params in zip(encoded, each, strict=True):
-                requests.append(self.submit(prompt, prompt_params))
-            self._turns.step_until(lambda: all(request.done for request in requests))
-        finally:
-            for request in requests:
-                self.cancel(request)
+        encoded = [self.encode(prompt) for prompt in batch]  # before any is submitted: an error costs no answer
+        requests = self._run(zip(encoded, each, strict=True))
         errors = [request.error for request in requests if request.error is not None]
         if errors:
             errors[0].completions = tuple(request.error or request.completion() for request in requests)
@@ -219,6 +210,21 @@ class Engine:
         with self.exclusive():
             return score_prompt(self.core, encoded, return_logits)
 
+    def score_continuations(
+        self, prefix: Prompt, continuations: Sequence[str | Sequence[int]], top: int = 0
+    ) -> list[tuple[TokenLogprob, ...]]:
+        """Return the log probabilities of the tokens of each continuation of one prompt, which is computed once.
+
+        A continuation is token ids, or text in which only grounding tags are special. `top`: the alternatives for each
+        token, of which the first is the greedy one. Raises `PromptError` for an empty one, and `CapacityError`.
+        """
+        encoded = self.encode(prefix)
+        params = SamplingParams(max_tokens=1, prompt_logprobs=top, logprob_start=len(encoded.prompt.token_ids))
+        whole = [Encoded(continued(encoded.prompt, self.tokenizer, each), 0.0) for each in continuations]
+        requests = self._run((prompt, params) for prompt in whole[:1])  # leaves the prefix in the cache
+        requests += self._run((prompt, params) for prompt in whole[1:])
+        return [request.completion().prompt_logprobs or () for request in requests]
+
     def report(self) -> dict[str, Any]:
         """Report model, device, dtype, kernels and why they were chosen, memory in bytes, caches and hit rates."""
         with self.exclusive():
@@ -233,20 +239,7 @@ class Engine:
 
     def defaults_note(self, params: SamplingParams | None = None) -> str | None:
         """Describe the parameters that generation_config.json sets for a request; None if it is plain greedy."""
-        requested = params or SamplingParams()
-        resolved = requested.resolve(self.defaults)
-        plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_tokens": None}
-        plain["timeout_s"] = None
-        unused = () if resolved.temperature else ("top_p", "top_k")  # unused by greedy decoding
-        parts = [
-            f"{name} {getattr(resolved, name):g}"
-            for name, value in plain.items()
-            if name not in unused and getattr(requested, name) is None and getattr(resolved, name) != value
-        ]
-        parts += self.defaults.rules(
-            self._prompts.usual_stop_ids, ends=not (requested.ignore_eos or requested.end_of_text_only)
-        )
-        return f"from generation_config.json: {', '.join(parts)}" if parts else None
+        return note_of_defaults(params or SamplingParams(), self.defaults, self._prompts.usual_stop_ids)
 
     def encode(self, prompt: Prompt) -> Encoded:
         """Encode a prompt of any form to tokens and images. Safe in any thread, as it does not use the model."""
@@ -261,6 +254,18 @@ class Engine:
         if draft.dropped_turns:
             _log.warning("the %d oldest turns of the conversation do not fit and are left out", draft.dropped_turns)
         return self._prompts.read_images(draft, cancellation)
+
+    def _run(self, prompts: Iterable[tuple[Encoded, SamplingParams | None]]) -> list[Request]:
+        """Answer prompts together, and return their requests, which are done."""
+        requests: list[Request] = []
+        try:
+            for prompt, params in prompts:
+                requests.append(self.submit(prompt, params))
+            self._turns.step_until(lambda: all(request.done for request in requests))
+        finally:
+            for request in requests:
+                self.cancel(request)
+        return requests
 
     def _stream(self, draft: Any, prompt: Any, params: SamplingParams | None) -> Iterator[StreamPiece]:
         return self._stream_pieces(draft, prompt, checked_params(params))

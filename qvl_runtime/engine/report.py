@@ -9,7 +9,9 @@ import torch
 
 from qvl_kernels import report as kernel_report
 from qvl_kernels.util import dtype_name
+from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.host import device_name
+from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.kv_cache import KVCache
 
@@ -77,3 +79,20 @@ def describe_prefixes(cache: KVCache) -> dict[str, Any] | None:
         "hit_tokens": hit,
         "hit_rate": hit / max(1, queried),
     }
+
+
+def note_of_defaults(
+    requested: SamplingParams, defaults: GenerationDefaults, usual_stop_ids: frozenset[int]
+) -> str | None:
+    """Describe the parameters that generation_config.json sets for a request; None if it is plain greedy."""
+    resolved = requested.resolve(defaults)
+    plain = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "max_tokens": None}
+    plain["timeout_s"] = None
+    unused = () if resolved.temperature else ("top_p", "top_k")  # unused by greedy decoding
+    parts = [
+        f"{name} {getattr(resolved, name):g}"
+        for name, value in plain.items()
+        if name not in unused and getattr(requested, name) is None and getattr(resolved, name) != value
+    ]
+    parts += defaults.rules(usual_stop_ids, ends=not requested.ignore_eos)
+    return f"from generation_config.json: {', '.join(parts)}" if parts else None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qvl_kernels.util import cdiv
+from qvl_runtime.errors import PromptError
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.rotary import ntk_alpha
-from qvl_runtime.prompt.chatml import EncodedPrompt
+from qvl_runtime.prompt.chatml import EncodedPrompt, ids_segment
+from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.numerics import numerics_error
 from qvl_runtime.schedule.runner import Chunk, Span
@@ -24,6 +28,17 @@ class Score(NamedTuple):
     token_ids: tuple[int, ...]  # n
     logprobs: Tensor  # float32 [n - 1], natural logarithms; entry i is that of token i + 1
     logits: Tensor | None  # float32 [n, vocab], if requested
+
+
+def continued(prompt: EncodedPrompt, tokenizer: Tokenizer, continuation: str | Sequence[int]) -> EncodedPrompt:
+    """Return a prompt with more tokens at its end. Raises `PromptError` if there are none, or one does not exist."""
+    if isinstance(continuation, str):
+        ids = tokenizer.encode(continuation, "grounding")
+    else:
+        ids = ids_segment(tokenizer, {"token_ids": continuation}).ids
+    if not ids:
+        raise PromptError("a continuation is empty; expected text or token ids to score")
+    return replace(prompt, token_ids=[*prompt.token_ids, *ids])
 
 
 def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool = False) -> Score:

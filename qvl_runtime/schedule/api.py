@@ -32,6 +32,8 @@ _WHOLE: dict[str, tuple[int, int, str]] = {
     "seed": (0, LARGEST_INT, "0 to 2^63 - 1"),
     "n": (1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers: make more requests for more"),
     "logprobs": (0, 100, "0 to 100 alternatives"),
+    "prompt_logprobs": (0, 100, "0 to 100 alternatives"),
+    "logprob_start": (0, LARGEST_INT, "the index of a token"),
 }
 _REAL: dict[str, tuple[float, float, str]] = {
     "temperature": (0.0, LARGEST_FLOAT32, "0 (greedy) or more, up to 3.4e38"),
@@ -42,7 +44,8 @@ _REAL: dict[str, tuple[float, float, str]] = {
     "frequency_penalty": (-2.0, 2.0, "-2 to 2; 0 is off"),
     "timeout_s": (SMALLEST_FLOAT32, LARGEST_FLOAT32, "a number of seconds above 0"),
 }
-_REQUIRED = ("n", "min_tokens", "min_p", "presence_penalty", "frequency_penalty")  # None is no value of these
+# None is no value of these.
+_REQUIRED = ("n", "logprob_start", "min_tokens", "min_p", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,9 @@ class SamplingParams:
     `logit_bias` of -inf forbids a token. `presence_penalty` is subtracted from the logit of each token that the answer
     already has, and `frequency_penalty` for each time that it has it, as OpenAI's API defines them: unlike
     `repetition_penalty`, they do not count the prompt. `logprobs` is the number of alternatives returned for each
-    token. With a seed, the answer does not depend on other requests. Requests with different `cache_salt` share no
-    cached prefixes, so that timing does not tell one tenant what another has sent.
+    token, and `prompt_logprobs` for each token of the prompt. With a seed, the answer does not depend on other
+    requests. Requests with different `cache_salt` share no cached prefixes, so that timing does not tell one tenant
+    what another has sent.
 
     Numbers may be those of numpy. They are sampled with as float32. Raises `SamplingError` for a value that has another
     type or is out of range as a float32.
@@ -77,6 +81,8 @@ class SamplingParams:
     n: int = 1
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_start: int = 0  # `prompt_logprobs` are those of the tokens from this one on; the prefix may be cached
     ignore_eos: bool = False  # for profiling: only `stop` and `stop_token_ids` end it, no token or string of the model
     end_of_text_only: bool = False  # of the model's own, only <|endoftext|> ends it, not the end of a chat turn
     timeout_s: float | None = None  # from submission; an unfinished answer then ends with reason "deadline"
@@ -190,6 +196,7 @@ class Completion:
     timings: Timings
     boxes: tuple[Box, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of the tokens after the first, or from `logprob_start` on
     images: tuple[LoadedImage, ...] = field(default=(), repr=False)
     alternatives: tuple[Completion, ...] = ()  # the other answers, if n > 1
 

@@ -10,6 +10,8 @@ from functools import partial
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from qvl_runtime.errors import CapacityError, QVLError
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.chatml import EncodedPrompt
@@ -22,6 +24,7 @@ from qvl_runtime.schedule.request import Branch, Clock, Request
 from qvl_runtime.schedule.runner import Chunk, Computed, Runner
 from qvl_runtime.schedule.sampler import Sample, SamplingRow, sample
 from qvl_runtime.schedule.scheduler import ScheduledBranch, Scheduler, StepLimits
+from qvl_runtime.schedule.scoring import PromptScores
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.schedule.step_faults import compute_contained, error_of
 
@@ -69,6 +72,9 @@ class EngineCore:
         """
         self.check_length(len(prompt.token_ids), answer=1)
         request = Request(next(self._numbers), prompt, params, Clock(image_s), tag, streamed, constrain)
+        if params.prompt_logprobs is not None:
+            vocab = self.runner.model.config.vocab_size
+            request.scores = PromptScores(prompt.token_ids, params.logprob_start, params.prompt_logprobs, vocab)
         alpha = ntk_alpha(self.runner.model.config, len(prompt.token_ids))
         self.scheduler.add(self.answers.new(request, self.runner.cache.sequence(alpha, params.cache_salt)))
         if request.deadline is not None:
@@ -147,6 +153,7 @@ class EngineCore:
             self._encode_images(plan)
             chunks = [Chunk(p.branch.sequence, p.tokens, p.branch.chunk_spans(p.known)) for p in plan]
             computed = self.runner.compute(chunks)
+            self._score(plan, computed)
             return self._sample(plan, computed) + self._check(plan, computed)
         except BaseException:
             for planned, length, branches in zip(plan, lengths, num_branches, strict=True):
@@ -175,6 +182,14 @@ class EngineCore:
         elapsed = time.perf_counter() - began
         for request in {branch.request for branch, _, _ in missing}:
             request.clock.vision_s += elapsed
+
+    def _score(self, plan: Items[ScheduledBranch], computed: Computed) -> None:
+        """Score the parts of prompts in this step whose log probabilities were requested."""
+        for planned, end in zip(plan, accumulate(p.size for p in plan), strict=True):
+            scores = planned.branch.request.scores
+            if scores is not None and planned.branch.index == 0 and scores.next_index is not None:
+                position = planned.branch.sequence.length - planned.size
+                scores.take(position, planned.size, partial(_rows, computed, end - planned.size))
 
     def _check(self, plan: Items[ScheduledBranch], computed: Computed) -> list[Outcome]:
         """Find the parts of prompts that are not finite, so that the prefix cache does not get their blocks."""
@@ -274,3 +289,8 @@ class EngineCore:
                     request.pieces.append(StreamPiece("", (), completion, index))
             self._timed.discard(request)
         return bool(late)
+
+
+def _rows(computed: Computed, first: int, indices: Items[int]) -> Tensor:
+    """The logits of tokens that are counted from `first`."""
+    return computed([first + index for index in indices])

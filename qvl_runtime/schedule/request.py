@@ -17,6 +17,7 @@ from qvl_runtime.schedule.constraint import Constrain
 from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.runner import Span
 from qvl_runtime.schedule.sampler import Sample, SamplingState
+from qvl_runtime.schedule.scoring import PromptScores
 from qvl_runtime.schedule.sequence import Sequence
 
 # Requests that may arrive after another and still come before each further answer of it: as many as run together by
@@ -72,6 +73,7 @@ class Request:
     branches: list[Branch] = field(default_factory=list)
     completions: dict[int, Completion] = field(default_factory=dict)  # by answer
     pieces: deque[StreamPiece] = field(default_factory=deque)
+    scores: PromptScores | None = None  # of its prompt, if requested
     error: QVLError | None = None  # why it ended without an answer
 
     @property
@@ -123,6 +125,12 @@ class Branch:
     def spans(self) -> Items[ImageSpan]:
         """The image spans of the prompt."""
         return self.request.prompt.spans
+
+    def find_prefix(self) -> int:
+        """Start its sequence with what is cached of its tokens, before the first whose logits are to be scored."""
+        scores = self.request.scores if self.index == 0 else None
+        end = len(self.token_ids) if scores is None else scores.next_index
+        return self.sequence.find_prefix(self.token_ids[:end], self.spans)
 
     def spans_in_next(self, count: int) -> list[tuple[int, ImageSpan]]:
         """Return the image spans, by number, that overlap the next `count` tokens."""
@@ -177,6 +185,7 @@ class Branch:
             timings=request.clock.timings(prompt - request.cached_tokens, completed),
             boxes=self.output.boxes(len(images)),
             logprobs=None if request.params.logprobs is None else tuple(self.output.logprobs),
+            prompt_logprobs=None if request.scores is None else request.scores.logprobs,
             images=images,
         )
         request.completions[self.index] = completion

@@ -137,7 +137,7 @@ class Scheduler:
                     return
                 budget += plan.pop(victim).size if victim in plan else 0
                 self._preempt(victim)
-            cached = branch.sequence.find_prefix(branch.token_ids, branch.spans)
+            cached = branch.find_prefix()
             if branch.sequence.needed(branch.pending) + len(self.running) > self._cache.pool.available:
                 branch.sequence.close()
                 if self.running:
