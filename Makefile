@@ -10,8 +10,6 @@ PIP_INSTALL_FLAGS ?=
 PYTEST_FLAGS ?=
 NANO_FLAGS ?=
 REPORT_FLAGS ?=
-# Its interpreter runs the GPU kernels' tests on any Linux; it brings the compiler that the kernel report reads.
-INSTALL_TRITON = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)"
 
 # Python 3.11 is what the pins were tested with; otherwise the newest that is new enough and can make environments.
 FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 python3.10 python3; do \
@@ -19,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format triton docs examples wheel kernel-report ttsem interop demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -31,13 +29,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.* ke
 	if [ -z "$$python" ]; then echo "error: no Python of 3.10 or newer with the venv module; install one, or name it: make PYTHON=..." >&2; exit 2; fi; \
 	echo "setting up $(VENV) with $$python: once, a few minutes"; \
 	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
-	@grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[dev]'
-	@$(INSTALL_TRITON) || echo 'triton is not installed: no wheel fits this machine; its tests will skip'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
-
-triton: $(STAMP) ## reinstall the pinned Triton after an install of torch replaced it
-	$(INSTALL_TRITON)
 
 kernel-report: $(STAMP) ## compile the GPU kernels without a GPU: registers, spills, bounds; a minute
 	$(BIN)/python -m tools.kernel_report $(REPORT_FLAGS)
@@ -46,7 +39,7 @@ kernel-report: $(STAMP) ## compile the GPU kernels without a GPU: registers, spi
 # Python 3.12, so it has an environment of its own.
 TTSEM := .venv-ttsem
 TTSEM_FLAGS ?=
-TTSEM_PACKAGES = torch pytest pytest-timeout safetensors tiktoken Pillow ttsem
+TTSEM_PACKAGES = torch triton pytest pytest-timeout safetensors tiktoken Pillow ttsem
 FIND_NEWER_PYTHON = for candidate in $(or $(PYTHON),python3.12 python3.13); do \
 	$$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& { echo $$candidate; break; }; done
@@ -58,9 +51,7 @@ $(TTSEM)/.set-up: constraints.txt
 	@python="$$($(FIND_NEWER_PYTHON))"; \
 	if [ -z "$$python" ]; then echo "error: ttsem needs Python 3.12 or 3.13 with the venv module, and $(if $(PYTHON),$(PYTHON) is not that,there is none here); install one, or name it: make ttsem PYTHON=..." >&2; exit 2; fi; \
 	[ -x $(TTSEM)/bin/python ] || "$$python" -m venv $(TTSEM)
-	@grep -v '^triton==' constraints.txt > $(TTSEM)/constraints.txt
-	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(TTSEM)/constraints.txt $(TTSEM_PACKAGES)
-	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(grep '^triton==' constraints.txt)"
+	$(TTSEM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt $(TTSEM_PACKAGES)
 	@touch $@
 
 # Checkpoints go to and come from the other projects that write this format. Each has an environment of its own, with
@@ -128,7 +119,7 @@ format: $(STAMP) ## put every file into the one format
 # The second run starts from the weights of the first and practices what they are weak at (docs/nano.md).
 NANO_SECOND ?= --minutes 44 --rate 1e-3 --warmup 60 --decay-from 0 --probe 0 --weak 0.6 --chinese 0.35 --seed 2
 nano: $(STAMP) ## train the small checkpoint, both runs: 3.5 hours on 2 cores, resumes after a stop
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[train]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[train]'
 	$(BIN)/python -m tools.train_nano $(NANO_FLAGS)
 	$(BIN)/python -m tools.train_nano --export runs/nano_first --plot docs/nano_curve.png
 	$(BIN)/python -m tools.train_nano --folder runs/nano_second --from runs/nano_first $(NANO_SECOND)
@@ -144,7 +135,7 @@ WHEEL_DIR := build/wheel
 
 wheel: $(STAMP) ## build a wheel into dist/: manylinux on Linux, one for every Python of an architecture
 	@rm -rf $(WHEEL_DIR) && mkdir -p dist
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[wheel]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[wheel]'
 	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL_DIR) .
 	@rm -f dist/qvl_runtime-*.whl
 	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist $(WHEEL_DIR)/*.whl; \
@@ -152,7 +143,7 @@ wheel: $(STAMP) ## build a wheel into dist/: manylinux on Linux, one for every P
 	@ls dist/*.whl
 
 docs: $(STAMP) ## build the documentation site into build/site, strictly
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c $(VENV)/constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 

@@ -107,7 +107,7 @@ def _require_triton(device: torch.device) -> dict[str, str]:
     if find_spec("triton") is None:
         raise UnsupportedError(
             f"the kernels for {device} need triton, which is not installed: pip install 'qvl-runtime[cuda]' "
-            f"(in a checkout: make triton), or {way_out}"
+            f"(in a checkout: make setup), or {way_out}"
         )
     if device.type != "cuda":
         if interpreted:

@@ -20,7 +20,7 @@ from benchmarks.gpu.page import page
 from benchmarks.gpu.table import MEMORY, SPEED
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make triton")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from benchmarks.gpu.place import Place
 from benchmarks.gpu.tune import candidates, fastest, main, random_weight, timed, write
 
 pytestmark = pytest.mark.unit
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make triton`")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make setup`")
 CPU = Place(torch.device("cpu"), tiny=True)
 
 

@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no triton": (
         {"triton": False},
         r"the kernels for cuda:0 need triton, which is not installed: pip install 'qvl-runtime\[cuda\]' "
-        r"\(in a checkout: make triton\), or use device='cpu', or set QVL_KERNELS=reference",
+        r"\(in a checkout: make setup\), or use device='cpu', or set QVL_KERNELS=reference",
     ),
     "interpreter": (
         {"TRITON_INTERPRET": "1"},

@@ -27,7 +27,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def implementation(name: str) -> ModuleType:
     if name == "triton":
         if find_spec("triton") is None:
-            pytest.skip("triton is not installed: make triton")
+            pytest.skip("triton is not installed: make setup")
         from qvl_kernels import triton
 
         return triton

@@ -14,7 +14,7 @@ from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
 
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make triton"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup"),
 ]
 VOCAB = 97
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from tools.kernel_report.__main__ import complain, main
 from tools.kernel_report.judge import Row
 from tools.kernel_report.machines import MACHINES
 from tools.kernel_report.tables import decode_step, page, text
+from tools.kernel_report.versions import SUPPORTED, FetchError, fetch, side_by_side, versions
 
 pytestmark = pytest.mark.unit
 HERE = find_spec("triton") is not None
@@ -48,6 +50,8 @@ def test_machine_code_is_read() -> None:
     ]
     loop = sass.main_loop(code)
     assert sass.loads(loop) == [16, 2]
+    assert sass.spill_share(code) == 0.0
+    assert sass.spill_share(sass.parse(LISTING.replace("LDG.E.U16 R4, [R2.64]", "LDL.64 R4, [R1]"))) == 1 / 5
     cycles = sass.pipe_cycles(MACHINES["sm_80"], loop)
     assert cycles == {"issue": 5, "lsu": 4 + 12 + 4, "alu": 2, "mma": 8}
 
@@ -78,17 +82,42 @@ GOOD = Row(
 
 
 def test_the_worst_fault_gives_the_status(capsys: pytest.CaptureFixture[str]) -> None:
+    def last_line() -> str:
+        return capsys.readouterr().err.splitlines()[-1]
+
     slow, narrow = replace(GOOD, ratio=0.7), replace(GOOD, wide=0.5)
-    spilling, broken = replace(GOOD, spilled=8, ratio=0.7), Row("x", "sm_90", error="CompilationError: no")
-    assert complain([GOOD]) == 0
+    spilling, broken = replace(GOOD, spilled=24, ratio=0.7), Row("x", "sm_90", error="CompilationError: no")
+    in_loop, tolerated = replace(GOOD, spilled=8, spill_share=0.02), replace(GOOD, spilled=8, spill_share=0.004)
+    assert complain({"": [GOOD, tolerated]}) == 0
+    assert "2 kernels: 0 do not compile, 0 spill registers, 0 bars missed (1 spill 16 bytes or less)" in last_line()
     shared = replace(GOOD, shared_stores=4, from_registers=True)
-    assert complain([GOOD, slow]) == complain([narrow]) == complain([shared]) == 3
-    assert complain([slow, spilling]) == 2
-    assert complain([spilling, broken]) == 1
+    assert complain({"": [GOOD, slow]}) == complain({"": [narrow]}) == complain({"": [shared]}) == 3
+    assert complain({"": [in_loop]}) == 2
+    assert complain({"triton 3.6.0": [slow], "triton 3.9.0": [spilling]}) == 2
+    assert complain({"": [spilling, broken]}) == 1
     said = capsys.readouterr().err
+    assert said.splitlines()[-1] == "2 kernels: 1 do not compile, 1 spill registers, 1 bars missed"
+    assert "triton 3.6.0 int4 qkv, 1 row sm_80 exceeds" in said
     assert "int4 qkv, 1 row sm_80 exceeds the ratio: 0.70, bar 0.6" in said
     assert "loads 50% of its bytes 128 bits at a time, bar 90%" in said
-    assert "spills 8 bytes" in said and "x sm_90 does not compile: CompilationError: no" in said
+    assert "spills 24 bytes" in said and "x sm_90 does not compile: CompilationError: no" in said
+
+
+def test_versions_side_by_side() -> None:
+    assert versions(["oldest", "newest", "3.7.1", "oldest"]) == ["3.6.0", "3.9.0", "3.7.1"]
+    assert versions(["all"]) == list(SUPPORTED)
+    table = side_by_side({"3.6.0": [GOOD, Row("x", "sm_90", error="no")], "3.9.0": [replace(GOOD, ratio=0.7)]})
+    rows = {line.split("  ")[0]: " ".join(line.split()) for line in table.splitlines()}
+    assert rows["int4 qkv, 1 row"] == "int4 qkv, 1 row sm_80 0 0 0.50 0 0 0.70!"
+    assert rows["x"].endswith("sm_90 FAILED")
+
+
+def test_a_version_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(FetchError, match=r"triton 0\.0\.1 could not be installed: ERROR: "):
+        fetch("0.0.1")
+    assert not (tmp_path / "build/triton/0.0.1").exists()
 
 
 def test_tables() -> None:
@@ -103,10 +132,10 @@ def test_tables() -> None:
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("tools.kernel_report.__main__.find_spec", lambda name: None)
     assert main([]) == 4
-    assert "make triton" in capsys.readouterr().err
+    assert "make setup" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not HERE, reason="triton is not installed: `make triton`")
+@pytest.mark.skipif(not HERE, reason="triton is not installed: `make setup`")
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_and_meets_its_bars() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

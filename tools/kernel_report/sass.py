@@ -91,6 +91,12 @@ def loads(instructions: Iterable[str]) -> list[int]:
     return [access_bytes(text) for text in instructions if classify(text).name == "ldg"]
 
 
+def spill_share(code: Code) -> float:
+    """The share of a loop's instructions that move spilled registers, of the loop where it is largest."""
+    shares = [sum(classify(code.instructions[at]).name == "spill" for at in loop) / len(loop) for loop in code.loops]
+    return max(shares, default=0.0)
+
+
 def main_loop(code: Code) -> list[str]:
     """The innermost loop that loads the most bytes from global memory; empty if there is no loop."""
     inner = [a for a in code.loops if not any(b != a and b.start >= a.start and b.stop <= a.stop for b in code.loops)]

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 if find_spec("triton") is None:
     raise ImportError(
         "qvl_kernels.triton needs the package triton, which is not installed here: pip install 'qvl-runtime[cuda]', or"
-        " `make triton` in a checkout; qvl_kernels.reference offers the same ops in plain torch"
+        " `make setup` in a checkout; qvl_kernels.reference offers the same ops in plain torch"
     )
 
 from qvl_kernels.reference import (

@@ -16,7 +16,7 @@ from qvl_kernels.layouts import repack
 from tests.kernels.compare import as_good_as_torch
 from tests.kernels.gptq import checkpoint
 
-pytest.importorskip("triton", reason="triton is not installed: `make triton`")
+pytest.importorskip("triton", reason="triton is not installed: `make setup`")
 pytestmark = pytest.mark.interpreter
 
 from qvl_kernels import triton as ops  # noqa: E402

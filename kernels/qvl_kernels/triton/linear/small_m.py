@@ -37,6 +37,7 @@ from qvl_kernels.util import cdiv
 # Bars of the kernel report. With 9 to 16 rows the operand of x doubles, and so do its MMAs: an H100 took 15.5 us for
 # qkv, whose weight it reads in 8.5, at a ratio of 0.65, and no configuration of a lower ratio was faster.
 MOST_RATIO, MOST_RATIO_16, LEAST_WIDE = 0.6, 0.7, 0.9
+SHORT_LOOP, ENDS = 4, 0.02  # up to so many trips, the code before and after the loop adds this to a ratio
 
 
 @gluon.jit(do_not_specialize=["rows"])  # one binary for every batch size of a tile
@@ -177,15 +178,17 @@ def _spec(capability: int, bits: int, name: str, rows: int, dtype: torch.dtype, 
     x, weight, bias = example(bits, name, rows, dtype, symmetric)
     chosen = config(capability, "small_m", rows, weight.inputs, weight.words.shape[1], bits)
     launch, out = _plan(rows, weight, bias, chosen).prepare(x)
+    trips = cdiv(weight.inputs, weight.TILE) / chosen.splits / chosen.warps
+    bar = MOST_RATIO if rows <= 8 or bits == 8 else MOST_RATIO_16
     label = f"int{bits}_small_m {name}, {counted(rows, 'row')}{'' if dtype == torch.float16 else ', bf16'}"
     return Spec(
         label + ("" if symmetric else ", zero points"),
         launch,
         x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-        max_ratio=None if rows > 16 else MOST_RATIO if rows <= 8 or bits == 8 else MOST_RATIO_16,
+        max_ratio=None if rows > 16 else bar + (ENDS if trips <= SHORT_LOOP else 0.0),
         min_wide=LEAST_WIDE,
         from_registers=True,
-        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits / chosen.warps,
+        loop_trips=trips,
         flops=2 * rows * weight.inputs * weight.outputs,
         per_layer=int(bits == 4 and dtype == torch.float16 and symmetric),
         least_bytes=weight_bytes(weight, bias),
