@@ -37,7 +37,7 @@ from qvl_kernels.util import cdiv
 # Bars of the kernel report. With 9 to 16 rows the operand of x doubles, and so do its MMAs: an H100 took 15.5 us for
 # qkv, whose weight it reads in 8.5, at a ratio of 0.65, and no configuration of a lower ratio was faster.
 MOST_RATIO, MOST_RATIO_16, LEAST_WIDE = 0.6, 0.7, 0.9
-SHORT_LOOP, ENDS = 4, 0.02  # up to so many trips, the code before and after the loop adds this to a ratio
+SHORT_LOOP, ENDS = 4, 0.02  # up to this many trips, the code around the loop adds this to a ratio
 
 
 @gluon.jit(do_not_specialize=["rows"])  # one binary for every batch size of a tile
