@@ -15,9 +15,10 @@ from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.engine.arguments import checked_params, prompt_list
 from qvl_runtime.engine.constraints import Constraints
+from qvl_runtime.engine.judging import Judging
 from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe, note_of_defaults
-from qvl_runtime.engine.score import Score, continued, score_prompt
+from qvl_runtime.engine.score import continued
 from qvl_runtime.engine.turns import Turns, check_fork
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
@@ -44,7 +45,7 @@ class Encoded(NamedTuple):
     image_s: float
 
 
-class Engine:
+class Engine(Judging):
     """A checkpoint on a device, for any number of threads: their requests run together, and each gets its own answer.
 
     A forked child cannot use its parent's engine: every method raises `ForkError` there.
@@ -202,13 +203,6 @@ class Engine:
         if stream:
             return self._stream(self._prompts.draft_chat, messages, params)
         return self.generate([messages], params)[0]
-
-    def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
-        """Return the log probability of each token of a prompt after the first, pad ids of images included."""
-        self.check_process()
-        encoded = self._prompts.encode(prompt)
-        with self.exclusive():
-            return score_prompt(self.core, encoded, return_logits)
 
     def score_continuations(
         self, prefix: Prompt, continuations: Sequence[str | Sequence[int]], top: int = 0

@@ -49,6 +49,7 @@ class EngineCore:
         drafter: Drafter | None = None,
     ) -> None:
         self.runner, self.drafter, self.max_model_len = runner, drafter, max_model_len
+        self.step_tokens = limits.tokens
         self.scheduler = Scheduler(runner.cache, limits, drafter)
         self.answers = Answers(runner, self.scheduler, tokenizer, max_model_len)
         self.steps = 0
