@@ -94,5 +94,5 @@ def note_of_defaults(
         for name, value in plain.items()
         if name not in unused and getattr(requested, name) is None and getattr(resolved, name) != value
     ]
-    parts += defaults.rules(usual_stop_ids, ends=not requested.ignore_eos)
+    parts += defaults.rules(usual_stop_ids, ends=not (requested.ignore_eos or requested.end_of_text_only))
     return f"from generation_config.json: {', '.join(parts)}" if parts else None

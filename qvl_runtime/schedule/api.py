@@ -230,4 +230,5 @@ class StreamPiece(NamedTuple):
     completion: Completion | None = None
     answer: int = 0  # which of n, from 0
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first piece of an answer, if requested
     boxes: tuple[Box, ...] = ()  # that this text closes; those of an answer that breaks off are in its completion only

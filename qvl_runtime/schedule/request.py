@@ -169,7 +169,9 @@ class Branch:
         if self.request.streamed:
             logprobs = () if self.request.params.logprobs is None else (sample.logprob,)
             boxes = self.output.closed_boxes(len(self.spans)) if ">" in text else ()
-            self.request.pieces.append(StreamPiece(text, (sample.token_id,), None, self.index, logprobs, boxes))
+            scores = self.request.scores.logprobs if self.request.scores and len(self.output.token_ids) == 1 else ()
+            piece = StreamPiece(text, (sample.token_id,), None, self.index, logprobs, scores, boxes)
+            self.request.pieces.append(piece)
 
     def complete(self, finish_reason: str) -> None:
         """Store the completion of this answer, and publish its blocks for later prompts."""

@@ -1,20 +1,15 @@
-"""From completions to OpenAI's objects: usage, finish reasons, boxes, log probabilities."""
+"""From completions to OpenAI's objects: usage, finish reasons, boxes, timings."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from qvl_runtime.prompt.streaming import StreamDecoder
 
 if TYPE_CHECKING:
     from qvl_runtime.prompt.boxes import Box
     from qvl_runtime.prompt.images import LoadedImage
-    from qvl_runtime.prompt.tokenizer import Tokenizer
-    from qvl_runtime.schedule.api import Completion, Timings, TokenLogprob, Usage
+    from qvl_runtime.schedule.api import Completion, Timings
 
-LOWEST = -9999.0  # for a token of probability 0: JSON has no infinity, and OpenAI uses this
 Json = dict[str, Any]
 
 
@@ -23,27 +18,30 @@ def finish_reason(completion: Completion) -> str:
     return "length" if completion.finish_reason == "deadline" else completion.finish_reason
 
 
-def usage_json(usages: Sequence[Usage]) -> Json:
-    """The usage of one or more prompts with their answers."""
-    prompt, answer = sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)
-    details = {
-        "cached_tokens": sum(u.cached_tokens for u in usages),
-        "image_tokens": sum(u.image_tokens for u in usages),
-    }
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": prompt + answer,
-        "prompt_tokens_details": details,
-    }
-
-
 def request_usage(answers: Sequence[Completion]) -> Json:
     """The usage of one prompt with n answers: the prompt counts once."""
-    usage = usage_json([answers[0].usage])
-    usage["completion_tokens"] = sum(answer.usage.completion_tokens for answer in answers)
-    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
-    return usage
+    usage, completed = answers[0].usage, sum(answer.usage.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": completed,
+        "total_tokens": usage.prompt_tokens + completed,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "image_tokens": usage.image_tokens},
+    }
+
+
+def sum_usages(prompts: Sequence[Sequence[Completion]], answered: bool = True) -> Json:
+    """The usage of several prompts, each with its answers. answered: whether these count."""
+    usages = [request_usage(answers) for answers in prompts]
+    total = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
+    details = {"cached_tokens": 0, "image_tokens": 0}
+    for usage in usages:
+        completed = usage["completion_tokens"] if answered else 0
+        total["prompt_tokens"] += usage["prompt_tokens"]
+        total["completion_tokens"] += completed
+        total["total_tokens"] += usage["prompt_tokens"] + completed
+        for name in details:
+            details[name] += usage["prompt_tokens_details"][name]
+    return {**total, "prompt_tokens_details": details}
 
 
 def timings_json(timings: Timings) -> Json:
@@ -88,44 +86,3 @@ def qvl_json(completion: Completion) -> Json:
         "pictures": pictures_json(completion.images),
         "finish_reason": completion.finish_reason,
     }
-
-
-class Logprobs:
-    """Log probabilities of the tokens whose text is shown: one that only a stop string or the end needed is not."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer)
-        self._waiting: list[tuple[int, TokenLogprob]] = []  # with the character that each begins at
-        self._decoded = self._shown = 0  # characters
-
-    def add(self, text: str, entries: Sequence[TokenLogprob]) -> list[TokenLogprob]:
-        """Take the next tokens and the text that is shown with them; returns those that are shown now."""
-        for entry in entries:
-            self._waiting.append((self._decoded, entry))
-            self._decoded += len(self._decoder.feed(entry.token_id))
-        self._shown += len(text)
-        ready = [entry for start, entry in self._waiting if start < self._shown]
-        del self._waiting[: len(ready)]
-        return ready
-
-    def chat(self, entries: Sequence[TokenLogprob]) -> Json:
-        """OpenAI's form in chat answers."""
-        content = [
-            {**self._token(e.token_id, e.logprob), "top_logprobs": [self._token(*alternative) for alternative in e.top]}
-            for e in entries
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token_id: int, logprob: float) -> Json:
-        data = token_bytes(self._tokenizer, token_id)
-        return {"token": data.decode("utf-8", "replace"), "logprob": bounded(logprob), "bytes": list(data)}
-
-
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes of a token; none for a padding row of the model."""
-    return tokenizer.token_bytes(token_id) if 0 <= token_id < tokenizer.n_vocab else b""
-
-
-def bounded(logprob: float) -> float:
-    """A log probability that JSON can hold."""
-    return max(logprob, LOWEST) if not math.isnan(logprob) else LOWEST

@@ -13,14 +13,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qvl_runtime.server.chat import chat
+from qvl_runtime.server.completions import completions
 from qvl_runtime.server.endpoint import ModelEndpoint
 from qvl_runtime.server.errors import APIError
 from qvl_runtime.server.http import Reply
-from qvl_runtime.server.info import Info, live, model, models, ready
+from qvl_runtime.server.info import Info, description, live, metrics, model, models, ready
 from qvl_runtime.server.keys import Keys
 from qvl_runtime.server.middleware import AccessLog, Guard
 from qvl_runtime.server.service import Service
 from qvl_runtime.server.static import WEB, StaticFiles
+from qvl_runtime.server.tokens import detokenize, input_tokens, tokenize
 
 PUBLIC = ("/health", "/health/live", "/health/ready", "/openapi.json")
 """What needs no key, besides the page."""
@@ -39,9 +41,16 @@ def make_app(service: Service, keys: Keys, write: Callable[[str], None] | None =
         _get("/health/ready", Info(service, ready)),
         _get("/v1/models", Info(service, models)),
         _get("/v1/models/{model:path}", Info(service, model)),
+        _get("/openapi.json", Info(service, description)),
         _post("/v1/chat/completions", ModelEndpoint(service, chat, "messages")),
+        _post("/v1/chat/completions/input_tokens", ModelEndpoint(service, input_tokens, "messages")),
+        _post("/v1/completions", ModelEndpoint(service, completions, "prompt")),
+        _post("/tokenize", ModelEndpoint(service, tokenize, "prompt")),
+        _post("/detokenize", ModelEndpoint(service, detokenize, "tokens")),
     ]
-    layers = [Middleware(AccessLog, write=write)]
+    if config.metrics:
+        routes.append(_get("/metrics", Info(service, metrics)))
+    layers = [Middleware(AccessLog, count=service.metrics.answered, write=write)]
     if config.cors_origins:
         layers.append(Middleware(CORSMiddleware, **_cors(config.cors_origins)))
     layers.append(Middleware(Guard, config=config, keys=keys, public=(*PUBLIC, *static.paths)))
@@ -75,11 +84,12 @@ class _Elsewhere:
 class _Method:
     """An application for one method; the others get 405."""
 
-    def __init__(self, app: ASGIApp, *methods: str) -> None:
-        self._app, self._methods = app, methods
+    def __init__(self, app: ASGIApp, route: str, *methods: str) -> None:
+        self._app, self._route, self._methods = app, route, methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        scope["state"]["route"] = self._route
         if scope["method"] in self._methods:
             await self._app(scope, receive, send)
             return
@@ -89,11 +99,11 @@ class _Method:
 
 
 def _get(path: str, app: ASGIApp) -> Route:
-    return Route(path, _Method(app, "GET"))
+    return Route(path, _Method(app, path, "GET", "HEAD"))
 
 
 def _post(path: str, app: ASGIApp) -> Route:
-    return Route(path, _Method(app, "POST"))
+    return Route(path, _Method(app, path, "POST"))
 
 
 def _cors(origins: tuple[str, ...]) -> Mapping[str, Any]:

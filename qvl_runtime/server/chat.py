@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.server.answers import (
     Json,
-    Logprobs,
     box_json,
     finish_reason,
     pictures_json,
@@ -20,11 +19,13 @@ from qvl_runtime.server.answers import (
 from qvl_runtime.server.errors import invalid
 from qvl_runtime.server.fields import CHAT, REQUIRED
 from qvl_runtime.server.http import Events
+from qvl_runtime.server.logprobs import ChatLogprobs
 from qvl_runtime.server.requests import (
     Exchange,
     answer_limit,
     check_model,
     checked,
+    include_usage,
     sampling_params,
     sampling_values,
 )
@@ -41,7 +42,7 @@ async def chat(service: Service, body: Any, exchange: Exchange) -> Json | Events
     check_model(request, service.config)
     engine = service.engine.engine
     values = sampling_values(request, CHAT, engine.tokenizer, service.config, exchange.caller)
-    values["logprobs"] = _logprobs(request)
+    values["logprobs"], usage = _logprobs(request), include_usage(request)
     sampling_params(values)  # before images are fetched
     encoded = await service.engine.encode(messages_of(request))
     name = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
@@ -50,13 +51,11 @@ async def chat(service: Service, body: Any, exchange: Exchange) -> Json | Events
         None if wanted is None else int(wanted), len(encoded.prompt.token_ids), service.context, service.config, name
     )
     params = sampling_params(values)
+    service.metrics.asked(params)
     if request.get("stream"):
-        usage = bool((request.get("stream_options") or {}).get("include_usage"))
         return _Stream(service, params, usage, exchange).events(encoded)
-    if "stream_options" in request:
-        raise invalid("stream_options needs stream: true", "stream_options")
     started = _started(service)
-    completion = await service.engine.generate(encoded, params, wait=False)
+    completion = await service.engine.generate(encoded, params)
     exchange.finished(completion.answers)
     return _whole(service, completion, started)
 
@@ -90,8 +89,8 @@ def _whole(service: Service, completion: Completion, started: Json) -> Json:
         message = {"role": "assistant", "content": answer.text, "refusal": None, "qvl": qvl_json(answer)}
         logprobs = None
         if answer.logprobs is not None:
-            writer = Logprobs(service.engine.engine.tokenizer)
-            logprobs = writer.chat(writer.add(answer.text, answer.logprobs))
+            content = ChatLogprobs(service.engine.engine.tokenizer).add(answer.text, answer.logprobs)
+            logprobs = {"content": content, "refusal": None}
         choices.append(
             {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer)}
         )
@@ -110,7 +109,7 @@ class _Stream:
     def __init__(self, service: Service, params: SamplingParams, usage: bool, exchange: Exchange) -> None:
         self._service, self._params, self._usage, self._exchange = service, params, usage, exchange
         self._frame = {**_started(service), "object": "chat.completion.chunk"}
-        self._logprobs = [Logprobs(service.engine.engine.tokenizer) for _ in range(params.n)]
+        self._logprobs = [ChatLogprobs(service.engine.engine.tokenizer) for _ in range(params.n)]
         self._images: tuple[Any, ...] = ()
 
     async def events(self, encoded: Encoded) -> Events:
@@ -118,7 +117,7 @@ class _Stream:
         self._images = tuple(span.image for span in encoded.prompt.spans)
         completions: dict[int, Completion] = {}
         begun: set[int] = set()
-        async with aclosing(self._service.engine.stream_batches(encoded, self._params, wait=False)) as batches:
+        async with aclosing(self._service.engine.stream_batches(encoded, self._params)) as batches:
             async for batch in batches:
                 for piece in _joined(batch):
                     if piece.answer not in begun:
@@ -146,7 +145,7 @@ class _Stream:
         if piece.boxes:
             boxes = [box_json(box, self._images) for box in piece.boxes]
             delta["qvl"] = {"boxes": boxes, "pictures": pictures_json(self._images)}
-        return self._chunk(piece.answer, delta, self._logprobs[piece.answer].chat(shown) if requested else None)
+        return self._chunk(piece.answer, delta, {"content": shown, "refusal": None} if requested else None)
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}

@@ -31,7 +31,7 @@ class ModelEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        reply, exchange = Reply(send), Exchange(scope["state"]["caller"])
+        reply, exchange = Reply(send), Exchange(scope["state"]["caller"], record=self._service.metrics.finished)
         scope["state"]["exchange"] = exchange
         try:
             with self._service.admit():

@@ -100,6 +100,16 @@ SAMPLING = {
     ),
     "n": Field(whole(1, 128), "How many answers, sampled with seeds that follow one another.", "n"),
 }
+QVL = {
+    "qvl": Field(
+        {
+            "type": ["object", "null"],
+            "properties": {"boxes": {"type": ["string", "null"], "enum": ["force", "allow", None]}},
+            "additionalProperties": False,
+        },
+        "boxes: 'force' for boxes and nothing else, 'allow' for text whose boxes are well formed.",
+    )
+}
 STREAMING = {
     "stream": Field(FLAG, "Send the answer as it is generated, as server-sent events."),
     "stream_options": Field(
@@ -122,6 +132,7 @@ CHAT = {
     "max_completion_tokens": Field(whole(1), "The longest answer. Default: what the context has left."),
     "max_tokens": Field(whole(1), "The same under its older name."),
     **SAMPLING,
+    **QVL,
     "logprobs": Field(FLAG, "Return the log probability of each token."),
     "top_logprobs": Field(whole(0, MAX_TOP_LOGPROBS), "And that of this many alternatives; needs logprobs."),
     **STREAMING,
@@ -142,10 +153,22 @@ COMPLETION = {
     ),
     "max_tokens": Field(whole(0), "The longest answer, by default 16; 0 with echo scores the prompt."),
     **SAMPLING,
+    **QVL,
     "logprobs": Field(whole(0, MAX_TOP_LOGPROBS), "Return log probabilities, and those of this many alternatives."),
     "echo": Field(FLAG, "Repeat the prompt before the answer; with logprobs, those of its tokens, too."),
     **STREAMING,
 }
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31}, "maxItems": 2**20}
+TOKENIZE = {
+    **MODEL,
+    "prompt": Field(STRING, "A text.", None),
+    "content": Field(STRING, "The same under another name.", None),
+    "messages": Field(CHAT["messages"].schema, "Or a conversation, in the chat format up to the answer.", None),
+    "parse_special": Field(FLAG, "Whether special tokens in a text are such. Default: true."),
+    "return_token_strs": Field(FLAG, "Return the text of each token as well."),
+}
+DETOKENIZE = {**MODEL, "tokens": Field(_IDS, "Token ids.")}
+COUNT = {**MODEL, "messages": CHAT["messages"]}
 REQUIRED = {"chat": ("messages",), "completion": ("prompt",)}
 
 # Fields of OpenAI's that change no answer here, or whose default is all there is: they are taken and not used.

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
 from qvl_runtime.errors import quoted
 from qvl_runtime.server.errors import NOT_FOUND, APIError
 from qvl_runtime.server.http import Reply
+from qvl_runtime.server.openapi import openapi
 from qvl_runtime.server.service import Service
 
 Json = dict[str, Any]
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Plain(NamedTuple):
+    """An answer that is no JSON."""
+
+    data: bytes
+    type: str
 
 
 class Info:
@@ -26,7 +35,10 @@ class Info:
         reply = Reply(send)
         try:
             status, content = self._answer(self._service, scope["path_params"])
-            await reply.json(status, content)
+            if isinstance(content, Plain):
+                await reply.data(status, *content)
+            else:
+                await reply.json(status, content)
         except APIError as error:
             scope["state"]["outcome"] = error.code
             await reply.error(error)
@@ -53,6 +65,16 @@ def model(service: Service, path: Json) -> tuple[int, Json]:
     if name not in service.config.model_names:
         raise APIError(404, f"the model {quoted(name)} is not served here", NOT_FOUND, "model", "model_not_found")
     return 200, _model(service, name)
+
+
+def metrics(service: Service, path: Json) -> tuple[int, Plain]:
+    """All metrics, in Prometheus's text format."""
+    return 200, Plain(service.metrics.text(), PROMETHEUS)
+
+
+def description(service: Service, path: Json) -> tuple[int, Json]:
+    """The API in OpenAPI's form."""
+    return 200, openapi(service.config)
 
 
 def _model(service: Service, name: str) -> Json:

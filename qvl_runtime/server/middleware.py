@@ -25,6 +25,7 @@ from qvl_runtime.server.keys import Keys
 from qvl_runtime.server.requests import Caller, Exchange
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+GONE = 499  # nginx's status for a client that left before it had an answer
 _LONGEST_PATH = 200  # characters in the log
 
 
@@ -34,9 +35,11 @@ class AccessLog:
     JSON escapes every control character, so a request cannot forge a second line. The query of an address is left out.
     """
 
-    def __init__(self, app: ASGIApp, write: Callable[[str], None] | None = None) -> None:
-        """write: takes a line without its end; None: no log."""
-        self._app, self._write = app, write
+    def __init__(
+        self, app: ASGIApp, count: Callable[[str, int], None], write: Callable[[str], None] | None = None
+    ) -> None:
+        """count: takes route and status, for the metrics; write: takes a line without its end, None for no log."""
+        self._app, self._count, self._write = app, count, write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -45,7 +48,8 @@ class AccessLog:
             return
         given = header(scope, b"x-request-id")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-        state = scope["state"] = {"request_id": request_id, "caller": Caller(None)}
+        state: dict[str, Any] = {"request_id": request_id, "caller": Caller(None)}
+        scope["state"] = state
         status, began = 0, time.perf_counter()
 
         async def answer(message: Message) -> None:
@@ -58,6 +62,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, answer)
         finally:
+            self._count(state.get("route", "other"), status or GONE)
             if self._write is not None:
                 self._write(_line(scope, state, status, time.perf_counter() - began))
 
@@ -125,7 +130,7 @@ def _line(scope: Scope, state: Mapping[str, Any], status: int, seconds: float) -
         "key": state["caller"].name,
         "method": scope["method"][:20],
         "path": scope["path"][:_LONGEST_PATH],
-        "status": status or 499,  # the client left before there was one
+        "status": status or GONE,
         "seconds": round(seconds, 4),
         "prompt_tokens": usage.get("prompt_tokens"),
         "completion_tokens": usage.get("completion_tokens"),

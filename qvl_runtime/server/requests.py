@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +36,18 @@ class Exchange:
     caller: Caller
     usage: dict[str, Any] | None = None
     outcome: str | None = None
+    record: Callable[[Sequence[Completion]], None] = lambda answers: None  # for the metrics
 
-    def finished(self, answers: Sequence[Completion]) -> None:
-        """Count the answers of one prompt."""
+    def finished(self, answers: Sequence[Completion], answered: bool = True) -> None:
+        """Count the answers of one prompt. answered: whether they are shown, and not only its scores."""
         usage = request_usage(answers)
-        if self.usage is not None:
-            usage = {name: usage[name] + self.usage[name] for name in ("prompt_tokens", "completion_tokens")}
-        self.usage = usage
+        before = self.usage or {}
+        self.usage = {
+            "prompt_tokens": usage["prompt_tokens"] + before.get("prompt_tokens", 0),
+            "completion_tokens": usage["completion_tokens"] * answered + before.get("completion_tokens", 0),
+        }
         self.outcome = answers[0].finish_reason
+        self.record(answers)
 
 
 def checked(body: Any, fields: Mapping[str, Field], required: tuple[str, ...]) -> dict[str, Any]:
@@ -90,6 +94,8 @@ def sampling_values(
         raise invalid(f"n is {values['n']}; this server gives at most {config.max_answers} answers", "n")
     if "logit_bias" in request:
         values["logit_bias"] = _biases(request["logit_bias"], tokenizer)
+    if boxes := (request.get("qvl") or {}).get("boxes"):
+        values["boxes"] = boxes
     return values | {"cache_salt": caller.salt, "timeout_s": config.request_timeout_s}
 
 
@@ -98,6 +104,14 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
     from qvl_runtime.schedule.api import SamplingParams
 
     return SamplingParams(**values)
+
+
+def include_usage(request: Body) -> bool:
+    """Whether a stream ends with its usage. Raises `APIError` 400 for options of a stream that is none."""
+    options = request.get("stream_options")
+    if options is not None and not request.get("stream"):
+        raise invalid("stream_options needs stream: true", "stream_options")
+    return bool((options or {}).get("include_usage"))
 
 
 def answer_limit(wanted: int | None, prompt_tokens: int, context: int, config: ServerConfig, name: str) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qvl_runtime.errors import QVLError
 from qvl_runtime.server.config import ServerConfig
 from qvl_runtime.server.errors import APIError, busy, unavailable
+from qvl_runtime.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.async_engine import AsyncEngine
@@ -32,6 +33,7 @@ class Service:
         self.draining = False
         self.created = int(time.time())
         self.on_change: Callable[[], None] = lambda: None  # called when loading fails, or the engine's thread ends
+        self.metrics = Metrics(config.model_names[0])
         self._load = load
         self._engine: AsyncEngine | None = None
         self._closed = False
@@ -121,6 +123,7 @@ class Service:
         self.failure = failure
         if engine is not None:
             running = engine.engine_config.max_running
+            self.metrics.watch(engine)
             self._engine = AsyncEngine(engine, max_pending=running + self.config.max_waiting)
         else:
             self.on_change()

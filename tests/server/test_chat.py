@@ -124,3 +124,15 @@ def test_logprobs_join_to_the_text(live: Live) -> None:
             for entry in chunk.choices[0].logprobs.content
         ]
         assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+
+
+def test_boxes_can_be_forced(live: Live, demo_url: str) -> None:
+    """An answer that is held to boxes has nothing else, also where the model would rather talk."""
+    messages, client = say("What is the number?", demo_url), live.openai()
+    free = client.chat.completions.create(model="nano", messages=messages)
+    assert not free.choices[0].message.qvl["boxes"]
+    forced = client.chat.completions.create(model="nano", messages=messages, extra_body={"qvl": {"boxes": "force"}})
+    assert forced.choices[0].message.qvl["boxes"] and forced.choices[0].message.content.endswith("</box>")
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.chat.completions.create(model="nano", messages=messages, extra_body={"qvl": {"boxes": "maybe"}})
+    assert wrong.value.param == "qvl.boxes"
