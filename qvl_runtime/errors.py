@@ -76,6 +76,10 @@ class ImageError(QVLError, ValueError):
     """An image cannot be read, or exceeds a limit on bytes, pixels or time."""
 
 
+class DataError(QVLError, ValueError):
+    """The files of an evaluation are missing, malformed, or belong to another run."""
+
+
 class SamplingError(QVLError, ValueError):
     """A sampling parameter is out of range."""
 

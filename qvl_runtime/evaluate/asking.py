@@ -1,0 +1,96 @@
+"""Ask an engine the questions of a run, many at a time, in the order that shares the most between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from qvl_runtime.engine.engine import Engine
+from qvl_runtime.errors import QVLError
+from qvl_runtime.evaluate.choice import choose
+from qvl_runtime.evaluate.prompts import Question
+from qvl_runtime.schedule.api import Completion, SamplingParams
+
+Numbered = tuple[int, Question]
+
+
+class Reply(NamedTuple):
+    """An answer as text; of a choice, the letter."""
+
+    text: str
+    tokens: int = 0  # generated
+    likelihoods: tuple[float, ...] = ()  # of each option: mean log probability of its tokens; empty where it is written
+
+
+class Asker(Protocol):
+    """What answers questions: an engine of this process, or a server."""
+
+    chat_format: str  # "raw" for a base model
+
+    def answers(self, questions: Iterable[Numbered]) -> Iterator[tuple[int, Reply | QVLError]]:
+        """Answer all questions, in any order; one that fails yields its error."""
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """What answers, for the settings of a run: another identity may answer otherwise."""
+        ...
+
+
+class EngineAsker:
+    """An engine, which shares images and prompts between questions and computes them together."""
+
+    def __init__(self, engine: Engine, checkpoint: str) -> None:
+        """checkpoint: a hash of its files."""
+        self.engine, self._checkpoint = engine, checkpoint
+        self.chat_format = engine.defaults.chat_format
+
+    def identity(self) -> Mapping[str, Any]:
+        """Checkpoint, dtypes and precision."""
+        report = self.engine.report()
+        config = self.engine.engine_config
+        return {
+            "checkpoint": self._checkpoint,
+            "dtype": report["dtype"],
+            "precision": config.precision,
+            "kv_dtype": config.kv_dtype,
+            "device": config.device if config.device != "auto" else report["device"],
+        }
+
+    def answers(self, questions: Iterable[Numbered]) -> Iterator[tuple[int, Reply | QVLError]]:
+        """Written answers run together; choices, too, where every option is one token."""
+        written = []
+        for number, question in questions:
+            if question.choices:
+                yield from self._chosen(number, question)
+            else:
+                written.append((number, question))
+        requests = ((number, question.prompt, self._params(question)) for number, question in written)
+        raw = {number: question.raw for number, question in written}
+        for number, result in self.engine.as_completed(requests):
+            yield number, result if isinstance(result, QVLError) else self._reply(result, raw[number])
+
+    def _chosen(self, number: int, question: Question) -> Iterator[tuple[int, Reply | QVLError]]:
+        try:
+            likelihoods = choose(self.engine, question.prompt, question.choices)
+        except QVLError as error:
+            yield number, error
+        else:
+            best = max(range(len(likelihoods)), key=lambda i: likelihoods[i])
+            yield number, Reply(question.choices[best].strip(), 0, tuple(likelihoods))
+
+    def _params(self, question: Question) -> SamplingParams:
+        if not question.raw:
+            return SamplingParams(temperature=0, max_tokens=question.max_tokens)
+        return SamplingParams(
+            temperature=0,
+            min_tokens=question.min_tokens,
+            max_tokens=question.max_tokens,
+            ignore_eos=True,
+            stop_token_ids=(self.engine.tokenizer.endoftext,),
+        )
+
+    def _reply(self, completion: Completion, raw: bool) -> Reply:
+        text = completion.text
+        if raw:  # as the original decodes: `</box>` and what follows a Chat checkpoint's `<|im_end|>`, without the tags
+            text = self.engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return Reply(text, completion.usage.completion_tokens)

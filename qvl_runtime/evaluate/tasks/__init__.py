@@ -1,0 +1,1 @@
+"""The tasks of the published tables, one file a kind."""
