@@ -1,8 +1,9 @@
-"""Score a nano checkpoint on fresh scenes, through the engine: `python -m tools.eval_nano [--scenes 500] [--int4]`.
+"""Score a nano checkpoint on fresh scenes, as `qvl evaluate` does: `python -m tools.eval_nano [--scenes 500] [--int4]`.
 
 The scenes come from seeds that training never draws. Every question is asked as a first turn, greedily, and an answer
-is right when it is the expected text; `tools/nano/scoring.py` says what counts for captions and boxes. Writes the table
-as Markdown to the terminal and, with `--out`, the counts as JSON.
+is right when it is the expected text; `qvl_runtime/evaluate/metrics/scenes.py` says what counts for captions and boxes.
+Writes the table as Markdown to the terminal and, with `--out`, the counts as JSON. `qvl evaluate nano scenes` gives the
+same figures with intervals, on the folder that `python -m tools.nano.datasets` writes.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import argparse
 import json
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from qvl_runtime import Engine
-from tools.nano.asking import ask
+from qvl_runtime.cli.terminal import progress_bar
+from qvl_runtime.evaluate.asking import EngineAsker
+from qvl_runtime.evaluate.report import report_task
+from qvl_runtime.evaluate.runner import RunOptions, run_task
+from qvl_runtime.evaluate.tasks.table import TASKS
+from tools.nano.datasets import write_scenes
 from tools.nano.scenes import SceneConfig, check_fonts
-from tools.nano.scoring import Tally, score
+from tools.nano.scoring import Tally
 
 PACKAGE = Path(__file__).parent.parent / "qvl_runtime"
 # What the project asks of the shipped checkpoint, in percent.
@@ -36,8 +43,15 @@ def evaluate(folder: Path, dtype: str, precision: str, scenes: int, chinese: boo
     """Score the checkpoint on `scenes` fresh scenes."""
     engine = Engine(folder, dtype=dtype, precision=precision, max_model_len=1024)
     print(engine.summary())
-    config = SceneConfig(side=engine.config.visual.image_size)
-    return score(lambda *questions: ask(engine, *questions), config, scenes, chinese=chinese)
+    tally = Tally()
+    with TemporaryDirectory() as scratch, progress_bar("asking", None) as advance:
+        data = Path(scratch) / "data"
+        write_scenes(data, scenes, SceneConfig(side=engine.config.visual.image_size).side, chinese)
+        task, asker = TASKS["scenes_zh" if chinese else "scenes"], EngineAsker(engine, folder.name)
+        run = run_task(task, asker, RunOptions(data), data / "run", lambda done, _: advance(done))
+        for mark in report_task(run, asker.chat_format).marks:
+            tally.add(mark.name, bool(mark.value))
+    return tally
 
 
 def table(tallies: dict[str, Tally]) -> str:

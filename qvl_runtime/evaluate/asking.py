@@ -1,4 +1,4 @@
-"""Ask an engine the questions of a run, many at a time, in the order that shares the most between them."""
+"""Ask an engine the questions of a run, many at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qvl_runtime.engine.engine import Engine
 from qvl_runtime.errors import QVLError
-from qvl_runtime.evaluate.choice import choose
+from qvl_runtime.evaluate.choice import likelihoods, one_of, single_tokens
 from qvl_runtime.evaluate.prompts import Question
 from qvl_runtime.schedule.api import Completion, SamplingParams
 
@@ -57,28 +57,36 @@ class EngineAsker:
         }
 
     def answers(self, questions: Iterable[Numbered]) -> Iterator[tuple[int, Reply | QVLError]]:
-        """Written answers run together; choices, too, where every option is one token."""
-        written = []
-        for number, question in questions:
-            if question.choices:
-                yield from self._chosen(number, question)
-            else:
-                written.append((number, question))
-        requests = ((number, question.prompt, self._params(question)) for number, question in written)
-        raw = {number: question.raw for number, question in written}
+        """All run together, but choices of which an option is more than one token."""
+        together, alone = self._parted(questions)
+        asked = dict(together)
+        requests = ((number, question.prompt, self._params(question)) for number, question in together)
         for number, result in self.engine.as_completed(requests):
-            yield number, result if isinstance(result, QVLError) else self._reply(result, raw[number])
+            yield number, result if isinstance(result, QVLError) else self._reply(result, asked.pop(number))
+        for number, question in alone:
+            try:
+                yield number, self._scored(question)
+            except QVLError as error:
+                yield number, error
 
-    def _chosen(self, number: int, question: Question) -> Iterator[tuple[int, Reply | QVLError]]:
-        try:
-            likelihoods = choose(self.engine, question.prompt, question.choices)
-        except QVLError as error:
-            yield number, error
-        else:
-            best = max(range(len(likelihoods)), key=lambda i: likelihoods[i])
-            yield number, Reply(question.choices[best].strip(), 0, tuple(likelihoods))
+    def _parted(self, questions: Iterable[Numbered]) -> tuple[list[Numbered], list[Numbered]]:
+        """Those that run together, and those whose options are scored one after another."""
+        parted: tuple[list[Numbered], list[Numbered]] = ([], [])
+        for number, question in questions:
+            parted[bool(question.choices) and self._tokens(question) is None].append((number, question))
+        return parted
+
+    def _tokens(self, question: Question) -> tuple[int, ...] | None:
+        return single_tokens(self.engine.tokenizer, question.choices)
+
+    def _scored(self, question: Question) -> Reply:
+        found = likelihoods(self.engine, question.prompt, question.choices)
+        best = max(range(len(found)), key=lambda i: found[i])
+        return Reply(question.choices[best].strip(), 0, found)
 
     def _params(self, question: Question) -> SamplingParams:
+        if question.choices:
+            return one_of(self._tokens(question) or ())
         if not question.raw:
             return SamplingParams(temperature=0, max_tokens=question.max_tokens)
         return SamplingParams(
@@ -89,8 +97,13 @@ class EngineAsker:
             stop_token_ids=(self.engine.tokenizer.endoftext,),
         )
 
-    def _reply(self, completion: Completion, raw: bool) -> Reply:
+    def _reply(self, completion: Completion, question: Question) -> Reply:
+        if question.choices:
+            at = (self._tokens(question) or ()).index(completion.token_ids[0])
+            return Reply(question.choices[at].strip(), 1)
         text = completion.text
-        if raw:  # as the original decodes: `</box>` and what follows a Chat checkpoint's `<|im_end|>`, without the tags
+        if (
+            question.raw
+        ):  # as the original decodes: `</box>` and what follows a Chat checkpoint's `<|im_end|>`, without the tags
             text = self.engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Reply(text, completion.usage.completion_tokens)

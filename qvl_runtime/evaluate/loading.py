@@ -72,7 +72,9 @@ def _examples(task: Task, data: DataFolder, shots: int, seed: int, count: int) -
         raise DataError(f"{task.name} has no training file to draw examples from: leave out shots")
     lacking = [name for name in task.train.files if not data.path(name).exists()]
     if lacking:
-        raise DataError(f"{data.path(lacking[0])} does not exist; examples are drawn from it: fetch it, or leave out shots")
+        raise DataError(
+            f"{data.path(lacking[0])} does not exist; examples are drawn from it: fetch it, or leave out shots"
+        )
     return drawn_examples(list(task.train.read(data)), shots, count, seed)
 
 

@@ -53,6 +53,7 @@ SEED = replace(
 BOX = Form("{images}<ref>{question}</ref><box>", "框出图中{question}的位置")
 YES_NO = Form("{images}\n{question}", "{question}", is_chat=True)
 OPEN = Form("{images}\n{question}", "{question}", is_chat=True)
+SCENE = Form("Picture 1:{images}\n{question}", "{question}", is_chat=True)  # a chat turn of this package, spelled out
 
 
 @dataclass(frozen=True, slots=True)

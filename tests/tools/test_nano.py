@@ -10,6 +10,8 @@ import torch
 
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
+from qvl_runtime.evaluate.metrics.boxes import iou
+from qvl_runtime.evaluate.metrics.scenes import after_boxes, grounded_boxes
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.conversations import read_conversations
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -19,7 +21,7 @@ from tools.nano.optimizer import orthogonal
 from tools.nano.packing import Packer, Row
 from tools.nano.probe import dense_labels
 from tools.nano.scenes import SceneConfig, Thing, check_fonts, draw_scene
-from tools.nano.scoring import Tally, after_boxes, count, iou, parse
+from tools.nano.scoring import Tally, count
 from tools.nano.trainer import Recipe
 from tools.nano.vocabulary import learn_ranks
 from tools.nano.world import CHINESE, CHINESE_WORDS, COLOR_ID, COLORS, EMOJI, ENGLISH_WORDS, KIND_ID, SHAPES
@@ -98,7 +100,7 @@ def test_scores_count_what_they_say() -> None:
     count(tally, number, "417")
     assert tally.rates["number: digit"] == pytest.approx(2 / 3) and tally.rates["number: whole"] == 0
     assert iou((0, 0, 10, 10), (0, 0, 10, 5)) == 0.5 and iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-    assert parse("<ref>a</ref><box>(1,2),(3,4)</box><ref>b</ref><box>(1,2)") == {"a": (1, 2, 3, 4)}
+    assert grounded_boxes("<ref>a</ref><box>(1,2),(3,4)</box><ref>b</ref><box>(1,2)") == {"a": (1, 2, 3, 4)}
 
 
 def test_labels_say_what_covers_a_cell() -> None:

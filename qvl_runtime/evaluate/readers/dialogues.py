@@ -1,4 +1,4 @@
-"""MME's folders of yes-no questions, and TouchStone's table of open ones."""
+"""MME's folders of yes-no questions, TouchStone's table of open ones, and the scenes that nano is tested on."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ def touchstone(data: DataFolder, name: str) -> Iterator[Sample]:
         index = row.values.get("index") or str(number)
         image = data_url(row.text("image"))
         yield Sample(index, (image,), row.text("question"), part=facts["category"], facts=facts)
+
+
+def scenes(data: DataFolder, name: str) -> Iterator[Sample]:
+    """Lines of image, sort, question and answer, as `python -m tools.nano.datasets` writes them."""
+    for number, record in enumerate(data.lines(name)):
+        image = data.image(record.text("image"))
+        sort, answer = record.text("sort"), record.text("answer")
+        yield Sample(number, (image,), record.text("question"), references=(answer,), part=sort)
 
 
 def _yes_no(subtask: str, image: str, number: int, path: str, question: str, answer: str, where: str) -> Sample:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from qvl_runtime.evaluate.metrics import table as metrics
-from qvl_runtime.evaluate.prompts import BOX, CAPTION, OPEN, YES_NO
+from qvl_runtime.evaluate.metrics.scenes import SCENES
+from qvl_runtime.evaluate.prompts import BOX, CAPTION, OPEN, SCENE, YES_NO
 from qvl_runtime.evaluate.readers import captions, dialogues, expressions
 from qvl_runtime.evaluate.tasks.task import Layout, Task, layout
 
@@ -92,3 +93,11 @@ def dialogues_tasks() -> Iterator[Task]:
             "https://github.com/OFA-Sys/TouchStone",
             submission="touchstone",
         )
+
+
+def scenes_tasks() -> Iterator[Task]:
+    """The scenes of nano, the checkpoint that ships with the package, in English and Chinese."""
+    source = "python -m tools.nano.datasets in a checkout"
+    for name, title in {"scenes": "nano's scenes", "scenes_zh": "nano's scenes (Chinese)"}.items():
+        where = (layout(dialogues.scenes, f"scenes/{name}.jsonl"),)
+        yield Task(name, title, SCENE, (0, 120), SCENES, where, source)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from qvl_runtime.errors import ConfigError, quoted
 from qvl_runtime.evaluate.tasks.multiple_choice import choices_tasks
-from qvl_runtime.evaluate.tasks.others import boxes_tasks, captions_tasks, dialogues_tasks
+from qvl_runtime.evaluate.tasks.others import boxes_tasks, captions_tasks, dialogues_tasks, scenes_tasks
 from qvl_runtime.evaluate.tasks.questions import answers_tasks, documents_tasks
 from qvl_runtime.evaluate.tasks.task import Task
 
-_MADE = (captions_tasks, answers_tasks, documents_tasks, choices_tasks, boxes_tasks, dialogues_tasks)
+_MADE = (captions_tasks, answers_tasks, documents_tasks, choices_tasks, boxes_tasks, dialogues_tasks, scenes_tasks)
 TASKS: dict[str, Task] = {task.name: task for make in _MADE for task in make()}
 GROUPS = {
     "captions": ("flickr", "nocaps"),
