@@ -66,7 +66,7 @@ def _check_any(value: Any, options: list[Schema], path: str) -> None:
         names = dict.fromkeys(_NAMES[name] for option in options for name in _types(option))
         raise _wrong(path, value, " or ".join(names))
     error: APIError | None = None
-    for option in _same_kind(value, fitting):
+    for option in _same_kind(value, fitting, path):
         try:
             check(value, option, path)
             return
@@ -76,20 +76,22 @@ def _check_any(value: Any, options: list[Schema], path: str) -> None:
         raise error
 
 
-def _same_kind(value: Any, options: list[Schema]) -> list[Schema]:
-    """The options whose constant properties, such as the type of a part, are those of the value; all if none is."""
-    if not isinstance(value, dict):
+def _same_kind(value: Any, options: list[Schema], path: str) -> list[Schema]:
+    """The options whose constant property, such as the type of a part, is that of the value."""
+    constants = [_constants(option) for option in options]
+    if not isinstance(value, dict) or not all(constants):
         return options
-    same = [
-        option
-        for option in options
-        if all(
-            value.get(name) == schema["const"]
-            for name, schema in option.get("properties", {}).items()
-            if "const" in schema
-        )
-    ]
-    return same or options
+    same = [o for o, own in zip(options, constants, strict=True) if all(value.get(n) == v for n, v in own.items())]
+    if not same:
+        name = next(iter(constants[0]))
+        if name not in value:
+            raise invalid(f"{path}.{name} is missing", f"{path}.{name}", "missing_field")
+        raise _wrong(f"{path}.{name}", value[name], " or ".join(quoted(own[name]) for own in constants))
+    return same
+
+
+def _constants(schema: Schema) -> dict[str, Any]:
+    return {name: own["const"] for name, own in schema.get("properties", {}).items() if "const" in own}
 
 
 def _check_object(value: dict[str, Any], schema: Schema, path: str) -> None:

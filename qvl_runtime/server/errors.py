@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from qvl_runtime.errors import (
@@ -73,10 +73,16 @@ def api_error(error: Exception, param: str | None = None) -> APIError:
         return invalid(message, param, "invalid_prompt")
     if isinstance(error, SamplingError):
         name = message.partition(" ")[0]
-        return invalid(message, name if name.isidentifier() else None, "invalid_value")
+        return invalid(message, name if name in _parameters() else None, "invalid_value")
     if isinstance(error, (NumericsError, StepError)):
         return APIError(500, message, SERVER, None, "engine_error")
     if isinstance(error, QVLError):  # the engine was closed, or its thread has ended
         return APIError(500, message, SERVER, None, "engine_dead")
     _log.error("a request failed by a bug of the server", exc_info=error)
     return APIError(500, f"the server has a bug: {type(error).__name__}; its log has more", SERVER, None, "bug")
+
+
+def _parameters() -> frozenset[str]:
+    from qvl_runtime.schedule.api import SamplingParams
+
+    return frozenset(field.name for field in fields(SamplingParams))

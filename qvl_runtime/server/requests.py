@@ -94,6 +94,10 @@ def sampling_values(
         raise invalid(f"n is {values['n']}; this server gives at most {config.max_answers} answers", "n")
     if "logit_bias" in request:
         values["logit_bias"] = _biases(request["logit_bias"], tokenizer)
+    for name in ("stop_token_ids", "logit_bias"):
+        vocab = tokenizer.n_vocab
+        if outside := [token for token in values.get(name, ()) if token >= vocab]:
+            raise invalid(f"{name} has {outside[0]}; expected token ids from 0 to {vocab - 1}", name, "invalid_value")
     if boxes := (request.get("qvl") or {}).get("boxes"):
         values["boxes"] = boxes
     return values | {"cache_salt": caller.salt, "timeout_s": config.request_timeout_s}
