@@ -60,6 +60,7 @@ class Server(uvicorn.Server):
 
         async def work() -> None:
             await self._service.drain()
+            await self._service.close()  # what still runs ends with an error that its client sees
             self.should_exit = True
 
         self._draining = asyncio.ensure_future(work())

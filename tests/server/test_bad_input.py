@@ -119,7 +119,14 @@ def test_what_clients_send_for_nothing_is_taken(live: Live) -> None:
         {"role": "assistant", "content": None, "refusal": None},
         OK,
     ]
-    body = {"model": None, "messages": messages, "temperature": None, "stop": None, "n": None, "stream": None}
+    body: dict[str, Any] = {
+        "model": None,
+        "messages": messages,
+        "temperature": None,
+        "stop": None,
+        "n": None,
+        "stream": None,
+    }
     body |= {
         "user": "u",
         "store": False,
