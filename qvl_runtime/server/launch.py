@@ -37,7 +37,6 @@ class Server(uvicorn.Server):
         self._service, self._keys = service, keys
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        service.on_change = self._failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
@@ -45,6 +44,10 @@ class Server(uvicorn.Server):
         if hasattr(signal, "SIGHUP") and _in_main_thread():
             self._loop.add_signal_handler(signal.SIGHUP, self._read_keys)
         await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, which uvicorn asks ten times a second."""
+        return await super().on_tick(counter) or self._service.is_over
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or end at once."""
@@ -64,10 +67,6 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
         self._draining = asyncio.ensure_future(work())
-
-    def _failed(self) -> None:
-        if self._service.failure is not None or self._service.config.exit_on_failure:
-            self.should_exit = True
 
     def _read_keys(self) -> None:
         try:

@@ -32,7 +32,6 @@ class Service:
         self.active = 0  # requests that were admitted and are not answered
         self.draining = False
         self.created = int(time.time())
-        self.on_change: Callable[[], None] = lambda: None  # called when loading fails, or the engine's thread ends
         self.metrics = Metrics(config.model_names[0])
         self._load = load
         self._engine: AsyncEngine | None = None
@@ -48,6 +47,11 @@ class Service:
         if dead or self.failure is not None:
             return "failed"
         return "draining" if self.draining else "loading" if self._engine is None else "ready"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process should end: nothing could be loaded, or the model's thread has ended."""
+        return self.failure is not None or (self.state == "failed" and self.config.exit_on_failure)
 
     @property
     def engine(self) -> AsyncEngine:
@@ -89,8 +93,6 @@ class Service:
             self._seconds += (time.monotonic() - began - self._seconds) / 8
             if not self.active:
                 self._idle.set()
-            if self.state == "failed":
-                self.on_change()
 
     async def drain(self) -> None:
         """Take no more requests, and wait for those that run, as long as the configuration allows."""
@@ -103,7 +105,7 @@ class Service:
     async def close(self) -> None:
         """End the engine's thread; requests that still run fail."""
         if self._engine is not None:
-            self._closed = self._engine.is_alive
+            self._closed = self._closed or self._engine.is_alive
             await self._engine.close()
 
     def _run_load(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -125,8 +127,6 @@ class Service:
             running = engine.engine_config.max_running
             self.metrics.watch(engine)
             self._engine = AsyncEngine(engine, max_pending=running + self.config.max_waiting)
-        else:
-            self.on_change()
 
     def _unavailable(self) -> APIError:
         if self.state == "failed":

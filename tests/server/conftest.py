@@ -43,6 +43,7 @@ class Live:
 
     def __init__(self, service: Service, server: Server, port: int, lines: list[str]) -> None:
         self.service, self.server, self.port, self.lines = service, server, port, lines
+        self.thread = threading.current_thread()
         self.url = f"http://127.0.0.1:{port}"
 
     @property
@@ -91,6 +92,7 @@ def serving(load: Callable[[], Engine], keys: Keys | None = None, ready: bool = 
     server = make_server(service, keys or Keys(), write=lines.append)
     live = Live(service, server, sock.getsockname()[1], lines)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="test-server")
+    live.thread = thread
     thread.start()
     try:
         deadline = time.monotonic() + 60

@@ -138,8 +138,9 @@ def test_a_thread_of_the_model_that_ends(nano: Engine, monkeypatch: pytest.Monke
         monkeypatch.setattr(nano, "exclusive", lambda: 1 / 0)
         assert live.post(CHAT, ASK).status == 500
         monkeypatch.undo()
-        wait(lambda: live.server.should_exit)
-        assert live.service.state == "failed"
+        wait(lambda: live.service.is_over)
+        live.thread.join(10)
+        assert live.service.state == "failed" and not live.thread.is_alive()
     with serving(lambda: nano) as live:
         monkeypatch.setattr(nano, "exclusive", lambda: 1 / 0)
         assert live.post(CHAT, ASK).status == 500
@@ -153,8 +154,9 @@ def test_a_checkpoint_that_cannot_be_loaded() -> None:
         raise CheckpointError("broken")
 
     with serving(load, ready=False) as live:
-        wait(lambda: live.server.should_exit)
-        assert live.service.state == "failed" and str(live.service.failure) == "broken"
+        wait(lambda: live.service.is_over)
+        live.thread.join(10)
+        assert live.service.state == "failed" and not live.thread.is_alive() and str(live.service.failure) == "broken"
 
 
 def test_metrics(live: Live) -> None:
