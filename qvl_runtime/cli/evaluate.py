@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +18,10 @@ from qvl_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from qvl_runtime.evaluate.asking import Asker
+    from qvl_runtime.evaluate.judge import Judge
     from qvl_runtime.evaluate.session import Evaluation
 
-ASKING = "Asking"
+ASKING, JUDGING = "Asking", "Judging"
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,19 @@ def evaluate(
             "--allow-missing", help="Count questions whose image is missing as errors.", rich_help_panel=ASKING
         ),
     ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask a server's MODEL instead of loading one: http://127.0.0.1:8000/v1.",
+            rich_help_panel=ASKING,
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A server whose model marks TouchStone's answers.", rich_help_panel=JUDGING),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="That model.", rich_help_panel=JUDGING)] = "gpt-4",
     show_list: Annotated[bool, typer.Option("--list", help="Show tasks and the files they need; run nothing.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -119,11 +135,20 @@ def evaluate(
     selected = chosen(tasks)
     options = RunOptions(data, Style(style, prompt, shots), limit, seed, max_tokens, allow_missing)
     check_data(selected, options)
-    asker, header = _engine(models, quiet)
+    asker, header = _engine(models, quiet) if url is None else _server(url, models)
     folder = out or Path("evaluation") / Path(models.model or "nano").name
     with _bars(quiet) as progress:
         evaluation = run(
-            selected, asker, options, folder, header, scale=scale, against=against, plots=plots, progress=progress
+            selected,
+            asker,
+            options,
+            folder,
+            header,
+            scale=scale,
+            against=against,
+            plots=plots,
+            judge=_judge(judge_url, judge_model),
+            progress=progress,
         )
     _show(evaluation, asker.chat_format, as_json, quiet, folder)
     return FAILED_RECORDS if any(report.errors for report in evaluation.reports) else 0
@@ -155,6 +180,22 @@ def _engine(models: EvaluatedModel, quiet: bool) -> tuple[Asker, dict[str, Any]]
         **jsonable(RunInfo.collect(engine.core.runner.model.device)),
     }
     return EngineAsker(engine, found.whole), header
+
+
+def _judge(url: str | None, model: str) -> Judge | None:
+    from qvl_runtime.evaluate.http_client import Client
+    from qvl_runtime.evaluate.judge import Judge
+
+    return None if url is None else Judge(Client(url, os.environ.get("OPENAI_API_KEY")), model)
+
+
+def _server(url: str, models: EvaluatedModel) -> tuple[Asker, dict[str, Any]]:
+    """The server that answers. An API key is taken from the environment, as OpenAI's clients do."""
+    from qvl_runtime.evaluate.http_client import Client
+    from qvl_runtime.evaluate.remote import ServerAsker
+
+    asker = ServerAsker(Client(url, os.environ.get("OPENAI_API_KEY")), models.model)
+    return asker, {"model": asker.model, "url": url, "date": time.strftime("%Y-%m-%d %H:%M")}
 
 
 @contextmanager

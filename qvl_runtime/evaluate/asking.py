@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from qvl_runtime.engine.engine import Engine
 from qvl_runtime.errors import QVLError
-from qvl_runtime.evaluate.choice import likelihoods, one_of, single_tokens
+from qvl_runtime.evaluate.choice import one_of, single_tokens
 from qvl_runtime.evaluate.prompts import Question
 from qvl_runtime.schedule.api import Completion, SamplingParams
 
@@ -80,8 +80,8 @@ class EngineAsker:
         return single_tokens(self.engine.tokenizer, question.choices)
 
     def _scored(self, question: Question) -> Reply:
-        found = likelihoods(self.engine, question.prompt, question.choices)
-        best = max(range(len(found)), key=lambda i: found[i])
+        found = self.engine.choose(question.prompt, question.choices).mean_logprobs
+        best = max(range(len(found)), key=found.__getitem__)
         return Reply(question.choices[best].strip(), 0, found)
 
     def _params(self, question: Question) -> SamplingParams:
@@ -93,17 +93,15 @@ class EngineAsker:
             temperature=0,
             min_tokens=question.min_tokens,
             max_tokens=question.max_tokens,
-            ignore_eos=True,
-            stop_token_ids=(self.engine.tokenizer.endoftext,),
+            end_of_text_only=True,
         )
 
     def _reply(self, completion: Completion, question: Question) -> Reply:
         if question.choices:
             at = (self._tokens(question) or ()).index(completion.token_ids[0])
             return Reply(question.choices[at].strip(), 1)
-        text = completion.text
-        if (
-            question.raw
-        ):  # as the original decodes: `</box>` and what follows a Chat checkpoint's `<|im_end|>`, without the tags
-            text = self.engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        if not question.raw:
+            return Reply(completion.text, completion.usage.completion_tokens)
+        # As the original decodes: `</box>` and what follows a Chat checkpoint's `<|im_end|>`, without the tags.
+        text = self.engine.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return Reply(text, completion.usage.completion_tokens)

@@ -1,18 +1,14 @@
 """Choose among given answers by their likelihood, as the original does: the mean log probability of their tokens.
 
 An option is tokenized on its own and appended to the prompt's ids. Where each option is one token, one prefill tells;
-then questions run together like any others, with all other tokens ruled out by a bias. Options of several tokens are
-scored one after another; the images are encoded once.
+then questions run together like any others, with all other tokens ruled out by a bias. Others are asked by
+`Engine.choose`, one question after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
-from qvl_runtime.engine.engine import Engine
-from qvl_runtime.engine.score import score_prompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import SamplingParams
 
@@ -38,16 +34,3 @@ def one_of(tokens: Sequence[int]) -> SamplingParams:
         logit_bias=dict.fromkeys(tokens, _BIAS),
         logprobs=0,
     )
-
-
-def likelihoods(engine: Engine, prompt: Any, choices: Sequence[str]) -> tuple[float, ...]:
-    """Mean log probability of each option's tokens after a prompt of any form."""
-    encoded = engine.encode(prompt).prompt
-    found = []
-    for choice in choices:
-        tokens = engine.tokenizer.encode(choice, "none")
-        whole = replace(encoded, token_ids=[*encoded.token_ids, *tokens])
-        with engine.exclusive():
-            scored = score_prompt(engine.core, whole)
-        found.append(float(scored.logprobs[-len(tokens) :].mean()))
-    return tuple(found)

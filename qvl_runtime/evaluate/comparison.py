@@ -96,7 +96,8 @@ def table(differences: Sequence[Difference]) -> list[list[str]]:
             f"{d.there:.2f}",
             f"{d.here:.2f}",
             f"{d.interval.value:+.2f}",
-            f"{d.interval.low:+.2f} to {d.interval.high:+.2f}" + ("" if d.certain else " (not certain)"),
+            f"{d.interval.low:+.2f} to {d.interval.high:+.2f}"
+            + ("" if d.certain or d.same == d.of else " (not certain)"),
             f"{d.same} of {d.of}",
         ]
         for d in differences

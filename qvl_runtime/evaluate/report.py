@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.evaluate.bootstrap import score_intervals
+from qvl_runtime.evaluate.judge import JUDGED, Judged
 from qvl_runtime.evaluate.published import published
 from qvl_runtime.evaluate.runner import TaskRun
 from qvl_runtime.evaluate.scoring import Answer, Context, Mark
@@ -66,17 +67,21 @@ class TaskReport:
         }
 
 
-def report_task(run: TaskRun, chat_format: str, context: Context | None = None) -> TaskReport:
-    """Score the answers of a task."""
+def report_task(
+    run: TaskRun, chat_format: str, context: Context | None = None, judged: Judged | None = None
+) -> TaskReport:
+    """Score the answers of a task; `judged` are the marks of another model, where that is how it is scored."""
     context = context or Context()
-    task, metric = run.task, run.task.metric
-    if metric is None or not all(answer.sample.references for answer in run.answers):
-        secret = [] if metric is None else ["the answers of this split are secret: submit the file to its authors"]
-        return TaskReport(run, [], [*_notes(run), *secret], [])
-    marks = metric.marks(run.answers, context)
+    task, metric = run.task, run.task.metric or JUDGED
+    if task.metric is None and (judged is None or not judged.marks):
+        return TaskReport(run, [], [*_notes(run), "not judged: name a judge, or submit the file"], [])
+    if judged is None and not all(answer.sample.references for answer in run.answers):
+        secret = "the answers of this split are secret: submit the file to its authors"
+        return TaskReport(run, [], [*_notes(run), secret], [])
+    marks = metric.marks(run.answers, context) if judged is None else judged.marks
     good = [answer for answer in run.answers if answer.error is None]
     of_good = {}
-    if 0 < len(good) < len(run.answers):
+    if judged is None and 0 < len(good) < len(run.answers):
         of_good = {name: found.value for name, found in score_intervals(metric, metric.marks(good, context)).items()}
     counts = Counter(mark.name for mark in marks)
     weights = metric.scores(counts)
@@ -90,7 +95,10 @@ def report_task(run: TaskRun, chat_format: str, context: Context | None = None) 
         )
         for at, (name, found) in enumerate(score_intervals(metric, marks).items())
     ]
-    return TaskReport(run, scores, _notes(run), marks)
+    notes = _notes(run)
+    if judged is not None and judged.failed:
+        notes.append(f"{judged.failed} judgments gave no marks and are left out")
+    return TaskReport(run, scores, notes, marks)
 
 
 def _notes(run: TaskRun) -> list[str]:

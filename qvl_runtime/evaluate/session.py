@@ -11,6 +11,7 @@ from typing import Any
 
 from qvl_runtime.evaluate.asking import Asker
 from qvl_runtime.evaluate.comparison import Difference, compare
+from qvl_runtime.evaluate.judge import Judge, judge_answers
 from qvl_runtime.evaluate.loading import load
 from qvl_runtime.evaluate.plots import plot
 from qvl_runtime.evaluate.report import TaskReport, markdown, report_task, write_scored
@@ -47,12 +48,13 @@ def evaluate(
     scale: int = 999,
     against: Path | None = None,
     plots: bool = False,
+    judge: Judge | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run and score the tasks into OUT/TASK, and write OUT/report.json and OUT/report.md.
 
-    scale: what boxes are divided by. against: the output folder of another run to compare with. A run that was stopped
-    continues where it was.
+    scale: what boxes are divided by. against: the output folder of another run to compare with. judge: of the
+    tasks that another model marks. A run that was stopped continues where it was.
     """
     context = Context(scale)
     reports, differences = [], []
@@ -62,7 +64,10 @@ def evaluate(
         shown = None if progress is None else lambda done, total, name=task.name: progress(name, done, total)
         run = run_task(task, asker, options, folder, shown)
         seconds, asked, tokens = seconds + time.perf_counter() - began, asked + run.asked, tokens + run.tokens
-        report = report_task(run, asker.chat_format, context)
+        judged = None
+        if task.metric is None and judge is not None:
+            judged = judge_answers(run.answers, judge, folder, shown)
+        report = report_task(run, asker.chat_format, context, judged)
         reports.append(report)
         write_scored(report, folder / "scored.jsonl")
         if task.submission is not None:
