@@ -1,8 +1,8 @@
 """TouchStone: another model marks each answer against a reference, in both orders, over any OpenAI-compatible server.
 
 The judge sees no image, only a person's description of it. Prompt, temperature and marks are those of TouchStone's own
-script (https://github.com/OFA-Sys/TouchStone, Apache-2.0), whose published figures were judged by gpt-4 in 2023: another
-judge gives other marks, and none of them can be compared with those.
+script (https://github.com/OFA-Sys/TouchStone, Apache-2.0), whose published figures were judged by gpt-4 in 2023:
+another judge gives other marks, and none of them can be compared with those.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _judgment(judge: Judge, answer: Answer, order: int) -> dict[str, Any]:
         found = judge.client.post("/chat/completions", body)
         text = str(found["choices"][0]["message"]["content"])
         values = [float(value) for value in text.strip().split(" ")]
-        if len(values) != 2:
-            raise DownloadError(f"the judge wrote {quoted(text)}; expected two marks")
+        if len(values) != 2 or not all(0 <= value <= 10 for value in values):
+            raise DownloadError(f"the judge wrote {quoted(text)}; expected two marks from 1 to 10")
     except (QVLError, KeyError, IndexError, TypeError, ValueError) as error:
         return {"error": str(error)}
     reference, own = values if order == 0 else reversed(values)
