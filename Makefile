@@ -17,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs examples wheel kernel-report ttsem interop demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,10 @@ $(INTEROP)/.set-up: tools/interop/auto-gptq.txt tools/interop/gptqmodel.txt
 	$(call INTEROP_INSTALL,gptqmodel) -r tools/interop/gptqmodel.txt
 	BUILD_CUDA_EXT=0 $(call INTEROP_INSTALL,gptqmodel) --no-deps --no-build-isolation gptqmodel==7.7.0 torchao==0.18.0
 	@touch $@
+
+browser: $(STAMP) ## install what the tests of the page need besides a Chromium: playwright, and axe-core by npm
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[browser]'
+	npm install --silent --no-audit --no-fund --prefix build/npm axe-core@4.14.1
 
 demo: $(STAMP) ## caption an image, answer a question, box an object: about a minute
 	$(BIN)/qvl demo

@@ -22,15 +22,33 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parents[1] / "assets"
 
 Out = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the image with the boxes drawn on it.")]
+Open = Annotated[bool, typer.Option("--open", help="Show it in the web browser: serve the page until Ctrl-C.")]
 
 
-def demo(*, out: Out = Path("out/demo.png"), font: Font = None, models: RunOptions, debug: Debug = False) -> int:
+def demo(
+    *,
+    out: Out = Path("out/demo.png"),
+    open_page: Open = False,
+    font: Font = None,
+    models: RunOptions,
+    debug: Debug = False,
+) -> int:
     """Caption an image that ships with qvl, answer a question about it, box an object, and report the speed.
 
     [cyan]qvl demo[/cyan]
 
+    [cyan]qvl demo --open[/cyan]
+
     [cyan]qvl demo --model Qwen/Qwen-VL-Chat-Int4 --out boxed.png[/cyan]
     """
+    if open_page:
+        import webbrowser
+
+        from qvl_runtime.cli.serve import ServeOptions
+        from qvl_runtime.cli.serve import run as run_server
+
+        options = ServeOptions(port=0, access_log=False)
+        return run_server(options, models, lambda url: webbrowser.open(f"{url}/?example"))
     out.parent.mkdir(parents=True, exist_ok=True)
     check_drawable(out, font)
     run(models.open(), out, font=font)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvl_runtime.cli.options import Debug, ReadingOptions, count_option
+from qvl_runtime.cli.options import Debug, ReadingOptions, RunOptions, count_option
 from qvl_runtime.cli.terminal import INTERRUPTED, say
 from qvl_runtime.errors import ConfigError
 
@@ -161,16 +162,20 @@ def serve(
 
     SIGTERM and Ctrl-C end it once the running requests are answered, a second one at once.
     """
+    if checkpoint is not None and models.model is not None:
+        raise ConfigError("the model is given twice: as an argument and by --model")
+    return run(serving, replace(models, model=checkpoint or models.model))
+
+
+def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit status. look: called with the URL once it listens."""
     try:
-        from qvl_runtime.server.launch import serve as run
+        from qvl_runtime.server.launch import serve as run_server
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed: pip install 'qvl-runtime[server]'") from None
     from qvl_runtime.server.keys import Keys
     from qvl_runtime.server.middleware import standard_output
 
-    if checkpoint is not None and models.model is not None:
-        raise ConfigError("the model is given twice: as an argument and by --model")
-    models = replace(models, model=checkpoint or models.model)
     names = tuple(serving.served_model_name or ()) or (_name(models.model or models.synthetic),)
     config, keys = serving.config(names), Keys(serving.api_key_file)
     if models.model is not None:
@@ -183,9 +188,13 @@ def serve(
         say(f"ready: {engine.summary()}")
         return engine
 
-    say(f"listening at http://{serving.host}:{serving.port}, loading {names[0]}")
+    def announce(url: str) -> None:
+        say(f"listening at {url}, loading {names[0]}")
+        if look is not None:
+            look(url)
+
     write = standard_output if serving.access_log else None
-    ended_by = run(load, config, keys, serving.host, serving.port, write, serving.trusted_proxies)
+    ended_by = run_server(load, config, keys, serving.host, serving.port, write, serving.trusted_proxies, announce)
     return INTERRUPTED if ended_by == signal.SIGINT else 0
 
 

@@ -110,11 +110,16 @@ def serve(
     port: int,
     write: Callable[[str], None] | None = None,
     trusted_proxies: str | None = None,
+    announce: Callable[[str], None] = lambda url: None,
 ) -> int:
-    """Serve until a signal ends it, and return that. Raises what `load` raises, and `OSError` for a port in use."""
+    """Serve until a signal ends it, and return that. Raises what `load` raises, and `OSError` for a port in use.
+
+    announce: called with the URL once it listens.
+    """
     service = Service(load, config)
     server = make_server(service, keys, host, port, write, trusted_proxies)
     with listening_socket(host, port) as sock:
+        announce(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
         asyncio.run(server.serve(sockets=[sock]))
     raise_failure(service)
     return server.signal

@@ -12,6 +12,9 @@ from qvl_runtime.server.errors import NOT_FOUND, APIError
 from qvl_runtime.server.http import Reply
 
 WEB = Path(__file__).parent / "web"
+ASSETS = Path(__file__).parents[1] / "assets"
+EXAMPLE = {"/example.jpg": ASSETS / "demo.jpg", "/example.json": ASSETS / "demo.json"}
+"""What the page offers to try: the image and the prompts of `qvl demo`."""
 POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -31,11 +34,13 @@ class StaticFiles:
     def __init__(self, folder: Path | None = WEB) -> None:
         """folder: None for no files."""
         self._files: dict[str, tuple[bytes, str, str]] = {}  # content, type, entity tag
-        for file in sorted(folder.rglob("*")) if folder is not None and folder.is_dir() else []:
-            if file.is_file():
-                data = file.read_bytes()
-                tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-                self._files["/" + file.relative_to(str(folder)).as_posix()] = data, _type(file), tag
+        if folder is not None and folder.is_dir():
+            files = {"/" + file.relative_to(str(folder)).as_posix(): file for file in sorted(folder.rglob("*"))}
+            for path, file in {**files, **EXAMPLE}.items():
+                if file.is_file():
+                    data = file.read_bytes()
+                    tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+                    self._files[path] = data, _type(file), tag
         if "/index.html" in self._files:
             self._files["/"] = self._files["/index.html"]
 
