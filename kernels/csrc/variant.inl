@@ -29,6 +29,8 @@
 
 #if defined(__AMX_BF16__)
 #include "attention/amx.inl"
+
+#include "attention/decode_amx.inl"
 #endif
 
 #include "attention/attention.inl"

@@ -6,6 +6,22 @@
 
 namespace {
 
+// 16 levels of an int8 cache as the lower halves of words of bfloat16, and 16 as the upper ones. Whole numbers below 256:
+// the lower halves of their floats are zero.
+inline I level_pairs(const int8_t* lower, const int8_t* upper) {
+  const I low = _mm512_castps_si512(to_float(load_i8(lower))), high = _mm512_castps_si512(to_float(load_i8(upper)));
+  return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
+}
+
+// The channels of a vector as `level_pairs` of the halves of each 32 returns those of an int8 key: 0 16 1 17 and so on.
+inline void interleave_halves(uint16_t* x, int64_t dim) {
+  uint16_t plain[32];
+  for (const uint16_t* end = x + dim; x < end; x += 32) {
+    memcpy(plain, x, sizeof plain);
+    for (int i = 0; i < 32; i++) x[i] = plain[i / 2 + i % 2 * 16];
+  }
+}
+
 struct AmxProducts {
   static constexpr int64_t kStrip = 32;
   static constexpr int64_t kTile = 512;  // bfloat16 in a tile, 1 KiB
@@ -25,7 +41,7 @@ struct AmxProducts {
   }
   ~AmxProducts() { _tile_release(); }
 
-  // A stored vector as bfloat16, followed by zeros.
+  // A stored vector as bfloat16, followed by zeros; int8 without its scale, which is exact.
   void narrow(const void* from, int64_t dtype, uint16_t* to) const {
     if (dtype == kBfloat16) {
       memcpy(to, from, (size_t)dim * 2);
@@ -38,21 +54,21 @@ struct AmxProducts {
   }
 
   // 32 vectors from `first + t` on, zeros from `count` on.
-  void gather(const Cache& cache, const Job& job, int64_t first, int64_t t, int64_t count) {
+  template <class Vector> void gather(const Vector& vector, int64_t dtype, int64_t first, int64_t t, int64_t count) {
     for (int64_t i = 0; i < 32; i++) {
-      const int64_t token = first + t + i;
-      if (t + i < count) narrow(cache.vector(job.table[token / cache.block_size], job.head, token % cache.block_size), cache.dtype, rows + i * padded);
+      if (t + i < count) narrow(vector(first + t + i), dtype, rows + i * padded);
       else memset(rows + i * padded, 0, (size_t)padded * 2);
     }
   }
 
   void take(const Job& job, int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; t += 32) {
-      gather(job.k, job, first, t, count);
+      gather([&](int64_t token) { return job.key(token); }, job.k.dtype, first, t, count);
+      for (int64_t i = 0; job.k.dtype == kInt8 && i < 32; i++) interleave_halves(rows + i * padded, padded);
       for (int64_t half = 0; half < 2; half++)
         for (int64_t s = 0; s < steps; s++)
           transpose16((const uint32_t*)(rows + half * 16 * padded) + s * 16, padded / 2, (uint32_t*)(keys + ((t / 16 + half) * steps + s) * kTile));
-      gather(job.v, job, first, t, count);
+      gather([&](int64_t token) { return job.value(token); }, job.v.dtype, first, t, count);
       for (int64_t pair = 0; pair < 16; pair++)
         for (int64_t n = 0; n < 2 * steps; n++) {
           const uint16_t* even = rows + 2 * pair * padded + n * 16;
@@ -85,6 +101,7 @@ struct AmxProducts {
       uint16_t* row = rows + m * padded;
       if (m < count) narrow(job.q.vector(job.row + r + m, job.head), job.q.dtype, row);
       else memset(row, 0, (size_t)padded * 2);
+      if (job.k.dtype == kInt8) interleave_halves(row, padded);
       for (int64_t s = 0; s < steps; s++) memcpy(queries + (m / 16 * steps + s) * kTile + m % 16 * 32, row + s * 32, 64);
     }
     const int stride = (int)(kScoreStride * 4);

@@ -2,12 +2,15 @@
 
 namespace {
 
-// Most rows of a request for the decode kernel, in which each row reads the cache; with more, rows.inl computes products.
+// Whether a decode kernel computes the rows of a request, each of which reads the cache there; otherwise rows.inl does. A
+// row's result is the same, bit by bit.
+bool is_few(const Job& job) {
+  if (job.dim % 16 || job.k.block_size % 16) return false;
 #if defined(__AMX_BF16__)
-int64_t few(int64_t dtype) { return dtype == kBfloat16 ? 1 : 2; }
-#else
-int64_t few(int64_t) { return 2; }
+  if (job.q.dtype == kBfloat16) return job.rows == 1 && covered_by_amx_decoding(job);
 #endif
+  return job.rows <= 2;
+}
 
 // For head sizes 128 (published), 64 (nano), or any multiple of 16.
 template <int DTYPE> void attend_floats(const Job& job) {
@@ -17,6 +20,9 @@ template <int DTYPE> void attend_floats(const Job& job) {
 }
 
 void attend_few(const Job& job) {
+#if defined(__AMX_BF16__)
+  if (job.q.dtype == kBfloat16) return job.k.dtype == kInt8 ? attend_amx<kInt8>(job) : attend_amx<kBfloat16>(job);
+#endif
   job.k.dtype == kFloat32    ? attend_floats<kFloat32>(job)
   : job.k.dtype == kBfloat16 ? attend_floats<kBfloat16>(job)
   : job.k.dtype == kFloat16  ? attend_floats<kFloat16>(job)
@@ -27,7 +33,7 @@ void attend_many(const Job& job) {
 #if defined(__AMX_BF16__)
   if (job.q.dtype == kBfloat16) return attend_rows<AmxProducts>(job);
 #endif
-  attend_rows<FloatProducts>(job);
+  job.causal ? attend_rows<FloatProducts<true>>(job) : attend_rows<FloatProducts<false>>(job);
 }
 
 // Heads in a job of few rows: as many as leave enough jobs for all threads, so that runs are long. Heads are computed
@@ -59,28 +65,28 @@ void attention(const void* q, int64_t dtype, int64_t q_row, int64_t q_head, int6
   const Rows from{(void*)q, dtype, q_row, q_head}, to{y, dtype, heads * dim, dim};
   const Cache k{(void*)keys, cache_dtype, block_size, per_block, per_head, per_row};
   const Cache v{(void*)values, cache_dtype, block_size, per_block, per_head, per_row};
-  const bool in_place = dim % 16 == 0 && block_size % 16 == 0;
   const int64_t group = heads_at_once(heads, requests), groups = (heads + group - 1) / group;
-  const auto is_few = [&](int64_t r) { return in_place && starts[r + 1] - starts[r] <= few(dtype); };
+  const auto whole = [&](int64_t r) {
+    const int64_t rows = starts[r + 1] - starts[r];
+    return Job{from, to, k, v, tables + r * table_width, 0, heads, dim, starts[r], rows, causal ? contexts[r] - rows + 1 : contexts[r], causal};
+  };
   const auto parts = [&](int64_t r) { return (starts[r + 1] - starts[r] + kRowsAtOnce - 1) / kRowsAtOnce; };
-  const auto jobs_of = [&](int64_t r) { return is_few(r) ? groups * parts(r) : parts(r) * heads; };
+  const auto jobs_of = [&](int64_t r) { return is_few(whole(r)) ? groups * parts(r) : parts(r) * heads; };
   int64_t jobs = 0;
   for (int64_t r = 0; r < requests; r++) jobs += jobs_of(r);
   parallel(jobs, [&](int64_t i) {
     int64_t r = 0;
     for (; i >= jobs_of(r); r++) i -= jobs_of(r);
-    const int64_t start = starts[r], end = starts[r + 1];
-    const auto seen = [&](int64_t row) { return causal ? contexts[r] - (end - row) + 1 : contexts[r]; };
-    const auto job = [&](int64_t head, int64_t count, int64_t row, int64_t rows) {
-      return Job{from, to, k, v, tables + r * table_width, head, count, dim, row, rows, seen(row), causal};
-    };
-    if (is_few(r)) {
-      const int64_t head = i * group;
-      return attend_few(job(head, heads - head < group ? heads - head : group, start, end - start));
+    Job job = whole(r);
+    if (is_few(job)) {
+      job.head = i * group, job.heads = heads - job.head < group ? heads - job.head : group;
+      return attend_few(job);
     }
     // the last rows of a prompt attend to the most keys: start with them
-    const int64_t row = start + (parts(r) - 1 - i / heads) * kRowsAtOnce;
-    attend_many(job(i % heads, 1, row, end - row < kRowsAtOnce ? end - row : kRowsAtOnce));
+    const int64_t first = (parts(r) - 1 - i / heads) * kRowsAtOnce;
+    job.head = i % heads, job.heads = 1;
+    job.row += first, job.seen = job.sees(first), job.rows = job.rows - first < kRowsAtOnce ? job.rows - first : kRowsAtOnce;
+    attend_many(job);
   });
 }
 

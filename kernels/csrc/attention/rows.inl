@@ -7,22 +7,30 @@
 
 namespace {
 
-constexpr int64_t kKeysAtOnce = 256, kRowsAtOnce = 512;
+constexpr int64_t kRowsAtOnce = 512;
 constexpr int64_t kScoreStride = kKeysAtOnce + 16;  // floats; rows 1 KiB apart would share sets of the L1 cache
 
-// A stored vector of any dtype as floats, padded with zeros up to `padded`.
+// A stored vector of any dtype as floats, padded with zeros up to `padded`; int8 without its scale.
 inline void widen(const void* from, int64_t dtype, int64_t dim, int64_t padded, float* to) {
   if (dtype != kInt8) {
     for (int64_t i = 0; i < padded; i += 16) store(to + i, i < dim ? load_upto(from, dtype, i, dim - i) : zero());
     return;
   }
-  const F scale = set1(cached_scale<kInt8>(from, dim));
   for (int64_t i = 0; i < padded; i += 16) {
     alignas(16) int8_t levels[16] = {0};
     if (i < dim) memcpy(levels, (const int8_t*)from + i, (size_t)(dim - i < 16 ? dim - i : 16));
-    store(to + i, mul(to_float(load_i8(levels)), scale));
+    store(to + i, to_float(load_i8(levels)));
   }
 }
+
+// The scales of the vectors of a pass in an int8 cache. Scores are multiplied by those of the keys, weights by those of
+// the values, as in decoding.
+struct PassScales {
+  alignas(64) float keys[kKeysAtOnce], values[kKeysAtOnce];
+  void put(int64_t t, const void* key, const void* value, int64_t dim) {
+    keys[t] = cached_scale<kInt8>(key, dim), values[t] = cached_scale<kInt8>(value, dim);
+  }
+};
 
 template <class Products> void attend_rows(const Job& job) {
   const int64_t padded = (job.dim + 31) / 32 * 32, keys = job.sees(job.rows - 1);
@@ -32,10 +40,13 @@ template <class Products> void attend_rows(const Job& job) {
   float* scores = scratch<float>(1, Products::kStrip * kScoreStride);
   memset(sums, 0, (size_t)held * 4);
   Softmax softmax[kRowsAtOnce];
+  PassScales scales;
+  const bool scaled = job.k.dtype == kInt8;
   const float scale = 1.44269504f / __builtin_sqrtf((float)job.dim);
   for (int64_t first = 0; first < keys; first += kKeysAtOnce) {
     const int64_t here = keys - first < kKeysAtOnce ? keys - first : kKeysAtOnce;
     products.take(job, first, here);
+    for (int64_t t = 0; scaled && t < here; t++) scales.put(t, job.key(first + t), job.value(first + t), job.dim);
     for (int64_t r = 0; r < job.rows; r += Products::kStrip) {
       const int64_t rows = job.rows - r < Products::kStrip ? job.rows - r : Products::kStrip;
       const int64_t last = job.sees(r + rows - 1) - first, count = last < here ? last : here;
@@ -44,8 +55,11 @@ template <class Products> void attend_rows(const Job& job) {
       products.score(job, r, rows, wide, scores);
       float shrink[Products::kStrip];
       for (int64_t m = 0; m < rows; m++) {
-        const int64_t seen = job.sees(r + m) - first;
-        shrink[m] = softmax[r + m].weigh(scores + m * kScoreStride, seen < 0 ? 0 : seen < count ? seen : count, wide, scale);
+        const int64_t left = job.sees(r + m) - first, seen = left < 0 ? 0 : left < count ? left : count;
+        float* row = scores + m * kScoreStride;
+        if (scaled) scale_first(row, scales.keys, seen);
+        shrink[m] = softmax[r + m].weigh(row, seen, wide, scale);
+        if (scaled) scale_first(row, scales.values, seen);
       }
       products.add_values(scores, shrink, rows, wide, sums + r * padded);
     }

@@ -40,9 +40,9 @@ inline F min(F x, F y) { return lanes<F>([&](int i) { return x.v[i] < y.v[i] ? x
 inline F abs(F x) { return lanes<F>([&](int i) { return fabsf(x.v[i]); }); }
 inline F copysign(F size, F from) { return lanes<F>([&](int i) { return copysignf(size.v[i], from.v[i]); }); }
 inline float sum(F x) {
-  float total = 0;
-  for (int i = 0; i < 16; i++) total += x.v[i];
-  return total;
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) x.v[i] += x.v[i + half];
+  return x.v[0];
 }
 inline float highest(F x) {
   float top = x.v[0];

@@ -1,15 +1,14 @@
-"""Attention on a CPU: the choice between the kernel of csrc/attention/attention.inl and torch's fused attention.
+"""Attention on a CPU: the kernel of csrc/attention/attention.inl, and torch's fused attention for some images.
 
-The kernel's two products use AMX tiles for bfloat16, and float32 fused multiply-adds otherwise. Torch's attention is
-used where it was measured to be faster: 512 rows of 128 channels on a machine without any of our vector instruction
-sets, and images (1024 patches, 16 heads of 104) up to AVX2, 124 ms against 310 ms.
+The kernel's two products use AMX tiles for bfloat16, and float32 fused multiply-adds otherwise. A row is the same bits
+alone and among others, decoded and in a prompt. Torch's attention is used where it was measured to be faster and each
+image is computed separately: images (1024 patches, 16 heads of 104) up to AVX2, 124 ms against 310 ms.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +19,12 @@ from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.memory import empty
 
 MAX_HEAD_DIM = 256  # channels of the widest head that the kernel supports
-FEW_PORTABLE = (
-    16  # rows of a request up to which the portable kernel is as fast as torch; 51 against 33 ms at 30 of 330
-)
 TORCH_WHOLE = ("avx2", "portable")  # instruction sets with which torch is faster for attention without a mask
 
 
 def report() -> str:
     """Describe the attention kernels in use, for the report."""
     used = library().instruction_set
-    if used == "portable":
-        return f"C++ for up to {FEW_PORTABLE} rows of a request; torch for more and for images"
     if used in TORCH_WHOLE:
         return "C++ over the paged cache; torch for images"
     return "C++, bfloat16 on AMX tiles" if used == "amx" else "C++"
@@ -40,12 +34,10 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
 ) -> Tensor:  # fmt: skip
-    """`reference.paged_attention`; on a portable build torch computes requests of more than `FEW_PORTABLE` rows."""
+    """`reference.paged_attention`; a row's bits depend on no other row, nor on how many tokens a request adds."""
     reason = _not_covered(q, k_cache, v_cache)
     if reason is not None:
         warn_fallback("paged_attention", reason)
-        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
-    if library().instruction_set == "portable" and _max_rows(query_starts) > FEW_PORTABLE:
         return reference.paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
     q, tables = q.contiguous(), block_tables.contiguous()
     n, heads, head_dim = q.shape
@@ -106,12 +98,6 @@ def _not_covered(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"a head of {q.shape[-1]} channels is wider than {MAX_HEAD_DIM}"
     strided = (q.dim() == 4 and len(q) > 1 and q.stride(0) != q.shape[1] * q.stride(1)) or k.stride() != v.stride()
     return "the strides of its tensors are not supported" if strided or k.stride(-1) != 1 or q.stride(-1) != 1 else None
-
-
-def _max_rows(query_starts: Sequence[int] | Tensor) -> int:
-    if isinstance(query_starts, Tensor):  # all requests decode
-        return 1
-    return max((end - start for start, end in pairwise(query_starts)), default=0)
 
 
 def _integers(values: Sequence[int] | Tensor) -> ctypes.Array[ctypes.c_int64] | int:
