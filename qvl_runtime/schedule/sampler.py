@@ -165,8 +165,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) ->
         row.state.count(token)
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
     if any(row.state.params.logprobs for row in rows):
-        raw = logits.float()
-        tops = likeliest(raw, raw.logsumexp(-1), rows)
+        highest = sampled if parameters is None else ops.greedy(logits)
+        tops = likeliest(logits.float(), highest.logprobs, rows)
     samples = [
         Sample(token, TokenLogprob(token, logprob, top))
         for token, logprob, top in zip(token_ids, logprobs, tops, strict=True)
@@ -183,7 +183,8 @@ def _likeliest_allowed(logits: Tensor, mask: Mask, first: int, logprob: float) -
     ids = torch.from_numpy(tokens_of(mask)).to(logits.device)
     values = logits[ids].float()
     best, top = values.argmax(), logits[first].float()
-    chosen = torch.stack([ids[best].double(), (values[best] - top).double() + logprob]).tolist()
+    # in float32, as `ops.sample` adds them: the same number whatever the other rows of the step need
+    chosen = torch.stack([ids[best].double(), (values[best] - top + logprob).double()]).tolist()
     return int(chosen[0]), chosen[1] if math.isfinite(chosen[1]) else math.nan
 
 
@@ -243,14 +244,20 @@ def _on_host(sampled: SampledTokens) -> tuple[list[int], list[float]]:
     return [int(token) for token in token_ids], logprobs
 
 
-def likeliest(raw: Tensor, normalizer: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[tuple[int, float], ...]]:
-    """Return the `logprobs` likeliest tokens of each row, with their log probabilities."""
+def likeliest(raw: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> list[tuple[tuple[int, float], ...]]:
+    """Return the `logprobs` likeliest tokens of each row, with their log probabilities; highest [m]: of the first.
+
+    Rows of one number are searched together: which of equals are found depends on how many are asked for.
+    """
     counts = [min(row.state.params.logprobs or 0, raw.shape[1]) for row in rows]
-    if not any(counts):
-        return [()] * len(rows)
-    values, ids = raw.topk(max(counts))
-    logprobs = (values - normalizer[:, None]).tolist()
-    return [tuple(zip(i[:k], v[:k], strict=True)) for i, v, k in zip(ids.tolist(), logprobs, counts, strict=True)]
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    for count in {*counts} - {0}:
+        at = [i for i, wanted in enumerate(counts) if wanted == count]
+        values, ids = raw[at].topk(count)
+        logprobs = values - values[:, :1] + highest[at, None]
+        for i, tokens, numbers in zip(at, ids.tolist(), logprobs.tolist(), strict=True):
+            found[i] = tuple(zip(tokens, numbers, strict=True))
+    return found
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -46,15 +46,15 @@ class PromptScores:
 
     def _score(self, indices: Sequence[int], logits: Tensor) -> None:
         ids = [self._ids[index] for index in indices]
-        normalizer = logits.logsumexp(-1)
-        logprobs = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0] - normalizer
+        every = logits.log_softmax(-1)  # of each row by itself; `logsumexp` of a single row differs from that of many
+        logprobs = every.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
         damaged = logprobs.isnan().nonzero()[:, 0]
         if len(damaged):
             raise numerics_error(logits[damaged[0]])
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
         if self._top:
-            values, best = logits.topk(min(self._top, logits.shape[1]))
-            pairs = zip(best.tolist(), (values - normalizer[:, None]).tolist(), strict=True)
+            best = logits.topk(min(self._top, logits.shape[1])).indices
+            pairs = zip(best.tolist(), every.gather(1, best).tolist(), strict=True)
             tops = [tuple(zip(tokens, found, strict=True)) for tokens, found in pairs]
         for index, token, logprob, top in zip(indices, ids, logprobs.tolist(), tops, strict=True):
             self._found[index] = TokenLogprob(token, logprob, top)

@@ -65,7 +65,20 @@ def test_the_likeliest_by_a_kernel(ops: ModuleType, monkeypatch: pytest.MonkeyPa
         assert [s.token_id for s in found] == [s.token_id for s in want]
         for got, wanted in zip(found, want, strict=True):
             assert got.logprob.logprob == pytest.approx(wanted.logprob.logprob, rel=1e-5)
-            assert got.logprob.top == wanted.logprob.top
+            assert [token for token, _ in got.logprob.top] == [token for token, _ in wanted.logprob.top]
+            assert dict(got.logprob.top) == pytest.approx(dict(wanted.logprob.top), rel=1e-5)
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_logprobs_do_not_depend_on_the_other_rows(ops: ModuleType) -> None:
+    """Also among ties: which of them are the likeliest depends on how many are asked for, which others may exceed."""
+    logits = (torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * 2).bfloat16()
+    several = [
+        SamplingParams(temperature=t, seed=0, logprobs=n) for t, n in ((0, 5), (1, 9), (0, None), (2, 20), (0, 5))
+    ]
+    together = sample(logits, [SamplingRow(draws(p, vocab=1000), 0) for p in several], ops)
+    for i, params in enumerate(several):
+        assert sample(logits[i : i + 1], [SamplingRow(draws(params, vocab=1000), 0)], ops) == [together[i]]
 
 
 def test_a_row_does_not_feel_its_neighbors() -> None:

@@ -29,6 +29,7 @@ from qvl_kernels.cpu.ops import (
     rms_norm,
     rotary_tables,
     rotary_to_cache,
+    sample,
     swiglu,
 )
 from qvl_kernels.reference import (
@@ -42,7 +43,6 @@ from qvl_kernels.reference import (
     gptq_dequantize,
     gptq_linear,
     rotate_half,
-    sample,
     sum_partials,
     to_cached,
     unpack_rows,

@@ -6,6 +6,8 @@ run in plain torch, with a warning the first time and a line in the report.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.memory import empty, empty_like
 from qvl_kernels.reference import (
     SampledTokens,
+    SamplingRows,
 )
+from qvl_kernels.reference.sampling import choose
 from qvl_kernels.util import dtype_name
 
 
@@ -129,6 +133,17 @@ def greedy(logits: Tensor) -> SampledTokens:
         logits.data_ptr(), CODES[logits.dtype], rows, logits.shape[1], tokens.data_ptr(), logprobs.data_ptr()
     )
     return SampledTokens(tokens, logprobs)
+
+
+def sample(logits: Tensor, rows: SamplingRows) -> SampledTokens:
+    """`reference.sample`, with log probabilities from those of `greedy`: a token has one, however others are chosen."""
+    if logits.dtype not in FLOATS:
+        return reference.sample(logits, rows)
+    tokens, finite = choose(logits, rows)
+    likeliest = greedy(logits)
+    ids = torch.stack([tokens, likeliest.token_ids], 1)
+    chosen, highest = logits.gather(1, ids).float().unbind(1)
+    return SampledTokens(tokens, torch.where(finite, chosen - highest + likeliest.logprobs, math.nan))
 
 
 def rotary_to_cache(

@@ -40,9 +40,13 @@ class SampledTokens(NamedTuple):
 
 def greedy(logits: Tensor) -> SampledTokens:
     """The likeliest token of each row of logits [m, vocab]; the first of equals."""
-    raw = logits.float()
-    tokens = raw.argmax(-1)
-    return SampledTokens(tokens, raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1))
+    tokens = logits.float().argmax(-1)
+    return SampledTokens(tokens, _logprobs(logits, tokens))
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log probability of a token of each row. `logsumexp` of one row of 40,000 differs from that among others."""
+    return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> SampledTokens:
@@ -50,15 +54,19 @@ def sample(logits: Tensor, rows: SamplingRows) -> SampledTokens:
 
     Order: repetition penalty, bias, mask, temperature, top-k, top-p, min-p, draw. Temperature 0 selects the likeliest.
     """
-    raw = logits.float()
-    scores = _penalized(raw, rows)
+    tokens, finite = choose(logits, rows)
+    return SampledTokens(tokens, torch.where(finite, _logprobs(logits, tokens), math.nan))
+
+
+def choose(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """The tokens int64 [m] of `sample`, and whether each row has a distribution after penalties, biases and mask."""
+    scores = _penalized(logits.float(), rows)
     tokens = scores.argmax(-1)  # of NaN, if there is one
     finite = scores.gather(1, tokens[:, None])[:, 0].isfinite()
     drawn = (finite & (rows.temperature > 0)).nonzero()[:, 0]
     if len(drawn):
         tokens[drawn] = _draw(scores[drawn], SamplingRows(*(column[drawn] for column in rows[:5])))
-    logprobs = raw.gather(1, tokens[:, None])[:, 0] - raw.logsumexp(-1)
-    return SampledTokens(tokens, torch.where(finite, logprobs, math.nan))
+    return tokens, finite
 
 
 def _penalized(raw: Tensor, rows: SamplingRows) -> Tensor:
@@ -116,8 +124,9 @@ def _pick(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: T
     ranks = torch.arange(probs.shape[1], device=probs.device)
     kept = torch.where(ranks < top_k[:, None], probs, 0.0).double()
     # a row that is cut by top-p alone may have its tail outside these candidates: its whole mass is 1
-    mass = torch.where(top_k <= probs.shape[1], kept.sum(-1), 1.0)
-    before = kept.cumsum(-1) - kept
+    up_to = kept.cumsum(-1)  # its last is the sum; `sum` of one long row differs from that among others
+    mass = torch.where(top_k <= probs.shape[1], up_to[:, -1], 1.0)
+    before = up_to - kept
     within = ((before < (top_p * mass)[:, None]) & (probs >= min_p[:, None] * probs[:, :1])) | (ranks == 0)
     kept = torch.where(within, kept, 0.0)
     cumulative = kept.cumsum(-1)
