@@ -11,9 +11,9 @@ of a record.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qvl_runtime.errors import PromptError, quoted
 from qvl_runtime.prompt.chatml import DEFAULT_SYSTEM
@@ -27,19 +27,52 @@ _WHITESPACE = re.compile(r"\s*")
 _EXPECTED = "expected a JSON list of conversations, or one on each line"
 
 
+class Reading(NamedTuple):
+    """What a fine-tuning file holds: the records that can be read, and why the others cannot."""
+
+    conversations: list[Conversation]
+    faults: list[PromptError]
+
+
 def read_conversations(path: Path) -> list[Conversation]:
     """Read a fine-tuning file. Relative image paths are resolved against its folder, then the current folder.
 
     Raises `PromptError`, naming line and record, for a wrong format or a missing image.
     """
+
+    def fail(fault: PromptError) -> None:
+        raise fault
+
+    conversations = _read(path, fail)
+    if not conversations:
+        raise PromptError(f"{path} holds no conversation; expected at least one")
+    return conversations
+
+
+def read_with_faults(path: Path) -> Reading:
+    """Read a fine-tuning file as far as possible. A list in JSON ends at text that is not JSON; lines do not.
+
+    Raises `PromptError` for a file that cannot be read at all.
+    """
+    faults: list[PromptError] = []
+    return Reading(_read(path, faults.append), faults)
+
+
+def _read(path: Path, fail: Callable[[PromptError], None]) -> list[Conversation]:
     try:
         text = read_text(path, PromptError)
     except OSError as error:
         raise PromptError(f"{path} cannot be read ({error}); {_EXPECTED}") from error
-    conversations = [read_record(raw, where, path.parent) for where, raw in _records(text, str(path))]
-    if not conversations:
-        raise PromptError(f"{path} holds no conversation; expected at least one")
-    return conversations
+    conversations = []
+    records = _records(text, str(path), fail)
+    while True:
+        try:
+            where, raw = next(records)
+            conversations.append(read_record(raw, where, path.parent))
+        except StopIteration:
+            return conversations
+        except PromptError as fault:  # of the file: the next record is then the end; or of one record
+            fail(fault)
 
 
 def conversation_segment(tokenizer: Tokenizer, conversation: Conversation, system: str = DEFAULT_SYSTEM) -> Segment:
@@ -60,8 +93,11 @@ def conversation_segment(tokenizer: Tokenizer, conversation: Conversation, syste
     return segment
 
 
-def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The records with their positions; parsed one by one, since `json.loads` does not keep lines."""
+def _records(text: str, name: str, fail: Callable[[PromptError], None]) -> Iterator[tuple[str, Any]]:
+    """The records with their positions; parsed one by one, since `json.loads` does not keep lines.
+
+    fail: called for a line that is not JSON, and the lines after it follow if it returns.
+    """
     position, number, line = _skip_whitespace(text, 0), 0, 1
     listed = text[position : position + 1] == "["
     if not listed and text[position : position + 1] != "{":
@@ -73,7 +109,15 @@ def _records(text: str, name: str) -> Iterator[tuple[str, Any]]:
         number += 1
         line, counted = line + text.count("\n", counted, position), position
         where = f"{name} line {line} (record {number})"
-        raw, position = parse_json_at(text, position, where, PromptError)
+        try:
+            raw, position = parse_json_at(text, position, where, PromptError)
+        except PromptError as fault:
+            if listed:
+                raise
+            fail(fault)
+            end = text.find("\n", position)
+            position = len(text) if end < 0 else _skip_whitespace(text, end)
+            continue
         if not listed and number == 1 and not isinstance(raw.get("conversations", raw.get("messages")) or 0, list):
             raise PromptError(f"{where} has {', '.join(map(quoted, list(raw)[:5]))}; {_EXPECTED}")
         yield where, raw
