@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
+from qvl_runtime.finetune.network import Network
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.model.rotary import ntk_alpha
 from qvl_runtime.prompt.images import to_pixels
@@ -21,7 +22,6 @@ from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner, Span
 from qvl_runtime.weights.checkpoint import load_state
 from tests.model.oracle import LOGITS, VISION, close
-from tools.nano.network import Nano
 
 pytestmark = pytest.mark.cpu
 
@@ -50,15 +50,15 @@ def _ours(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     config = ModelConfig.from_folder(NANO)
     ids, image = _inputs(config)
-    network = Nano(config)
+    network = Network(config)
     network.load_state_dict(load_state(NANO, config, torch.float32))
     network.to(dtype)
-    _, features = network.transformer["visual"](torch.from_numpy(image))
+    features = network.visual(to_pixels(image))
     h = network.embed(torch.tensor([ids]), features, torch.tensor([[0, 8, 0]]))
     mask = torch.zeros(len(ids), len(ids), dtype=dtype).masked_fill_(
         ~torch.ones(len(ids), len(ids)).tril().bool(), -1e4
     )
-    logits = network.lm_head(network.decode(h, torch.arange(len(ids))[None], mask[None, None]))
+    logits = network.logits(network.decode(h, torch.arange(len(ids))[None], mask[None, None]))
     return features.float(), logits[0].float()
 
 

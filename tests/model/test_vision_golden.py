@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.finetune.network import Network
 from qvl_runtime.model.vision import resize_table
 from qvl_runtime.prompt.images import load_image, to_pixels
 from qvl_runtime.weights.checkpoint import load_state
 from tests.model.oracle import VISION, Oracle, close
-from tools.nano.network import Nano
 
 pytestmark = pytest.mark.cpu
 STAGES = ("embed_plus_pos", "ln_pre", "block0.attn", "block0", "block1", "attn_pool", "ln_post", "final")
@@ -33,16 +33,16 @@ def test_every_stage(full_golden: Path) -> None:
 def plain_stages(golden: Path, rgb: Tensor) -> dict[str, Tensor]:
     """Every stage for images uint8 [P, S, S, 3], by the second implementation in plain torch."""
     config = ModelConfig.from_folder(golden / "tiny")
-    network = Nano(config)
+    network = Network(config)
     network.load_state_dict(load_state(golden / "tiny", config, torch.float32))
-    visual, seen = network.transformer["visual"], dict[str, Tensor]()
-    visual.ln_pre.register_forward_pre_hook(lambda _, args: seen.__setitem__("embed_plus_pos", args[0]))  # type: ignore[union-attr]
-    parts = {"ln_pre": visual.ln_pre, "attn_pool": visual.attn_pool, "ln_post": visual.ln_post}
-    for i, block in enumerate(visual.transformer["resblocks"]):  # type: ignore[index]
-        parts |= {f"block{i}": block, f"block{i}.attn": block.attn}
+    visual, seen = network.visual, dict[str, Tensor]()
+    visual.ln_pre.register_forward_pre_hook(lambda _, args: seen.__setitem__("embed_plus_pos", args[0]))
+    parts: dict[str, nn.Module] = {"ln_pre": visual.ln_pre, "attn_pool": visual.attn_pool, "ln_post": visual.ln_post}
+    for i, block in enumerate(visual.blocks):
+        parts |= {f"block{i}": block, f"block{i}.attn": block.get_submodule("attn")}
     for name, part in parts.items():
-        part.register_forward_hook(lambda _module, _args, out, name=name: seen.__setitem__(name, out))  # type: ignore[union-attr]
-    seen["final"] = visual(rgb)[1]
+        part.register_forward_hook(lambda _module, _args, out, name=name: seen.__setitem__(name, out))
+    seen["final"] = visual(to_pixels(rgb.numpy()))
     return seen
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import ConfigError
-from tools.nano.network import Nano
+from tools.nano.network import random_network
 from tools.nano.practice import crowded, practice
 from tools.nano.scenes import SceneConfig, Thing, check_fonts, draw_scene
 from tools.nano.team import Team
@@ -55,7 +55,7 @@ def test_a_crowded_picture_holds_as_much_as_fits(fonts: None) -> None:
 
 
 def test_a_run_starts_from_the_weights_of_a_checkpoint() -> None:
-    model = Nano(ModelConfig.from_folder(NANO)).bfloat16()
+    model = random_network(ModelConfig.from_folder(NANO)).bfloat16()
     take_weights(model, NANO)
     kept = load_file(NANO / "model.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
@@ -63,7 +63,7 @@ def test_a_run_starts_from_the_weights_of_a_checkpoint() -> None:
         take_weights(model, NANO.with_name("nano_int4"))
     narrow = ModelConfig.from_dict({**CONFIG, "num_hidden_layers": 3})
     with pytest.raises(ConfigError, match=r"does not fit the config of tools\.train_nano: transformer\.h\.3"):
-        take_weights(Nano(narrow), NANO)
+        take_weights(random_network(narrow), NANO)
 
 
 def test_a_second_run_resumes_where_it_stopped(fonts: None, tmp_path: Path) -> None:

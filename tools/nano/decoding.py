@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.util import cdiv
+from qvl_runtime.finetune.network import Network
+from qvl_runtime.prompt.images import to_pixels
 
-from .network import Nano
 from .packing import ASK, END, SYSTEM, Packer
 
 
 @torch.no_grad()
 def answers(
-    model: Nano, packer: Packer, images: np.ndarray, which: Sequence[int], questions: Sequence[str]
+    model: Network, packer: Packer, images: np.ndarray, which: Sequence[int], questions: Sequence[str]
 ) -> list[str]:
     """One answer for each question about images[which]: uint8 [P, S, S, 3]; in the order asked."""
-    features = torch.cat([model.visual(torch.from_numpy(p))[1] for p in np.array_split(images, cdiv(len(images), 64))])
+    features = torch.cat([model.visual(to_pixels(p)) for p in np.array_split(images, cdiv(len(images), 64))])
     prefix = packer.encode(SYSTEM + "Picture 1:" + packer.image)
     start = prefix.index(packer.visual.image_start_id) + 1
     rows = torch.arange(len(features))
@@ -43,21 +44,21 @@ def answers(
 
 
 def _greedy(
-    model: Nano, ids: Tensor, position: int, past: list[list[Tensor]], end: int, limit: int = 110
+    model: Network, ids: Tensor, position: int, past: list[list[Tensor]], end: int, limit: int = 110
 ) -> list[list[int]]:
     made: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool)
     while not done.all() and len(made) < limit:
         h = _step(model, model.wte(ids), position, past)
         position += ids.shape[1]
-        ids = model.lm_head(h[:, -1]).argmax(-1, keepdim=True)
+        ids = model.logits(h[:, -1]).argmax(-1, keepdim=True)
         made.append(ids)
         done |= ids[:, 0] == end
     rows = torch.cat(made, 1).tolist()
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
-def _step(model: Nano, h: Tensor, position: int, past: list[list[Tensor]]) -> Tensor:
+def _step(model: Network, h: Tensor, position: int, past: list[list[Tensor]]) -> Tensor:
     n = h.shape[1]
     mask = torch.zeros(n, position + n, dtype=h.dtype)
     mask[:, position:].masked_fill_(~torch.ones(n, n, dtype=torch.bool).tril(), -1e4)

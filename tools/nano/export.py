@@ -19,7 +19,7 @@ from qvl_runtime.quantize.quantizer import Quantizer
 from qvl_runtime.weights.save import save_checkpoint
 
 from .conversations import write_conversations
-from .network import Nano
+from .network import random_network
 from .vocabulary import RANKS
 
 GENERATION = {
@@ -41,7 +41,7 @@ def export(run: Path, target: Path) -> list[Path]:
     raw = json.loads((run / "config.json").read_text())
     averaged = torch.load(run / "state.pt", weights_only=True, mmap=True)["average"]
     config = ModelConfig.from_dict(raw)
-    model = Nano(config)
+    model = random_network(config)
     model.load_state_dict(averaged, strict=False)
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
 

@@ -1,150 +1,90 @@
-"""The Qwen-VL architecture in plain torch for training, with the published parameter names, and its probe.
-
-Nothing of `Nano` is outside the architecture. `Probe` reads out intermediate outputs for the auxiliary losses and is
-thrown away after training. The runtime's own forward pass shares no code with this one; the exported checkpoint
-must give the same logits in both (tests/model).
-"""
+"""How nano trains the repository's trainable network: its random start, and rows of dialogues that share a prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import math
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvl_runtime.config.model import ModelConfig
-from tools.nano.functions import RMSNorm, Rotate, attend
-from tools.nano.vision import Visual
+from qvl_runtime.finetune.network import Network
+from qvl_runtime.finetune.vision import Resampler
+from qvl_runtime.prompt.images import to_pixels
+
+from .packing import Batch
+
+HIDDEN = -1e4  # added to the scores of what a query does not see
 
 
-class Attention(nn.Module):
-    """Causal attention of the decoder with rotary embeddings."""
+class Outputs(NamedTuple):
+    """What a training pass gives: the decoder's hidden states, and what the probe reads."""
 
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = c.kv_channels
-        self.c_attn = nn.Linear(c.hidden_size, 3 * c.hidden_size)
-        self.c_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None) -> Tensor:
-        """x [B, T, hidden] to the same shape; `past`, keys and values so far, is extended in place."""
-        b, n, w = x.shape
-        q, k, v = (t.view(b, n, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(w, -1))
-        q, k = (Rotate.apply(t, cos, sin) for t in (q, k))  # type: ignore[no-untyped-call]
-        if past is not None:
-            if past:
-                k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-            past[:] = [k, v]
-        out: Tensor = self.c_proj(attend(q, k, v, mask).transpose(1, 2).reshape(b, n, w))
-        return out
+    hidden: Tensor  # [R, T, D]
+    patches: Tensor  # [P, patches, width]
+    features: Tensor  # [P, queries, D]
 
 
-class Mlp(nn.Module):
-    """The decoder's gated MLP (SwiGLU)."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(c.hidden_size, c.ffn_width, bias=False)
-        self.w2 = nn.Linear(c.hidden_size, c.ffn_width, bias=False)
-        self.c_proj = nn.Linear(c.ffn_width, c.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., hidden] to the same shape."""
-        out: Tensor = self.c_proj(self.w1(x) * F.silu(self.w2(x)))
-        return out
-
-
-class Block(nn.Module):
-    """A pre-norm block of the decoder."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.ln_1, self.ln_2 = (RMSNorm(c.hidden_size, c.layer_norm_epsilon) for _ in range(2))
-        self.attn, self.mlp = Attention(c), Mlp(c)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, past: list[Tensor] | None = None) -> Tensor:
-        """x [B, T, hidden] to the same shape."""
-        x = x + self.attn(self.ln_1(x), cos, sin, mask, past)
-        out: Tensor = x + self.mlp(self.ln_2(x))
-        return out
+def random_network(config: ModelConfig) -> Network:
+    """A network with the weights that nano's first run starts from."""
+    model = Network(config)
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and name.endswith("weight") and "in_proj_weight" not in name:
+            residual = "c_proj" in name or "out_proj" in name
+            nn.init.normal_(p, std=p.shape[1] ** -0.5 * (0.3 if residual else 1.0))
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+    visual, pool, dim = model.visual, model.visual.attn_pool, config.visual.output_dim
+    nn.init.normal_(model.wte.weight, std=0.5)
+    nn.init.normal_(model.head, std=0.02)
+    nn.init.normal_(visual.conv1.weight, std=(3 * config.visual.patch_size**2) ** -0.5)
+    nn.init.normal_(visual.positional_embedding, std=0.1)
+    nn.init.normal_(visual.proj, std=dim**-0.5)
+    nn.init.normal_(pool.query, std=0.02)
+    nn.init.normal_(pool.attn.in_proj_weight, std=dim**-0.5)
+    nn.init.normal_(pool.attn.out_proj.weight, std=config.hidden_size**-0.5)
+    with torch.no_grad():
+        pool.pos_embed.copy_(sincos(math.isqrt(config.visual.n_queries), dim))
+    start_local(pool)
+    return model
 
 
-class Nano(nn.Module):
-    """Qwen-VL at a tiny size, with the published parameter names."""
+def start_local(pool: Resampler, gain: float = 6.0) -> None:
+    """Let every query of the resampler begin by looking at its own place.
 
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.c = c
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(c.vocab_size, c.hidden_size),
-                "visual": Visual(c.visual),
-                "h": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
-                "ln_f": RMSNorm(c.hidden_size, c.layer_norm_epsilon),
-            }
-        )
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.angles = torch.arange(c.seq_length)[:, None] / c.rotary_emb_base ** (
-            torch.arange(0, c.kv_channels, 2) / c.kv_channels
-        )
-        self._initialize()
+    W_q and W_k of each head pick the fastest position waves of both axes (the stock order of channels would give
+    whole heads a single axis), so q·k peaks where the positions agree.
+    """
+    d, waves = pool.query.shape[1], pool.head_dim // 4
+    sines = torch.cat([torch.arange(waves), d // 4 + torch.arange(waves)])
+    chosen = torch.cat([sines, d // 2 + sines])
+    select = torch.zeros(pool.head_dim, d)
+    select[torch.arange(pool.head_dim), chosen] = 1.0
+    with torch.no_grad():
+        weight = pool.attn.in_proj_weight
+        weight[: 2 * d] *= 0.1
+        for start in range(0, 2 * d, pool.head_dim):
+            weight[start : start + pool.head_dim] += math.sqrt(gain) * select
+        pool.ln_q.weight.mul_(0.3)
 
-    @property
-    def wte(self) -> nn.Embedding:
-        """The token embedding, [vocab_size, hidden_size]."""
-        return cast("nn.Embedding", self.transformer["wte"])
 
-    @property
-    def visual(self) -> Visual:
-        """The vision encoder with its resampler."""
-        return cast("Visual", self.transformer["visual"])
+def sincos(side: int, dim: int) -> Tensor:
+    """[side * side, dim]: the first half tells the column, the second the row, each sines then cosines."""
+    waves = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * waves
+    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    column, row = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
+    return torch.cat([column, row], -1).reshape(side * side, dim).float()
 
-    @property
-    def blocks(self) -> nn.ModuleList:
-        """The decoder blocks in order."""
-        return cast("nn.ModuleList", self.transformer["h"])
 
-    def _initialize(self) -> None:
-        for name, p in self.named_parameters():
-            if p.dim() == 2 and name.endswith("weight") and "in_proj_weight" not in name:
-                residual = "c_proj" in name or "out_proj" in name
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 * (0.3 if residual else 1.0))
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-        visual = self.visual
-        nn.init.normal_(self.wte.weight, std=0.5)
-        nn.init.normal_(self.lm_head.weight, std=0.02)
-        nn.init.normal_(visual.conv1.weight, std=(3 * self.c.visual.patch_size**2) ** -0.5)
-        nn.init.normal_(visual.attn_pool.attn.out_proj.weight, std=self.c.hidden_size**-0.5)
-        visual.attn_pool.start_local()
-
-    def embed(self, ids: Tensor, images: Tensor, slots: Tensor) -> Tensor:
-        """ids [R, T], images [P, queries, D]; slots [K, 3]: row, first position, which image. Returns [R, T, D]."""
-        h: Tensor = self.wte(ids)
-        if len(slots) == 0:
-            return h
-        rows, starts, which = slots.unbind(1)
-        places = starts[:, None] + torch.arange(images.shape[1])
-        return h.index_put((rows[:, None].expand_as(places), places), images[which].to(h.dtype))
-
-    def decode(self, h: Tensor, positions: Tensor, mask: Tensor, past: Sequence[list[Tensor]] | None = None) -> Tensor:
-        """h [B, T, hidden] through the decoder; positions [B, T], mask added to the scores, `past` one list a block."""
-        angles = self.angles[positions].unsqueeze(1)
-        cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
-        for i, block in enumerate(self.blocks):
-            h = block(h, cos, sin, mask, None if past is None else past[i])
-        out: Tensor = self.transformer["ln_f"](h)
-        return out
-
-    def forward(
-        self, images: Tensor, ids: Tensor, slots: Tensor, positions: Tensor, segments: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Packed training pass: segment 0 is the shared prefix, k the k-th dialogue on its own, -1 padding."""
-        patches, features = self.visual(images)
-        h, n = self.embed(ids, features, slots), ids.shape[1]
-        seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-        seen &= torch.ones(n, n, dtype=torch.bool).tril()
-        mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill_(~seen, -1e4)[:, None]
-        return self.decode(h, positions, mask), patches, features
+def run_batch(model: Network, batch: Batch) -> Outputs:
+    """Run packed rows: segment 0 is the shared prefix, k the k-th dialogue on its own, -1 padding."""
+    patches = model.visual.patches(to_pixels(batch.images))
+    features = model.visual.pool(patches)
+    ids, segments = torch.from_numpy(batch.ids), torch.from_numpy(batch.segments)
+    h, n = model.embed(ids, features, torch.from_numpy(batch.slots)), ids.shape[1]
+    seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+    seen &= torch.ones(n, n, dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill_(~seen, HIDDEN)[:, None]
+    return Outputs(model.decode(h, torch.from_numpy(batch.positions), mask), patches, features)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.finetune.network import Network
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 from .decoding import answers
-from .network import Nano
+from .network import random_network, run_batch
 from .optimizer import Average, Optimizer
 from .packing import CHINESE, Batch, Packer
 from .probe import Probe
@@ -79,7 +80,7 @@ class Trainer:
         self.folder, self.recipe, self.team = folder, recipe, team
         self.scenes = SceneConfig(side=config.visual.image_size)
         self.packer = Packer(tokenizer, config, self.scenes, weak=recipe.weak, chinese=recipe.chinese)
-        self.model = Nano(config).bfloat16()
+        self.model = random_network(config).bfloat16()
         if start is not None:
             take_weights(self.model, start)
         self.probe = Probe(config.visual.width, config.hidden_size)
@@ -124,16 +125,10 @@ class Trainer:
 
     def _learn(self, batch: Batch, share: float) -> list[float]:
         ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
-        h, patches, features = self.model(
-            torch.from_numpy(batch.images),
-            ids,
-            torch.from_numpy(batch.slots),
-            torch.from_numpy(batch.positions),
-            torch.from_numpy(batch.segments),
-        )
+        h, patches, features = run_batch(self.model, batch)
         predicted = weights[:, :-1] > 0
         weight = weights[:, :-1][predicted]
-        logits = self.model.lm_head(h[:, :-1][predicted]).float()
+        logits = self.model.logits(h[:, :-1][predicted]).float()
         lm = (F.cross_entropy(logits, ids[:, 1:][predicted], reduction="none") * weight).sum() / weight.sum()
         patch, token = self.probe(patches.float(), features.float(), batch.at_patch, batch.at_token)
         (lm + self.recipe.probe_at(share) * (patch + token)).backward()
@@ -156,9 +151,9 @@ class Trainer:
             except queue.Empty:
                 raise RuntimeError("the process that draws the scenes has stopped") from None
 
-    def averaged(self) -> Nano:
+    def averaged(self) -> Network:
         """A bfloat16 copy with the averaged weights."""
-        model = Nano(self.model.c)
+        model = random_network(self.model.c)
         model.load_state_dict(self.average.tensors, strict=False)
         return model.bfloat16().eval()
 
@@ -202,5 +197,5 @@ class Trainer:
 
 def parameters(config: ModelConfig) -> int:
     """An upper bound of the parameters of model and probe, for the shared buffers."""
-    model, probe = Nano(config), Probe(config.visual.width, config.hidden_size)
+    model, probe = random_network(config), Probe(config.visual.width, config.hidden_size)
     return math.ceil(sum(p.numel() for m in (model, probe) for p in m.parameters()) / 4096) * 4096

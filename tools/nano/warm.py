@@ -10,8 +10,7 @@ from torch import Tensor
 
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
-
-from .network import Nano
+from qvl_runtime.finetune.network import Network
 
 
 def take_vocabulary(source: Path, run: Path) -> None:
@@ -20,7 +19,7 @@ def take_vocabulary(source: Path, run: Path) -> None:
         shutil.copyfile(source / "qwen.tiktoken", run / "qwen.tiktoken")
 
 
-def take_weights(model: Nano, source: Path) -> None:
+def take_weights(model: Network, source: Path) -> None:
     """Load the checkpoint into the model. Raises `ConfigError` where the checkpoint is of another architecture."""
     config = ModelConfig.from_folder(source)
     if config.quantization is not None:
