@@ -16,11 +16,12 @@ from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.engine.arguments import checked_params, prompt_list
 from qvl_runtime.engine.constraints import Constraints
 from qvl_runtime.engine.judging import Judging
-from qvl_runtime.engine.loading import load_runner
+from qvl_runtime.engine.loading import load_adapters, load_runner
 from qvl_runtime.engine.report import describe, note_of_defaults
 from qvl_runtime.engine.score import continued
 from qvl_runtime.engine.turns import Turns, check_fork
 from qvl_runtime.errors import PromptError, QVLError
+from qvl_runtime.formats.adapter import Adapter
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from qvl_runtime.schedule.request import Request
 from qvl_runtime.schedule.scheduler import StepLimits
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.weights.hub import Source, resolve_model
-from qvl_runtime.weights.loader import model_config
+from qvl_runtime.weights.loader import Weights, model_config
 from qvl_runtime.weights.synthetic import synthetic_config
 
 _log = logging.getLogger("qvl_runtime")
@@ -61,12 +62,16 @@ class Engine(Judging):
         source: Source = "huggingface",
         revision: str | None = None,
         progress: bool = True,
+        adapters: Mapping[str, str | Path | Adapter] | None = None,
+        weights: Weights | None = None,
         **options: Any,
     ) -> None:
         """Load `model`: a folder, a hub id, or None for the small checkpoint that ships with the package.
 
-        A hub id is looked up among earlier downloads, and downloaded only with `download=True`. `options` are the other
-        fields of `EngineConfig`. Raises `ConfigError`, `CheckpointError` or `DownloadError`, and `ForkError` in a
+        A hub id is looked up among earlier downloads, and downloaded only with `download=True`. `adapters` are LoRA
+        adapters by the name that `SamplingParams.adapter` gives, each in a folder as peft writes it. `weights` are run
+        instead of the folder's, such as those of a network in training. `options` are the other fields of
+        `EngineConfig`. Raises `ConfigError`, `CheckpointError` or `DownloadError`, and `ForkError` in a
         child forked from a process that has made an engine.
         """
         check_fork()
@@ -95,7 +100,9 @@ class Engine(Judging):
             end_ids=defaults.end_ids,
             end_sequences=defaults.end_sequences,
         )
-        runner = load_runner(engine_config, config, self.folder, self.max_model_len)
+        runner = load_runner(engine_config, config, self.folder, self.max_model_len, weights)
+        if adapters:
+            runner.model.adapters = load_adapters(adapters, runner.model)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
         self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter)
         self._turns = Turns(self.core)
@@ -218,6 +225,12 @@ class Engine(Judging):
         requests = self._run((prompt, params) for prompt in whole[:1])  # leaves the prefix in the cache
         requests += self._run((prompt, params) for prompt in whole[1:])
         return [request.completion().prompt_logprobs or () for request in requests]
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The names of the LoRA adapters, in the order that they were given."""
+        adapters = self.core.runner.model.adapters
+        return () if adapters is None else adapters.names
 
     def report(self) -> dict[str, Any]:
         """Report model, device, dtype, kernels and why they were chosen, memory in bytes, caches and hit rates."""

@@ -19,12 +19,15 @@ class Judging:
     tokenizer: Tokenizer
     _prompts: PromptEncoder
 
-    def score(self, prompt: Prompt, return_logits: bool = False) -> Score:
-        """Return the log probability of each token of a prompt after the first, pad ids of images included."""
+    def score(self, prompt: Prompt, return_logits: bool = False, adapter: str | None = None) -> Score:
+        """Return the log probability of each token of a prompt after the first, pad ids of images included.
+
+        adapter: one of the engine's; None: the base model.
+        """
         self.check_process()
         encoded = self._prompts.encode(prompt)
         with self.exclusive():
-            return score_prompt(self.core, encoded, return_logits)
+            return score_prompt(self.core, encoded, return_logits, adapter)
 
     def choose(self, prompt: Prompt, options: Sequence[str]) -> Choice:
         """Return how likely each of the given answers to a prompt is, such as "A", "B" and "C": nothing is generated.

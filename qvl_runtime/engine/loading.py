@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,27 +10,35 @@ import torch
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
+from qvl_runtime.formats.adapter import Adapter
 from qvl_runtime.formats.host_memory import trim_heap
 from qvl_runtime.host import choose_device, choose_dtype, free_memory
+from qvl_runtime.model.adapters import Adapters
 from qvl_runtime.model.cache_layout import bytes_per_token
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Runner
-from qvl_runtime.weights.loader import load_weights
+from qvl_runtime.weights.adapter import read_adapter
+from qvl_runtime.weights.loader import Weights, load_weights
 from qvl_runtime.weights.synthetic import synthetic_weights
 
 
-def load_runner(engine_config: EngineConfig, config: ModelConfig, folder: Path, max_model_len: int) -> Runner:
+def load_runner(
+    engine_config: EngineConfig, config: ModelConfig, folder: Path, max_model_len: int, weights: Weights | None = None
+) -> Runner:
     """Load the weights of `folder`, allocate the KV cache in the memory that is left, and capture decode graphs.
 
-    The folder is not read for synthetic weights. Raises `ConfigError` or `CapacityError` where memory does not suffice,
+    The folder is not read if there are `weights`, on the device and in the dtype of `engine_config`, nor for synthetic
+    ones. Raises `ConfigError` or `CapacityError` where memory does not suffice,
     and `CheckpointError` for a damaged checkpoint.
     """
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
     on_host = engine_config.embedding_on_host
     free: int | None = None
-    if engine_config.synthetic is None:  # the size of a synthetic model is known only once it is loaded
+    if weights is not None:
+        weights = weights._replace(state=dict(weights.state))  # the model empties it
+    elif engine_config.synthetic is None:  # the size of a synthetic model is known only once it is loaded
         free = memory_after_loading(engine_config, config, dtype, folder, device)
         weights = load_weights(folder, config, dtype, device, on_host)
     else:
@@ -47,3 +56,15 @@ def load_runner(engine_config: EngineConfig, config: ModelConfig, folder: Path, 
     runner = Runner(model, cache, ImageCache(engine_config.image_cache_bytes), notes)
     capture_graphs(runner, engine_config, max_model_len)
     return runner
+
+
+def load_adapters(adapters: Mapping[str, str | Path | Adapter], model: QwenVL) -> Adapters:
+    """Read LoRA adapters from their folders, and put them on the model's device in its dtype.
+
+    Raises `ConfigError` or `CheckpointError` that names the adapter.
+    """
+    read = {
+        name: adapter if isinstance(adapter, Adapter) else read_adapter(Path(adapter), model.config)
+        for name, adapter in adapters.items()
+    }
+    return Adapters(read, model.config, model.ops, model.dtype, model.device)

@@ -32,6 +32,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
             "context": c.context_limit,
             "load_s": load_s,
             "notes": list(core.runner.notes),
+            "adapters": [] if model.adapters is None else list(model.adapters.names),
         },
         "device": device_name(model.device),
         "dtype": dtype_name(model.dtype),
@@ -41,6 +42,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
         "memory": {
             **model.bytes_by_part,
             "weights": sum(model.bytes_by_part.values()),
+            "adapters": 0 if model.adapters is None else model.adapters.nbytes,
             "kv_per_token": cache.bytes_per_token,
             "kv_reserved": cache.bytes_per_token * cache.num_slots,
             "image_features": images.bytes,

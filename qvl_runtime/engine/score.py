@@ -41,7 +41,9 @@ def continued(prompt: EncodedPrompt, tokenizer: Tokenizer, continuation: str | S
     return replace(prompt, token_ids=[*prompt.token_ids, *ids])
 
 
-def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool = False) -> Score:
+def score_prompt(
+    core: EngineCore, encoded: EncodedPrompt, return_logits: bool = False, adapter: str | None = None
+) -> Score:
     """Return the log probability of each token of an encoded prompt after the first, pad ids of images included.
 
     The prompt is prefilled in one step, outside the scheduler. Raises `CapacityError` if it is too long, and
@@ -53,7 +55,7 @@ def score_prompt(core: EngineCore, encoded: EncodedPrompt, return_logits: bool =
     features = runner.features([span.image for span in encoded.spans])
     spans = [Span(span.start, image_features) for span, image_features in zip(encoded.spans, features, strict=True)]
     core.scheduler.make_room(cdiv(len(ids), BLOCK_SIZE))
-    with runner.cache.sequence(ntk_alpha(config, len(ids))) as sequence:
+    with runner.cache.sequence(ntk_alpha(config, len(ids)), adapter=core.runner.checked_adapter(adapter)) as sequence:
         hidden = runner.run([Chunk(sequence, ids, spans)])
     chunk = len(ids) if return_logits else max(1, LOGIT_BYTES // (4 * config.vocab_size))
     next_ids = torch.tensor([*ids[1:], 0], device=hidden.device)  # the last token's logits are checked, too

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference import sum_partials
 from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.model.adapters import LayerAdapters
 from qvl_runtime.model.linear import Linear, LinearBuilder
 from qvl_runtime.model.rotary import Positions
 
@@ -63,23 +64,39 @@ class Block:
     down: Linear  # the published mlp.c_proj
 
     def __call__(
-        self, x: Tensor, normed: Tensor, positions: Positions, layout: Layout, cache: LayerCache, observe: Observer
+        self,
+        x: Tensor,
+        normed: Tensor,
+        positions: Positions,
+        layout: Layout,
+        cache: LayerCache,
+        observe: Observer,
+        adapters: LayerAdapters | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Map the residual stream x [n, D] and its ln_1 to x after attention and the MLP's output, not yet added.
 
         Keys and values of the tokens are written to the cache. The residual add is fused with the next norm.
         Attention's temporaries are freed before the MLP starts: otherwise 11 n D numbers would be live at once instead
-        of 4, plus the MLP's.
+        of 4, plus the MLP's. adapters: side paths of the linears, if some of the tokens use them.
         """
-        x, normed = self.ops.add_rms_norm(
-            x, self._attend(normed, x, positions, layout, cache, observe), self.ln_2, self.eps
-        )
-        return x, self._mlp(normed, x, observe)
+        attended = self._attend(normed, x, positions, layout, cache, observe, adapters)
+        x, normed = self.ops.add_rms_norm(x, attended, self.ln_2, self.eps)
+        del attended
+        return x, self._mlp(normed, x, observe, adapters)
 
     def _attend(
-        self, normed: Tensor, x: Tensor, positions: Positions, layout: Layout, cache: LayerCache, observe: Observer
+        self,
+        normed: Tensor,
+        x: Tensor,
+        positions: Positions,
+        layout: Layout,
+        cache: LayerCache,
+        observe: Observer,
+        adapters: LayerAdapters | None,
     ) -> Tensor:
         qkv = self.c_attn.forward_partial_sums(normed)
+        if adapters is not None:
+            qkv = adapters.add("attn.c_attn", normed, qkv)
         q = self.ops.rotary_to_cache(
             qkv, positions.cos, positions.sin, positions.logn, cache.k, cache.v, layout.slots, x.dtype
         )
@@ -87,6 +104,8 @@ class Block:
             q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
         )
         attended: Tensor = self.c_proj.forward_partial_sums(context)
+        if adapters is not None:
+            attended = adapters.add("attn.c_proj", context, attended)
         if observe is not unobserved:
             for name, value in (
                 ("ln_1", normed),
@@ -98,8 +117,10 @@ class Block:
                 observe(name, value)
         return attended
 
-    def _mlp(self, normed: Tensor, x: Tensor, observe: Observer) -> Tensor:
+    def _mlp(self, normed: Tensor, x: Tensor, observe: Observer, adapters: LayerAdapters | None) -> Tensor:
         up_gate = self.up_gate.forward_partial_sums(normed)
+        if adapters is not None:
+            up_gate = adapters.add("mlp.up_gate", normed, up_gate)
         gated = self.ops.swiglu(up_gate, x.dtype)
         if observe is not unobserved:
             up, gate = sum_partials(up_gate, x.dtype).chunk(2, -1)
@@ -107,6 +128,8 @@ class Block:
                 observe(name, value)
         del up_gate
         mlp = self.down.forward_partial_sums(gated)
+        if adapters is not None:
+            mlp = adapters.add("mlp.c_proj", gated, mlp)
         if observe is not unobserved:
             observe("mlp_out", sum_partials(mlp, x.dtype))
         return mlp
@@ -130,11 +153,16 @@ class Decoder:
         layout: Layout,
         caches: Sequence[LayerCache],
         observe: Observer = unobserved,
+        adapters: Callable[[int], LayerAdapters] | None = None,
     ) -> Tensor:
-        """Map embeddings x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f."""
+        """Map embeddings x [n, D] to hidden states [n, D]: the residual stream after the last block, through ln_f.
+
+        adapters: gives the side paths of a layer, if some of the tokens use them.
+        """
         hidden = self._ops.rms_norm(x, self._blocks[0].ln_1, self._eps)
         for i, (block, cache) in enumerate(zip(self._blocks, caches, strict=True)):
-            x, update = block(x, hidden, positions, layout, cache, _of_layer(observe, i))
+            sides = None if adapters is None else adapters(i)
+            x, update = block(x, hidden, positions, layout, cache, _of_layer(observe, i), sides)
             x, hidden = self._ops.add_rms_norm(x, update, self._next_norm(i), self._eps)
             del update  # otherwise it stays allocated until the next block returns
             observe(f"block{i}", x)

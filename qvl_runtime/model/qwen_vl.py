@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from qvl_kernels import ops_for
 from qvl_kernels.reference import BoundLinear, Packed, Precision
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.model.adapters import AdapterRows, Adapters
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
 from qvl_runtime.model.linear import LinearBuilder
 from qvl_runtime.model.rotary import positions_of
@@ -31,6 +33,7 @@ class Step:
     image_indices: Tensor | None = None  # int64 [m], indices of the image tokens among the n
     image_features: Tensor | None = None  # [m, D], replace the embeddings of those tokens
     inputs_embeds: Tensor | None = None  # [n, D] on the model's device, if already looked up
+    adapters: Sequence[AdapterRows] = ()  # the tokens that use an adapter
 
 
 class QwenVL:
@@ -53,6 +56,7 @@ class QwenVL:
         norm = state["transformer.ln_f.weight"]
         self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
         self.ops, self.embedding_on_host = ops_for(self.device), embedding_on_host
+        self.adapters: Adapters | None = None  # set by whoever loads them
         linears = LinearBuilder(self.ops, state, precision, packed or {})
         tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in linears.packed
         if embedding_on_host:
@@ -81,7 +85,10 @@ class QwenVL:
     def forward(self, step: Step, caches: Sequence[LayerCache], observe: Observer = unobserved) -> Tensor:
         """Return the hidden states [n, D] of a step; its keys and values are written to the caches."""
         at = positions_of(self.config, step.positions, step.frequencies, self.ops)
-        return self.decoder.forward(self._embed(step, observe), at, step.layout, caches, observe)
+        sides = None
+        if self.adapters is not None and step.adapters:
+            sides = partial(self.adapters.of_layer, rows=step.adapters)
+        return self.decoder.forward(self._embed(step, observe), at, step.layout, caches, observe, sides)
 
     def _embed(self, step: Step, observe: Observer) -> Tensor:
         """Return the decoder's input [n, D]. The caller keeps no reference, so its first block frees it."""

@@ -77,7 +77,8 @@ class EngineCore:
             vocab = self.runner.model.config.vocab_size
             request.scores = PromptScores(prompt.token_ids, params.logprob_start, params.prompt_logprobs, vocab)
         alpha = ntk_alpha(self.runner.model.config, len(prompt.token_ids))
-        self.scheduler.add(self.answers.new(request, self.runner.cache.sequence(alpha, params.cache_salt)))
+        sequence = self.runner.cache.sequence(alpha, params.cache_salt, self.runner.checked_adapter(params.adapter))
+        self.scheduler.add(self.answers.new(request, sequence))
         if request.deadline is not None:
             self._timed.add(request)
         return request

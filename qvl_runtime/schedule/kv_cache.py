@@ -63,9 +63,12 @@ class KVCache:
         """Bytes of the keys and values of one token in all layers."""
         return sum(t[0].nbytes for layer in self.layers for t in layer) // BLOCK_SIZE
 
-    def sequence(self, alpha: float, salt: str = "") -> Sequence:
-        """Return an empty sequence with NTK factor `alpha`; a `with` block frees its blocks at the end."""
-        return self.register(Sequence(self, Root(alpha, salt), BLOCK_SIZE))
+    def sequence(self, alpha: float, salt: str = "", adapter: str | None = None) -> Sequence:
+        """Return an empty sequence with NTK factor `alpha`; a `with` block frees its blocks at the end.
+
+        It shares blocks with sequences of the same salt and adapter alone.
+        """
+        return self.register(Sequence(self, Root(alpha, salt, adapter), BLOCK_SIZE))
 
     def register(self, sequence: Sequence) -> Sequence:
         """Include a sequence's block table in `check_integrity`, and return the sequence."""

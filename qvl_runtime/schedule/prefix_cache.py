@@ -14,10 +14,11 @@ SIBLINGS = 64  # continuations of one block that are compared, the latest first,
 
 
 class Root(NamedTuple):
-    """What every block of a sequence depends on: the NTK alpha of its rotated keys, and the salt of its tenant."""
+    """What every block of a sequence depends on: the NTK alpha of its rotated keys, its tenant's salt, its adapter."""
 
     alpha: float
     salt: str
+    adapter: str | None = None
 
 
 Parent: TypeAlias = "int | Root"

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from qvl_kernels.memory import mapping
+from qvl_runtime.errors import SamplingError, quoted
 from qvl_runtime.formats.host_memory import trim_heap
+from qvl_runtime.model.adapters import AdapterRows
 from qvl_runtime.model.language import Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
@@ -104,8 +106,10 @@ class Runner:
             return self.model.forward(self._step(chunks), self.cache.layers, observe)
 
     def compute(self, chunks: Items[Chunk]) -> Computed:
-        """Compute the chunks, by a decode graph if there is one."""
-        decoding = all(len(chunk.token_ids) == 1 and not chunk.spans for chunk in chunks)
+        """Compute the chunks, by a decode graph if there is one; adapters run outside of graphs."""
+        decoding = all(
+            len(chunk.token_ids) == 1 and not chunk.spans and chunk.sequence.root.adapter is None for chunk in chunks
+        )
         if self.graphs is None or not decoding or not self.graphs.can_run(len(chunks)):
             hidden = self.run(chunks)
             return Computed(hidden, lambda i: self.model.logits(hidden[torch.tensor(i, device=hidden.device)]))
@@ -136,7 +140,26 @@ class Runner:
             layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),
             image_indices=torch.cat(rows) if rows else None,
             image_features=torch.cat(features) if features else None,
+            adapters=self._adapter_rows(chunks),
         )
+
+    def checked_adapter(self, name: str | None) -> str | None:
+        """Return the name of an adapter. Raises `SamplingError` if there is none of that name."""
+        loaded = () if self.model.adapters is None else self.model.adapters.names
+        if name is not None and name not in loaded:
+            known = ", ".join(map(quoted, loaded)) or "none: pass adapters={name: folder} to Engine"
+            raise SamplingError(f"adapter is {quoted(name)}; the adapters of this engine are {known}")
+        return name
+
+    def _adapter_rows(self, chunks: Items[Chunk]) -> list[AdapterRows]:
+        """Which rows of a step use which adapter."""
+        adapters, rows, start = self.model.adapters, dict[int, list[int]](), 0
+        for chunk in chunks:
+            name, end = chunk.sequence.root.adapter, start + len(chunk.token_ids)
+            if name is not None and adapters is not None:
+                rows.setdefault(adapters.index(name), []).extend(range(start, end))
+            start = end
+        return [AdapterRows(index, torch.tensor(own, device=self.model.device)) for index, own in rows.items()]
 
 
 def _copy_outside_heap(features: Tensor) -> Tensor:
