@@ -19,6 +19,7 @@ from qvl_runtime.cli.command import add_command
 from qvl_runtime.cli.convert import convert
 from qvl_runtime.cli.demo import demo
 from qvl_runtime.cli.evaluate import evaluate
+from qvl_runtime.cli.finetune import finetune
 from qvl_runtime.cli.generate import generate
 from qvl_runtime.cli.info import info
 from qvl_runtime.cli.plan import plan
@@ -29,7 +30,7 @@ from qvl_runtime.cli.streams import discard_output, prepare
 from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say_error, say_warning
 from qvl_runtime.cli.verify import verify
 
-COMMANDS = (generate, chat, batch, serve, info, demo, convert, verify, quantize, plan, evaluate)
+COMMANDS = (generate, chat, batch, serve, info, demo, convert, verify, quantize, finetune, plan, evaluate)
 
 app = typer.Typer(
     no_args_is_help=True,

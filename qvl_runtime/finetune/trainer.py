@@ -1,0 +1,185 @@
+"""The training loop: accumulate, clip, update, log, save, and resume bit for bit.
+
+What a step computes depends on the options, the data and its number alone: the order of samples is drawn from the seed,
+and dropout of a micro-batch from the seed, the step and its place in it. So no random state is saved, and neither a
+resume nor the number of processes changes a draw.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from qvl_runtime.errors import ImageError, NumericsError
+from qvl_runtime.finetune.data import Dataset, Sample
+from qvl_runtime.finetune.learner import Learner
+from qvl_runtime.finetune.optimizer import Optimizer, rate_at
+from qvl_runtime.finetune.options import FinetuneOptions
+from qvl_runtime.finetune.packing import Schedule
+from qvl_runtime.finetune.parallel import Team
+from qvl_runtime.finetune.run_folder import RunFolder
+
+
+class Measured(NamedTuple):
+    """What a step gave, summed over all processes."""
+
+    loss: float  # of the learned tokens
+    targets: int  # learned tokens
+    rows: int  # micro-batches
+    skipped: int  # samples that could not be read, or whose loss was not finite
+
+
+class Trainer:
+    """One run over one dataset. `run` returns once all steps are done; the trained weights are in the network."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        optimizer: Optimizer,
+        dataset: Dataset,
+        options: FinetuneOptions,
+        folder: RunFolder,
+        team: Team | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
+        """evaluate: scores of the network as it is, every `options.evaluate_every` steps and at the end."""
+        self.learner, self.optimizer, self.dataset, self.options = learner, optimizer, dataset, options
+        self.folder, self.team, self.evaluate = folder, team or Team(), evaluate
+        self.steps = schedule_of(dataset, options).steps()
+        self.step = self.skipped = self.faults = 0
+        self.seconds = 0.0
+        self._sinks: list[Callable[[dict[str, Any]], None]] = []
+
+    def add_sink(self, sink: Callable[[dict[str, Any]], None]) -> None:
+        """Have every line of the log handed to `sink`, too."""
+        self._sinks.append(sink)
+
+    def resume(self) -> int:
+        """Continue from the last saved state, if there is one; returns the steps that are done."""
+        state = self.folder.load()
+        if state is not None:
+            self.optimizer.load(state["optimizer"])
+            self.step, self.skipped, self.faults = state["step"], state["skipped"], state["faults"]
+            self.seconds = state["seconds"]
+        if self.team.leads:
+            self.folder.cut_log(self.step)
+        return self.step
+
+    def run(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Take all steps that are left. Raises `NumericsError` after too many steps in a row without a gradient."""
+        self.learner.network.train()
+        saved, mark = self.step, time.perf_counter()
+        while self.step < len(self.steps):
+            entry = self._take_step(self.steps[self.step])
+            self.step += 1
+            now = time.perf_counter()
+            self.seconds, elapsed, mark = self.seconds + now - mark, now - mark, now
+            entry |= {"seconds": round(elapsed, 4), "tokens_per_s": round(entry["tokens"] / elapsed, 1)}
+            every = self.options.evaluate_every
+            if self.evaluate is not None and (self.step == len(self.steps) or (every and self.step % every == 0)):
+                entry |= self.evaluate()
+                self.learner.network.train()
+                mark = time.perf_counter()
+            self._log(entry)
+            if self.step % self.options.save_every == 0 and self.step < len(self.steps):
+                self.save()
+                saved = self.step
+            progress(self.step)
+        if saved < self.step:
+            self.save()
+
+    def save(self) -> None:
+        """Save what a resumed run needs."""
+        state = {
+            "optimizer": self.optimizer.state(),
+            "step": self.step,
+            "skipped": self.skipped,
+            "faults": self.faults,
+            "seconds": self.seconds,
+        }
+        if self.team.leads:
+            self.folder.save(self.step, state)
+        self.team.wait()
+
+    def _take_step(self, rows: list[list[int]]) -> dict[str, Any]:
+        samples = [[self.dataset.samples[i] for i in row] for row in rows]
+        planned = sum(sample.num_targets for row in samples for sample in row)
+        measured = self._accumulate(samples, planned)
+        self.team.add(self.optimizer.gradients() if self.team.size > 1 else ())
+        done, whole = (measured.targets, planned) if self.options.mean == "token" else (measured.rows, len(rows))
+        if 0 < done < whole:
+            self.optimizer.scale(whole / done)  # the mean of what was learned
+        rate = rate_at(self.step, len(self.steps), self.options)
+        norm = self.optimizer.norm() if done else math.nan
+        self.skipped += measured.skipped
+        if math.isfinite(norm):
+            self.faults = 0
+            if norm > self.options.clip:
+                self.optimizer.scale(self.options.clip / norm)
+            self.optimizer.step(rate)
+        else:
+            self._fault(norm)
+        return {
+            "step": self.step + 1,
+            "epoch": round((self.step + 1) / len(self.steps) * self.options.epochs, 4),
+            "loss": measured.loss / measured.targets if measured.targets else None,
+            "rate": rate,
+            "norm": norm if math.isfinite(norm) else None,
+            "tokens": sum(len(sample) for row in samples for sample in row),
+            "targets": measured.targets,
+            "skipped": self.skipped,
+        }
+
+    def _fault(self, norm: float) -> None:
+        """Count a step without a finite gradient; the weights stay as they are."""
+        self.optimizer.drop()
+        self.faults += 1
+        if self.faults >= self.options.most_faults:
+            raise NumericsError(
+                f"{self.faults} steps in a row had no finite gradient (norm {norm:g}), the last is step "
+                f"{self.step + 1}: lower the rate of {self.options.rate:g}, or resume with dtype float32"
+            )
+
+    def _accumulate(self, rows: list[list[Sample]], planned: int) -> Measured:
+        """Add up the gradients of this process's micro-batches."""
+        loss, targets, learned, skipped = 0.0, 0, 0, 0
+        for number, row in enumerate(rows):
+            if number % self.team.size != self.team.rank:
+                continue
+            torch.manual_seed(hash((self.options.seed, self.step, number)) % 2**63)
+            try:
+                total, samples = self.learner.loss_sum(row), row
+            except ImageError:
+                samples = self.learner.readable(row)
+                if not samples:
+                    skipped += len(row)
+                    continue
+                total = self.learner.loss_sum(samples)
+            skipped += len(row) - len(samples)
+            count = sum(sample.num_targets for sample in samples)
+            if not bool(total.isfinite()):
+                skipped += len(samples)
+                continue
+            weight = 1 / planned if self.options.mean == "token" else 1 / (count * len(rows))
+            (total * weight).backward()  # type: ignore[no-untyped-call]
+            loss, targets, learned = loss + float(total.detach()), targets + count, learned + 1
+        sums = self.team.totals(loss, targets, learned, skipped)
+        return Measured(sums[0], *(int(number) for number in sums[1:]))
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if not self.team.leads:
+            return
+        self.folder.log(entry)
+        for sink in self._sinks:
+            sink(entry)
+
+
+def schedule_of(dataset: Dataset, options: FinetuneOptions) -> Schedule:
+    """The micro-batches of a run."""
+    lengths = [len(sample) for sample in dataset.samples]
+    pack_to = options.max_length if options.pack else None
+    return Schedule(lengths, options.seed, options.epochs, options.batch, pack_to, options.accumulate)
