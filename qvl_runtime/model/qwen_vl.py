@@ -56,7 +56,7 @@ class QwenVL:
         norm = state["transformer.ln_f.weight"]
         self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
         self.ops, self.embedding_on_host = ops_for(self.device), embedding_on_host
-        self.adapters: Adapters | None = None  # set by whoever loads them
+        self.adapters: Adapters | None = None  # set after loading
         linears = LinearBuilder(self.ops, state, precision, packed or {})
         tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in linears.packed
         if embedding_on_host:

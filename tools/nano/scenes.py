@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from .world import CHINESE, CHINESE_WORDS, COLORS, EMOJI, ENGLISH_WORDS, SHAPES
+from .world import CHINESE, CHINESE_WORDS, COLORS, EMOJI, ENGLISH_WORDS, NEW_EMOJI, SHAPES
 
 EMOJI_FONT = "NotoColorEmoji.ttf"
 LATIN_FONTS = ["DejaVuSans-Bold.ttf", "DejaVuSans.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSerif-Bold.ttf"]
@@ -35,6 +35,7 @@ class SceneConfig:
     emoji: float = 0.4  # share of objects that are emoji
     plate: float = 0.55  # share of images with a plate
     fine: float = 0.3  # share of images drawn at twice the size and resized, as a user's image would be
+    new: float = 0.0  # share of objects that are of `NEW_EMOJI`
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,10 @@ def _ground(rng: Generator, side: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _object(rng: Generator, config: SceneConfig, colors: list[str]) -> Sprite:
     size = int(config.side * rng.uniform(config.small, config.large))
-    if rng.random() < config.emoji:
-        kind = list(EMOJI)[rng.integers(len(EMOJI))]
+    new = config.new > 0 and rng.random() < config.new
+    if new or rng.random() < config.emoji:
+        kinds = list(NEW_EMOJI if new else EMOJI)
+        kind = kinds[rng.integers(len(kinds))]
         glyph = _emoji(kind)
         k = size / max(glyph.size)
         glyph = glyph.resize(
@@ -226,7 +229,7 @@ def _plate(rng: Generator, config: SceneConfig, _: list[str]) -> Sprite:
 @cache
 def _emoji(name: str) -> Image.Image:
     image = Image.new("RGBA", (136, 128))
-    ImageDraw.Draw(image).text((0, 0), EMOJI[name], font=ImageFont.truetype(EMOJI_FONT, 109), embedded_color=True)
+    ImageDraw.Draw(image).text((0, 0), {**EMOJI, **NEW_EMOJI}[name], font=ImageFont.truetype(EMOJI_FONT, 109), embedded_color=True)
     return image.crop(image.getbbox())
 
 

@@ -35,6 +35,7 @@ EMOJI = {
     "boat": "⛵",
     "heart": "💜",
 }
+NEW_EMOJI = {"mushroom": "🍄"}  # a kind that nano was never shown, to be learned by fine-tuning
 ENGLISH_WORDS = [
     "STOP",
     "OPEN",
@@ -110,6 +111,7 @@ CHINESE = {
     "hat": "帽子",
     "boat": "船",
     "heart": "心",
+    "mushroom": "蘑菇",
     "number": "数字",
     "word": "文字",
     "yes": "有",
