@@ -1,8 +1,8 @@
 """Fine-tune nano on a kind of object that it was never shown: its data, and scores before and after.
 
-`python -m tools.nano.new_kind data FOLDER` writes train.json and test.json: scenes with mushrooms, and as many of nano's
-own world, without which a fine-tuned model forgets it. `... score [--adapter DIR] [MODEL]` asks about fresh scenes of
-both kinds. docs/finetuning.md has the commands of the runs and their results.
+`python -m tools.nano.new_kind data FOLDER` writes train.json and test.json: scenes with mushrooms, and as many of
+nano's own world, without which a fine-tuned model forgets it. `... score [--adapter DIR] [MODEL]` asks about fresh
+scenes of both kinds. docs/finetuning.md has the commands of the runs and their results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def write_data(folder: Path, train: int = TRAIN, test: int = TEST) -> None:
         messages: list[dict[str, str]] = []
         for turn in [*_about_new(rng, things), *_shuffled(rng, turns(rng, things, chinese=number % 8 == 0))]:
             heading = "" if messages else f"Picture 1: <img>{number}.png</img>\n"
-            messages += [{"from": "user", "value": heading + turn.question}, {"from": "assistant", "value": turn.answer}]
+            messages += [
+                {"from": "user", "value": heading + turn.question},
+                {"from": "assistant", "value": turn.answer},
+            ]
         records.append({"id": f"scene_{number}", "conversations": messages})
     for name, part in (("train.json", records[:train]), ("test.json", records[train:])):
         (folder / name).write_text(json.dumps(part, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -69,7 +72,9 @@ def score_new(engine: Engine, params: SamplingParams, scenes: int = SCORED) -> d
         for question in ("Generate the caption in English with grounding:", f"Box the {NAME}.", f"Is there a {NAME}?"):
             prompts.append([{"role": "user", "content": [{"image": image}, {"text": question}]}])
             cases.append((question, next((t for t in things if t.kind == NAME), None)))
-    replies = [c.text for start in range(0, len(prompts), 60) for c in engine.generate(prompts[start : start + 60], params)]
+    replies = [
+        c.text for start in range(0, len(prompts), 60) for c in engine.generate(prompts[start : start + 60], params)
+    ]
     for (question, thing), reply in zip(cases, replies, strict=True):
         boxes = {box.label: (box.x1, box.y1, box.x2, box.y2) for box in parse_boxes(reply)}
         if question.startswith("Is"):

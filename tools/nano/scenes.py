@@ -229,7 +229,8 @@ def _plate(rng: Generator, config: SceneConfig, _: list[str]) -> Sprite:
 @cache
 def _emoji(name: str) -> Image.Image:
     image = Image.new("RGBA", (136, 128))
-    ImageDraw.Draw(image).text((0, 0), {**EMOJI, **NEW_EMOJI}[name], font=ImageFont.truetype(EMOJI_FONT, 109), embedded_color=True)
+    glyph, font = {**EMOJI, **NEW_EMOJI}[name], ImageFont.truetype(EMOJI_FONT, 109)
+    ImageDraw.Draw(image).text((0, 0), glyph, font=font, embedded_color=True)
     return image.crop(image.getbbox())
 
 
