@@ -52,8 +52,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or end at once."""
         if self.signal or self._loop is None or self._service.state != "ready":
+            self.force_exit = self.signal != 0 and self._service.state != "loading"
+            if self.force_exit:  # what is cut off is asked for, and no error
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             self.signal = self.signal or sig
-            self.force_exit = self.should_exit = True
+            self.should_exit = True
             return
         self.signal = sig
         self._loop.call_soon_threadsafe(self.drain)

@@ -189,8 +189,8 @@ def test_metrics(live: Live) -> None:
     assert f"qvl_prefix_cache_queries_total{label}" in after and f"qvl_mm_cache_hits_total{label}" in after
 
 
-def start(*options: str) -> tuple[subprocess.Popen[bytes], int]:
-    """`qvl serve` in a process of its own, which is ready."""
+def start(*options: str, until: bytes = b"ready") -> tuple[subprocess.Popen[bytes], int]:
+    """`qvl serve` in a process of its own, and its port, once it has printed a line that begins so."""
     code = "from qvl_runtime.cli.app import main; main()"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -198,7 +198,7 @@ def start(*options: str) -> tuple[subprocess.Popen[bytes], int]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith(b"ready"):
+        if line.startswith(until):
             break
     return process, port
 
@@ -221,6 +221,22 @@ def test_the_command_ends_by_its_signals(tmp_path: Path) -> None:
     assert process.returncode == 0, errors
     (line,) = [json.loads(line) for line in output.decode().splitlines()]
     assert line["path"] == CHAT and line["completion_tokens"] == 200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("signals", [1, 2], ids=["while it loads", "twice"])
+def test_ctrl_c_says_nothing_more(signals: int) -> None:
+    """An interruption is no error, so it shows no traceback; the second ends what still runs."""
+    process, port = start(until=b"listening" if signals == 1 else b"ready")
+    if signals == 2:
+        client: Any = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        options = {"max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+        next(iter(client.chat.completions.create(model="nano", messages=say("hi"), stream=True, **options)))
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and b"Traceback" not in errors, errors.decode()
 
 
 def test_options_that_contradict() -> None:

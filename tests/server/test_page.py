@@ -107,6 +107,20 @@ def test_pictures_are_chosen_dropped_and_pasted_and_numbered(live: Live, chromiu
         assert page.get_attribute("#image", "alt") == "Picture 1"
 
 
+def test_a_photo_is_taken(live: Live, chromium: Any) -> None:
+    with looking(chromium, live) as page:
+        page.click("#empty .camera")
+        page.wait_for_selector("#camera-dialog[open]")
+        wait_until(page, "document.querySelector('#video').videoWidth > 0")
+        page.click("#shoot")
+        page.wait_for_selector("#pending li")
+        assert page.evaluate("document.querySelector('#video').srcObject.active") is False
+        page.click("#composer .camera")
+        page.wait_for_selector("#camera-dialog[open]")
+        page.keyboard.press("Escape")
+        assert page.locator("#pending li").count() == 1
+
+
 def test_files_that_are_no_pictures_are_named(live: Live, chromium: Any) -> None:
     with looking(chromium, live) as page:
         for file, expected in [
