@@ -15,6 +15,7 @@ import typer
 
 from qvl_runtime.cli.batch import batch
 from qvl_runtime.cli.chat import chat
+from qvl_runtime.cli.check import check
 from qvl_runtime.cli.command import add_command
 from qvl_runtime.cli.convert import convert
 from qvl_runtime.cli.demo import demo
@@ -30,7 +31,7 @@ from qvl_runtime.cli.streams import discard_output, prepare
 from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say_error, say_warning
 from qvl_runtime.cli.verify import verify
 
-COMMANDS = (generate, chat, batch, serve, info, demo, convert, verify, quantize, finetune, plan, evaluate)
+COMMANDS = (generate, chat, batch, serve, info, demo, convert, verify, quantize, finetune, plan, evaluate, check)
 
 app = typer.Typer(
     no_args_is_help=True,
