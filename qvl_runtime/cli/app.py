@@ -23,6 +23,7 @@ from qvl_runtime.cli.evaluate import evaluate
 from qvl_runtime.cli.finetune import finetune
 from qvl_runtime.cli.generate import generate
 from qvl_runtime.cli.info import info
+from qvl_runtime.cli.merge import merge
 from qvl_runtime.cli.plan import plan
 from qvl_runtime.cli.profile import profile_app
 from qvl_runtime.cli.quantize import quantize
@@ -31,7 +32,22 @@ from qvl_runtime.cli.streams import discard_output, prepare
 from qvl_runtime.cli.terminal import BROKEN_PIPE, USER_ERROR, LogLines, say_error, say_warning
 from qvl_runtime.cli.verify import verify
 
-COMMANDS = (generate, chat, batch, serve, info, demo, convert, verify, quantize, finetune, plan, evaluate, check)
+COMMANDS = (
+    generate,
+    chat,
+    batch,
+    serve,
+    info,
+    demo,
+    convert,
+    verify,
+    quantize,
+    finetune,
+    merge,
+    plan,
+    evaluate,
+    check,
+)
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -205,7 +205,7 @@ class ModelConfig:
         """Read `config.json` and, if it exists, `quantize_config.json` of a checkpoint folder."""
         folder = Path(folder)
         if not is_there(folder / "config.json") and (folder / "adapter_config.json").is_file():
-            raise ConfigError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first")
+            raise ConfigError(f"{folder} holds a LoRA adapter, not a model: merge it into its base with `qvl merge`")
         quantize = folder / "quantize_config.json"
         return cls.from_dict(read_json(folder / "config.json"), read_json(quantize) if is_there(quantize) else None)
 
