@@ -1,0 +1,1 @@
+"""More than one engine: what goes to which, over machines, with Ray or behind a proxy."""
