@@ -7,16 +7,6 @@
 
 namespace {
 
-// Denormals are zeros while it lives, as on tiles.
-class NoDenormals {
- public:
-  NoDenormals() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
-  ~NoDenormals() { _mm_setcsr(before); }
-
- private:
-  unsigned before;
-};
-
 // The state of the query row of a head while it reads a cache of DTYPE, bfloat16 or int8.
 template <int DTYPE> class AmxDecodedRow {
  public:

@@ -1,13 +1,64 @@
 // Packed weights times float activations (exact mode), and dequantization.
+//
+// Without AMX a group of a weight has two chains of multiply-adds for each output, of the even and of the odd parts of its
+// lines, whose sum is scaled and added to that of the groups before. Few rows, whose weights are unpacked in registers, and
+// many, for which they are unpacked once, are the same arithmetic: a row's result depends on no other row.
 
+#if !defined(__AMX_INT8__)
 namespace {
 
-// M rows against NB blocks of packed weights; x float [rows, padded], sums float [rows, groups].
-template <int BITS, int M, int NB>
-void exact_rows(const Packed& w, const float* x, const float* sums, int64_t padded, int64_t rows, const Output& out,
-                int64_t row, int64_t block) {
-  constexpr int kPerLine = 32 / BITS, kMiddle = 1 << (BITS - 1);
-  const int64_t lines = w.group / kPerLine, stride = w.block_bytes();
+// A part of a line is what one multiply-add takes: floats, an input of each lane.
+struct FloatParts {
+  template <int BITS> static constexpr int kParts = 32 / BITS;
+  template <int BITS> static inline F part(Bytes line, int i) {
+    return BITS == 4 ? nibble_less_8(line, i < 4 ? 8 * i : 8 * i - 28) : byte_less_128(line, 8 * i);
+  }
+  static inline void add(F& sum, F weight, F x) { sum = fma(weight, x, sum); }
+  // A row as the parts meet it: a number of each input.
+  template <int BITS> static void put(const float* row, int64_t inputs, float* to, int64_t step) {
+    for (int64_t i = 0; i < inputs; i++) to[i * step] = row[i];
+  }
+};
+
+#if defined(QVL_BF16_PAIRS)
+// Pairs of bfloat16: weights less the midpoint are exact, and so are bfloat16 activations. In half as many steps.
+struct PairParts {
+  template <int BITS> static constexpr int kParts = 16 / BITS;
+  template <int BITS> static inline F part(Bytes line, int i) {
+    return BITS == 4 ? nibble_pairs_less_8(line, 4 * i) : byte_pairs_less_128(line, 16 * i);
+  }
+  static inline void add(F& sum, F weight, F x) { dot_pairs(sum, weight, x); }
+  // In every eight inputs pairs of nibbles are 0 2, 4 6, 1 3, 5 7; bytes are in order.
+  template <int BITS> static void put(const float* row, int64_t inputs, float* to, int64_t step) {
+    static constexpr int kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    for (int64_t i = 0; i < inputs; i += 2) {
+      uint32_t pair[2];
+      for (int j = 0; j < 2; j++) memcpy(pair + j, row + (BITS == 4 ? i / 8 * 8 + kOrder[i % 8 + j] : i + j), 4);
+      const uint32_t word = pair[0] >> 16 | (pair[1] & 0xffff0000u);
+      memcpy(to + i / 2 * step, &word, 4);
+    }
+  }
+};
+#endif
+
+// x: parts of the rows, by group and tile of M rows [groups][tiles][parts of a group][M]; sums [rows][groups].
+struct ExactRows {
+  int64_t rows, tiles, parts;
+  const float *x, *sums;
+};
+
+// The part of the zero points in a group's sums, which its even chain starts with.
+inline F zero_part(const Packed& w, int64_t block, int64_t g, float sum) {
+  if (!w.zeros) return zero();
+  const F shift = sub(set1((float)(1 << (w.bits - 1))), to_float(load_u8(w.zeros + (block * w.groups + g) * 16)));
+  return mul(shift, set1(sum));
+}
+
+// A tile of M rows against NB blocks, unpacked in registers.
+template <class P, int BITS, int M, int NB>
+void exact_rows(const Packed& w, const ExactRows& a, const Output& out, int64_t tile, int64_t block) {
+  constexpr int kParts = P::template kParts<BITS>;
+  const int64_t lines = w.group * BITS / 32, stride = w.block_bytes(), row = tile * M;
   const uint8_t* at_group = w.lines + block * stride;
   F acc[M][NB];
   for (int m = 0; m < M; m++)
@@ -15,25 +66,19 @@ void exact_rows(const Packed& w, const float* x, const float* sums, int64_t padd
   for (int64_t g = 0; g < w.groups; g++, at_group += w.group_bytes()) {
     F even[M][NB], odd[M][NB];  // two chains: a fused multiply-add takes four cycles
     for (int n = 0; n < NB; n++)
-      for (int m = 0; m < M; m++) {
-        even[m][n] = odd[m][n] = zero();
-        if (!w.zeros) continue;
-        const F shift = sub(set1(kMiddle), to_float(load_u8(w.zeros + ((block + n) * w.groups + g) * 16)));
-        even[m][n] = mul(shift, set1(sums[(row + m) * w.groups + g]));
-      }
-    for (int64_t j = 0; j < lines; j++)
+      for (int m = 0; m < M; m++)
+        even[m][n] = zero_part(w, block + n, g, row + m < a.rows ? a.sums[(row + m) * w.groups + g] : 0), odd[m][n] = zero();
+    const float* x = a.x + (g * a.tiles + tile) * a.parts * M;
+    for (int64_t j = 0; j < lines; j++, x += kParts * M)
 QVL_UNROLL
       for (int n = 0; n < NB; n++) {
         const Bytes line = load_bytes(at_group + n * stride + j * 64);
         __builtin_prefetch(at_group + n * stride + j * 64 + kLinesAhead);
 QVL_UNROLL
-        for (int i = 0; i < kPerLine; i++) {
-          const F weight = BITS == 4 ? nibble_less_8(line, i < 4 ? 8 * i : 8 * i - 28) : byte_less_128(line, 8 * i);
+        for (int i = 0; i < kParts; i++) {
+          const F weight = P::template part<BITS>(line, i);
 QVL_UNROLL
-          for (int m = 0; m < M; m++) {
-            F& sum = i % 2 ? odd[m][n] : even[m][n];
-            sum = fma(weight, set1(x[(row + m) * padded + g * w.group + j * kPerLine + i]), sum);
-          }
+          for (int m = 0; m < M; m++) P::add(i % 2 ? odd[m][n] : even[m][n], weight, set1(x[i * M + m]));
         }
       }
     for (int n = 0; n < NB; n++) {
@@ -41,32 +86,140 @@ QVL_UNROLL
       for (int m = 0; m < M; m++) acc[m][n] = fma(add(even[m][n], odd[m][n]), scale, acc[m][n]);
     }
   }
-  for (int m = 0; m < M && row + m < rows; m++)
+  for (int m = 0; m < M && row + m < a.rows; m++)
     for (int n = 0; n < NB; n++) out.put(row + m, (block + n) * 16, acc[m][n]);
 }
 
-template <int BITS, int M>
-void exact_all(const Packed& w, const float* x, const float* sums, int64_t padded, int64_t rows, const Output& out) {
-  const int64_t pairs = w.blocks() / 2;
-  parallel_ranges(pairs, 1 + (64 << 10) / w.block_bytes(), [&](int64_t begin, int64_t end) {
+template <class P, int BITS, int M> void exact_few(const Packed& w, const ExactRows& a, const Output& out) {
+  constexpr int kStreams = M == 1 ? kExactStreams : 2;
+  const int64_t whole = w.blocks() / kStreams;
+  parallel_ranges(whole, 1 + (128 << 10) / (kStreams * w.block_bytes()), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
-      for (int64_t row = 0; row < rows; row += M) exact_rows<BITS, M, 2>(w, x, sums, padded, rows, out, row, 2 * b);
+      for (int64_t tile = 0; tile < a.tiles; tile++) exact_rows<P, BITS, M, kStreams>(w, a, out, tile, b * kStreams);
   });
-  if (w.blocks() % 2)
-    for (int64_t row = 0; row < rows; row += M) exact_rows<BITS, M, 1>(w, x, sums, padded, rows, out, row, 2 * pairs);
+  for (int64_t b = whole * kStreams; b < w.blocks(); b++)
+    for (int64_t tile = 0; tile < a.tiles; tile++) exact_rows<P, BITS, M, 1>(w, a, out, tile, b);
 }
 
-// Rows are padded to a multiple of four, or are fewer than four.
-template <int BITS>
-void exact_some(const Packed& w, const float* x, const float* sums, int64_t padded, int64_t rows, const Output& out) {
-  if (rows == 1) exact_all<BITS, 1>(w, x, sums, padded, rows, out);
-  else if (rows == 2) exact_all<BITS, 2>(w, x, sums, padded, rows, out);
-  else if (rows == 3) exact_all<BITS, 3>(w, x, sums, padded, rows, out);
-  else exact_all<BITS, 4>(w, x, sums, padded, rows, out);
+// acc [kExactRows][NB][16] += a group of a tile of rows times NB unpacked blocks [NB][parts][16].
+template <class P, int NB>
+void exact_tile(const Packed& w, const ExactRows& a, const float* panels, int64_t block, int64_t g, int64_t tile, float* acc) {
+  constexpr int M = kExactRows;
+  F even[M][NB], odd[M][NB];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < NB; n++) {
+      const int64_t row = tile * M + m;
+      even[m][n] = zero_part(w, block + n, g, row < a.rows ? a.sums[row * w.groups + g] : 0), odd[m][n] = zero();
+    }
+  const float* x = a.x + (g * a.tiles + tile) * a.parts * M;
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < a.parts; k += 2, x += 2 * M) {
+    F first[NB], second[NB];
+QVL_UNROLL
+    for (int n = 0; n < NB; n++) first[n] = load(panels + (n * a.parts + k) * 16), second[n] = load(panels + (n * a.parts + k + 1) * 16);
+QVL_UNROLL
+    for (int m = 0; m < M; m++) {
+      const F one = set1(x[m]), other = set1(x[M + m]);
+QVL_UNROLL
+      for (int n = 0; n < NB; n++) P::add(even[m][n], first[n], one), P::add(odd[m][n], second[n], other);
+    }
+  }
+  for (int n = 0; n < NB; n++) {
+    const F scale = w.scale(block + n, g);
+    for (int m = 0; m < M; m++) {
+      float* to = acc + (m * NB + n) * 16;
+      store(to, fma(add(even[m][n], odd[m][n]), scale, load(to)));
+    }
+  }
 }
 
-// Like linear_int8, without quantizing the activations. Without AMX it is meant for few rows:
-// every four rows read the weights again.
+// NB blocks from `block` on against all rows, whose sums are acc [tiles][kExactRows][NB][16].
+template <class P, int BITS, int NB>
+void exact_group(const Packed& w, const ExactRows& a, int64_t block, int64_t g, float* panels, float* acc) {
+  constexpr int kParts = P::template kParts<BITS>;
+  for (int n = 0; n < NB; n++) {
+    const uint8_t* line = w.lines + (block + n) * w.block_bytes() + g * w.group_bytes();
+    float* to = panels + n * a.parts * 16;
+    for (const uint8_t* end = line + w.group_bytes(); line < end; line += 64, to += kParts * 16) {
+      const Bytes both = load_bytes(line);
+QVL_UNROLL
+      for (int i = 0; i < kParts; i++) store(to + i * 16, P::template part<BITS>(both, i));
+    }
+  }
+  for (int64_t tile = 0; tile < a.tiles; tile++)
+    exact_tile<P, NB>(w, a, panels, block, g, tile, acc + tile * kExactRows * NB * 16);
+}
+
+constexpr int64_t kExactPanels = 4;  // of kExactBlocks, which share a group's activations from the L2 cache
+
+template <class P, int BITS> void exact_many(const Packed& w, const ExactRows& a, const Output& out) {
+  constexpr int NB = kExactBlocks;
+  const int64_t count = (w.blocks() + NB - 1) / NB, each = count / (4 * qvl_threads()), per_panel = a.tiles * kExactRows * NB * 16;
+  parallel_ranges(count, each < 1 ? 1 : each < kExactPanels ? each : kExactPanels, [&](int64_t begin, int64_t end) {
+    float* acc = scratch<float>(5, (end - begin) * per_panel);
+    float* panels = scratch<float>(7, NB * a.parts * 16);
+    memset(acc, 0, (size_t)((end - begin) * per_panel) * 4);
+    for (int64_t g = 0; g < w.groups; g++)
+      for (int64_t p = begin; p < end; p++) {
+        float* sums = acc + (p - begin) * per_panel;
+        if (p * NB + NB <= w.blocks()) exact_group<P, BITS, NB>(w, a, p * NB, g, panels, sums);
+        else exact_group<P, BITS, 1>(w, a, p * NB, g, panels, sums);
+      }
+    for (int64_t p = begin; p < end; p++) {
+      const int64_t here = w.blocks() - p * NB < NB ? 1 : NB;
+      for (int64_t m = 0; m < a.rows; m++)
+        for (int64_t n = 0; n < here; n++) out.put(m, (p * NB + n) * 16, load(acc + (p - begin) * per_panel + (m * here + n) * 16));
+    }
+  });
+}
+
+constexpr int64_t kExactRowsAtOnce = 264;  // a multiple of every kExactRows
+constexpr int64_t kExactFew = 8;  // rows up to which weights are unpacked in registers, four rows at a time
+
+template <class P, int BITS>
+void exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w, const Output& out) {
+  const int64_t padded = w.groups * w.group, M = rows > kExactFew ? kExactRows : rows < 4 ? rows : 4;
+  ExactRows a{rows, (rows + M - 1) / M, w.group * BITS * P::template kParts<BITS> / 32, nullptr, nullptr};
+  float* parts = scratch<float>(4, a.tiles * M * w.groups * a.parts);
+  float* sums = scratch<float>(3, rows * w.groups);
+  parallel_ranges(a.tiles * M, rows > kExactFew ? M : a.tiles * M, [&](int64_t begin, int64_t end) {
+    float* row = scratch<float>(0, padded);
+    for (int64_t m = begin; m < end; m++) {
+      if (m < rows) gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, perm, row);
+      else memset(row, 0, (size_t)padded * 4);
+      for (int64_t g = 0; g < w.groups; g++) {
+        const float* from = row + g * w.group;
+        P::template put<BITS>(from, w.group, parts + (g * a.tiles + m / M) * a.parts * M + m % M, M);
+        F total = zero();
+        for (int64_t i = 0; i < w.group; i += 16) total = add(total, load(from + i));
+        if (m < rows) sums[m * w.groups + g] = sum(total);
+      }
+    }
+  });
+  a.x = parts, a.sums = sums;
+  if (rows > kExactFew) exact_many<P, BITS>(w, a, out);
+  else if (M == 1) exact_few<P, BITS, 1>(w, a, out);
+  else if (M == 2) exact_few<P, BITS, 2>(w, a, out);
+  else if (M == 3) exact_few<P, BITS, 3>(w, a, out);
+  else exact_few<P, BITS, 4>(w, a, out);
+}
+
+template <class P>
+void exact_bits(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w, const Output& out) {
+  for (int64_t first = 0; first < rows; first += kExactRowsAtOnce) {
+    const int64_t count = rows - first < kExactRowsAtOnce ? rows - first : kExactRowsAtOnce;
+    const Output part{out.bias, at(out.y, dtype, first * out.outputs), dtype, out.outputs};
+    const void* from = at(x, dtype, first * inputs);
+    w.bits == 4 ? exact<P, 4>(from, dtype, count, inputs, perm, w, part) : exact<P, 8>(from, dtype, count, inputs, perm, w, part);
+  }
+}
+
+}  // namespace
+#endif
+
+namespace {
+
+// Like linear_int8, without quantizing the activations.
 void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int64_t padded, const int32_t* perm,
                   const uint8_t* lines, const uint16_t* scales, const uint8_t* zeros, int64_t bits, int64_t group,
                   int64_t outputs, const float* bias, void* y) {
@@ -75,22 +228,13 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
   const Packed w{lines, scales, zeros, group, padded / group, outputs, (int)bits};
   const Output out{bias, y, dtype, outputs};
 #if defined(__AMX_INT8__)
-  if (linear_exact_amx(x, dtype, rows, inputs, perm, w, out)) return;
+  linear_exact_amx(x, dtype, rows, inputs, perm, w, out);
+#else
+#if defined(QVL_BF16_PAIRS)
+  if (dtype == kBfloat16 && has_bf16_pairs()) return exact_bits<PairParts>(x, dtype, rows, inputs, perm, w, out);
 #endif
-  const int64_t step = rows < 4 ? rows : 4, rows_padded = (rows + step - 1) / step * step;
-  float* floats = scratch<float>(2, rows_padded * padded);
-  float* sums = scratch<float>(3, rows_padded * w.groups);
-  for (int64_t m = 0; m < rows_padded; m++) {
-    float* row = floats + m * padded;
-    if (m < rows) gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, perm, row);
-    else memset(row, 0, (size_t)padded * 4);
-    for (int64_t g = 0; g < w.groups; g++) {
-      F total = zero();
-      for (int64_t i = 0; i < group; i += 16) total = add(total, load(row + g * group + i));
-      sums[m * w.groups + g] = sum(total);
-    }
-  }
-  bits == 4 ? exact_some<4>(w, floats, sums, padded, rows, out) : exact_some<8>(w, floats, sums, padded, rows, out);
+  exact_bits<FloatParts>(x, dtype, rows, inputs, perm, w, out);
+#endif
 }
 
 // Writes outputs [first, first + count) of a packed weight as the columns of y [inputs, count] of `dtype`, the order in a

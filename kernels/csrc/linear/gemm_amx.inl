@@ -144,6 +144,7 @@ template <class T, int BITS, int K> void multiply(const Packed& w, const Tiled& 
   const int64_t at_once = far ? kFarGroups : 1, wide = far ? kWide : 1, per_panel = a.strips * kPanel * 256;
   parallel_ranges((w.blocks() + kPanel - 1) / kPanel, wide, [&](int64_t begin, int64_t end) {
     load_config(config);
+    const NoDenormals here(!T::kScaled);  // as on tiles also in the sums of a step: exact_amx.inl has no other way
     float* acc = scratch<float>(7, wide * per_panel);
     memset(acc, 0, (size_t)((end - begin) * per_panel) * 4);
     uint8_t* tiles = scratch<uint8_t>(5, kPanel * at_once * w.group / T::kInputs * kTileBytes);
@@ -178,29 +179,14 @@ void linear_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, cons
   }
 }
 
-constexpr int64_t kAmxRows = 5;  // fewest rows for AMX; kernels in registers keep up with memory for fewer
-
-template <class T>
-void linear_amx_bits(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
-                     const Output& out) {
-  if (w.bits == 4) linear_amx<T, 4>(x, dtype, rows, inputs, perm, w, out);
-  else linear_amx<T, 8>(x, dtype, rows, inputs, perm, w, out);
-}
+constexpr int64_t kAmxRows = 5;  // fewest int8 rows for AMX; kernels in registers keep up with memory, in the same order
 
 // False if another kernel is better: few rows, or groups smaller than a tile.
 bool linear_int8_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
                      const Output& out) {
   if (rows < kAmxRows || w.group % Int8::kInputs) return false;
-  linear_amx_bits<Int8>(x, dtype, rows, inputs, perm, w, out);
-  return true;
-}
-
-bool linear_exact_amx(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
-                      const Output& out) {
-  if (rows < kAmxRows) return false;
-  if (dtype == kBfloat16) linear_amx_bits<Bfloat16<1>>(x, dtype, rows, inputs, perm, w, out);
-  else if (dtype == kFloat16) linear_amx_bits<Bfloat16<2>>(x, dtype, rows, inputs, perm, w, out);
-  else linear_amx_bits<Bfloat16<3>>(x, dtype, rows, inputs, perm, w, out);
+  if (w.bits == 4) linear_amx<Int8, 4>(x, dtype, rows, inputs, perm, w, out);
+  else linear_amx<Int8, 8>(x, dtype, rows, inputs, perm, w, out);
   return true;
 }
 

@@ -185,6 +185,8 @@ template <int BITS> void by_regime(const Packed& w, const Activations& a, const 
 #if defined(__AMX_INT8__)
 }  // namespace
 #include "linear/gemm_amx.inl"
+
+#include "linear/exact_amx.inl"
 namespace {
 #endif
 

@@ -36,6 +36,16 @@ bool amx_granted() {
 #endif
 }
 
+// Denormals are zeros while it lives, as they are on tiles.
+class NoDenormals {
+ public:
+  explicit NoDenormals(bool on = true) : before(_mm_getcsr()) { if (on) _mm_setcsr(before | 0x8040); }
+  ~NoDenormals() { _mm_setcsr(before); }
+
+ private:
+  unsigned before;
+};
+
 // Activations in strips of 16 rows. In row-major order the rows of a tile would all map to one set of the L1 cache, since
 // 4096 inputs are 4 KiB.
 struct Tiled {
@@ -130,39 +140,27 @@ template <int PLANES> struct Bfloat16 {
 
   // Each plane holds the upper half of the remainder: eight bits of the fraction. Truncated, not rounded, so that the
   // largest numbers stay finite. The remainder of infinity is zero, for which a subtraction would return NaN.
+  static F upper(F value) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32((int)0xffff0000))); }
+  static F rest(F value) {
+    const F high = upper(value);
+    return _mm512_maskz_sub_ps(_mm512_cmp_ps_mask(value, high, _CMP_NEQ_OQ), value, high);
+  }
   static void split(F value, uint8_t* to) {
-    for (int p = 0; p < PLANES; p++, to += kTileBytes) {
-      const __m512i bits = _mm512_castps_si512(value);
-      _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-      const F high = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
-      value = _mm512_maskz_sub_ps(_mm512_cmp_ps_mask(value, high, _CMP_NEQ_OQ), value, high);
-    }
+    for (int p = 0; p < PLANES; p++, to += kTileBytes, value = rest(value))
+      _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16)));
   }
 
   template <int BITS> static void unpack(const uint8_t* line, int64_t lines, uint8_t* to) {
-    alignas(64) static const uint16_t kLevels[32] = {  // -8 to 7, twice: bit 4 is the next nibble's and must not count
-        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
-        0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040,
-        0x4080, 0x40a0, 0x40c0, 0x40e0};
-    const Bytes table = _mm512_load_si512(kLevels);
     for (const uint8_t* end = line + lines * 64; line < end; line += 64) {
       const Bytes both = load_bytes(line);
       _mm_prefetch((const char*)line + kAhead, _MM_HINT_T0);
       if (BITS == 8) {
-        store_bytes(to, pair(byte_less_128(both, 0), byte_less_128(both, 8)));
-        store_bytes(to + 64, pair(byte_less_128(both, 16), byte_less_128(both, 24))), to += 128;
+        for (int i = 0; i < 2; i++, to += 64) store((float*)to, byte_pairs_less_128(both, 16 * i));
       } else {
-        store_bytes(to, _mm512_permutexvar_epi16(both, table));
-        store_bytes(to + 64, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 4), table));
-        store_bytes(to + 128, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 8), table));
-        store_bytes(to + 192, _mm512_permutexvar_epi16(_mm512_srli_epi16(both, 12), table)), to += 256;
+QVL_UNROLL
+        for (int i = 0; i < 4; i++, to += 64) store((float*)to, nibble_pairs_less_8(both, 4 * i));
       }
     }
-  }
-
-  // Small whole numbers: the lower halves of the floats are zero.
-  static Bytes pair(F even, F odd) {
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
   }
 };
 

@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kDotRows = 3, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
+// Of a tile of packed weights with float activations, two chains of sums each; blocks that one row meets at once.
+constexpr int kExactRows = 3, kExactBlocks = 1, kExactStreams = 4;
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kTileRows = 3;         // 3 x 2 accumulators of two registers each, in 16 registers
 constexpr int kHighNibbleShift = 0;  // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first

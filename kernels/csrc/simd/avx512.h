@@ -13,6 +13,8 @@ namespace {
 
 constexpr int kDotRows = 6, kDotOutputs = 4;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 8;  // rows of a dense weight that one row is multiplied with at once
+// Of a tile of packed weights with float activations, two chains of sums each; blocks that one row meets at once.
+constexpr int kExactRows = 6, kExactBlocks = 2, kExactStreams = 4;
 constexpr int kOneRowStreams = 8;  // blocks that one row is multiplied with at once: 24 accumulators
 constexpr int kTileRows = 12;  // rows of a GEMM tile: 12 x 2 accumulators, 2 weights and an activation in 32 registers
 // A high nibble is multiplied in place, 16 times too large; the sum of a group is shifted once instead.
@@ -191,6 +193,19 @@ inline F nibble_less_8(Bytes a, int shift) {
 inline F byte_less_128(Bytes a, int shift) {
   __m512i byte = _mm512_and_si512(_mm512_srli_epi32(a, shift), _mm512_set1_epi32(0xff));
   return _mm512_cvtepi32_ps(_mm512_sub_epi32(byte, _mm512_set1_epi32(128)));
+}
+// Pairs of bfloat16: the nibbles at bit `shift` of each half of a lane, less 8; the bytes at `shift` and above, less 128.
+// Both are small whole numbers: the lower halves of the floats are zero.
+inline F nibble_pairs_less_8(Bytes a, int shift) {
+  alignas(64) static const uint16_t kLevels[32] = {  // -8 to 7, twice: bit 4 is the next nibble's and must not count
+      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+      0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040,
+      0x4080, 0x40a0, 0x40c0, 0x40e0};
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_srli_epi16(a, (unsigned)shift), _mm512_load_si512(kLevels)));
+}
+inline F byte_pairs_less_128(Bytes a, int shift) {
+  const __m512i even = _mm512_castps_si512(byte_less_128(a, shift)), odd = _mm512_castps_si512(byte_less_128(a, shift + 8));
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
 }
 
 }  // namespace

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int kDotRows = 2, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
+// Of a tile of packed weights with float activations, two chains of sums each; blocks that one row meets at once.
+constexpr int kExactRows = 2, kExactBlocks = 1, kExactStreams = 2;
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kTileRows = 2;
 constexpr int kHighNibbleShift = 0;

@@ -1,9 +1,8 @@
-"""Linears with 4-bit or 8-bit weights packed for the CPU kernels, and the choice of kernel by number of rows."""
+"""Linears with 4-bit or 8-bit weights packed for the CPU kernels. A row's bits depend on no other row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from qvl_kernels import memory as huge_pages
 from qvl_kernels import reference
-from qvl_kernels.cpu.dense import gemm_in_steps, linear
+from qvl_kernels.cpu.dense import linear
 from qvl_kernels.cpu.library import CODES, library, pointer
 from qvl_kernels.cpu.memory import empty
 from qvl_kernels.layouts.binding import bind_published
@@ -27,9 +26,6 @@ _WHAT = "a packed linear of the CPU"
 _TENSORS = ("lines", "scales", "zeros", "perm", "bias")
 BLOCK = 16  # outputs that are interleaved in a packed weight
 GROUPS = (128, 64, 32)  # group sizes (inputs that share a scale) that the kernels support
-FEW_EXACT = 96  # without AMX, rows up to which weights are unpacked in registers for float activations: 0.8 ms a row at
-# 4096 x 11008, where unpacking for torch's GEMM takes 100 ms before the first row
-UNPACKED_AT_ONCE = 8 << 20  # bytes of a weight unpacked at a time for torch's GEMM: fits the caches
 OUTPUTS_AT_ONCE = 1024  # 45 MB of floats at 11008 inputs
 
 
@@ -90,18 +86,8 @@ class PackedWeight:
         return self._run(library().ready().linear_int8, x)
 
     def exact(self, x: Tensor) -> Tensor:
-        """Map x [.., in] to [.., out] with float activations; without AMX, many rows use torch's GEMM, by slices."""
-        rows = x.numel() // self.inputs
-        if rows <= FEW_EXACT or library().instruction_set == "amx":
-            return self._run(library().ready().linear_exact, x)
-        step = max(BLOCK, UNPACKED_AT_ONCE // (self.inputs * x.element_size()) // BLOCK * BLOCK)
-        y = empty((*x.shape[:-1], self.outputs), x.dtype)
-        for first in range(0, self.outputs, step):
-            part = self.unpacked(first, min(step, self.padded_outputs - first), x.dtype)
-            y[..., first : first + step] = gemm_in_steps(x, part.shape[1], partial(_product, part=part))[
-                ..., : self.outputs - first
-            ]
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        """Map x [.., in] to [.., out] with float activations, each row as it would be alone."""
+        return self._run(library().ready().linear_exact, x)
 
     @property
     def padded_outputs(self) -> int:
@@ -126,10 +112,6 @@ class PackedWeight:
             pointer(self.bias), y.data_ptr(),
         )  # fmt: skip
         return y
-
-
-def _product(x: Tensor, y: Tensor, part: Tensor) -> None:
-    torch.mm(x, part, out=y)
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> BoundLinear:

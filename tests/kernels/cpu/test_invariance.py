@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_kernels import cpu
+from qvl_kernels import cpu, reference
 from qvl_kernels.cpu import linears as cpu_linear
 from qvl_runtime.formats.gptq import quantize_rtn
 
@@ -92,3 +92,26 @@ def test_norms_and_elementwise(isa: str, rng: torch.Generator, dtype: torch.dtyp
     assert differing(cpu.gelu, x) == []
     assert differing(cpu.swiglu, x) == []
     assert differing(lambda rows: cpu.greedy(rows).logprobs, x) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("sym", "group"), [(True, 32), (False, 64), (True, 128), (False, 128)])
+def test_exact(isa: str, rng: torch.Generator, dtype: torch.dtype, bits: int, sym: bool, group: int) -> None:
+    """Float activations: 4 or 8 bits, with and without zero points, some outputs beyond whole panels."""
+    w = quantize_rtn(torch.randn(176, 384, generator=rng), bits, group, sym)
+    exact = cpu.prepare_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, None, "exact")
+    assert differing(exact, torch.randn(ROWS[-1], 384, generator=rng).to(dtype)) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_many_rows_of_a_packed_weight(
+    isa: str, rng: torch.Generator, dtype: torch.dtype, precision: reference.Precision
+) -> None:
+    w = quantize_rtn(torch.randn(48, 256, generator=rng), 4, 128, False)
+    packed = cpu.prepare_gptq(w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset, None, precision)
+    x = torch.randn(530, 256, generator=rng).to(dtype)
+    alone = torch.cat([packed(row[None]) for row in x])
+    for n in (97, 300, 513, 530):
+        assert same_bits(packed(x[:n]), alone[:n])

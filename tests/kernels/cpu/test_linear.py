@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import cpu, reference
-from qvl_kernels.cpu import dense as cpu_dense
 from qvl_kernels.cpu import linears as cpu_linear
 from qvl_runtime.formats.gptq import GPTQLinear, quantize_rtn
 from tests.kernels.compare import EPSILON, W4A8_ERROR, W8_ERROR, as_good_as_torch, relative
@@ -197,22 +196,3 @@ def _built() -> bool:
     from tests.kernels.conftest import AVAILABLE
 
     return bool(AVAILABLE)
-
-
-def test_torch_gemm_gets_few_numbers_of_rows() -> None:
-    """oneDNN compiles and keeps code for each number of rows, so prompts of many lengths must use few."""
-    assert len({size for rows in range(5, 4097) for size in cpu_dense.step_sizes(rows)}) <= 16
-    for rows in (5, 16, 17, 33, 64, 65, 200, 375, 500, 1023, 1024, 1025, 4096):
-        sizes = cpu_dense.step_sizes(rows)
-        assert len(sizes) <= 2 and rows <= sum(sizes) <= max(rows + 16, rows * 5 / 4)
-    ones = torch.ones(2, 9, 3, dtype=torch.bfloat16)
-    assert torch.equal(cpu_dense.gemm_in_steps(ones, 3, lambda rows, into: into.copy_(2 * rows)), 2 * ones)
-    sizes_seen: list[int] = []
-
-    def copied(rows: torch.Tensor, into: torch.Tensor) -> None:
-        sizes_seen.append(len(rows))
-        into.copy_(rows)
-
-    many = torch.arange(3 * 300.0).view(300, 3).bfloat16()
-    assert torch.equal(cpu_dense.gemm_in_steps(many, 3, copied), many)
-    assert sizes_seen == [256, 48]
