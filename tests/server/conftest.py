@@ -25,6 +25,9 @@ from qvl_runtime.server.config import ServerConfig
 from qvl_runtime.server.keys import Keys
 from qvl_runtime.server.launch import Server, make_server
 from qvl_runtime.server.service import Service
+from tests.server.browser import chromium
+
+__all__ = ["chromium"]  # a fixture
 
 KEY = "sk-test-0123456789abcdef"
 
