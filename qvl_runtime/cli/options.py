@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from qvl_runtime.cli.sampling_options import SAMPLING as SAMPLING
+from qvl_runtime.cli.sampling_options import SamplingOptions as SamplingOptions
 from qvl_runtime.cli.terminal import working
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine
-    from qvl_runtime.schedule.api import SamplingParams
     from qvl_runtime.weights.hub import Source
 
-MODEL, MEMORY, IMAGES, SAMPLING, OUTPUT = "Model", "Memory", "Images", "Sampling", "Output"  # help panels
+MODEL, MEMORY, IMAGES, OUTPUT = "Model", "Memory", "Images", "Output"  # help panels
 DEFAULT_MODEL = "the small checkpoint that ships with qvl"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
@@ -238,79 +239,6 @@ class EngineOptions(ReadingOptions):
             rich_help_panel=IMAGES,
         ),
     ] = False
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are sampled; options that are not set take the checkpoint's defaults."""
-
-    max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Maximum number of tokens to generate.", rich_help_panel=SAMPLING)
-    ] = None
-    min_tokens: Annotated[
-        int,
-        typer.Option(metavar="N", help="Do not end an answer before it has N tokens.", rich_help_panel=SAMPLING),
-    ] = 0
-    temperature: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Sampling temperature; 0 = greedy.", rich_help_panel=SAMPLING),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Sample from the most likely tokens with total probability X.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Sample from the N most likely tokens; 0 = all.", rich_help_panel=SAMPLING),
-    ] = None
-    presence_penalty: Annotated[
-        float,
-        typer.Option(
-            metavar="X", help="Subtract X, -2 to 2, from the logits of tokens in the answer.", rich_help_panel=SAMPLING
-        ),
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        typer.Option(metavar="X", help="The same for each time that it has the token.", rich_help_panel=SAMPLING),
-    ] = 0.0
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Random seed: the same seed gives the same answer.", rich_help_panel=SAMPLING),
-    ] = None
-    boxes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Hold boxes to their format: force, nothing but boxes, or allow, text too.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="Stop before this text; repeat for several.", rich_help_panel=SAMPLING),
-    ] = None
-
-    def params(self) -> SamplingParams:
-        """The sampling parameters, validated before a model is loaded. Raises `SamplingError`."""
-        from qvl_runtime.cli.streams import argument_text
-        from qvl_runtime.schedule.api import SamplingParams
-
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=self.seed,
-            boxes=self.boxes,
-            stop=tuple(argument_text(text, "--stop") for text in self.stop or ()),
-        )
 
 
 def user_message(text: str, images: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from qvl_runtime.engine.worker import Reader, Worker
 from qvl_runtime.errors import BusyError
 from qvl_runtime.prompt.chatml import Prompt
 from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
+from qvl_runtime.schedule.guide_checks import guide_of
 
 
 class AsyncEngine:
@@ -126,6 +127,8 @@ class AsyncEngine:
         async with self._slots:
             # While the model runs.
             encoded = prompt if isinstance(prompt, Encoded) else await self._encoding.encode(prompt)
+            if isinstance(params, SamplingParams) and guide_of(params) is not None:
+                await asyncio.to_thread(self.engine.constraints.prepare, params)  # not in a step of all requests
             reader = Reader(asyncio.get_running_loop())
             self._worker.submit(reader, encoded, params, streamed)
             unfinished = params.n if streamed and isinstance(params, SamplingParams) else 1

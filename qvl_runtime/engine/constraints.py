@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+from qvl_runtime.engine.guided import Guides
 from qvl_runtime.prompt.box_grammar import BoxGrammar
 from qvl_runtime.prompt.box_rules import rules_of
 from qvl_runtime.prompt.box_spelling import BoxSpelling
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.constraint import Constrain, Constraint
+from qvl_runtime.schedule.guide_checks import guide_of
 
 
 class Constraints:
@@ -19,9 +21,21 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
         """vocab: rows of logits, which may be more than the tokenizer has tokens."""
         self._tokenizer, self._vocab = tokenizer, vocab
+        self._guides = Guides(tokenizer, vocab)
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Compile what `of` will need, so that it takes no time there. Raises `ConstraintError`."""
+        if (guide := guide_of(params)) is not None:
+            self._guides.compile(guide)
 
     def of(self, params: SamplingParams, prompt_ids: Sequence[int]) -> Constrain | None:
-        """What begins the constraint of each answer to a prompt; None if nothing constrains it."""
+        """What begins the constraint of each answer to a prompt; None if nothing constrains it.
+
+        Raises `ConstraintError` for what cannot be followed, after at most 5 seconds.
+        """
+        if (guide := guide_of(params)) is not None:
+            self._guides.compile(guide)  # here rather than in the step of all requests
+            return lambda end_ids, limit: self._guides.begin(guide, end_ids)
         if params.boxes is None:
             return None
         rules = rules_of(params.boxes)

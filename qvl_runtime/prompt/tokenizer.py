@@ -80,6 +80,11 @@ class Tokenizer:
         self.quad_start, self.quad_end = special["<quad>"], special["</quad>"]
         self.img_start, self.img_end, self.img_pad = special["<img>"], special["</img>"], special["<imgpad>"]
 
+    @property
+    def encoding(self) -> tiktoken.Encoding:
+        """The vocabulary in tiktoken's form, for libraries that read it."""
+        return self._bpe
+
     @classmethod
     def from_folder(cls, folder: str | Path, n_queries: int = 256, image_start_id: int | None = None) -> Tokenizer:
         """Read `qwen.tiktoken` from a model folder.

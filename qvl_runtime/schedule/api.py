@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvl_runtime.config.checks import LARGEST_FLOAT32, LARGEST_INT, SMALLEST_FLOAT32
 from qvl_runtime.errors import PromptError, SamplingError
 from qvl_runtime.prompt.box_rules import BoxRules, rules_of
 from qvl_runtime.prompt.boxes import Box
+from qvl_runtime.schedule import guide_checks as guides
 from qvl_runtime.schedule import parameter_checks as check
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ class SamplingParams:
     end_of_text_only: bool = False  # of the model's own, only <|endoftext|> ends it, not the end of a chat turn
     timeout_s: float | None = None  # from submission; an unfinished answer then ends with reason "deadline"
     cache_salt: str = ""
+    # What the answer follows, one of these. All but the boxes need llguidance: pip install 'qvl-runtime[guided]'.
+    json_schema: Mapping[str, Any] | str | None = None  # an object, or its JSON text; becomes text
+    json_object: bool = False  # any JSON object
+    regex: str | None = None  # of the whole answer, in the syntax of Rust's regex crate; \d is 0 to 9
+    choice: tuple[str, ...] | None = None  # one of these
+    grammar: str | None = None  # a context-free grammar in llguidance's form of Lark
     boxes: str | BoxRules | None = None  # "force": boxes and nothing else; "allow": free text, in it boxes that parse
     adapter: str | None = None  # the name of one of the engine's LoRA adapters; None: the base model
 
@@ -106,8 +113,14 @@ class SamplingParams:
         self._set("logit_bias", check.biases(self.logit_bias))
         self._set("ignore_eos", check.flag("ignore_eos", self.ignore_eos))
         self._set("end_of_text_only", check.flag("end_of_text_only", self.end_of_text_only))
+        self._set("json_schema", guides.schema(self.json_schema))
+        self._set("json_object", check.flag("json_object", self.json_object))
+        for name in ("regex", "grammar"):
+            self._set(name, guides.text(name, getattr(self, name)))
+        self._set("choice", guides.choice(self.choice))
         if self.boxes is not None:
             rules_of(self.boxes)
+        guides.only_one(self)
         self._set("cache_salt", check.text("cache_salt", self.cache_salt))
         if self.adapter is not None:
             self._set("adapter", check.text("adapter", self.adapter))

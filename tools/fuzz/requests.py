@@ -41,6 +41,11 @@ USUAL: dict[str, tuple[Any, ...]] = {  # values that are usually right, and thos
     "ignore_eos": (True, False),
     "end_of_text_only": (True, False),
     "timeout_s": (None, 10.0, 1e-9),
+    "json_schema": (None, {"type": "integer"}, '{"type": "object"}', "{", {"not": {}}, 7),
+    "json_object": (False, True),
+    "regex": (None, "[a-c]{2,5}", "(", ""),
+    "choice": (None, ("yes", "no"), (), ("",)),
+    "grammar": (None, 'start: "a" | "b" start', "start: x"),
     "boxes": (None, "force", "allow", "all"),
     "cache_salt": ("", "a", "\ud800"),
 }
