@@ -14,6 +14,7 @@ import warnings
 import typer
 
 from qvl_runtime.cli.batch import batch
+from qvl_runtime.cli.calibrate import calibrate
 from qvl_runtime.cli.chat import chat
 from qvl_runtime.cli.check import check
 from qvl_runtime.cli.command import add_command
@@ -23,6 +24,7 @@ from qvl_runtime.cli.evaluate import evaluate
 from qvl_runtime.cli.finetune import finetune
 from qvl_runtime.cli.generate import generate
 from qvl_runtime.cli.info import info
+from qvl_runtime.cli.locate import locate
 from qvl_runtime.cli.merge import merge
 from qvl_runtime.cli.plan import plan
 from qvl_runtime.cli.profile import profile_app
@@ -36,6 +38,7 @@ COMMANDS = (
     generate,
     chat,
     batch,
+    locate,
     serve,
     info,
     demo,
@@ -47,6 +50,7 @@ COMMANDS = (
     plan,
     evaluate,
     check,
+    calibrate,
 )
 
 app = typer.Typer(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from qvl_runtime.engine.guided import Guides
 from qvl_runtime.prompt.box_grammar import BoxGrammar
 from qvl_runtime.prompt.box_rules import rules_of
 from qvl_runtime.prompt.box_spelling import BoxSpelling
-from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.constraint import Constrain, Constraint
 from qvl_runtime.schedule.guide_checks import guide_of
@@ -18,10 +16,10 @@ from qvl_runtime.schedule.guide_checks import guide_of
 class Constraints:
     """Makes constraints for one checkpoint. Safe in any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+    def __init__(self, spelling: BoxSpelling, vocab: int) -> None:
         """vocab: rows of logits, which may be more than the tokenizer has tokens."""
-        self._tokenizer, self._vocab = tokenizer, vocab
-        self._guides = Guides(tokenizer, vocab)
+        self.spelling, self._vocab = spelling, vocab
+        self._guides = Guides(spelling.tokenizer, vocab)
 
     def prepare(self, params: SamplingParams) -> None:
         """Compile what `of` will need, so that it takes no time there. Raises `ConstraintError`."""
@@ -44,8 +42,3 @@ class Constraints:
             return BoxGrammar(self.spelling, rules, self._vocab, end_ids, limit, prompt_ids)
 
         return begin
-
-    @cached_property
-    def spelling(self) -> BoxSpelling:
-        """How this tokenizer spells boxes; looked up once, in 0.1 s for the published vocabulary."""
-        return BoxSpelling(self._tokenizer)

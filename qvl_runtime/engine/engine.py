@@ -22,6 +22,7 @@ from qvl_runtime.engine.score import continued
 from qvl_runtime.engine.turns import Turns, check_fork
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.formats.adapter import Adapter
+from qvl_runtime.prompt.box_calibration import BoxCalibration
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -89,7 +90,6 @@ class Engine(Judging):
         if engine_config.synthetic is not None:
             self.folder = Path(f"synthetic {engine_config.synthetic}")  # the name in reports
         defaults.check_ids(config.vocab_size)
-        self.constraints = Constraints(self.tokenizer, config.vocab_size)
         self.max_model_len = engine_config.max_model_len or config.context_limit
         self._prompts = PromptEncoder(
             self.tokenizer,
@@ -100,11 +100,13 @@ class Engine(Judging):
             end_ids=defaults.end_ids,
             end_sequences=defaults.end_sequences,
         )
+        calibration = BoxCalibration.from_folder(self.folder)
         runner = load_runner(engine_config, config, self.folder, self.max_model_len, weights)
         if adapters:
             runner.model.adapters = load_adapters(adapters, runner.model)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
-        self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter)
+        self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter, calibration)
+        self.constraints = Constraints(self.core.answers.judge.spelling, config.vocab_size)
         self._turns = Turns(self.core)
         self._load_s = time.perf_counter() - began
         _log.info("%s", self.summary())

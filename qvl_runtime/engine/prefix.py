@@ -55,6 +55,11 @@ class Prefix:
         """Return a sequence that continues the prompt; the caller closes it."""
         return self.sequence.fork()
 
+    def at_once(self, tokens: int) -> int:
+        """How many continuations of this length fit in the free blocks and in the logits of a step, at least 1."""
+        fit = self.core.runner.cache.pool.available // (cdiv(tokens, BLOCK_SIZE) + 1)
+        return max(1, min(fit, self.core.step_tokens // tokens, LOGIT_BYTES // (4 * len(self.logits) * tokens)))
+
     def logprobs(self, continuations: Items[Items[int]]) -> list[list[float]]:
         """Return the log probability of each token of each continuation, given the prompt and those before it.
 
@@ -63,12 +68,9 @@ class Prefix:
         first = self.logits.log_softmax(-1)
         found = [[float(first[ids[0]])] for ids in continuations]
         longer = [i for i, ids in enumerate(continuations) if len(ids) > 1]
-        per_step = max(1, min(self.core.step_tokens, LOGIT_BYTES // (4 * len(self.logits))))
-        while longer:
-            batch, size = list[int](), 0
-            while longer and (not batch or size + len(continuations[longer[0]]) - 1 <= per_step):
-                size += len(continuations[longer[0]]) - 1
-                batch.append(longer.pop(0))
+        size = self.at_once(max(map(len, continuations)))
+        for start in range(0, len(longer), size):
+            batch = longer[start : start + size]
             for i, rest in zip(batch, self._rest([continuations[i] for i in batch]), strict=True):
                 found[i] += rest
         return found

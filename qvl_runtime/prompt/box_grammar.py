@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qvl_runtime.errors import ConstraintError
 from qvl_runtime.prompt.box_rules import BoxRules
-from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids, Shape
+from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids, Shape, can_become
 from qvl_runtime.prompt.boxes import SCALE
 from qvl_runtime.prompt.token_mask import Mask, add, first_of, holds, mask_of, remove
 
@@ -124,6 +124,30 @@ class BoxGrammar:
             tokens.append(ids[0])
             state = self._after(state, ids[0])
 
+    def shape_tokens(self) -> Ids:
+        """The tokens that may come next within a box or quad; empty elsewhere."""
+        shape = self._state.shape
+        return () if shape is None else self._in_shape(self._state, shape)
+
+    def interval(self) -> tuple[int, int] | None:
+        """The least and the largest value of the coordinate that comes next or is begun; None at other places."""
+        state = self._state
+        return None if state.shape is None or state.pending else self._interval(state)
+
+    def place(self, token: int) -> Ids:
+        """Roughly where a box is, with one more token: its coordinates in hundreds, of the last one the first digit."""
+        state = self._state
+        hundreds = tuple(value // 100 for value in state.values)
+        digit = self.spelling.digit_of.get(token)
+        if digit is None:
+            return (*hundreds, state.value // 100)
+        return (*hundreds, int(str(state.value)[0]) if state.digits else digit)
+
+    @property
+    def digits(self) -> int:
+        """How many digits the coordinate has that is begun."""
+        return self._state.digits
+
     @property
     def _state(self) -> State:
         return self._states[-1]
@@ -165,7 +189,7 @@ class BoxGrammar:
         may = tuple(
             token
             for digit, token in enumerate(self.spelling.digits)
-            if (state.digits == 0 or state.value > 0) and _can_become(10 * state.value + digit, low, high)
+            if (state.digits == 0 or state.value > 0) and can_become(10 * state.value + digit, low, high)
         )
         ends_here = state.digits > 0 and low <= state.value <= high
         return (*may, shape.pieces[len(state.values) + 1][0]) if ends_here else may
@@ -273,15 +297,3 @@ class BoxGrammar:
             if pending or len(values) < len(shape.pieces) - 1:
                 return state._replace(values=values, value=0, digits=0, pending=pending)
         return State(state.used, state.boxes + 1, labeled=state.labeled)
-
-
-def _can_become(value: int, low: int, high: int) -> bool:
-    """Whether a number that begins with the digits of `value`, or is it, lies in an interval."""
-    first, last = value, value
-    while first <= high:
-        if last >= low:
-            return True
-        if value == 0:
-            return False  # no leading zeros
-        first, last = 10 * first, 10 * last + 9
-    return False

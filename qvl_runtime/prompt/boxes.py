@@ -20,6 +20,18 @@ Point = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class BoxScores:
+    """How sure the model is of one box, by its own probabilities, before masks and penalties."""
+
+    presence: float  # probability of the start tag where it stands, against everything else that could come there
+    normalized: float  # geometric mean of the probabilities of its digits and of where its numbers end, in the grammar
+    logprob: float  # natural logarithm of the probability of this very box, given that there is one
+    expectation: tuple[float, ...]  # of each coordinate, on the grid: x1, y1, x2, y2, or of a quad's points in order
+    spread: tuple[float, ...]  # standard deviation of each
+    confidence: float | None = None  # probability of an IoU of at least 0.5, if the checkpoint has a calibration
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
     """A rectangle on the 0-1000 grid of an image; 0 <= x1 <= x2 <= 1000 and 0 <= y1 <= y2 <= 1000."""
 
@@ -32,6 +44,7 @@ class Box:
     score: float | None = None  # 0 to 1; None: not computed
     quad: tuple[Point, ...] | None = None  # the four corners, if the model wrote a <quad>
     span: tuple[int, int] | None = field(default=None, compare=False, repr=False)  # its characters in the text
+    details: BoxScores | None = field(default=None, compare=False, repr=False)  # how sure the model is of it
 
     def __post_init__(self) -> None:
         if not (0 <= self.x1 <= self.x2 <= SCALE and 0 <= self.y1 <= self.y2 <= SCALE):

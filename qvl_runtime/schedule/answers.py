@@ -6,6 +6,8 @@ as earlier ones end, and find the prompt in the prefix cache. So a large n takes
 
 from __future__ import annotations
 
+from qvl_runtime.prompt.box_calibration import BoxCalibration, BoxJudge
+from qvl_runtime.prompt.box_spelling import BoxSpelling
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.prefix_cache import Root
@@ -19,11 +21,19 @@ from qvl_runtime.schedule.sequence import Sequence
 class Answers:
     """Makes the branches of requests, and knows the requests that have some still to start."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, max_model_len: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        calibration: BoxCalibration | None = None,
+    ) -> None:
         self.max_parallel: int | None = None  # answers of one request that are begun and not done; None: any number
         self._runner, self._scheduler, self._tokenizer = runner, scheduler, tokenizer
         self._max_tokens = min(max_model_len, runner.cache.num_slots)  # of prompt and answer
         self._unfinished: dict[Request, Root] = {}  # in order
+        self.judge = BoxJudge(BoxSpelling(tokenizer), calibration)
 
     def new(self, request: Request, sequence: Sequence) -> Branch:
         """Return the next answer of a request. Raises `SamplingError` for token ids that the vocabulary lacks.
@@ -31,12 +41,19 @@ class Answers:
         Raises `ConstraintError` for an answer that is too short for what its constraint demands.
         """
         index, ids, model = len(request.branches), request.prompt.token_ids, self._runner.model
-        output = OutputBuilder(request.prompt, request.params, self._tokenizer, self._max_tokens - len(ids))
+        output = OutputBuilder(request.prompt, request.params, self._tokenizer, self._max_tokens - len(ids), self.judge)
         constraint = None
         if request.constrain is not None:
             constraint = request.constrain(output.end_ids, output.remaining)
         sampling_state = SamplingState(
-            request.params, ids, model.config.vocab_size, model.device, index, output.end_ids, constraint
+            request.params,
+            ids,
+            model.config.vocab_size,
+            model.device,
+            index,
+            output.end_ids,
+            constraint,
+            self.judge.spelling,
         )
         branch = Branch(request, index, sequence, output, sampling_state)
         request.branches.append(branch)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qvl_runtime.errors import CapacityError, QVLError
 from qvl_runtime.model.rotary import ntk_alpha
+from qvl_runtime.prompt.box_calibration import BoxCalibration
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.answers import Answers
@@ -47,11 +48,12 @@ class EngineCore:
         max_model_len: int,
         limits: StepLimits,
         drafter: Drafter | None = None,
+        calibration: BoxCalibration | None = None,
     ) -> None:
         self.runner, self.drafter, self.max_model_len = runner, drafter, max_model_len
         self.step_tokens = limits.tokens
         self.scheduler = Scheduler(runner.cache, limits, drafter)
-        self.answers = Answers(runner, self.scheduler, tokenizer, max_model_len)
+        self.answers = Answers(runner, self.scheduler, tokenizer, max_model_len, calibration)
         self.steps = 0
         self._ops = runner.model.ops
         self._numbers = count()

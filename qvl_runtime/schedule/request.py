@@ -160,6 +160,7 @@ class Branch:
             clock.first_token = time.perf_counter()
         self.token_ids.append(sample.token_id)
         text = self.output.add(sample)
+        self.sampling_state.take(sample.token_id)
         constraint = self.sampling_state.constraint
         if constraint is not None and sample.token_id not in self.output.end_ids:
             if not constraint.advance(sample.token_id):

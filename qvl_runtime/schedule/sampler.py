@@ -16,6 +16,7 @@ from qvl_kernels import reference
 from qvl_kernels.ops import Ops
 from qvl_kernels.reference.sampling import SampledTokens, SamplingRows
 from qvl_runtime.errors import NumericsError, SamplingError, quoted
+from qvl_runtime.prompt.box_spelling import BoxSpelling
 from qvl_runtime.prompt.token_mask import Mask, holds, tokens_of
 from qvl_runtime.schedule.api import SamplingParams, TokenLogprob
 from qvl_runtime.schedule.constraint import Allowed, Constraint
@@ -28,6 +29,7 @@ class Sample(NamedTuple):
     token_id: int
     logprob: TokenLogprob
     error: NumericsError | None = None
+    in_box: dict[int, float] | None = None  # within a box: log probabilities of the tokens that boxes are made of
 
 
 class SamplingState:
@@ -46,11 +48,14 @@ class SamplingState:
         index: int = 0,
         end_ids: Iterable[int] = (),
         constraint: Constraint | None = None,
+        spelling: BoxSpelling | None = None,
     ) -> None:
         """params: resolved; prompt_ids: already counted by the repetition penalty; index: of the answer, among n.
 
-        end_ids: tokens that would end the answer, forbidden until it has `min_tokens`; constraint: on this answer.
+        end_ids: tokens that would end the answer, forbidden until it has `min_tokens`; constraint: on this answer;
+        spelling: of boxes, to score them.
         """
+        self.spelling, self._in_box = spelling, False
         out_of_range = [t for t in (*params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab]
         if out_of_range:
             raise SamplingError(
@@ -117,8 +122,21 @@ class SamplingState:
 
         Raises `ConstraintError` if the constraint leaves no token, or cannot tell.
         """
-        masks = self._allowed.masks(position, drafts)
-        return [SamplingRow(self, position + i, mask) for i, mask in enumerate(masks)]
+        masks, in_box = self._allowed.masks(position, drafts), self._in_box
+        rows = [SamplingRow(self, position, masks[0], in_box)]
+        for i, draft in enumerate(drafts, start=1):
+            in_box = self._stays_in_box(in_box, draft)
+            rows.append(SamplingRow(self, position + i, masks[i], in_box))
+        return rows
+
+    def take(self, token: int) -> None:
+        """Follow a token that the answer takes into a box and out of it."""
+        self._in_box = self._stays_in_box(self._in_box, token)
+
+    def _stays_in_box(self, in_box: bool, token: int) -> bool:
+        if self.spelling is None:
+            return False
+        return token in self.spelling.shapes or (in_box and token not in self.spelling.ends)
 
     def draft(self, proposed: Callable[[], tuple[int, ...]], most: int) -> tuple[tuple[int, ...], bool]:
         """Draft tokens for the next positions, and whether they are forced: then they are what will be sampled.
@@ -144,6 +162,7 @@ class SamplingRow(NamedTuple):
     state: SamplingState
     position: int
     allowed: Mask | None = None  # the tokens that may be there; None: all
+    in_box: bool = False  # whether the position is within a box, so that its alternatives are kept
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) -> list[Sample]:
@@ -171,11 +190,26 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) ->
         Sample(token, TokenLogprob(token, logprob, top))
         for token, logprob, top in zip(token_ids, logprobs, tops, strict=True)
     ]
+    _add_boxes(samples, logits, rows)
     for i, logprob in enumerate(logprobs):
         if math.isnan(logprob):
             state = rows[i].state
             samples[i] = samples[i]._replace(error=numerics_error(logits[i], state.penalty, state.bias))
     return samples
+
+
+def _add_boxes(samples: list[Sample], logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Add the log probabilities of what boxes are made of to the samples within boxes: one more copy to the host."""
+    spellings = [(i, row.state.spelling) for i, row in enumerate(rows) if row.in_box]
+    within = [i for i, spelling in spellings if spelling is not None]
+    if not within or (spelling := spellings[0][1]) is None:
+        return
+    alphabet = spelling.alphabet
+    ids = torch.tensor([[*alphabet, samples[i].token_id] for i in within], device=logits.device)
+    values = logits[torch.tensor(within, device=logits.device)].gather(1, ids).tolist()
+    for i, found in zip(within, values, strict=True):
+        normalizer = found[-1] - samples[i].logprob.logprob
+        samples[i] = samples[i]._replace(in_box={t: v - normalizer for t, v in zip(alphabet, found, strict=False)})
 
 
 def _likeliest_allowed(logits: Tensor, mask: Mask, first: int, logprob: float) -> tuple[int, float]:
