@@ -43,12 +43,7 @@ def compare(report: TaskReport, folder: Path, context: Context | None = None) ->
     if metric is None or not report.scores:
         return []
     path = folder / run.task.name / RECORDS
-    settings, entries = _read(path)
-    for name in {*settings, *run.settings} - {*OF_THE_MODEL}:
-        if settings.get(name) != json.loads(json.dumps(run.settings.get(name))):
-            raise DataError(
-                f"{path} has {name} {settings.get(name)!r} and this run has another: run both alike to compare"
-            )
+    _, entries = check_comparable(path, run.settings)
     others = [
         answer._replace(text=entries[answer.number].get("text", ""), error=entries[answer.number].get("error"))
         for answer in run.answers
@@ -66,6 +61,20 @@ def compare(report: TaskReport, folder: Path, context: Context | None = None) ->
         Difference(run.task.name, name, values[name] - interval.value, values[name], interval, same, len(mine))
         for name, interval in found.items()
     ]
+
+
+def check_comparable(path: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """The settings and answers of another run, if a run with these settings can be compared with it.
+
+    Raises `DataError` where it has asked other questions or in another way, and for a file that is missing.
+    """
+    there, entries = _read(path)
+    for name in sorted({*there, *settings} - {*OF_THE_MODEL}):
+        if there.get(name) != json.loads(json.dumps(settings.get(name))):
+            raise DataError(
+                f"{path} has {name} {there.get(name)!r} and this run has another: run both alike to compare"
+            )
+    return there, entries
 
 
 def _values(scores: Mapping[str, Mapping[str, float]], marks: Sequence[Mark]) -> dict[str, float]:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.evaluate.report import TaskReport
 
 
+def check_plots() -> None:
+    """Raise `ConfigError` where there is no matplotlib, before hours are spent on what would be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'qvl-runtime[plot]'")
+
+
 def plot(reports: Sequence[TaskReport], folder: Path) -> list[Path]:
     """Draw radar.png, with three tasks or more, and a TASK.png each. Raises `ConfigError` without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ConfigError("plots need matplotlib: pip install 'qvl-runtime[plot]'") from None
+    check_plots()
+    import matplotlib
+
     matplotlib.use("Agg")
     scored = [report for report in reports if report.scores]
     paths = [_bars(report, folder / f"{report.run.task.name}.png") for report in scored]

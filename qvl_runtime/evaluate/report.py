@@ -74,10 +74,10 @@ def report_task(
     context = context or Context()
     task, metric = run.task, run.task.metric or JUDGED
     if task.metric is None and (judged is None or not judged.marks):
-        return TaskReport(run, [], [*_notes(run), "not judged: name a judge, or submit the file"], [])
+        return TaskReport(run, [], [*_notes(run, chat_format), "not judged: name a judge, or submit the file"], [])
     if judged is None and not all(answer.sample.references for answer in run.answers):
         secret = "the answers of this split are secret: submit the file to its authors"
-        return TaskReport(run, [], [*_notes(run), secret], [])
+        return TaskReport(run, [], [*_notes(run, chat_format), secret], [])
     marks = metric.marks(run.answers, context) if judged is None else judged.marks
     good = [answer for answer in run.answers if answer.error is None]
     of_good = {}
@@ -95,15 +95,17 @@ def report_task(
         )
         for at, (name, found) in enumerate(score_intervals(metric, marks).items())
     ]
-    notes = _notes(run)
+    notes = _notes(run, chat_format)
     if judged is not None and judged.failed:
         notes.append(f"{judged.failed} judgments gave no marks and are left out")
     return TaskReport(run, scores, notes, marks)
 
 
-def _notes(run: TaskRun) -> list[str]:
+def _notes(run: TaskRun, chat_format: str) -> list[str]:
     task, count = run.task, len(run.answers)
     notes = []
+    if task.form.is_chat and chat_format == "raw":
+        notes.append("asked as chat turns, which a base model was not trained for; published for Chat alone")
     if count < run.total:
         part = f"the first {count} of {run.total} samples"
         whole = task.metric is not None and task.metric.whole_set

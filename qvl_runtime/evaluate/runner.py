@@ -51,16 +51,24 @@ class TaskRun:
 
 
 def run_task(
-    task: Task, asker: Asker, options: RunOptions, folder: Path, progress: Callable[[int, int], None] | None = None
+    task: Task,
+    asker: Asker,
+    options: RunOptions,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    before: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> TaskRun:
     """Answer the questions of a task into FOLDER/samples.jsonl, where answers of earlier runs are kept.
 
-    progress: called with the number of questions answered and of all. Raises `DataError` for an incomplete data folder
-    and where the file belongs to a run with other settings. A sample that fails is kept with its error.
+    progress: called with the number of questions answered and of all. before: called with the settings before anything
+    is asked. Raises `DataError` for an incomplete data folder and where the file belongs to a run with other settings.
+    A sample that fails is kept with its error.
     """
     loaded = load(task, options.data, options.limit, options.style.shots, options.seed, options.allow_missing)
     questions = [*_questions(task, loaded, options)]
     settings = _settings(task, asker, options, loaded)
+    if before is not None:
+        before(settings)
     with Records(folder / RECORDS, settings) as records:
         open_ = [(i, q) for i, q in enumerate(questions) if i not in records.entries]
         tokens, answered = 0, len(questions) - len(open_)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.evaluate.asking import Asker
-from qvl_runtime.evaluate.comparison import Difference, compare
+from qvl_runtime.evaluate.comparison import Difference, check_comparable, compare
 from qvl_runtime.evaluate.judge import Judge, judge_answers
 from qvl_runtime.evaluate.loading import load
-from qvl_runtime.evaluate.plots import plot
+from qvl_runtime.evaluate.plots import check_plots, plot
 from qvl_runtime.evaluate.report import TaskReport, markdown, report_task, write_scored
-from qvl_runtime.evaluate.runner import RunOptions, run_task
+from qvl_runtime.evaluate.runner import RECORDS, RunOptions, run_task
 from qvl_runtime.evaluate.scoring import Context
 from qvl_runtime.evaluate.submission import write_submission
 from qvl_runtime.evaluate.tasks.task import Task
@@ -57,12 +57,15 @@ def evaluate(
     tasks that another model marks. A run that was stopped continues where it was.
     """
     context = Context(scale)
+    if plots:
+        check_plots()
     reports, differences = [], []
     seconds, asked, tokens = 0.0, 0, 0
     for task in tasks:
         folder, began = out / task.name, time.perf_counter()
         shown = None if progress is None else lambda done, total, name=task.name: progress(name, done, total)
-        run = run_task(task, asker, options, folder, shown)
+        before = None if against is None else _comparable(task, against)
+        run = run_task(task, asker, options, folder, shown, before)
         seconds, asked, tokens = seconds + time.perf_counter() - began, asked + run.asked, tokens + run.tokens
         judged = None
         if task.metric is None and judge is not None:
@@ -86,6 +89,17 @@ def evaluate(
     if plots:
         plot(reports, out)
     return evaluation
+
+
+def _comparable(task: Task, against: Path) -> Callable[[Mapping[str, Any]], None]:
+    """What makes sure, before a task is run, that it can be compared."""
+    path = against / task.name / RECORDS
+
+    def check(settings: Mapping[str, Any]) -> None:
+        if task.metric is not None:
+            check_comparable(path, settings)
+
+    return check
 
 
 def _write(evaluation: Evaluation, out: Path, chat_format: str) -> None:

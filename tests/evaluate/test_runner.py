@@ -174,3 +174,23 @@ def test_examples_precede_the_question(tmp_path: Path) -> None:
 def test_styles_that_do_not_exist(style: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         Style(**style)
+
+
+def test_a_run_that_cannot_be_compared_is_refused_before_it_asks(tmp_path: Path) -> None:
+    data = expressions(tmp_path, 4)
+    for folder, style in (("a", "original"), ("b", "chat")):
+        evaluate([TASKS["refcoco_val"]], Slow(), RunOptions(data, Style(style), limit=2), tmp_path / folder, {})
+    with pytest.raises(DataError, match="prompt"):
+        evaluate([TASKS["refcoco_val"]], Slow(), RunOptions(data), tmp_path / "c", {}, against=tmp_path / "b")
+    with pytest.raises(DataError, match="does not exist"):
+        evaluate([TASKS["refcoco_val"]], Slow(), RunOptions(data), tmp_path / "c", {}, against=tmp_path / "none")
+    assert not (tmp_path / "c").exists()
+    found = evaluate([TASKS["refcoco_val"]], Slow(), RunOptions(data), tmp_path / "c", {}, against=tmp_path / "a")
+    assert [(d.there, d.here, d.same, d.of) for d in found.differences] == [(0.0, 0.0, 2, 2)]
+
+
+def test_a_base_model_asked_in_chat_turns_is_noted(tmp_path: Path) -> None:
+    data = write(tmp_path / "data", next(case for case in CASES if case.task == "mme"))
+    run = run_task(TASKS["mme"], Slow(), RunOptions(data), tmp_path / "out")
+    assert "base model" in report_task(run, "raw").notes[0]
+    assert report_task(run, "chatml").notes == []
