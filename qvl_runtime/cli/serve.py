@@ -12,7 +12,7 @@ import typer
 
 from qvl_runtime.cli.options import Debug, ReadingOptions, RunOptions, count_option
 from qvl_runtime.cli.terminal import INTERRUPTED, say
-from qvl_runtime.errors import ConfigError
+from qvl_runtime.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine
@@ -34,6 +34,12 @@ class ServeOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME", help="Id of the model; repeat for several. Default: its name.", rich_help_panel=SERVER
+        ),
+    ] = None
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR", help="A LoRA adapter that requests use as a model; repeatable.", rich_help_panel=SERVER
         ),
     ] = None
     any_model: Annotated[
@@ -124,6 +130,16 @@ class ServeOptions:
         hosts, private = tuple(self.image_host or ()), self.allow_private_addresses
         return {"allow_files": False, "allow_urls": hosts or False, "allow_private_addresses": private}
 
+    def adapters(self) -> dict[str, Path]:
+        """The folder of each adapter by its name. Raises `ConfigError` for one that is not NAME=DIR."""
+        folders: dict[str, Path] = {}
+        for text in self.adapter or ():
+            name, equals, folder = text.partition("=")
+            if not (name and equals and folder) or name in folders:
+                raise ConfigError(f"adapter is {quoted(text)}; expected NAME=DIR, each name once")
+            folders[name] = Path(folder)
+        return folders
+
     def config(self, names: tuple[str, ...]) -> ServerConfig:
         """The server's options. Raises `ConfigError`, also for a server that everyone could use unasked."""
         from qvl_runtime.server.config import ServerConfig, is_loopback
@@ -139,7 +155,13 @@ class ServeOptions:
         known = {field.name for field in fields(ServerConfig)} & {field.name for field in fields(self)}
         values: dict[str, Any] = {name: getattr(self, name) for name in known}
         values["metrics"] = (local or keys) if self.metrics is None else self.metrics
-        return ServerConfig(**values, model_names=names, cors_origins=tuple(self.cors_origin or ()), hosts=hosts)
+        return ServerConfig(
+            **values,
+            model_names=names,
+            adapters=tuple(self.adapters()),
+            cors_origins=tuple(self.cors_origin or ()),
+            hosts=hosts,
+        )
 
 
 def serve(
@@ -184,7 +206,7 @@ def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object]
     def load() -> Engine:
         from qvl_runtime.engine.engine import Engine
 
-        engine = Engine(**models.values(), **serving.image_sources())
+        engine = Engine(**models.values(), **serving.image_sources(), adapters=serving.adapters())
         say(f"ready: {engine.summary()}")
         return engine
 

@@ -54,7 +54,7 @@ async def chat(service: Service, body: Any, exchange: Exchange) -> Json | Events
     service.metrics.asked(params)
     if request.get("stream"):
         return _Stream(service, params, usage, exchange).events(encoded)
-    started = _started(service)
+    started = _started(service, params)
     completion = await service.engine.generate(encoded, params)
     exchange.finished(completion.answers)
     return _whole(service, completion, started)
@@ -79,8 +79,9 @@ def _logprobs(request: Json) -> int | None:
     return None
 
 
-def _started(service: Service) -> Json:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.config.model_names[0]}
+def _started(service: Service, params: SamplingParams) -> Json:
+    model = params.adapter or service.config.model_names[0]
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 def _whole(service: Service, completion: Completion, started: Json) -> Json:
@@ -108,7 +109,7 @@ class _Stream:
 
     def __init__(self, service: Service, params: SamplingParams, usage: bool, exchange: Exchange) -> None:
         self._service, self._params, self._usage, self._exchange = service, params, usage, exchange
-        self._frame = {**_started(service), "object": "chat.completion.chunk"}
+        self._frame = {**_started(service, params), "object": "chat.completion.chunk"}
         self._logprobs = [ChatLogprobs(service.engine.engine.tokenizer) for _ in range(params.n)]
         self._images: tuple[Any, ...] = ()
 

@@ -82,7 +82,7 @@ class _Job:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.config.model_names[0],
+            "model": params[0].adapter or service.config.model_names[0],
         }
 
     async def whole(self, exchange: Exchange) -> Json:

@@ -17,6 +17,7 @@ class ServerConfig:
     """What the server accepts, and how much of it. Raises `ConfigError` for a value out of range."""
 
     model_names: tuple[str, ...] = ("nano",)  # ids of the model; answers carry the first
+    adapters: tuple[str, ...] = ()  # of the engine, each a model's id, too
     any_model: bool = False  # answer whatever model a request names
     max_waiting: int = 192  # requests beyond those that run together; more get 429
     max_body_bytes: int | None = None  # None: what the images of a request take in base64, and 1 MiB
@@ -44,12 +45,19 @@ class ServerConfig:
             raise ConfigError(f"max_waiting is {self.max_waiting}; expected 0 or more")
         if not self.model_names or not all(name and name.isprintable() for name in self.model_names):
             raise ConfigError(f"model_names is {quoted(self.model_names)}; expected at least one printable name")
+        if twice := set(self.adapters) & set(self.model_names):
+            raise ConfigError(f"{quoted(min(twice))} is the name of the model and of an adapter: rename one of them")
         for origin in self.cors_origins:
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ConfigError(f"cors_origins has {quoted(origin)}; expected https://example.com, or * for any")
         for host in self.hosts or ():
             if not canonical(host):
                 raise ConfigError(f"hosts has {quoted(host)}; expected a host name, without a port")
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Every id that a request may name: those of the model, then the adapters."""
+        return (*self.model_names, *self.adapters)
 
 
 def is_loopback(host: str) -> bool:

@@ -56,13 +56,13 @@ def ready(service: Service, path: Json) -> tuple[int, Json]:
 
 def models(service: Service, path: Json) -> tuple[int, Json]:
     """The model under each of its names."""
-    return 200, {"object": "list", "data": [_model(service, name) for name in service.config.model_names]}
+    return 200, {"object": "list", "data": [_model(service, name) for name in service.config.served]}
 
 
 def model(service: Service, path: Json) -> tuple[int, Json]:
     """One model. Raises `APIError` 404 for another name."""
     name = path["model"]
-    if name not in service.config.model_names:
+    if name not in service.config.served:
         raise APIError(404, f"the model {quoted(name)} is not served here", NOT_FOUND, "model", "model_not_found")
     return 200, _model(service, name)
 

@@ -69,8 +69,8 @@ def checked(body: Any, fields: Mapping[str, Field], required: tuple[str, ...]) -
 def check_model(request: Body, config: ServerConfig) -> None:
     """Raise `APIError` 404 for a model that is not served."""
     name = request.get("model")
-    if name is not None and name not in config.model_names and not config.any_model:
-        served = ", ".join(config.model_names)
+    if name is not None and name not in config.served and not config.any_model:
+        served = ", ".join(config.served)
         message = f"the model {quoted(name)} is not served here; expected {served}"
         raise APIError(404, message, NOT_FOUND, "model", "model_not_found")
 
@@ -100,6 +100,8 @@ def sampling_values(
             raise invalid(f"{name} has {outside[0]}; expected token ids from 0 to {vocab - 1}", name, "invalid_value")
     if boxes := (request.get("qvl") or {}).get("boxes"):
         values["boxes"] = boxes
+    if request.get("model") in config.adapters:
+        values["adapter"] = request["model"]
     return values | {"cache_salt": caller.salt, "timeout_s": config.request_timeout_s}
 
 
