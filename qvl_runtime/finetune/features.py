@@ -36,6 +36,11 @@ class FeatureStore:
         self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
         self._bytes = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self.network.visual.proj.device
+
     def __call__(self, sources: Sequence[ImageSource]) -> Tensor:
         """Image tokens [P, queries, D] of these images, with gradients where the encoder is trained.
 

@@ -5,7 +5,7 @@ All of it works in float64, too, where gradients are compared with finite differ
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible = None) -> Tensor:
     """Attention of q over k and v, [B, H, n, d] each: explicit for few scores on a CPU, torch's own kernels else."""
+    if q.is_meta:
+        return cast("Tensor", _FusedShapes.apply(q, k, v))  # type: ignore[no-untyped-call]
     if isinstance(visible, Documents):
         pairs = zip(visible.bounds, visible.bounds[1:], strict=False)
         return torch.cat([_causal(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b]) for a, b in pairs], 2)
@@ -57,6 +59,22 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     out: Tensor = (scores if mask is None else scores + mask).softmax(-1) @ v
     return out
+
+
+class _FusedShapes(torch.autograd.Function):
+    """What a fused kernel of attention allocates and keeps, on the meta device: torch would count all scores there."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v, the result, and a float32 of each query are kept."""
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        """The three gradients."""
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 class Normalize(torch.autograd.Function):

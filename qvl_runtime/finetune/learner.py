@@ -10,8 +10,7 @@ from torch import Tensor
 from qvl_runtime.errors import ImageError
 from qvl_runtime.finetune.data import Sample
 from qvl_runtime.finetune.features import FeatureStore
-from qvl_runtime.finetune.loss import cross_entropy_sum
-from qvl_runtime.finetune.network import Network
+from qvl_runtime.finetune.network import Network, Targets
 from qvl_runtime.finetune.packing import row_of
 
 
@@ -21,23 +20,19 @@ class Learner:
     def __init__(self, network: Network, features: FeatureStore) -> None:
         self.network, self.features = network, features
 
-    def hidden(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """The hidden states [m, D] of the tokens whose successor is learned, and those successors int64 [m]."""
+    def loss_sum(self, samples: Sequence[Sample]) -> Tensor:
+        """The sum of the losses of all learned tokens of these samples, computed as one row."""
         network, row = self.network, row_of(samples)
-        device = network.wte.weight.device
+        device = self.features.device
         sources = [slot.source for sample in samples for slot in sample.images]
         images = self.features(sources) if sources else torch.empty(0)
         slots = torch.stack(
             [torch.zeros_like(row.image_starts), row.image_starts, torch.arange(len(row.image_starts))], 1
         )
-        h = network.embed(row.ids[None].to(device), images, slots.to(device))
-        h = network.decode(h, row.positions[None].to(device), row.documents)
-        return h[0, row.predicting.to(device)], row.targets.to(device)
-
-    def loss_sum(self, samples: Sequence[Sample]) -> Tensor:
-        """The sum of the losses of all learned tokens of these samples, computed as one row."""
-        hidden, targets = self.hidden(samples)
-        return cross_entropy_sum(hidden, self.network.head, targets)
+        targets = Targets(row.predicting.to(device), row.targets.to(device))
+        ids, positions = row.ids[None].to(device), row.positions[None].to(device)
+        loss: Tensor = network(ids, images, slots.to(device), positions, row.documents, targets)
+        return loss
 
     @torch.no_grad()
     def mean_loss(self, samples: Sequence[Sample], at_once: int = 8) -> float:

@@ -7,7 +7,7 @@ The runtime's own forward pass shares no code with it but the rotary frequencies
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.finetune.functions import RMSNorm, Rotate, Visible, attend, wide
 from qvl_runtime.finetune.linears import Adaptable, Embedding, Linear
+from qvl_runtime.finetune.loss import cross_entropy_sum
 from qvl_runtime.finetune.vision import Visual
 from qvl_runtime.model.rotary import inverse_frequencies
+
+
+class Targets(NamedTuple):
+    """What one row teaches."""
+
+    predicting: Tensor  # int64 [m], the tokens whose successor is learned
+    ids: Tensor  # int64 [m], those successors
 
 
 class Attention(nn.Module):
@@ -148,6 +156,16 @@ class Network(nn.Module):
                 h = block(h, cos, sin, visible, None if past is None else past[i])
         out: Tensor = self.transformer["ln_f"](h)
         return out
+
+    def forward(
+        self, ids: Tensor, images: Tensor, slots: Tensor, positions: Tensor, visible: Visible, targets: Targets
+    ) -> Tensor:
+        """The summed loss of one row: `embed`, `decode`, and the cross-entropy of the tokens that are learned.
+
+        A call of the module, so that what shards its parameters can gather them around it.
+        """
+        h = self.decode(self.embed(ids, images, slots), positions, visible)
+        return cross_entropy_sum(h[0, targets.predicting], self.head, targets.ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [.., D] to logits [.., vocab_size]."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qvl_runtime.finetune.options import FinetuneOptions
+from qvl_runtime.finetune.sharded import is_sharded, put, whole
 
 EPS, BETA1 = 1e-8, 0.9
 
@@ -42,11 +43,12 @@ class Optimizer:
             if name in self.lean:
                 continue
             self.masters[name] = parameter if parameter.dtype.itemsize > 2 else _master(parameter)
+        kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+        for master in self.masters.values():  # sharded and whole tensors do not mix in a group
+            kinds.setdefault((master.dim() < 2, is_sharded(master)), []).append(master)
         groups = [
-            {"params": [m for m in self.masters.values() if (m.dim() < 2) == plain], "weight_decay": decay}
-            for plain, decay in ((False, options.weight_decay), (True, 0.0))
+            {"params": own, "weight_decay": 0.0 if plain else options.weight_decay} for (plain, _), own in kinds.items()
         ]
-        groups = [group for group in groups if group["params"]]
         self._adam = (
             torch.optim.AdamW(groups, lr=options.rate, betas=(BETA1, options.beta2), eps=EPS) if groups else None
         )
@@ -65,7 +67,7 @@ class Optimizer:
 
     def norm(self) -> float:
         """The norm of the whole gradient."""
-        return float(torch.stack([g.float().norm() for g in self.gradients()]).norm())
+        return float(torch.stack([whole(g.float().norm()) for g in self.gradients()]).norm())
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
@@ -92,25 +94,37 @@ class Optimizer:
             holder.grad = None
 
     def state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
+        """Everything that a resumed run needs, whole; every process must call it."""
+        adam: dict[str, dict[str, Tensor]] = {}
+        for name, master in self.masters.items():
+            own = {} if self._adam is None else self._adam.state.get(master, {})
+            adam[name] = {key: whole(value) for key, value in own.items()}
         return {
-            "adam": None if self._adam is None else self._adam.state_dict(),
+            "adam": adam,
             "random": None if self._random is None else self._random.state(),
-            "masters": {name: master.detach() for name, master in self.masters.items()},
+            "masters": {name: whole(master.detach()) for name, master in self.masters.items()},
             "lean": {name: parameter.detach() for name, parameter in self.lean.items()},
         }
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
-        if self._adam is not None:
-            self._adam.load_state_dict(state["adam"])
+        """Restore what `state` returned; every process must call it."""
+        for name, moments in state["adam"].items():
+            if self._adam is None or not moments:
+                continue
+            master = self.masters[name]
+            own = self._adam.state[master]
+            for key, stored in moments.items():
+                own[key] = stored.clone() if key == "step" else torch.zeros_like(master)
+                if key != "step":
+                    put(own[key], stored)
         if self._random is not None:
             self._random.load(state["random"])
         for name, stored in {**state["masters"], **state["lean"]}.items():
             holder = self.masters.get(name, self.parameters[name])
-            holder.copy_(stored)
-            self.parameters[name].copy_(stored)
+            put(holder, stored)
+            if holder is not self.parameters[name]:
+                self.parameters[name].copy_(stored)
 
 
 class RandomlyRoundedAdamW:

@@ -16,7 +16,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 PARTS = ("decoder", "embedding", "head", "resampler", "vit")
 FULL_PARTS = ("decoder", "embedding", "head", "resampler")  # the original freezes the ViT alone
 DTYPES = ("auto", "bfloat16", "float32")
-SHARDING = ("none", "data", "fsdp", "deepspeed")
+SHARDING = ("none", "data", "fsdp")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,13 @@ from qvl_runtime.finetune.data import Dataset, read_dataset
 from qvl_runtime.finetune.evaluation import Evaluation
 from qvl_runtime.finetune.features import FeatureStore
 from qvl_runtime.finetune.learner import Learner
-from qvl_runtime.finetune.opening import open_network
+from qvl_runtime.finetune.opening import open_network, training_dtype
 from qvl_runtime.finetune.optimizer import Optimizer
 from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.parallel import Team
-from qvl_runtime.finetune.result import write_result
+from qvl_runtime.finetune.result import result_tensors, write_result
 from qvl_runtime.finetune.run_folder import RunFolder
+from qvl_runtime.finetune.sharded import shard
 from qvl_runtime.finetune.trainer import Trainer, schedule_of
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
@@ -101,6 +102,8 @@ class Finetuning:
         with RunFolder(self.destination, self.key(), self.options.keep, team.leads) as folder:
             team.wait()
             network = open_network(self.source, self.config, self.options, self.device)
+            if self.options.sharding == "fsdp":
+                shard(network, self.options, training_dtype(self.options, self.config))
             learner = Learner(network, FeatureStore(network, self.options.feature_bytes))
             optimizer = Optimizer(network.named_parameters(), self.options)
             evaluation = None
@@ -113,8 +116,9 @@ class Finetuning:
             on_start(trainer)
             trainer.run(lambda done: progress(done, len(trainer.steps)))
             entries = folder.entries()
+            tensors = result_tensors(network, self.options, team.leads)
             if team.leads:
-                write_result(network, self.options, self.source, folder.partial.model)
+                write_result(network, tensors, self.options, self.source, folder.partial.model)
                 draw_curve(entries, folder.partial.model / "curve.png")
                 folder.publish()
             team.wait()

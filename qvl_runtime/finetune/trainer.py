@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from qvl_kernels.util import cdiv
 from qvl_runtime.errors import ImageError, NumericsError
 from qvl_runtime.finetune.data import Dataset, Sample
 from qvl_runtime.finetune.learner import Learner
@@ -22,6 +23,7 @@ from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.packing import Schedule
 from qvl_runtime.finetune.parallel import Team
 from qvl_runtime.finetune.run_folder import RunFolder
+from qvl_runtime.finetune.sharded import is_sharded
 
 
 class Measured(NamedTuple):
@@ -51,6 +53,7 @@ class Trainer:
         self.folder, self.team, self.evaluate = folder, team or Team(), evaluate
         self.steps = schedule_of(dataset, options).steps()
         self.step = self.skipped = self.faults = 0
+        self._sharded = any(is_sharded(parameter) for parameter in learner.network.parameters())
         self.seconds = 0.0
         self._sinks: list[Callable[[dict[str, Any]], None]] = []
 
@@ -109,7 +112,8 @@ class Trainer:
         samples = [[self.dataset.samples[i] for i in row] for row in rows]
         planned = sum(sample.num_targets for row in samples for sample in row)
         measured = self._accumulate(samples, planned)
-        self.team.add(self.optimizer.gradients() if self.team.size > 1 else ())
+        if self.team.size > 1:
+            self._add_gradients()
         done, whole = (measured.targets, planned) if self.options.mean == "token" else (measured.rows, len(rows))
         if 0 < done < whole:
             self.optimizer.scale(whole / done)  # the mean of what was learned
@@ -134,6 +138,14 @@ class Trainer:
             "skipped": self.skipped,
         }
 
+    def _add_gradients(self) -> None:
+        """Sum the gradients over all processes; FSDP has reduced those of sharded weights to a mean."""
+        for gradient in self.optimizer.gradients():
+            if is_sharded(gradient):
+                gradient.mul_(self.team.size)
+            else:
+                self.team.add([gradient])
+
     def _fault(self, norm: float) -> None:
         """Count a step without a finite gradient; the weights stay as they are."""
         self.optimizer.drop()
@@ -147,13 +159,16 @@ class Trainer:
     def _accumulate(self, rows: list[list[Sample]], planned: int) -> Measured:
         """Add up the gradients of this process's micro-batches."""
         loss, targets, learned, skipped = 0.0, 0, 0, 0
-        for number, row in enumerate(rows):
-            if number % self.team.size != self.team.rank:
+        for number, row in self._own(rows):
+            if row is None:
+                (self.learner.loss_sum(rows[0]) * 0.0).backward()  # type: ignore[no-untyped-call]
                 continue
             torch.manual_seed(hash((self.options.seed, self.step, number)) % 2**63)
             try:
                 total, samples = self.learner.loss_sum(row), row
             except ImageError:
+                if self._sharded:
+                    raise  # the other processes wait for this row
                 samples = self.learner.readable(row)
                 if not samples:
                     skipped += len(row)
@@ -161,7 +176,7 @@ class Trainer:
                 total = self.learner.loss_sum(samples)
             skipped += len(row) - len(samples)
             count = sum(sample.num_targets for sample in samples)
-            if not bool(total.isfinite()):
+            if not bool(total.isfinite()) and not self._sharded:
                 skipped += len(samples)
                 continue
             weight = 1 / planned if self.options.mean == "token" else 1 / (count * len(rows))
@@ -169,6 +184,15 @@ class Trainer:
             loss, targets, learned = loss + float(total.detach()), targets + count, learned + 1
         sums = self.team.totals(loss, targets, learned, skipped)
         return Measured(sums[0], *(int(number) for number in sums[1:]))
+
+    def _own(self, rows: list[list[Sample]]) -> Iterator[tuple[int, list[Sample] | None]]:
+        """This process's micro-batches with their number; None where it has none, and helps others to gather shards."""
+        size = self.team.size
+        for number in range(self.team.rank, cdiv(len(rows), size) * size, size):
+            if number < len(rows):
+                yield number, rows[number]
+            elif self._sharded:
+                yield number, None
 
     def _log(self, entry: dict[str, Any]) -> None:
         if not self.team.leads:
