@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qvl_runtime.plan.options import PlanOptions, Workload
     from qvl_runtime.plan.plan import Plan
 
+TRAINING_LENGTHS = (384, 512, 1024, 2048)  # tokens of a micro-batch, as in the published table
 CONTEXTS = (300, 2048, 8192)  # tokens at which the speed is bounded
 
 
@@ -34,6 +35,10 @@ def plan(
     embedding_on_host: Annotated[
         bool, typer.Option("--embedding-on-host", help="Keep the embedding table in host memory, not on the GPU.")
     ] = False,
+    finetune: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="Plan for training instead: the peak of a step of lora, qlora or full."),
+    ] = None,
     download: Download = False,
     hub: Hub = "huggingface",
     as_json: AsJson = False,
@@ -44,7 +49,11 @@ def plan(
     [cyan]qvl plan Qwen/Qwen-VL-Chat-Int4[/cyan]
 
     [cyan]qvl plan Qwen/Qwen-VL-Chat --gpu 3090 --kv int8[/cyan]
+
+    [cyan]qvl plan Qwen/Qwen-VL-Chat --finetune lora[/cyan]
     """
+    if finetune is not None:
+        return plan_training(model_folder(model, download, hub), finetune, dtype, as_json)
     from qvl_runtime.plan.options import PlanOptions
 
     report = plan_report(
@@ -54,6 +63,33 @@ def plan(
         print_json(report, indent=2)
     else:
         show_plan(report)
+    return 0
+
+
+def plan_training(folder: Path, method: str, dtype: str, as_json: bool) -> int:
+    """Print the peak memory of a training step at the lengths of the published table, with that method's defaults."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from qvl_runtime.config.model import ModelConfig
+    from qvl_runtime.finetune.memory import training_memory
+    from qvl_runtime.finetune.options import FinetuneOptions
+    from qvl_runtime.finetune.run import with_defaults_of
+
+    config = ModelConfig.from_folder(folder)
+    options = with_defaults_of(FinetuneOptions(method=cast("Any", method), dtype=dtype), folder)
+    lengths = [length for length in TRAINING_LENGTHS if length <= config.seq_length and length > config.visual.span]
+    rows = {length: training_memory(config, options, length) for length in lengths}
+    if as_json:
+        print_json({str(length): {**row._asdict(), "total": row.total} for length, row in rows.items()}, indent=2)
+        return 0
+    table = Table("tokens", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("weights", "optimizer", "step", "total", "in GB"):
+        table.add_column(name, justify="right")
+    for length, row in rows.items():
+        table.add_row(str(length), *(size(part) for part in (*row, row.total)), f"{row.total / 1e9:.1f}")
+    print_table(table)
+    print("computed: the peak of micro-batches of that length with one image, without what the allocator keeps")
     return 0
 
 
