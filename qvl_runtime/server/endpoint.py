@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from qvl_runtime.server.errors import api_error
 from qvl_runtime.server.http import Disconnected, Events, Reply, read_json, while_connected
-from qvl_runtime.server.requests import Exchange
+from qvl_runtime.server.requests import Exchange, guide_field
 from qvl_runtime.server.service import Service
 
 Handler = Callable[[Service, Any, Exchange], Awaitable["dict[str, Any] | Events"]]
@@ -31,6 +31,7 @@ class ModelEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        body = None
         reply, exchange = Reply(send), Exchange(scope["state"]["caller"], record=self._service.metrics.finished)
         scope["state"]["exchange"] = exchange
         try:
@@ -40,7 +41,7 @@ class ModelEndpoint:
         except Disconnected:
             exchange.outcome = "disconnected"
         except Exception as error:
-            failure = api_error(error, self._param)
+            failure = api_error(error, self._param, guide_field(body))
             exchange.outcome = failure.code or failure.type
             await reply.error(failure)
 

@@ -10,6 +10,7 @@ from typing import Any
 from qvl_runtime.errors import (
     BusyError,
     CapacityError,
+    ConstraintError,
     DownloadError,
     ImageError,
     NumericsError,
@@ -56,8 +57,11 @@ def unavailable(message: str, retry_after_s: int, code: str) -> APIError:
     return APIError(503, message, SERVER, None, code, {"Retry-After": str(retry_after_s)})
 
 
-def api_error(error: Exception, param: str | None = None) -> APIError:
-    """The answer for any exception; `param` is the field that holds the prompt. What is no user's fault is logged."""
+def api_error(error: Exception, param: str | None = None, guide: str | None = None) -> APIError:
+    """The answer for any exception. What is no user's fault is logged.
+
+    param: the field that holds the prompt; guide: the one that says what the answer must follow.
+    """
     if isinstance(error, APIError):
         return error
     message = str(error)
@@ -71,6 +75,8 @@ def api_error(error: Exception, param: str | None = None) -> APIError:
         return invalid(message, param, "invalid_image")
     if isinstance(error, PromptError):
         return invalid(message, param, "invalid_prompt")
+    if isinstance(error, ConstraintError):
+        return invalid(message, guide, "invalid_constraint")
     if isinstance(error, SamplingError):
         name = message.partition(" ")[0]
         return invalid(message, name if name in _parameters() else None, "invalid_value")

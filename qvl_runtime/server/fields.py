@@ -41,6 +41,12 @@ FLAG = {"type": ["boolean", "null"]}
 NUMBERS = {"type": "array", "items": {"type": "number"}, "maxItems": 4096}
 
 
+def _object(kind: str, **properties: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of one type, with these properties and no others."""
+    own = {"type": {"const": kind}, **properties}
+    return {"type": "object", "properties": own, "required": list(own), "additionalProperties": False}
+
+
 def _part(kind: str, required: tuple[str, ...], **properties: Mapping[str, Any]) -> dict[str, Any]:
     """A part of a message; keys of clients that change nothing are checked where prompts are encoded."""
     return {"type": "object", "properties": {"type": {"const": kind}, **properties}, "required": ["type", *required]}
@@ -100,7 +106,46 @@ SAMPLING = {
     ),
     "n": Field(whole(1, 128), "How many answers, sampled with seeds that follow one another.", "n"),
 }
-QVL = {
+_SCHEMA = {"type": "object", "description": "A JSON Schema."}
+GUIDES = {
+    "response_format": Field(
+        {
+            "anyOf": [
+                _object("text"),
+                _object("json_object"),
+                _object(
+                    "json_schema",
+                    json_schema={
+                        "type": "object",
+                        "properties": {
+                            "name": {"type": ["string", "null"]},
+                            "description": {"type": ["string", "null"]},
+                            "schema": _SCHEMA,
+                            "strict": FLAG,
+                        },
+                        "required": ["schema"],
+                        "additionalProperties": False,
+                    },
+                ),
+                {"type": "null"},
+            ]
+        },
+        "Hold the answer to JSON, or to a JSON Schema, which is always followed strictly.",
+    ),
+    "structured_outputs": Field(
+        {
+            "type": ["object", "null"],
+            "properties": {
+                "json": {"anyOf": [_SCHEMA, {"type": "string"}, {"type": "null"}]},
+                "json_object": FLAG,
+                "regex": {"type": ["string", "null"]},
+                "choice": {"type": ["array", "null"], "items": {"type": "string"}},
+                "grammar": {"type": ["string", "null"]},
+            },
+            "additionalProperties": False,
+        },
+        "Hold the answer to one of these, in vLLM's spelling.",
+    ),
     "qvl": Field(
         {
             "type": ["object", "null"],
@@ -108,7 +153,7 @@ QVL = {
             "additionalProperties": False,
         },
         "boxes: 'force' for boxes and nothing else, 'allow' for text whose boxes are well formed.",
-    )
+    ),
 }
 STREAMING = {
     "stream": Field(FLAG, "Send the answer as it is generated, as server-sent events."),
@@ -132,7 +177,7 @@ CHAT = {
     "max_completion_tokens": Field(whole(1), "The longest answer. Default: what the context has left."),
     "max_tokens": Field(whole(1), "The same under its older name."),
     **SAMPLING,
-    **QVL,
+    **GUIDES,
     "logprobs": Field(FLAG, "Return the log probability of each token."),
     "top_logprobs": Field(whole(0, MAX_TOP_LOGPROBS), "And that of this many alternatives; needs logprobs."),
     **STREAMING,
@@ -153,7 +198,7 @@ COMPLETION = {
     ),
     "max_tokens": Field(whole(0), "The longest answer, by default 16; 0 with echo scores the prompt."),
     **SAMPLING,
-    **QVL,
+    **GUIDES,
     "logprobs": Field(whole(0, MAX_TOP_LOGPROBS), "Return log probabilities, and those of this many alternatives."),
     "echo": Field(FLAG, "Repeat the prompt before the answer; with logprobs, those of its tokens, too."),
     **STREAMING,
@@ -196,7 +241,6 @@ ABSENT: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((None,), "nothing is searched"),
     "suffix": ((None, ""), "these checkpoints were not trained to fill in"),
     "best_of": ((None, 1), "use n and logprobs"),
-    "response_format": ((None, {"type": "text"}), "answers cannot be held to a format here"),
 }
 
 

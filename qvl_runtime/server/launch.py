@@ -122,6 +122,8 @@ def serve(
     service = Service(load, config)
     server = make_server(service, keys, host, port, write, trusted_proxies)
     with listening_socket(host, port) as sock:
+        shown = f"[{host}]" if ":" in host else host
+        announce(f"http://{shown}:{sock.getsockname()[1]}")
         announce(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
         asyncio.run(server.serve(sockets=[sock]))
     raise_failure(service)

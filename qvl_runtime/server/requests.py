@@ -98,11 +98,36 @@ def sampling_values(
         vocab = tokenizer.n_vocab
         if outside := [token for token in values.get(name, ()) if token >= vocab]:
             raise invalid(f"{name} has {outside[0]}; expected token ids from 0 to {vocab - 1}", name, "invalid_value")
-    if boxes := (request.get("qvl") or {}).get("boxes"):
-        values["boxes"] = boxes
     if request.get("model") in config.adapters:
         values["adapter"] = request["model"]
+    values |= guide_of(request)
     return values | {"cache_salt": caller.salt, "timeout_s": config.request_timeout_s}
+
+
+def guide_of(request: Body) -> dict[str, Any]:
+    """What the answer must follow, as values of `SamplingParams`. Raises `APIError` 400 for more than one."""
+    found: dict[str, dict[str, Any]] = {}
+    wanted = request.get("response_format", {"type": "text"})
+    if wanted["type"] == "json_object":
+        found["response_format"] = {"json_object": True}
+    elif wanted["type"] == "json_schema":
+        found["response_format"] = {"json_schema": wanted["json_schema"]["schema"]}
+    for name, value in request.get("structured_outputs", {}).items():
+        if value not in (None, False):
+            value = tuple(value) if name == "choice" else value
+            found[f"structured_outputs.{name}"] = {"json_schema" if name == "json" else name: value}
+    if boxes := request.get("qvl", {}).get("boxes"):
+        found["qvl.boxes"] = {"boxes": boxes}
+    if len(found) > 1:
+        one, other, *_ = found
+        raise invalid(f"{other} and {one} are both set: an answer can follow one of them", other, "invalid_value")
+    return next(iter(found.values()), {})
+
+
+def guide_field(body: Any) -> str | None:
+    """The field of a request that says what the answer must follow, for errors; None if there is none."""
+    names = ("response_format", "structured_outputs", "qvl")
+    return next((name for name in names if isinstance(body, dict) and body.get(name)), None)
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+from itertools import product
 from typing import Any
 
 import openai
@@ -124,6 +127,64 @@ def test_logprobs_join_to_the_text(live: Live) -> None:
             for entry in chunk.choices[0].logprobs.content
         ]
         assert [entry.token for entry in streamed] == [entry.token for entry in entries]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "count": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_json_answers(live: Live) -> None:
+    """1b, 2: json_object and json_schema: the output parses; a bad type or a bad schema is 400."""
+    pytest.importorskip("llguidance")
+    client = live.openai()
+    formats: list[Any] = [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}},
+    ]
+    for response_format, stream in product(formats, (False, True)):
+        options: dict[str, Any] = {"response_format": response_format, "max_tokens": 200, "temperature": 1, "seed": 1}
+        answer = client.chat.completions.create(model="nano", messages=say("JSON"), stream=stream, **options)
+        text = (
+            "".join(c.choices[0].delta.content or "" for c in answer) if stream else answer.choices[0].message.content
+        )
+        if response_format["type"] == "json_schema":
+            assert set(json.loads(text)) == {"name", "count"}
+        else:
+            assert text.lstrip().startswith("{")
+    for wrong, param in (
+        ({"type": "xml"}, "response_format.type"),
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}, "response_format"),
+        ({"type": "json_schema", "json_schema": {"schema": {"$ref": "http://127.0.0.1/x"}}}, "response_format"),
+    ):
+        for stream in (False, True):
+            refused = live.post(
+                "/v1/chat/completions", {"messages": say("a"), "response_format": wrong, "stream": stream}
+            )
+            assert refused.status == 400 and refused.json()["error"]["param"] == param, refused.body
+
+
+def test_structured_outputs(live: Live) -> None:
+    """SERVING 3d: choice and regex, in vLLM's spelling; two at once are refused."""
+    pytest.importorskip("llguidance")
+
+    def ask(**options: Any) -> Any:
+        return live.post("/v1/chat/completions", {"messages": say("Which?"), "max_tokens": 20, **options}).json()
+
+    chosen = ask(structured_outputs={"choice": ["red", "blue"]})["choices"][0]
+    assert chosen["message"]["content"] in ("red", "blue") and chosen["finish_reason"] == "stop"
+    assert re.fullmatch("[0-9]{4}", ask(structured_outputs={"regex": "[0-9]{4}"})["choices"][0]["message"]["content"])
+    both = ask(structured_outputs={"choice": ["a"]}, response_format={"type": "json_object"})
+    assert both["error"]["param"] == "structured_outputs.choice"
+    assert ask(structured_outputs={"regex": "("})["error"]["param"] == "structured_outputs"
 
 
 def test_boxes_can_be_forced(live: Live, demo_url: str) -> None:
