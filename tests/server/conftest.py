@@ -7,7 +7,6 @@ import base64
 import http.client
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from qvl_runtime import Engine
 from qvl_runtime.cli.demo import DemoPlan
 from qvl_runtime.server.config import ServerConfig
 from qvl_runtime.server.keys import Keys
-from qvl_runtime.server.launch import Server, make_server
+from qvl_runtime.server.launch import Server, listening_socket, make_server
 from qvl_runtime.server.service import Service
 from tests.server.browser import chromium
 
@@ -91,7 +90,7 @@ def serving(load: Callable[[], Engine], keys: Keys | None = None, ready: bool = 
     """A server on a free port for the time of the body."""
     lines: list[str] = []
     service = Service(load, ServerConfig(**options))
-    sock = socket.create_server(("127.0.0.1", 0))
+    sock = listening_socket("127.0.0.1", 0)
     server = make_server(service, keys or Keys(), write=lines.append)
     live = Live(service, server, sock.getsockname()[1], lines)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="test-server")
