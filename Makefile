@@ -17,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser npm-client demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -147,6 +147,11 @@ wheel: $(STAMP) ## build a wheel into dist/: manylinux on Linux, one for every P
 	@if [ "$$(uname)" = Linux ]; then PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist $(WHEEL_DIR)/*.whl; \
 	else cp $(WHEEL_DIR)/*.whl dist; fi
 	@ls dist/*.whl
+
+# What judges the server from outside: npm's client, schemathesis, and lm-eval's local-completions on a task of its own.
+npm-client: $(STAMP) ## run the JavaScript client against the server: needs node and npm
+	npm install --silent --no-fund --no-audit --prefix build/npm openai@7.55.0
+	$(BIN)/python -m pytest tests/server/test_examples_of_server.py -q $(PYTEST_FLAGS)
 
 docs: $(STAMP) ## build the documentation site into build/site, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[docs]'

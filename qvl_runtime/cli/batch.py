@@ -3,7 +3,8 @@
 A request is a JSON object on one line: "messages" (OpenAI-style), or "prompt" (a question) with optional "images", or
 "raw" (a string with Qwen's tags, or a list of parts). It may have an "id", which is copied to the answer, and "params"
 with fields of `SamplingParams`. An answer is one line: "index", "id" and either "text", "finish_reason", "boxes" and
-"usage" (plus "alternatives" if n > 1) or "error" with the "line" of the request.
+"usage" (plus "alternatives" if n > 1) or "error" with the "line" of the request. A request in OpenAI's batch form is
+answered in that form (openai_batch.py).
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import typer
 from qvl_runtime.cli.endpoints import Input, Output, check_distinct
 from qvl_runtime.cli.flags import as_flags, flags_of
 from qvl_runtime.cli.lines import MAX_LINE, Line
+from qvl_runtime.cli.openai_batch import is_openai, openai_answer, openai_error, openai_names, parse_openai
 from qvl_runtime.cli.options import Debug, EngineOptions, Quiet, SamplingOptions, count_option
-from qvl_runtime.cli.records import answer_record, parse_record, parse_request, record_id
+from qvl_runtime.cli.records import answer_record, has_failed, parse_record, parse_request, record_id
 from qvl_runtime.cli.terminal import FAILED_RECORDS, progress_bar, rate, say
 from qvl_runtime.errors import PromptError, QVLError
 
@@ -33,6 +35,14 @@ if TYPE_CHECKING:
 
 MAX_WAITING = 1000  # answers that wait for an earlier one, beyond which no more requests are begun
 _BEGINNING = b'{"index": '
+
+
+class Name(NamedTuple):
+    """What a request is called, and in which form it is answered."""
+
+    id: Any
+    line: int
+    in_openai_form: bool = False
 
 
 class Progress(NamedTuple):
@@ -68,6 +78,10 @@ def batch(
     {"messages": [{"role": "user", "content": "Hello"}]}
 
     {"raw": "<img>dog.jpg</img>Describe it:"}
+
+    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
+
+    The last is OpenAI's batch form, and is answered in it.
 
     A request that fails is answered by a line with "error". The exit code is then 3.
 
@@ -117,6 +131,7 @@ class Batch:
     """Requests that are read once, in order, and their answers."""
 
     progress: Progress
+    _engine: Engine
 
     def __init__(self, source: Input, target: Output, params: SamplingParams, limit: int = MAX_LINE) -> None:
         """limit: bytes of a line of either."""
@@ -126,7 +141,7 @@ class Batch:
         self._taken = 0  # lines
         self._open = 0  # requests that the engine has and has not answered
         self._end = 0  # bytes of the answers of earlier runs
-        self._names: dict[int, tuple[Any, int]] = {}  # id and line of requests whose answer is not written
+        self._names: dict[int, Name] = {}  # of requests whose answer is not written
         self._ready: dict[int, dict[str, Any]] = {}  # answers that wait for an earlier one to be written
 
     def resume(self) -> None:
@@ -153,10 +168,16 @@ class Batch:
 
     def run(self, engine: Engine) -> Iterator[Progress]:
         """Answer what is not answered; yields after each answer that is written."""
+        self._engine = engine
         self._target.begin(self._end)
         for index, result in engine.as_completed(self._requests()):
             self._open -= 1
-            self._ready[index] = self._error(index, result) if isinstance(result, QVLError) else answer_record(result)
+            if isinstance(result, QVLError):
+                self._ready[index] = self._error(index, result)
+            elif self._names[index].in_openai_form:
+                self._ready[index] = openai_answer(result, engine)
+            else:
+                self._ready[index] = answer_record(result)
             yield from self._write()
         yield from self._write()
 
@@ -170,12 +191,12 @@ class Batch:
             request_id = record_id(parse_record(line, self._source.name, self._limit))
         except QVLError:
             request_id = None
-        if record.get("index") != self._taken or record.get("id") != request_id:
+        if record.get("index") != self._taken or record.get("custom_id", record.get("id")) != request_id:
             raise PromptError(
                 f"line {number} of {path} does not answer {self._source.name}: remove it or use another file"
             )
         self._taken, self._end = number, self._end + len(answer)
-        self.progress = Progress(number, self.progress.errors + ("error" in record), 0)
+        self.progress = Progress(number, self.progress.errors + has_failed(record), 0)
 
     def _parsed(self, answer: bytes) -> dict[str, Any]:
         """An answer of an earlier run, or nothing for a line that is none."""
@@ -193,11 +214,15 @@ class Batch:
             while self._open and len(self._ready) > MAX_WAITING:
                 yield None
             index, self._taken = self._taken, self._taken + 1
-            self._names[index] = None, line.number
+            self._names[index] = Name(None, line.number)
             try:
                 record = parse_record(line, self._source.name, self._limit)
-                self._names[index] = record_id(record), line.number
-                prompt, params = parse_request(record, self._params)
+                in_openai_form = is_openai(record)
+                self._names[index] = Name(record_id(record), line.number, in_openai_form)
+                if in_openai_form:
+                    prompt, params = parse_openai(record, self._engine, self._params)
+                else:
+                    prompt, params = parse_request(record, self._params)
             except QVLError as error:
                 self._ready[index] = self._error(index, error)
             else:
@@ -219,16 +244,17 @@ class Batch:
     def _write(self) -> Iterator[Progress]:
         """Write the answers whose turn it is."""
         while (index := self.progress.done) in self._ready:
-            answer, (request_id, _) = self._ready.pop(index), self._names.pop(index)
-            line = {"index": index, "id": request_id, **answer}
-            self._target.write(json.dumps(line, ensure_ascii=False))
-            tokens = answer.get("usage", {}).get("completion_tokens", 0)
+            answer, name = self._ready.pop(index), self._names.pop(index)
+            names = openai_names(index, name.id) if name.in_openai_form else {"index": index, "id": name.id}
+            self._target.write(json.dumps(names | answer, ensure_ascii=False))
+            usage = (answer["response"]["body"] if name.in_openai_form else answer).get("usage", {})
             _, errors, before = self.progress
-            self.progress = Progress(index + 1, errors + ("error" in answer), before + tokens)
+            self.progress = Progress(index + 1, errors + has_failed(answer), before + usage.get("completion_tokens", 0))
             yield self.progress
 
     def _error(self, index: int, error: QVLError) -> dict[str, Any]:
-        return {"line": self._names[index][1], "error": as_flags(str(error), _flags())}
+        message, name = as_flags(str(error), _flags()), self._names[index]
+        return openai_error(message) if name.in_openai_form else {"line": name.line, "error": message}
 
 
 @cache

@@ -36,10 +36,18 @@ def parse_record(line: Line, name: str, limit: int = MAX_LINE) -> dict[str, Any]
 def record_id(record: Mapping[str, Any]) -> Any:
     """The id of a record, which its answer repeats. Raises `PromptError` for one that JSON cannot hold."""
     try:
-        json.dumps(record.get("id"), allow_nan=False)
+        key = "custom_id" if "custom_id" in record else "id"
+        json.dumps(record.get(key), allow_nan=False)
     except ValueError:
-        raise PromptError(f'"id" is {quoted(record["id"])}; expected a string, or a finite number') from None
-    return record.get("id")
+        raise PromptError(f'"{key}" is {quoted(record[key])}; expected a string, or a finite number') from None
+    return record.get(key)
+
+
+def has_failed(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer, in either form, is an error."""
+    response = answer.get("response")
+    status = response.get("status_code") if isinstance(response, Mapping) else 200
+    return answer.get("error") is not None or status != 200
 
 
 def parse_request(record: Mapping[str, Any], params: SamplingParams) -> tuple[Any, SamplingParams]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from qvl_runtime.server.answers import (
     request_usage,
     timings_json,
 )
-from qvl_runtime.server.errors import invalid
+from qvl_runtime.server.chat_form import alternatives, chat_answer, frame, messages_of
 from qvl_runtime.server.fields import CHAT, REQUIRED
 from qvl_runtime.server.http import Events
 from qvl_runtime.server.logprobs import ChatLogprobs
@@ -42,7 +40,7 @@ async def chat(service: Service, body: Any, exchange: Exchange) -> Json | Events
     check_model(request, service.config)
     engine = service.engine.engine
     values = sampling_values(request, CHAT, engine.tokenizer, service.config, exchange.caller)
-    values["logprobs"], usage = _logprobs(request), include_usage(request)
+    values["logprobs"], usage = alternatives(request), include_usage(request)
     sampling_params(values)  # before images are fetched
     encoded = await service.engine.encode(messages_of(request))
     name = "max_completion_tokens" if "max_completion_tokens" in request else "max_tokens"
@@ -54,54 +52,10 @@ async def chat(service: Service, body: Any, exchange: Exchange) -> Json | Events
     service.metrics.asked(params)
     if request.get("stream"):
         return _Stream(service, params, usage, exchange).events(encoded)
-    started = _started(service, params)
+    started = frame(params.adapter or service.config.model_names[0])
     completion = await service.engine.generate(encoded, params)
     exchange.finished(completion.answers)
-    return _whole(service, completion, started)
-
-
-def messages_of(request: Json) -> list[Json]:
-    """The messages of a request, as the engine's prompts have them."""
-    messages = []
-    for message in request["messages"]:
-        role = "system" if message["role"] == "developer" else message["role"]
-        content = message.get("content")
-        messages.append({**message, "role": role, "content": "" if content is None and role == "system" else content})
-    return messages
-
-
-def _logprobs(request: Json) -> int | None:
-    """The number of alternatives; None without log probabilities."""
-    if request.get("logprobs"):
-        return int(request.get("top_logprobs", 0))
-    if request.get("top_logprobs"):
-        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-    return None
-
-
-def _started(service: Service, params: SamplingParams) -> Json:
-    model = params.adapter or service.config.model_names[0]
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-
-def _whole(service: Service, completion: Completion, started: Json) -> Json:
-    choices = []
-    for index, answer in enumerate(completion.answers):
-        message = {"role": "assistant", "content": answer.text, "refusal": None, "qvl": qvl_json(answer)}
-        logprobs = None
-        if answer.logprobs is not None:
-            content = ChatLogprobs(service.engine.engine.tokenizer).add(answer.text, answer.logprobs)
-            logprobs = {"content": content, "refusal": None}
-        choices.append(
-            {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(answer)}
-        )
-    return {
-        **started,
-        "object": "chat.completion",
-        "choices": choices,
-        "usage": request_usage(completion.answers),
-        "timings": timings_json(completion.timings),
-    }
+    return chat_answer(completion, engine.tokenizer, started)
 
 
 class _Stream:
@@ -109,7 +63,7 @@ class _Stream:
 
     def __init__(self, service: Service, params: SamplingParams, usage: bool, exchange: Exchange) -> None:
         self._service, self._params, self._usage, self._exchange = service, params, usage, exchange
-        self._frame = {**_started(service, params), "object": "chat.completion.chunk"}
+        self._frame = {**frame(params.adapter or service.config.model_names[0]), "object": "chat.completion.chunk"}
         self._logprobs = [ChatLogprobs(service.engine.engine.tokenizer) for _ in range(params.n)]
         self._images: tuple[Any, ...] = ()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qvl_runtime.prompt.tokenizer import Allowed
 from qvl_runtime.server.answers import Json
-from qvl_runtime.server.chat import messages_of
+from qvl_runtime.server.chat_form import messages_of
 from qvl_runtime.server.errors import invalid
 from qvl_runtime.server.fields import COUNT, DETOKENIZE, TOKENIZE
 from qvl_runtime.server.logprobs import token_bytes

@@ -112,3 +112,38 @@ def test_a_file_without_answers_is_left_unchanged(engine: Engine, tmp_path: Path
     with pytest.raises(PromptError, match="does not end with a batch answer"):
         list(run_batch(engine, requests, notes, PARAMS))
     assert requests.read_text() == '{"prompt": "Hello!"}' and notes.read_text() == "keep me"
+
+
+def test_openai_s_batch_form_is_answered_in_it(engine: Engine, tmp_path: Path) -> None:
+    """SERVING 1b, 3 (run_batch): custom_id, method, url and body on each line; a run that was stopped resumes."""
+    image = str(make_image(tmp_path / "dog.png"))
+    parts = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What?"}]
+    bodies: list[Any] = [
+        {"model": "any", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4, "logprobs": True},
+        {"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 3, "n": 2, "seed": 1},
+        {"messages": [{"role": "user", "content": "Hello!"}], "temperature": "hot"},
+        {"messages": [{"role": "user", "content": "Hello!"}], "stream": True},
+        None,
+    ]
+    lines = [
+        {"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions", "body": b} for i, b in enumerate(bodies)
+    ]
+    lines.append({"custom_id": "r5", "method": "POST", "url": "/v1/embeddings", "body": {}})
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    *_, last = run_batch(engine, source, target, PARAMS)
+    found = answers(target)
+    assert [line["custom_id"] for line in found] == [f"r{i}" for i in range(6)] and last.errors == 4
+    assert [line["response"]["status_code"] for line in found] == [200, 200, 400, 400, 400, 400]
+    assert all(line["error"] is None and line["id"].startswith("batch_req_") for line in found)
+    first, second = (line["response"]["body"] for line in found[:2])
+    greeting = engine.chat([{"role": "user", "content": "Hello!"}], SamplingParams(max_tokens=4, temperature=0))
+    assert first["choices"][0]["message"]["content"] == greeting.text and first["object"] == "chat.completion"
+    assert len(first["choices"][0]["logprobs"]["content"]) == 4
+    assert len(second["choices"]) == 2 and second["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+    assert "temperature" in found[2]["response"]["body"]["error"]["message"]
+    assert "/v1/embeddings" in found[5]["response"]["body"]["error"]["message"]
+    whole = target.read_text()
+    target.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert [p.done for p in run_batch(engine, source, target, PARAMS)] == [4, 5, 6]
+    assert [line["custom_id"] for line in answers(target)] == [f"r{i}" for i in range(6)]
