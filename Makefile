@@ -17,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser npm-client demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser npm-client schemathesis lm-eval demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -153,6 +153,17 @@ npm-client: $(STAMP) ## run the JavaScript client against the server: needs node
 	npm install --silent --no-fund --no-audit --prefix build/npm openai@7.55.0
 	$(BIN)/python -m pytest tests/server/test_examples_of_server.py -q $(PYTEST_FLAGS)
 
+SCHEMATHESIS := .venv-schemathesis
+SCHEMATHESIS_FLAGS ?= --max-examples 30
+schemathesis: $(STAMP) ## send requests made from /openapi.json to the server: a minute
+	[ -x $(SCHEMATHESIS)/bin/schemathesis ] || { python3 -m venv $(SCHEMATHESIS) && $(SCHEMATHESIS)/bin/pip install --quiet schemathesis==4.32.5; }
+	$(BIN)/python -m tools.schemathesis $(SCHEMATHESIS)/bin/schemathesis $(SCHEMATHESIS_FLAGS)
+
+LM_EVAL := .venv-lm-eval
+lm-eval: $(STAMP) ## let lm-eval score the server on a task of its own, and compare with the engine
+	[ -d $(LM_EVAL)/lib ] || { $(BIN)/python -m venv $(LM_EVAL) && $(LM_EVAL)/bin/pip install --quiet $(PIP_INSTALL_FLAGS) -c constraints.txt torch && $(LM_EVAL)/bin/pip install --quiet 'lm_eval[api]==0.4.13'; }
+	$(BIN)/python -m tools.lm_eval_server $(LM_EVAL)/bin/python
+
 docs: $(STAMP) ## build the documentation site into build/site, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -165,5 +176,5 @@ report-quick: $(STAMP) ## the same at the smallest sizes, to out/report: does it
 	$(BIN)/python -m benchmarks.report --quick
 
 clean: ## remove the environment, builds, caches and outputs
-	rm -rf $(VENV) $(TTSEM) $(INTEROP) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TTSEM) $(INTEROP) $(SCHEMATHESIS) $(LM_EVAL) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -97,6 +97,7 @@ class _Job:
                 text = choice.begin(completion.prompt_logprobs or ())
                 if self._answered:
                     text += choice.add(answer.text, answer.logprobs or ())
+                    choice.end(answer)
                 finish = finish_reason(answer) if self._answered else "length"
                 choices.append({"index": len(choices), **choice.json(text, finish)} | {"qvl": qvl_json(answer)})
         usage = sum_usages([completion.answers for completion in done], self._answered)
@@ -134,6 +135,7 @@ class _Choice:
     def __init__(self, tokenizer: Tokenizer, encoded: Encoded, params: SamplingParams, echo: bool) -> None:
         self._tokenizer, self._encoded, self._echo = tokenizer, encoded, echo
         self._writer = None if params.logprobs is None else TextLogprobs(tokenizer)
+        self._stop_ids = encoded.prompt.stop_ids.union(params.stop_token_ids)
         self._begun = False
 
     def begin(self, scores: tuple[TokenLogprob, ...]) -> str:
@@ -152,6 +154,12 @@ class _Choice:
             self._writer.add(text, logprobs)
         return text
 
+    def end(self, completion: Completion) -> None:
+        """Take the token that ended the answer, unless a stop string did."""
+        ended = completion.finish_reason == "stop" and completion.token_ids[-1] in self._stop_ids
+        if self._writer is not None and ended:
+            self._writer.end()
+
     def json(self, text: str, finish: str | None) -> Json:
         """A choice with this text, and the log probabilities that came since the last."""
         logprobs = None if self._writer is None else self._writer.take()
@@ -162,6 +170,7 @@ class _Choice:
         text = "" if self._begun else self.begin(piece.prompt_logprobs)
         text += self.add(piece.text, piece.logprobs)
         if piece.completion is not None:
+            self.end(piece.completion)
             return self.json(text, finish_reason(piece.completion)) | {"qvl": qvl_json(piece.completion)}
         if not text and not piece.boxes:
             return None

@@ -214,7 +214,12 @@ TOKENIZE = {
 }
 DETOKENIZE = {**MODEL, "tokens": Field(_IDS, "Token ids.")}
 COUNT = {**MODEL, "messages": CHAT["messages"]}
-REQUIRED = {"chat": ("messages",), "completion": ("prompt",)}
+REQUIRED = {
+    "chat": ("messages",),
+    "completion": ("prompt",),
+    "count": ("messages",),
+    "detokenize": ("tokens",),
+}
 
 # Fields of OpenAI's that change no answer here, or whose default is all there is: they are taken and not used.
 UNUSED = (

@@ -34,6 +34,11 @@ class Shown:
         del self._waiting[: len(ready)]
         return ready
 
+    def rest(self) -> list[TokenLogprob]:
+        """Those that were held back to the end."""
+        entries, self._waiting = [entry for _, entry in self._waiting], []
+        return entries
+
 
 class ChatLogprobs:
     """The tokens of one answer as `choices[i].logprobs` of a chat has them."""
@@ -71,6 +76,11 @@ class TextLogprobs:
     def add(self, text: str, entries: Sequence[TokenLogprob]) -> None:
         """Take the next tokens of the answer, and the text that is shown with them."""
         for entry in self._shown.add(text, entries):
+            self._append(entry.token_id, entry)
+
+    def end(self) -> None:
+        """Take the token that ended the answer, which has no text: clients count on one entry for each token."""
+        for entry in self._shown.rest():
             self._append(entry.token_id, entry)
 
     def take(self) -> Json:

@@ -215,7 +215,7 @@ def test_methods_and_paths(live: Live) -> None:
     assert live.post("/v1/models", {}).status == 405 and live.ask("PATCH", "/health/live").status == 405
     assert live.get("/v1/models/../../etc/passwd").status == 404
     with socket.create_connection(("127.0.0.1", live.port)) as raw:
-        raw.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nX: \x01\x02\r\n\r\n")
+        raw.sendall(b"GET /nothing HTTP/1.1\r\nHost: a\r\nX: \x00\x01\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 4")
 
 

@@ -35,6 +35,19 @@ def test_echo_scores_prompts_as_lm_eval_asks(live: Live) -> None:
     assert answer.usage.prompt_tokens == sum(map(len, prompts)) and answer.usage.completion_tokens == 3
 
 
+def test_the_token_that_ends_an_answer_is_counted(live: Live) -> None:
+    """1b, 6: lm-eval drops the last entry as the one token that it asked for, also where that token is the end."""
+    (end,) = live.engine.tokenizer.encode("<|endoftext|>")
+    options: dict[str, Any] = {"model": "nano", "prompt": "The cat", "max_tokens": 1, "logprobs": 1, "echo": True}
+    options |= {"logit_bias": {str(end): 100}}
+    choice = live.openai().completions.create(**options).choices[0]
+    count = len(live.engine.tokenizer.encode("The cat"))
+    assert choice.finish_reason == "stop" and choice.text == "The cat"
+    assert len(choice.logprobs.token_logprobs) == count + 1 and choice.logprobs.tokens[-1] == "<|endoftext|>"
+    stream = list(live.openai().completions.create(**options, stream=True))
+    assert sum(len(chunk.choices[0].logprobs.tokens) for chunk in stream) == count + 1
+
+
 def test_max_tokens_0_scores_alone(live: Live) -> None:
     """1c: completions without echo log-probs put lm-eval at chance: here they are there, whole and for each token."""
     answer = live.openai().completions.create(model="nano", prompt="The cat", max_tokens=0, logprobs=2, echo=True)
