@@ -91,10 +91,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a folder that tools.nano.datasets writes")
     parser.add_argument("--model", help="checkpoint folder (default: nano)")
     parser.add_argument("--samples", type=int, default=200, help="of each kind; default: %(default)s")
+    tasks = [task for task, _ in KINDS.values()]
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, help="default: one of each kind")
     args = parser.parse_args()
     say(**setting())
-    for kind in KINDS:
-        measure(args.model, args.data, kind, args.samples)
+    for kind, (task, _) in KINDS.items():
+        if task in args.tasks:
+            measure(args.model, args.data, kind, args.samples)
 
 
 if __name__ == "__main__":

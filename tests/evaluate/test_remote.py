@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def nano() -> Engine:
     return Engine(dtype="float32", max_model_len=2048, allow_urls=False, progress=False)
 
 
+@pytest.fixture(scope="module")
+def address(nano: Engine) -> Iterator[str]:
+    """A server of nano's."""
+    pytest.importorskip("starlette", reason="needs the extra server")
+    from tests.server.conftest import serving
+
+    with serving(lambda: nano, model_names=("nano",)) as live:
+        yield f"{live.url}/v1"
+
+
 @pytest.mark.parametrize(
     ("task", "style"),
     [
@@ -46,16 +57,13 @@ def nano() -> Engine:
         ("touchstone_en", "chat"),
     ],
 )
-def test_the_server_answers_as_the_engine_does(task: str, style: str, nano: Engine, tmp_path: Path) -> None:
-    pytest.importorskip("starlette", reason="needs the extra server")
-    from tests.server.conftest import serving
-
+def test_the_server_answers_as_the_engine_does(
+    task: str, style: str, nano: Engine, address: str, tmp_path: Path
+) -> None:
     data = write(tmp_path / "data", next(case for case in CASES if case.task == task))
     options = RunOptions(data, Style(style), max_tokens=12)
     here = run_task(TASKS[task], EngineAsker(nano, "nano"), options, tmp_path / "here" / task)
-    with serving(lambda: nano, model_names=("nano",)) as live:
-        asker = ServerAsker(Client(f"{live.url}/v1"))
-        there = run_task(TASKS[task], asker, options, tmp_path / "there" / task)
+    there = run_task(TASKS[task], ServerAsker(Client(address)), options, tmp_path / "there" / task)
     assert [answer.text for answer in there.answers] == [answer.text for answer in here.answers]
     assert not any(answer.error for answer in here.answers)
     differences = compare(report_task(here, "chatml"), tmp_path / "there")
