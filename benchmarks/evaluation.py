@@ -52,7 +52,7 @@ def _asker(model: str | None, way: str) -> EngineAsker:
     """An engine whose caches are empty, or off."""
     cached = not way.endswith("no caches")
     bytes_kept = EngineConfig().image_cache_bytes if cached else 1
-    engine = Engine(model, max_model_len=1024, progress=False, prefix_caching=cached, image_cache_bytes=bytes_kept)
+    engine = Engine(model, progress=False, prefix_caching=cached, image_cache_bytes=bytes_kept)
     return EngineAsker(engine, "")
 
 

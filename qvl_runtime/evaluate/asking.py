@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple, Protocol
 
 from qvl_runtime.engine.engine import Engine
@@ -12,6 +13,9 @@ from qvl_runtime.evaluate.prompts import Question
 from qvl_runtime.schedule.api import Completion, SamplingParams
 
 Numbered = tuple[int, Question]
+
+
+PICTURES = 32  # whose first questions are asked before the second ones of the same pictures
 
 
 class Reply(NamedTuple):
@@ -36,6 +40,21 @@ class Asker(Protocol):
         ...
 
 
+def interleaved(questions: Iterable[Numbered]) -> Iterator[Numbered]:
+    """Questions in an order in which those about one picture find its prompt already computed.
+
+    Asked at the same time, each would compute it. So the first questions about some pictures come first, then the
+    second ones, and so on; then the next pictures.
+    """
+    by_picture: dict[str, list[Numbered]] = {}
+    for number, question in questions:
+        by_picture.setdefault(question.picture, []).append((number, question))
+    pictures = iter(by_picture.values())
+    while some := list(islice(pictures, PICTURES)):
+        for turn in zip_longest(*some):
+            yield from (question for question in turn if question is not None)
+
+
 class EngineAsker:
     """An engine, which shares images and prompts between questions and computes them together."""
 
@@ -58,7 +77,7 @@ class EngineAsker:
 
     def answers(self, questions: Iterable[Numbered]) -> Iterator[tuple[int, Reply | QVLError]]:
         """All run together, but choices of which an option is more than one token."""
-        together, alone = self._parted(questions)
+        together, alone = self._parted(interleaved(questions))
         asked = dict(together)
         requests = ((number, question.prompt, self._params(question)) for number, question in together)
         for number, result in self.engine.as_completed(requests):

@@ -66,6 +66,7 @@ class Question:
     min_tokens: int = 0
     max_tokens: int = 0
     digest: str = ""  # SHA-256 of the prompt with the names of its images, not their folders
+    picture: str = ""  # questions with the same one share the beginning of their prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ class Style:
         choices = tuple(before + letter for letter in LETTERS[: len(sample.options)]) if form.choice else ()
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest()
         raw = self.name == "original" and not form.is_chat
-        return Question(prompt, raw, choices, *(limits if self.name == "original" else (0, limits[1])), digest)
+        fewest = limits[0] if self.name == "original" else 0
+        return Question(prompt, raw, choices, fewest, limits[1], digest, sample.picture)
 
 
 def drawn_examples(train: Sequence[Sample], shots: int, count: int, seed: int = 0) -> list[Sequence[Sample]]:

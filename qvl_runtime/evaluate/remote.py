@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import ConfigError, DownloadError, ImageError, QVLError
-from qvl_runtime.evaluate.asking import Numbered, Reply
+from qvl_runtime.evaluate.asking import Numbered, Reply, interleaved
 from qvl_runtime.evaluate.http_client import Client
 from qvl_runtime.evaluate.prompts import Question
 from qvl_runtime.evaluate.readers.choices import data_url
@@ -44,7 +44,7 @@ class ServerAsker:
 
     def answers(self, questions: Iterable[Numbered]) -> Iterator[tuple[int, Reply | QVLError]]:
         """Answer all, in the order that answers come in."""
-        waiting, open_requests = iter(questions), dict[Future[Reply], int]()
+        waiting, open_requests = interleaved(questions), dict[Future[Reply], int]()
         with ThreadPoolExecutor(self._at_once, thread_name_prefix="qvl-ask") as pool:
             try:
                 while True:

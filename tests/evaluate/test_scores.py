@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from qvl_runtime.errors import QVLError
-from qvl_runtime.evaluate.asking import Numbered, Reply
+from qvl_runtime.evaluate.asking import PICTURES, Numbered, Reply, interleaved
 from qvl_runtime.evaluate.loading import load
+from qvl_runtime.evaluate.prompts import Question
 from qvl_runtime.evaluate.report import TaskReport, report_task
 from qvl_runtime.evaluate.runner import RunOptions, run_task
 from qvl_runtime.evaluate.samples import LETTERS, Sample
@@ -146,3 +147,14 @@ def test_captions_score_as_in_the_tool_and_gold_ones_highest(scenes: Path, tmp_p
 def test_secret_answers_give_a_file_and_no_score(scenes: Path, tmp_path: Path) -> None:
     report = scored("vqav2_testdev", scenes, tmp_path, lambda _: "red")
     assert (report.scores, "secret" in report.notes[0]) == ([], True)
+
+
+def test_questions_about_one_picture_are_not_asked_at_once() -> None:
+    def question(number: int, picture: str) -> Numbered:
+        return number, Question("", raw=True, picture=picture)
+
+    asked = [question(number, f"p{number // 3}") for number in range(3 * PICTURES + 6)]
+    order = [number for number, _ in interleaved(asked)]
+    assert sorted(order) == [number for number, _ in asked]
+    assert order[:PICTURES] == [3 * picture for picture in range(PICTURES)]
+    assert order[3 * PICTURES :] == [3 * PICTURES + at for at in (0, 3, 1, 4, 2, 5)]
