@@ -1,4 +1,4 @@
-"""Ops and inputs for them: at the published model's sizes, at odd ones, and tiny."""
+"""Ops and inputs for them, made on the device: at the published model's sizes, at odd ones, and tiny."""
 
 from __future__ import annotations
 
@@ -57,11 +57,24 @@ class Maker:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._rng = torch.Generator().manual_seed(0)
+        self._rng = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         """Normally distributed values of this shape, times `scale`."""
-        return (torch.randn(shape, generator=self._rng) * scale).to(self.device, self.dtype)
+        return (torch.randn(shape, generator=self._rng, device=self.device) * scale).to(self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Values from 0 to 1, float32."""
+        return torch.rand(shape, generator=self._rng, device=self.device)
+
+    def permutation(self, count: int) -> Tensor:
+        """0 to `count` - 1 in random order."""
+        return torch.randperm(count, generator=self._rng, device=self.device)
+
+    def words(self, *shape: int) -> Tensor:
+        """Random bits, int32."""
+        made = torch.randint(-(2**31), 2**31, shape, generator=self._rng, device=self.device, dtype=torch.int64)
+        return made.to(torch.int32)
 
     def case(self, op: str, inputs: tuple[Any, ...], moved: int, note: str, timed: bool) -> Case:
         """A case that calls the op by name; `moved` is in bytes."""
@@ -82,10 +95,10 @@ class Maker:
     def cached(self, contexts: list[int], heads: int, dim: int, kv_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Caches with blocks in random order, and the block tables."""
         blocks_each = cdiv(max(contexts), BLOCK)
-        blocks = torch.randperm(len(contexts) * blocks_each, generator=self._rng)
+        blocks = self.permutation(len(contexts) * blocks_each)
         shape = (len(blocks), heads, BLOCK, dim)
         caches = [to_cached(self.normal(*shape), kv_dtype).contiguous() for _ in "kv"]
-        return caches[0], caches[1], blocks.view(len(contexts), blocks_each).to(self.device)
+        return caches[0], caches[1], blocks.view(len(contexts), blocks_each)
 
     def attention(
         self, rows: int, context: int, requests: int, heads: int, dim: int, int8: bool = False, timed: bool = False
@@ -106,7 +119,7 @@ class Maker:
         k = torch.zeros(
             cdiv(rows, BLOCK) + 1, heads, BLOCK, cache_width(dim, kv_dtype), dtype=kv_dtype, device=self.device
         )
-        slots = torch.randperm(rows, generator=self._rng).to(self.device)
+        slots = self.permutation(rows)
         logn = torch.linspace(1, 1.2, rows, device=self.device)
         moved = 2 * qkv.nbytes + 8 * rows * dim
         inputs = (qkv, angle.float().cos(), angle.float().sin(), logn, k, k.clone(), slots)
@@ -124,14 +137,11 @@ class Maker:
     def linears(self, rows: int, inputs: int, outputs: int, timed: bool = False, odd: bool = False) -> Iterator[Case]:
         """int4 as GPTQ packs it, in order and symmetric, or `odd`: act-order and asymmetric; and dense."""
         groups, x = cdiv(inputs, GROUP), self.normal(rows, inputs)
-
-        def words(*shape: int) -> Tensor:
-            return torch.randint(-(2**31), 2**31, shape, generator=self._rng).to(self.device, torch.int32)
-
-        zeros = words(groups, outputs // 8) if odd else torch.full_like(words(groups, outputs // 8), 0x77777777)
-        order = torch.randperm(inputs, generator=self._rng).to(self.device) // GROUP if odd else None
-        scales = (torch.rand(groups, outputs, generator=self._rng) / 64 + 1 / 64).to(self.device, torch.float16)
-        packed = (x, words(inputs // 8, outputs), zeros, scales, None if order is None else order.int(), 4, 1)
+        random_zeros = self.words(groups, outputs // 8)
+        zeros = random_zeros if odd else torch.full_like(random_zeros, 0x77777777)
+        order = self.permutation(inputs) // GROUP if odd else None
+        scales = (self.uniform(groups, outputs) / 64 + 1 / 64).half()
+        packed = (x, self.words(inputs // 8, outputs), zeros, scales, None if order is None else order.int(), 4, 1)
         moved = inputs * outputs // 2 + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
         note = f"{rows} x {inputs} to {outputs}{', act-order, asymmetric' if odd else ''}"
         yield Case(f"int4 linear, {note}", packed, prepared("prepare_gptq"), moved, timed)
@@ -144,9 +154,9 @@ class Maker:
     def int8_linear(self, rows: int, inputs: int, outputs: int, timed: bool = False) -> Case:
         """Symmetric, in order: as a converted head or vision encoder has it."""
         groups, x = cdiv(inputs, GROUP), self.normal(rows, inputs)
-        words = torch.randint(-(2**31), 2**31, (inputs // 4, outputs), generator=self._rng).int().to(self.device)
+        words = self.words(inputs // 4, outputs)
         zeros = torch.full((groups, outputs // 4), 0x7F7F7F7F, dtype=torch.int32, device=self.device)
-        scales = ((torch.rand(groups, outputs, generator=self._rng) + 1) / 1024).to(self.device, torch.float16)
+        scales = ((self.uniform(groups, outputs) + 1) / 1024).half()
         moved = inputs * outputs + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
         packed = (x, words, zeros, scales, None, 8, 1)
         return Case(f"int8 linear, {rows} x {inputs} to {outputs}", packed, prepared("prepare_gptq"), moved, timed)

@@ -106,7 +106,7 @@ def _image_marks() -> tuple[int, int]:
 
 
 def _logits(path: Path, prompt: dict[str, Any], dtype: str, device: torch.device, kernels: str | None) -> Tensor:
-    with _kernels_variable(kernels):
+    with kernels_variable(kernels):
         engine = Engine(path, device=str(device), dtype=dtype, max_model_len=512, kv_cache_bytes=64 << 20)
         scored = engine.score(prompt, return_logits=True).logits
     if scored is None:
@@ -115,7 +115,7 @@ def _logits(path: Path, prompt: dict[str, Any], dtype: str, device: torch.device
 
 
 @contextmanager
-def _kernels_variable(kernels: str | None) -> Iterator[None]:
+def kernels_variable(kernels: str | None) -> Iterator[None]:
     """Set QVL_KERNELS; None leaves it unchanged."""
     before = os.environ.get("QVL_KERNELS")
     if kernels is not None:

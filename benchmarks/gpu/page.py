@@ -8,13 +8,18 @@ from typing import Any
 TITLES = {
     "bounds": "Computed bounds of decoding (nothing here is measured)",
     "launches": "Launches of a decoder layer in a decode step",
+    "compile": "Compiled in parallel",
+    "ceiling": "The ceilings: a large copy and a large read",
     "correct": "Kernels against their definitions",
-    "goldens": "Whole models against float32",
     "graphs": "The same tokens with CUDA graphs and without",
-    "ceiling": "The ceiling: a copy",
-    "speed": "Kernels against the ceiling",
-    "bf16": "The full-size model in BF16",
+    "goldens": "Whole models against float32",
+    "linears": "The linears of a layer against their peers",
+    "small": "The small kernels of a layer",
     "int4": "The full-size model in Int4",
+    "bf16": "The full-size model in BF16",
+    "int4-options": "Int4 with every option: int8 cache, head and vision encoder, embedding on the host",
+    "eager": "The full-size model in plain torch",
+    "speed": "Kernels against the ceiling",
     "sanitizer": "compute-sanitizer",
 }
 

@@ -1,6 +1,6 @@
 """Search for the fastest int4 kernel configurations on this GPU and write the file that QVL_KERNEL_CONFIGS names.
 
-    python -m benchmarks.gpu.tune kernels.json      # the published model's linears: minutes, mostly compilation
+    python -m benchmarks.gpu.tune kernels.json      # the published linears: a minute or two
     QVL_KERNEL_CONFIGS=kernels.json qvl chat ...
 
 Every configuration must compute the right numbers before it is timed. Entries of other GPUs already in the file are
@@ -13,14 +13,18 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
+from benchmarks.gpu.linears import random_weight
 from benchmarks.gpu.place import Place
+from benchmarks.gpu.processes import do_all
 from qvl_kernels import UnsupportedError, ops_for
 from qvl_kernels.util import cdiv
 
@@ -34,6 +38,7 @@ GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and 
     "small_m": ((8,), (32, 64), (1, 2, 4, 8), (1,)),
     "gemm": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
 }
+SHARES = 4  # of a linear's candidates, compiled in parallel
 WRONG = 2**-7  # of the largest output: sixteen roundings of float16
 
 
@@ -73,6 +78,7 @@ def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: t
     op = small_m if kind == "small_m" else gemm
     x = torch.randn(ROWS[kind], weight.inputs, device=place.device, dtype=torch.float16)
     want = x.float() @ dequantize(weight).T
+    copies = [weight, *(replace(weight, words=weight.words.clone()) for _ in range(place.copies(weight.nbytes) - 1))]
 
     def cost(made: Config) -> float | None:
         overrides()[key] = made
@@ -83,9 +89,37 @@ def timed(place: Place, ceiling: float, kind: Regime, weight: PackedInt4, key: t
         got = y.sum(0) if y.dim() == 3 else y.float()
         if not bool((got - want).abs().max() <= WRONG * want.abs().max()):
             raise RuntimeError(f"{key[1]} computes wrong numbers as {made}; please report it with your GPU's name")
-        return place.seconds(lambda: op(x, weight)) + (y.nbytes / ceiling if y.dim() == 3 else 0.0)
+        return place.seconds(*(partial(op, x, copy) for copy in copies)) + (y.nbytes / ceiling if y.dim() == 3 else 0.0)
 
     return cost
+
+
+class Share(NamedTuple):
+    """A share of the candidates of one linear, to be compiled."""
+
+    kind: Regime
+    name: str
+    share: int
+
+
+def compile_share(job: Share) -> None:
+    """Run each candidate of a share once, so that its binary lands in Triton's cache."""
+    from triton.runtime.errors import OutOfResources
+
+    from qvl_kernels.triton.launch import capability
+    from qvl_kernels.triton.linear import configs
+    from qvl_kernels.triton.linear.gemm import gemm
+    from qvl_kernels.triton.linear.published_shapes import SHAPES
+    from qvl_kernels.triton.linear.small_m import small_m
+
+    place, (inputs, outputs) = Place.find(), SHAPES[job.name]
+    here, op = configs.known(capability(place.device)), small_m if job.kind == "small_m" else gemm
+    weight = random_weight(inputs, outputs, place.device)
+    x = torch.randn(ROWS[job.kind], inputs, device=place.device, dtype=torch.float16)
+    for made in [*candidates(job.kind, here, inputs, outputs)][job.share :: SHARES]:
+        configs.overrides()[here, f"{job.kind} {inputs} {outputs}"] = made
+        with suppress(OutOfResources):
+            op(x, weight)
 
 
 def search(place: Place) -> tuple[int, dict[str, list[int]]]:
@@ -96,6 +130,10 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
 
     here, ceiling = configs.known(capability(place.device)), place.copy_ceiling()
     configs_by_label: dict[str, list[int]] = {}
+    shares = [Share(kind, name, share) for kind in ROWS for name in DECODER for share in range(SHARES)]
+    for done in do_all(compile_share, shares):
+        if done.error is not None:  # what was not compiled here is compiled when it is timed
+            print(f"{done.job}: {done.error}", file=sys.stderr)
     for kind, name in product(ROWS, DECODER):
         inputs, outputs = SHAPES[name]
         label = f"{kind} {inputs} {outputs}"
@@ -106,16 +144,6 @@ def search(place: Place) -> tuple[int, dict[str, list[int]]]:
         configs_by_label[label] = [*best]
         print(f"{name}, {label}: {[*best]} takes {seconds * 1e6:.1f} us; built in is {[*tried[0]]}", flush=True)
     return here, configs_by_label
-
-
-def random_weight(inputs: int, outputs: int, device: torch.device) -> PackedInt4:
-    """A symmetric weight of random values in groups of 128."""
-    from qvl_kernels.layouts.gpu import TILE, PackedInt4
-    from qvl_kernels.layouts.interleave import WORDS
-
-    words = torch.randint(-(2**31), 2**31, (inputs // TILE, outputs, WORDS), device=device).to(torch.int32)
-    scales: Tensor = torch.full((inputs // TILE, outputs), 0.01, dtype=torch.float16, device=device)
-    return PackedInt4(words, scales, zeros=None, perm=None, inputs=inputs, outputs=outputs, group=TILE)
 
 
 def write(path: Path, capability: int, tuned: dict[str, list[int]]) -> None:

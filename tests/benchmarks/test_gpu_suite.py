@@ -33,22 +33,27 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where the suite takes minutes")
 @pytest.mark.timeout(600)
 def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
-    done = python("benchmarks.gpu.suite", "--out", str(tmp_path))
+    done = python("benchmarks.gpu.suite", "--out", str(tmp_path), "--budget", "550")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     suite: dict[str, Any] = json.loads((tmp_path / "suite.json").read_text())
     parts = suite["parts"]
     assert [*parts] == [
         "bounds",
         "launches",
-        "correct",
-        "goldens",
-        "graphs",
+        "compile",
         "ceiling",
-        "speed",
+        "correct",
+        "graphs",
+        "goldens",
+        "linears",
+        "small",
         "int4",
         "bf16",
-        "sanitizer",
+        "int4-options",
+        "eager",
+        "speed",
     ]
+    assert [*suite["setting"]["seconds"]] == [*parts]
     assert "no time below is a figure" in suite["notes"][0] and len(suite["notes"]) == 1
     ops = {row["case"].partition(",")[0] for row in parts["correct"]}
     assert {
@@ -67,10 +72,17 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     } == ops
     assert all(row["right"] for part in ("correct", "goldens", "graphs") for row in parts[part])
     assert {row["model"] for row in parts["goldens"]} == {"nano", "nano_int4"}
-    assert {row["what"] for row in parts["int4"]} == {"speed", "memory", "throughput"}
+    for kind in ("int4", "bf16", "int4-options"):
+        whats = {"ready", "speed", "memory", "first token", "step", "group", "kernel", "throughput"}
+        assert {row["what"] for row in parts[kind]} == whats
+    assert all(row["right"] for row in parts["linears"] if "error" in row)
+    assert {row["contender"] for row in parts["linears"]} >= {"int4, float16", "dense, bfloat16"}
+    assert parts["compile"][0]["error"] is None
     text = (tmp_path / "suite.md").read_text()
     assert "Triton kernels (interpreted)" in text and "Computed bounds" in text
-    assert "**NO**" not in text.partition("## compute-sanitizer")[0]  # that one cannot run here
+    again = python("benchmarks.gpu.suite", "--out", str(tmp_path))
+    assert again.returncode == 0 and again.stderr.count("# done before: bounds, launches") == 1
+    assert json.loads((tmp_path / "suite.json").read_text())["parts"] == parts
 
 
 @needs_triton

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu.linears import random_weight
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.tune import candidates, fastest, main, random_weight, timed, write
+from benchmarks.gpu.tune import candidates, fastest, main, timed, write
 
 pytestmark = pytest.mark.unit
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make setup`")

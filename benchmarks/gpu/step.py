@@ -1,0 +1,110 @@
+"""Where the time of a decode step goes: the kernels of its graph by name, with their share of the read ceiling."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.gpu.asking import finish, submit, text
+from benchmarks.gpu.place import Place
+from qvl_runtime import Engine
+
+Row = dict[str, Any]
+STEPS = 12
+PLACES = ((300, 1), (2048, 1), (8000, 1), (700, 16))  # context and requests
+NAMED = 16  # kernels with a row of their own, longest first
+GROUPS = {  # by the name of a kernel, first match
+    "packed linears": r"small_m_kernel|int\d_gemm|_dequantize",
+    "decode attention": r"decode_kv",
+    "attention merge": r"merge_kernel",
+    "norms": r"norm_kernel",
+    "rotary": r"rotary",
+    "swiglu": r"swiglu",
+    "sampling": r"greedy|sample|select|top",
+    "dense products": r"gemm|gemv|nvjet|cutlass|splitK|xmma|addmm|aten::mm|linear",
+}
+
+
+class Spent(NamedTuple):
+    """The time of one kernel in a step."""
+
+    name: str
+    us: float
+    launches: float
+
+
+def steps(place: Place, engine: Engine, kind: str) -> Iterator[Row]:
+    """For each context and number of requests: a step's wall time, then its groups of kernels, then single kernels."""
+    ceiling = place.read_ceiling()
+    for context, requests in ((3, 1),) if place.tiny else PLACES:
+        wall, spent = measured(place, engine, context, requests)
+        at = {"model": kind, "context": context, "requests": requests}
+        on_gpu = sum(kernel.us for kernel in spent)
+        yield {"what": "step", **at, "wall_us": wall * 1e6, "gpu_us": on_gpu, "wall_over_gpu": wall * 1e6 / on_gpu}
+        yield from grouped(spent, bytes_of_groups(engine, context * requests), ceiling, at)
+        for kernel in spent[:NAMED]:
+            name = kernel.name[:80]
+            yield {"what": "kernel", **at, "kernel": name, "us": kernel.us, "launches": kernel.launches}
+
+
+def measured(place: Place, engine: Engine, context: int, requests: int) -> tuple[float, list[Spent]]:
+    """Seconds of a step without the profiler, and its kernels under it, longest first."""
+    count = 2 if place.tiny else STEPS
+    submit(engine, [text(context, 700 + r) for r in range(requests)], 3 * count)
+    engine.core.step()
+    place.wait()
+    began = time.perf_counter()
+    for _ in range(count):
+        engine.core.step()
+    place.wait()
+    wall = (time.perf_counter() - began) / count
+    with profile(activities=[ProfilerActivity.CPU] if place.tiny else [ProfilerActivity.CUDA]) as seen:
+        done = sum(bool(engine.core.step()) for _ in range(max(1, count // 2)))
+        place.wait()
+    finish(engine)
+    return wall, kernels_of(seen.events(), done, on_gpu=not place.tiny)
+
+
+def kernels_of(events: Iterable[Any], steps: int, on_gpu: bool) -> list[Spent]:
+    """The kernels of a profile of some steps, per step, longest first; without a GPU torch's operators."""
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        if str(event.device_type).endswith("CUDA" if on_gpu else "CPU"):
+            spent = total[event.name]
+            spent[0] += event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+            spent[1] += 1
+    kernels = [Spent(name, us / steps, launches / steps) for name, (us, launches) in total.items()]
+    return sorted(kernels, key=lambda kernel: -kernel.us)
+
+
+def grouped(spent: Iterable[Spent], nbytes: dict[str, int], ceiling: float, at: Row) -> Iterator[Row]:
+    """A row for each group of kernels: microseconds, launches, and its bytes over time as a share of the ceiling."""
+    total: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for kernel in spent:
+        name = next((group for group, pattern in GROUPS.items() if re.search(pattern, kernel.name)), "other")
+        total[name][0] += kernel.us
+        total[name][1] += kernel.launches
+    for name, (us, launches) in sorted(total.items(), key=lambda pair: -pair[1][0]):
+        rate = nbytes[name] / us * 1e6 if nbytes.get(name) and us else None
+        shares: Row = {"gb_s": rate and rate / 1e9, "of_read": rate and rate / ceiling}
+        yield {"what": "group", **at, "group": name, "us": us, "launches": launches, **shares}
+
+
+def bytes_of_groups(engine: Engine, tokens: int) -> dict[str, int]:
+    """Bytes that a step must read: packed and dense weights of decoder and head, and the keys and values of `tokens`.
+
+    A dense product among packed ones is the head's.
+    """
+    model = engine.core.runner.model
+    sizes = model.bytes_by_part
+    kinds = {part: model.kernels[f"{part} linears"].startswith("int") for part in ("language", "head")}
+    return {
+        "packed linears": sum(sizes[part] for part, packed in kinds.items() if packed),
+        "dense products": sum(sizes[part] for part, packed in kinds.items() if not packed),
+        "decode attention": tokens * engine.core.runner.cache.bytes_per_token,
+    }

@@ -1,0 +1,122 @@
+"""What the GPU suite keeps, compiles and counts, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.parts import Parts, context_lost
+from benchmarks.gpu.place import COLD, MOST_CALLS, Place
+from benchmarks.gpu.processes import do_all
+from benchmarks.gpu.step import Spent, grouped, kernels_of
+from benchmarks.gpu.suite import run
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
+SETTING = {"commit": "abc", "device": "a GPU", "torch": "2", "triton": "3"}
+pytestmark = pytest.mark.unit
+
+
+def test_a_later_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "suite.jsonl"
+    first = Journal(path)
+    assert not first.begin(SETTING)
+    for part in ("one", "two"):
+        first.start(part)
+        first.add(part, {"a": 1})
+    first.finish("one", 2.5)
+    with path.open("a") as file:
+        file.write('{"part": "two", "ro')  # the process was killed
+    second = Journal(path)
+    assert second.begin(SETTING | {"date": "later"})
+    assert second.done == {"one": 2.5} and second.rows == {"one": [{"a": 1}], "two": [{"a": 1}]}
+    second.start("two")
+    assert second.rows["two"] == [] and Journal(path).done == {"one": 2.5}
+
+
+@pytest.mark.parametrize("key", ["commit", "device", "torch", "triton"])
+def test_rows_of_other_code_or_hardware_are_forgotten(key: str, tmp_path: Path) -> None:
+    first = Journal(tmp_path / "suite.jsonl")
+    first.begin(SETTING)
+    first.start("one")
+    first.finish("one", 1.0)
+    second = Journal(tmp_path / "suite.jsonl")
+    assert not second.begin(SETTING | {key: "other"}) and second.done == {}
+
+
+def test_a_part_that_fails_keeps_its_rows_and_stops_no_other(tmp_path: Path) -> None:
+    def fails() -> Any:
+        yield {"a": 1}
+        raise ValueError("no")
+
+    journal = Journal(tmp_path / "suite.jsonl")
+    journal.begin(SETTING)
+    parts: Parts = {"one": fails, "two": lambda: [{"b": 2}], "late": lambda: [{"c": 3}]}
+    notes, left = run(parts, float("inf"), journal)
+    assert notes == ["one FAILED after 1 rows: ValueError: no"] and left == []
+    assert journal.rows["one"] == [{"a": 1}, {"failed": "ValueError: no", "right": False}]
+    assert [*journal.done] == ["two", "late"]
+    assert run({"late": parts["late"]}, 0.0, journal)[0] == ["late was skipped: the time budget is used up (--budget)"]
+
+
+def test_what_follows_a_lost_gpu_is_left_to_a_new_process(tmp_path: Path) -> None:
+    def lost() -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield {}
+
+    journal = Journal(tmp_path / "suite.jsonl")
+    journal.begin(SETTING)
+    assert run({"one": lost, "two": lambda: [], "three": lambda: []}, float("inf"), journal)[1] == ["two", "three"]
+    assert not context_lost(RuntimeError("out of shared memory"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_jobs_report_time_and_errors(workers: int) -> None:
+    done = {one.job: one.error for one in do_all(json.loads, ["1", "{"], workers)}  # light to import in a new process
+    assert done["1"] is None and str(done["{"]).startswith("JSONDecodeError: Expecting property name")
+
+
+def test_kernels_of_a_profile() -> None:
+    def event(name: str, us: float, device: str) -> Any:
+        return SimpleNamespace(
+            name=name, device_type=f"DeviceType.{device}", time_range=SimpleNamespace(elapsed_us=lambda: us)
+        )
+
+    events = [event("small_m_kernel", 10.0, "CUDA"), event("small_m_kernel", 30.0, "CUDA"), event("op", 99.0, "CPU")]
+    events += [event("nvjet_hsh_64x8", 50.0, "CUDA"), event("rms_norm_kernel", 4.0, "CUDA")]
+    spent = kernels_of(events, 2, on_gpu=True)
+    assert spent == [Spent("nvjet_hsh_64x8", 25, 0.5), Spent("small_m_kernel", 20, 1), Spent("rms_norm_kernel", 2, 0.5)]
+    rows = {row["group"]: row for row in grouped(spent, {"packed linears": 40_000_000}, 3e12, {"context": 1})}
+    assert [*rows] == ["dense products", "packed linears", "norms"]
+    assert rows["packed linears"]["gb_s"] == pytest.approx(2000)
+    assert rows["packed linears"]["of_read"] == pytest.approx(2 / 3) and rows["norms"]["gb_s"] is None
+
+
+def test_calls_in_turns_find_a_cold_cache() -> None:
+    place = Place(torch.device("cuda"), tiny=False)
+    assert place.copies(25 << 20) * (25 << 20) >= COLD
+    assert place.copies(8192) == MOST_CALLS and place.copies(1 << 30) == 1
+    assert Place(torch.device("cpu"), tiny=True).copies(8192) == 1
+
+
+@needs_triton
+def test_every_option_rounds_head_and_vision_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu.bounds import full_config
+    from benchmarks.gpu.engines import rounded_weights
+
+    monkeypatch.setenv("QVL_KERNELS", "reference")
+    config = full_config("qwen-vl-chat-int4")
+    visual = replace(config.visual, layers=1, width=416, heads=4, output_dim=256)
+    sizes = {"hidden_size": 256, "num_attention_heads": 2, "intermediate_size": 512, "vocab_size": 2048}
+    small = replace(config, num_hidden_layers=1, visual=visual, **sizes)
+    weights = rounded_weights(small, torch.float16, torch.device("cpu"))
+    assert "lm_head" in weights.packed and "lm_head.weight" not in weights.state
+    vision = [name for name in weights.packed if name.startswith("transformer.visual.")]
+    assert len(vision) >= 4 and not any(f"{name}.weight" in weights.state for name in vision)
