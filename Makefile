@@ -17,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser npm-client schemathesis lm-eval demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser ray npm-client schemathesis lm-eval demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,17 @@ $(INTEROP)/.set-up: tools/interop/auto-gptq.txt tools/interop/gptqmodel.txt
 	$(call INTEROP_INSTALL,auto-gptq) --no-deps auto-gptq==0.7.1
 	$(call INTEROP_INSTALL,gptqmodel) -r tools/interop/gptqmodel.txt
 	BUILD_CUDA_EXT=0 $(call INTEROP_INSTALL,gptqmodel) --no-deps --no-build-isolation gptqmodel==7.7.0 torchao==0.18.0
+	@touch $@
+
+# Ray is large, and brings its own web server and telemetry: it has an environment of its own.
+RAY := .venv-ray
+RAY_FLAGS ?=
+ray: $(RAY)/.set-up ## run the tests on Ray clusters of this machine: five minutes; ten kills each with QVL_KILLS=10
+	RAY_USAGE_STATS_ENABLED=0 $(RAY)/bin/python -m pytest tests/cluster -q -p no:cacheprovider $(RAY_FLAGS)
+
+$(RAY)/.set-up: pyproject.toml constraints.txt
+	@python="$${PYTHON:-$$($(FIND_PYTHON))}"; [ -x $(RAY)/bin/python ] || "$$python" -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[ray]' pytest pytest-timeout hypothesis openai
 	@touch $@
 
 browser: $(STAMP) ## install what the tests of the page need besides a Chromium: playwright, and axe-core by npm
@@ -176,5 +187,5 @@ report-quick: $(STAMP) ## the same at the smallest sizes, to out/report: does it
 	$(BIN)/python -m benchmarks.report --quick
 
 clean: ## remove the environment, builds, caches and outputs
-	rm -rf $(VENV) $(TTSEM) $(INTEROP) $(SCHEMATHESIS) $(LM_EVAL) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TTSEM) $(INTEROP) $(SCHEMATHESIS) $(LM_EVAL) $(RAY) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

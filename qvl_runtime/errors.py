@@ -80,6 +80,10 @@ class DataError(QVLError, ValueError):
     """The files of an evaluation are missing, malformed, or belong to another run."""
 
 
+class ClusterError(QVLError):
+    """A Ray cluster is not there, does not fit, or could not do what was asked of it."""
+
+
 class SamplingError(QVLError, ValueError):
     """A sampling parameter is out of range."""
 

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from qvl_runtime.cli.batch_ray import RayOptions, run_on_ray
 from qvl_runtime.cli.endpoints import Input, Output, check_distinct
 from qvl_runtime.cli.flags import as_flags, flags_of
-from qvl_runtime.cli.lines import MAX_LINE, Line
-from qvl_runtime.cli.openai_batch import is_openai, openai_answer, openai_error, openai_names, parse_openai
 from qvl_runtime.cli.options import Debug, EngineOptions, Quiet, SamplingOptions, count_option
-from qvl_runtime.cli.records import answer_record, has_failed, parse_record, parse_request, record_id
 from qvl_runtime.cli.terminal import FAILED_RECORDS, progress_bar, rate, say
+from qvl_runtime.engine.records import answer_record, has_failed, parse_record, parse_request, record_id
 from qvl_runtime.errors import PromptError, QVLError
+from qvl_runtime.reading.lines import MAX_LINE, Line
+from qvl_runtime.server.openai_batch import is_openai, openai_answer, openai_error, openai_names, parse_openai
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine
@@ -63,6 +64,7 @@ def batch(
     ],
     models: EngineOptions,
     sampling: SamplingOptions,
+    cluster: RayOptions,
     max_line_bytes: Annotated[
         int, count_option("The longest line that is read, images in base64 included.")
     ] = MAX_LINE,
@@ -89,10 +91,14 @@ def batch(
 
     [cyan]qvl batch questions.jsonl answers.jsonl --temperature 0 --max-tokens 64[/cyan]
 
+    [cyan]qvl batch questions.jsonl answers/ --ray auto --temperature 0[/cyan]
+
     [cyan]gunzip -c questions.jsonl.gz | qvl batch - - | gzip > answers.jsonl.gz[/cyan]
     """
     params = sampling.params()
     check_distinct(requests, answers)
+    if cluster.ray is not None:
+        return run_on_ray(requests, answers, models, params, cluster, max_line_bytes, quiet, _in_flags)
     with closing(Input(requests)) as source, closing(Output(answers)) as target:
         job = Batch(source, target, params, max_line_bytes)
         job.resume()
@@ -253,8 +259,13 @@ class Batch:
             yield self.progress
 
     def _error(self, index: int, error: QVLError) -> dict[str, Any]:
-        message, name = as_flags(str(error), _flags()), self._names[index]
+        message, name = _in_flags(str(error)), self._names[index]
         return openai_error(message) if name.in_openai_form else {"line": name.line, "error": message}
+
+
+def _in_flags(error: str) -> str:
+    """An error of a request in the words of the command line."""
+    return as_flags(error, _flags())
 
 
 @cache

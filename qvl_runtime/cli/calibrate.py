@@ -13,9 +13,9 @@ import typer
 from qvl_runtime.cli.endpoints import Input
 from qvl_runtime.cli.locate import Question
 from qvl_runtime.cli.options import OUTPUT, AsJson, Debug, EngineOptions, Quiet
-from qvl_runtime.cli.records import parse_record
 from qvl_runtime.cli.streams import argument_text
 from qvl_runtime.cli.terminal import print_json, progress_bar, say
+from qvl_runtime.engine.records import parse_record
 from qvl_runtime.errors import PromptError, quoted
 
 

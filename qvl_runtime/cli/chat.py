@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.cli.drawing import check_drawable, save_drawing
-from qvl_runtime.cli.lines import Line
 from qvl_runtime.cli.options import Debug, EngineOptions, Font, Images, SamplingOptions, System, user_message
 from qvl_runtime.cli.streams import Closed, argument_text, check_output, input_decoded, input_lines
 from qvl_runtime.cli.terminal import (
@@ -21,6 +20,7 @@ from qvl_runtime.cli.terminal import (
     speed_line,
 )
 from qvl_runtime.errors import ImageError, PromptError, QVLError
+from qvl_runtime.reading.lines import Line
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.cli.lines import MAX_LINE, Line, read_lines
 from qvl_runtime.cli.streams import CHUNK, binary, is_ready
 from qvl_runtime.cli.terminal import say
 from qvl_runtime.errors import PromptError
+from qvl_runtime.reading.lines import MAX_LINE, Line, read_lines
+from qvl_runtime.reading.locks import TAKEN, lock_file
 
 STANDARD = "-"  # the name of standard input and of standard output
 _STANDARD_PATHS = {"/dev/stdin": 0, "/dev/fd/0": 0, "/dev/stdout": 1, "/dev/fd/1": 1}
@@ -86,7 +87,7 @@ class Output:
         elif path.is_file():
             self.path = path
             self._file = path.open("r+b", buffering=0)
-            _lock(self._file, path)
+            lock_file(self._file, path)
         elif path.is_dir() or path.is_block_device() or path.is_socket():
             raise PromptError(f"{path} is no file to write; expected a file, a pipe, or - for standard output")
         else:
@@ -100,8 +101,8 @@ class Output:
             try:
                 self._file = self.path.open("xb", buffering=0)
             except FileExistsError:
-                raise PromptError(_TAKEN.format(self.path)) from None
-            _lock(self._file, self.path)
+                raise PromptError(TAKEN.format(self.path)) from None
+            lock_file(self._file, self.path)
         self._file.truncate(end)
         self._file.seek(end)
 
@@ -124,9 +125,6 @@ class Output:
         """Close it, unless it is standard output."""
         if self._file is not None and self.name != "standard output":
             self._file.close()
-
-
-_TAKEN = "another process is writing {}: wait for it, or choose another file"
 
 
 def check_distinct(source: Path, target: Path) -> None:
@@ -158,17 +156,3 @@ def _open_pipe(path: Path) -> int:
         return os.open(path, os.O_WRONLY)
     os.set_blocking(descriptor, True)
     return descriptor
-
-
-def _lock(file: Any, path: Path) -> None:
-    """Lock a file until it is closed. Raises `PromptError` if another process has."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PromptError(_TAKEN.format(path)) from None
-    except OSError:  # a disk without locks, such as some network drives: two runs were never kept apart there
-        return

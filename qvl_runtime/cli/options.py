@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,6 +12,7 @@ import typer
 from qvl_runtime.cli.sampling_options import SAMPLING as SAMPLING
 from qvl_runtime.cli.sampling_options import SamplingOptions as SamplingOptions
 from qvl_runtime.cli.terminal import working
+from qvl_runtime.engine.records import user_message as user_message
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine
@@ -239,9 +239,3 @@ class EngineOptions(ReadingOptions):
             rich_help_panel=IMAGES,
         ),
     ] = False
-
-
-def user_message(text: str, images: Sequence[str]) -> dict[str, Any]:
-    """A chat message of the user: images first, then the text."""
-    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
-    return {"role": "user", "content": parts}

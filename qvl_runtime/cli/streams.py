@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, TextIO
 
-from qvl_runtime.cli.lines import Line, read_lines
 from qvl_runtime.errors import PromptError
+from qvl_runtime.reading.lines import Line, read_lines
 from qvl_runtime.reading.text import decode
 
 CHUNK = 2**16  # bytes read at once

@@ -26,10 +26,20 @@ def affinity_key(request: Mapping[str, Any]) -> str | None:
     sent, data URLs included, and nothing is decoded: a picture encoded in two ways has two keys. The first picture
     counts, since later turns of a conversation begin with it, too.
     """
-    url = _first_in_messages(request.get("messages"))
-    if url is None:
-        url = _first_in_text(request.get("prompt"))
+    url = first_picture(request)
     return None if url is None else hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def first_picture(request: Mapping[str, Any]) -> str | None:
+    """The first picture of a request to the server, or of a line for `qvl batch`, as it is named there."""
+    if isinstance(request.get("body"), Mapping):  # in OpenAI's batch form
+        request = request["body"]
+    images = request.get("images")
+    if isinstance(images, list) and images and isinstance(images[0], str):
+        return images[0]
+    if (url := _first_in_messages(request.get("messages"))) is not None:
+        return url
+    return _first_in_text(request.get("prompt")) or _first_in_text(request.get("raw"))
 
 
 def affinity_headers(messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:

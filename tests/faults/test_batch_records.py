@@ -10,8 +10,8 @@ import pytest
 
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.cli.batch import Progress, run_batch
-from qvl_runtime.cli.lines import read_lines
 from qvl_runtime.cli.options import ModelOptions
+from qvl_runtime.reading.lines import read_lines
 from tests.fakes import qvl
 
 pytestmark = pytest.mark.cpu

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.cli.lines import MAX_LINE, Line
-from qvl_runtime.cli.options import user_message
 from qvl_runtime.errors import PromptError, quoted
 from qvl_runtime.reading.json_text import parse_json
+from qvl_runtime.reading.lines import MAX_LINE, Line
 from qvl_runtime.reading.text import decode
 
 if TYPE_CHECKING:
@@ -110,3 +109,9 @@ def _merge_params(raw: Any, params: SamplingParams) -> SamplingParams:
 def _are_messages(value: Any) -> bool:
     """Whether a value is messages: a list of parts would be read as a prompt without the chat format."""
     return isinstance(value, list) and all(isinstance(entry, dict) and "role" in entry for entry in value)
+
+
+def user_message(text: str, images: Sequence[str]) -> dict[str, Any]:
+    """A chat message of the user: images first, then the text."""
+    parts = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    return {"role": "user", "content": parts}

@@ -1,0 +1,24 @@
+"""Files that one process at a time writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qvl_runtime.errors import PromptError
+
+TAKEN = "another process is writing {}: wait for it, or choose another file"
+
+
+def lock_file(file: Any, path: Path) -> None:
+    """Lock an open file until it is closed. Raises `PromptError`, which names `path`, if another process has."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PromptError(TAKEN.format(path)) from None
+    except OSError:  # a disk without locks, such as some network drives: two runs were never kept apart there
+        return
