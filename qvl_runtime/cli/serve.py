@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvl_runtime.cli.options import Debug, ReadingOptions, RunOptions, count_option
+from qvl_runtime.cli.serve_ray import ServeRayOptions, run_on_ray
 from qvl_runtime.cli.terminal import INTERRUPTED, say
 from qvl_runtime.errors import ConfigError, quoted
 
@@ -172,6 +173,7 @@ def serve(
     ] = None,
     serving: ServeOptions,
     models: ReadingOptions,
+    cluster: ServeRayOptions,
     debug: Debug = False,
 ) -> int:
     """Answer OpenAI's API over HTTP: chat and completions, streams, images, boxes.
@@ -186,7 +188,14 @@ def serve(
     """
     if checkpoint is not None and models.model is not None:
         raise ConfigError("the model is given twice: as an argument and by --model")
-    return run(serving, replace(models, model=checkpoint or models.model))
+    models = replace(models, model=checkpoint or models.model)
+    if cluster.ray is None and not cluster.ray_config:
+        return run(serving, models)
+    config, keys = serving.config(_names(serving, models)), serving.api_key_file
+    if models.model is not None and models.download:
+        models.folder()
+    engine = {**models.values(), **serving.image_sources(), "adapters": serving.adapters()}
+    return run_on_ray(cluster, engine, config, keys, serving.host, serving.port, serving.access_log)
 
 
 def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object] | None = None) -> int:
@@ -198,7 +207,7 @@ def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object]
     from qvl_runtime.server.keys import Keys
     from qvl_runtime.server.middleware import standard_output
 
-    names = tuple(serving.served_model_name or ()) or (_name(models.model or models.synthetic),)
+    names = _names(serving, models)
     config, keys = serving.config(names), Keys(serving.api_key_file)
     if models.model is not None:
         models.folder()  # so that a wrong name is an error before anything listens
@@ -218,6 +227,10 @@ def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object]
     write = standard_output if serving.access_log else None
     ended_by = run_server(load, config, keys, serving.host, serving.port, write, serving.trusted_proxies, announce)
     return INTERRUPTED if ended_by == signal.SIGINT else 0
+
+
+def _names(serving: ServeOptions, models: RunOptions) -> tuple[str, ...]:
+    return tuple(serving.served_model_name or ()) or (_name(models.model or models.synthetic),)
 
 
 def _name(model: str | None) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from qvl_runtime.prompt.limits import ImageLimits
+from qvl_runtime.server.config import ServerConfig
 from qvl_runtime.server.errors import api_error
 from qvl_runtime.server.http import Disconnected, Events, Reply, read_json, while_connected
 from qvl_runtime.server.requests import Exchange, guide_field
@@ -54,8 +56,14 @@ class ModelEndpoint:
             await reply.events(events)
 
     def _limit(self) -> int:
-        """The longest body: all images in base64, and 1 MiB of text."""
-        if self._service.config.max_body_bytes is not None:
-            return self._service.config.max_body_bytes
-        images = self._service.engine.engine.engine_config.image_limits
-        return images.max_images * images.max_image_bytes * 4 // 3 + _SLACK
+        config = self._service.config
+        if config.max_body_bytes is not None:
+            return config.max_body_bytes
+        return body_limit(config, self._service.engine.engine.engine_config.image_limits)
+
+
+def body_limit(config: ServerConfig, images: ImageLimits) -> int:
+    """The longest body: all images in base64, and 1 MiB of text, unless the server has a limit of its own."""
+    if config.max_body_bytes is not None:
+        return config.max_body_bytes
+    return images.max_images * images.max_image_bytes * 4 // 3 + _SLACK

@@ -99,6 +99,14 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 async def read_json(scope: Scope, receive: Receive, reply: Reply, limit: int, timeout_s: float) -> Any:
     """The body of a request, parsed. Raises `APIError` 400, 408 or 413, and `Disconnected`."""
+    body = await read_body(scope, receive, reply, limit, timeout_s)
+    if len(body) > _THREADED:
+        return await asyncio.to_thread(_parse, body)
+    return _parse(body)
+
+
+async def read_body(scope: Scope, receive: Receive, reply: Reply, limit: int, timeout_s: float) -> bytes:
+    """The body of a request. Raises `APIError` 408 or 413, and `Disconnected`."""
     declared = dict(scope["headers"]).get(b"content-length", b"")
     too_large = APIError(413, f"the body has more than {limit:,} bytes, the limit", code="body_too_large")
     if declared.isdigit() and int(declared) > limit:
@@ -112,9 +120,7 @@ async def read_json(scope: Scope, receive: Receive, reply: Reply, limit: int, ti
     if body is None:
         await _refuse(receive, reply, too_large)
         raise Disconnected
-    if len(body) > _THREADED:
-        return await asyncio.to_thread(_parse, body)
-    return _parse(body)
+    return body
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
