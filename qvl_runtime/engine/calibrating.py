@@ -64,8 +64,8 @@ def _logistic(scores: Sequence[BoxScores], right: Sequence[bool]) -> list[float]
     x = np.array([[*features(one), 1.0] for one in scores])
     mean, scale = x.mean(0), x.std(0)
     mean[-1], scale[-1] = 0.0, 1.0
-    scale[scale < 1e-9] = 1.0
-    z, y = (x - mean) / scale, np.array(right, float)
+    told = scale > 1e-3  # a score that is the same for all boxes tells nothing about them
+    z, y = np.where(told, (x - mean) / np.where(told, scale, 1.0), 0.0), np.array(right, float)
     weights = np.zeros(z.shape[1])
     ridge = np.full(z.shape[1], RIDGE * len(z))
     ridge[-1] = 1e-9
@@ -77,8 +77,8 @@ def _logistic(scores: Sequence[BoxScores], right: Sequence[bool]) -> list[float]
         weights -= step
         if float(np.abs(step).max()) < 1e-10:
             break
-    plain = weights / scale
-    plain[-1] = weights[-1] - float((weights * mean / scale)[:-1].sum())
+    plain = np.where(told, weights / np.where(told, scale, 1.0), 0.0)
+    plain[-1] = weights[-1] - float((plain * mean)[:-1].sum())
     return [float(value) for value in plain]
 
 

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from qvl_runtime.errors import ConstraintError
 from qvl_runtime.prompt.box_rules import BoxRules
-from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids, Shape, can_become
-from qvl_runtime.prompt.boxes import SCALE
+from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids, Shape, interval, next_digits
 from qvl_runtime.prompt.token_mask import Mask, add, first_of, holds, mask_of, remove
 
 LABEL_TOKENS = 64  # of a label, at most
@@ -56,9 +55,12 @@ class BoxGrammar:
         self._ends = tuple(sorted(end for end in set(end_ids) if end < vocab and end not in spelling.tags))
         self._is_end = frozenset(self._ends)
         self._texts: dict[tuple[bool, bytes, Ids], Mask] = {}
+        self._masks: dict[Ids, Mask] = {}  # of text and single tokens
         self._longest = max(spelling.box.longest, spelling.quad.longest if rules.quads else 0)
         self._states = [State()]
+        self._known: tuple[State, tuple[Ids, Mask | None]] | None = None
         self._continue(prompt_ids)
+        self._known = None  # it was found with another limit
         needed = self._reserve(self._state) - (0 if self._state.shape is None else 1)
         if needed > limit:
             raise ConstraintError(
@@ -70,19 +72,20 @@ class BoxGrammar:
     def done(self) -> bool:
         """Whether nothing may follow but the end."""
         state = self._state
-        return self._may_end(state) and not self._starts(state) and not self._text_allowed(state)
+        if state.shape is not None or not self._may_end(state):
+            return False
+        ids, text = self._legal(state)
+        return text is None and self._is_end.issuperset(ids)
 
     def mask(self, out: Mask) -> None:
         """Fill a bitset with the tokens that may come next."""
         ids, text = self._legal(self._state)
-        if text is not None:
-            out[:] = text
-            add(out, ids)
-            return
-        masks = self.spelling.masks
-        if ids not in masks:
-            masks[ids] = mask_of(ids, self._vocab)
-        out[:] = masks[ids]
+        masks = self.spelling.masks if text is None else self._masks
+        key = ids if text is None else (*ids, -id(text))
+        if (mask := masks.get(key)) is None:
+            mask = masks[key] = mask_of(ids, self._vocab) if text is None else text.copy()
+            add(mask, ids)
+        out[:] = mask
 
     def advance(self, token: int) -> bool:
         """Append a token; False, and nothing changes, if it may not come next."""
@@ -129,11 +132,6 @@ class BoxGrammar:
         shape = self._state.shape
         return () if shape is None else self._in_shape(self._state, shape)
 
-    def interval(self) -> tuple[int, int] | None:
-        """The least and the largest value of the coordinate that comes next or is begun; None at other places."""
-        state = self._state
-        return None if state.shape is None or state.pending else self._interval(state)
-
     def place(self, token: int) -> Ids:
         """Roughly where a box is, with one more token: its coordinates in hundreds, of the last one the first digit."""
         state = self._state
@@ -172,7 +170,12 @@ class BoxGrammar:
         self._states = [state._replace(used=0) if complete and in_place else State()]
 
     def _legal(self, state: State) -> tuple[Ids, Mask | None]:
-        """Single tokens that may come next, and the set of text tokens that may, or None."""
+        """Single tokens that may come next, and the set of text tokens that may, or None; kept for the last state."""
+        if self._known is None or self._known[0] is not state:
+            self._known = state, self._find_legal(state)
+        return self._known[1]
+
+    def _find_legal(self, state: State) -> tuple[Ids, Mask | None]:
         if state.shape is not None:
             return self._in_shape(state, state.shape), None
         if state.label is not None:
@@ -185,21 +188,11 @@ class BoxGrammar:
     def _in_shape(self, state: State, shape: Shape) -> Ids:
         if state.pending:
             return state.pending[:1]
-        low, high = self._interval(state)
-        may = tuple(
-            token
-            for digit, token in enumerate(self.spelling.digits)
-            if (state.digits == 0 or state.value > 0) and can_become(10 * state.value + digit, low, high)
-        )
-        ends_here = state.digits > 0 and low <= state.value <= high
-        return (*may, shape.pieces[len(state.values) + 1][0]) if ends_here else may
-
-    def _interval(self, state: State) -> tuple[int, int]:
-        """The least and the largest value of the coordinate that is being written."""
-        number = len(state.values)
-        if state.shape is not self.spelling.box:
-            return 0, SCALE
-        return (0, SCALE - 1) if number < 2 else (state.values[number - 2] + 1, SCALE)
+        number, count = len(state.values), len(shape.pieces) - 1
+        low, high = interval(number, state.values, count)
+        digits, may_end = next_digits(state.value, state.digits > 0, low, high)
+        ids = tuple([self.spelling.digits[digit] for digit in digits])
+        return (*ids, shape.pieces[number + 1][0]) if may_end else ids
 
     def _in_label(self, state: State, count: int) -> tuple[Ids, Mask | None]:
         end = (self.spelling.tokenizer.ref_end,)

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from qvl_runtime.prompt.box_grammar import BoxGrammar
 from qvl_runtime.prompt.box_rules import BoxRules
-from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids
+from qvl_runtime.prompt.box_spelling import BoxSpelling, interval, next_digits
 from qvl_runtime.prompt.boxes import BoxScores
 
 ONE_BOX = BoxRules(labels="none", least=0, most=1)
 Probabilities = Mapping[int, float]  # log probability by token, of the spelling's alphabet
+
+
+class Step(NamedTuple):
+    """A place in a number: the digits that may stand there with their shares, that of the end, and what was written."""
+
+    shares: dict[int, float]
+    end: float
+    written: int | None  # None: the end
 
 
 def box_scores(
@@ -25,93 +33,95 @@ def box_scores(
 
     logprobs: of each token; probabilities: at each position after the start tag, those of the alphabet.
     """
-    if not ids or ids[0] not in spelling.shapes:
+    shape = spelling.shapes.get(ids[0]) if ids else None
+    if shape is None:
         return None
-    vocab = max(spelling.tokenizer.n_vocab, *ids) + 1
-    grammar = BoxGrammar(spelling, ONE_BOX, vocab, (), len(ids) + spelling.quad.longest)
-    if not grammar.advance(ids[0]):
+    values, moments, logs = list[int](), list[tuple[float, float]](), list[float]()
+    at = 1 + len(shape.pieces[0])
+    if tuple(ids[1:at]) != shape.pieces[0]:
         return None
-    chosen = list[float]()
-    numbers = [Number()]
-    for token, at in zip(ids[1:], probabilities[1:], strict=True):
-        legal = grammar.shape_tokens()
-        low_high = grammar.interval()
-        if not grammar.advance(token) or (len(legal) > 1 and at is None):
+    for number, piece in enumerate(shape.pieces[1:]):
+        bounds = interval(number, values, len(shape.pieces) - 1)
+        steps = _steps(spelling, piece[0], ids[at:], probabilities[at:], bounds, logs)
+        if steps is None:
             return None
-        if low_high is None:  # a piece between numbers
-            continue
-        shares = _shares(legal, at or {}) if len(legal) > 1 else {legal[0]: 1.0}
-        if len(legal) > 1:
-            chosen.append(math.log(max(shares[token], 1e-300)))
-        number = numbers[-1]
-        digits = {spelling.digit_of[t]: share for t, share in shares.items() if t in spelling.digit_of}
-        number.steps.append((digits, 1.0 - math.fsum(digits.values())))
-        number.bounds = low_high
-        if token in spelling.digit_of:
-            number.written.append(spelling.digit_of[token])
-        else:
-            numbers.append(Number())
-    if not grammar.done or not chosen:
+        at += len(steps) - 1
+        if tuple(ids[at : at + len(piece)]) != piece:
+            return None
+        at += len(piece)
+        written = [step.written for step in steps if step.written is not None]
+        values.append(int("".join(map(str, written))))
+        moments.append(number_moments(steps, bounds))
+    if at != len(ids):
         return None
-    moments = [number.moments() for number in numbers if number.written]
-    total = math.fsum(chosen)
+    total = math.fsum(logs)
     return BoxScores(
         presence=math.exp(logprobs[0]),
-        normalized=math.exp(total / len(chosen)),
+        normalized=math.exp(total / len(logs)),
         logprob=total,
         expectation=tuple(mean for mean, _ in moments),
         spread=tuple(deviation for _, deviation in moments),
     )
 
 
-class Number:
-    """One coordinate as it was written: its digits, and at each place the shares of other digits and of its end."""
-
-    def __init__(self) -> None:
-        self.written: list[int] = []
-        self.steps: list[tuple[dict[int, float], float]] = []
-        self.bounds = (0, 0)
-
-    def moments(self) -> tuple[float, float]:
-        """Expectation and standard deviation.
-
-        Of a digit that was not written, the following ones are unknown: any, in a number as long as the written one.
-        """
-        value, path = 0, 1.0
-        weights, means, variances = list[float](), list[float](), list[float]()
-        for place, (digits, end) in enumerate(self.steps):
-            written = self.written[place] if place < len(self.written) else None
-            rest = max(0, len(self.written) - 1 - place)
-            for digit, share in digits.items():
-                if digit == written:
-                    continue
-                first = (10 * value + digit) * 10**rest
-                low, high = max(first, self.bounds[0]), min(first + 10**rest - 1, self.bounds[1])
-                low, high = min(low, high), max(low, high)
-                weights.append(path * share)
-                means.append((low + high) / 2)
-                variances.append(((high - low + 1) ** 2 - 1) / 12)
-            if written is not None:
-                weights.append(path * end)
-                means.append(value)
-                variances.append(0.0)
-                path *= digits.get(written, 0.0)
-                value = 10 * value + written
-            else:
-                path *= end
-        weights.append(path)
-        means.append(value)
-        variances.append(0.0)
-        total = math.fsum(weights) or 1.0
-        mean = math.fsum(w * m for w, m in zip(weights, means, strict=True)) / total
-        square = math.fsum(w * (m - mean) ** 2 + w * v for w, m, v in zip(weights, means, variances, strict=True))
-        return mean, math.sqrt(max(0.0, square / total))
+def _steps(
+    spelling: BoxSpelling,
+    end: int,
+    ids: Sequence[int],
+    probabilities: Sequence[Probabilities | None],
+    bounds: tuple[int, int],
+    logs: list[float],
+) -> list[Step] | None:
+    """Read a number up to the token that ends it, and add the logarithms of what had an alternative to `logs`."""
+    steps, value = list[Step](), 0
+    for token, given in zip(ids, probabilities, strict=True):
+        digits, may_end = next_digits(value, bool(steps), *bounds)
+        written = spelling.digit_of.get(token)
+        if (token != end or not may_end) if written is None else written not in digits:
+            return None
+        shares, share_of_end = dict.fromkeys(digits, 1.0), float(may_end)
+        if len(digits) + may_end > 1:
+            if given is None:
+                return None
+            found = [given[spelling.digits[digit]] for digit in digits]
+            found += [given[end]] if may_end else []
+            top = max(found)
+            weights = [math.exp(each - top) for each in found]
+            total = math.fsum(weights)
+            shares = {digit: weight / total for digit, weight in zip(digits, weights, strict=False)}
+            share_of_end = weights[-1] / total if may_end else 0.0
+            logs.append(math.log(max(share_of_end if written is None else shares[written], 1e-300)))
+        steps.append(Step(shares, share_of_end, written))
+        if written is None:
+            return steps
+        value = 10 * value + written
+    return None
 
 
-def _shares(legal: Ids, at: Probabilities) -> dict[int, float]:
-    """Probabilities of the legal tokens, which add up to 1."""
-    values = {token: at[token] for token in legal}
-    top = max(values.values())
-    weights = {token: math.exp(value - top) for token, value in values.items()}
-    total = math.fsum(weights.values())
-    return {token: weight / total for token, weight in weights.items()}
+def number_moments(steps: Sequence[Step], bounds: tuple[int, int]) -> tuple[float, float]:
+    """Expectation and standard deviation of a number, by what could have been written at each place.
+
+    Of a digit that was not written, the following ones are unknown: any, in a number as long as the written one.
+    """
+    value, path, rest = 0, 1.0, len(steps) - 2
+    mean = square = 0.0
+    for digits, end, written in steps:
+        size = 10 ** max(0, rest)
+        for digit, share in digits.items():
+            if digit == written or share < 1e-12:
+                continue
+            first = (10 * value + digit) * size
+            low, high = max(first, bounds[0]), min(first + size - 1, bounds[1])
+            middle, weight = (low + high) / 2, path * share
+            mean += weight * middle
+            square += weight * (middle * middle + ((high - low + 1) ** 2 - 1) / 12)
+        if written is None:
+            path *= end
+            break
+        mean += path * end * value
+        square += path * end * value * value
+        path *= digits[written]
+        value, rest = 10 * value + written, rest - 1
+    mean += path * value
+    square += path * value * value
+    return mean, math.sqrt(max(0.0, square - mean * mean))

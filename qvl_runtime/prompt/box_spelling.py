@@ -5,8 +5,8 @@ A model was trained on one spelling of a box. Whether "),(" is one token of it o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from qvl_runtime.errors import CheckpointError
@@ -23,11 +23,7 @@ class Shape(NamedTuple):
 
     start: int  # <box> or <quad>
     pieces: tuple[Ids, ...]  # "(" "," "),(" "," ")</box>"
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that it has: each coordinate with all its digits."""
-        return 1 + sum(map(len, self.pieces)) + (len(self.pieces) - 1) * len(str(SCALE))
+    longest: int  # the most tokens that it has: each coordinate with all its digits
 
 
 class BoxSpelling:
@@ -83,10 +79,28 @@ class BoxSpelling:
     def _shape(self, name: str) -> Shape:
         points = ",".join(f"({n},{n})" for n in range(FIELDS[name] // 2))
         start, *ids = self.tokenizer.encode(f"<{name}>{points}</{name}>", "grounding")
-        return Shape(start, tuple(_split(ids, self.digit_of)))
+        pieces = tuple(_split(ids, self.digit_of))
+        return Shape(start, pieces, 1 + sum(map(len, pieces)) + FIELDS[name] * len(str(SCALE)))
 
 
-def can_become(value: int, low: int, high: int) -> bool:
+@lru_cache(maxsize=1 << 16)
+def next_digits(value: int, begun: bool, low: int, high: int) -> tuple[tuple[int, ...], bool]:
+    """The digits that may follow those of `value`, if any are written, and whether the number may end here.
+
+    A digit may follow if some number that begins so lies between `low` and `high`; there are no leading zeros.
+    """
+    may = (digit for digit in range(10) if (value or not begun) and _can_become(10 * value + digit, low, high))
+    return tuple(may), begun and low <= value <= high
+
+
+def interval(number: int, values: Sequence[int], count: int) -> tuple[int, int]:
+    """The least and the largest value of coordinate `number`, after `values`; count: of the shape, 4 or 8."""
+    if count != FIELDS["box"]:
+        return 0, SCALE
+    return (0, SCALE - 1) if number < 2 else (values[number - 2] + 1, SCALE)
+
+
+def _can_become(value: int, low: int, high: int) -> bool:
     """Whether a number that begins with the digits of `value`, or is it, lies in an interval."""
     first, last = value, value
     while first <= high:

@@ -53,6 +53,7 @@ class EngineCore:
         self.runner, self.drafter, self.max_model_len = runner, drafter, max_model_len
         self.step_tokens = limits.tokens
         self.scheduler = Scheduler(runner.cache, limits, drafter)
+        self.scheduler.least_forced = runner.least_forced
         self.answers = Answers(runner, self.scheduler, tokenizer, max_model_len, calibration)
         self.steps = 0
         self._ops = runner.model.ops

@@ -30,6 +30,7 @@ from qvl_runtime.schedule.sequence import Sequence
 # is scattered among the activations of steps: with images on nano in float32, holes of 20 MiB after 100 requests and
 # 34 MiB after 500, with 111 MiB in use.
 TRIM_AFTER = 32
+LARGE = 1 << 30  # bytes of a model whose weights take longer to read on a CPU than Python needs for its ops
 
 
 class Span(NamedTuple):
@@ -81,6 +82,16 @@ class Runner:
         self.graphs = DecodeGraphs(
             self.model, self.cache, self._frequencies, capture, max_batch_size, max_seq_len, buckets
         )
+
+    @property
+    def least_forced(self) -> int:
+        """How many tokens without a choice, in a row, are worth a step of several tokens, which no graph runs.
+
+        A step op by op costs some 0.5 ms of Python a layer more. Without graphs that is no difference, and little where
+        reading the weights takes longer; nano on a CPU lost 15 % of its tokens a second to runs of one and two.
+        """
+        large = self.model.device.type == "cpu" and sum(self.model.bytes_by_part.values()) > LARGE
+        return 1 if self.graphs is None or large else 3
 
     def features(self, images: Items[LoadedImage]) -> list[Tensor]:
         """Return the features [queries, D] of each image; missing ones are encoded together, each image once."""

@@ -138,14 +138,18 @@ class SamplingState:
             return False
         return token in self.spelling.shapes or (in_box and token not in self.spelling.ends)
 
-    def draft(self, proposed: Callable[[], tuple[int, ...]], most: int) -> tuple[tuple[int, ...], bool]:
+    def draft(
+        self, proposed: Callable[[], tuple[int, ...]], most: int, least_forced: int = 1
+    ) -> tuple[tuple[int, ...], bool]:
         """Draft tokens for the next positions, and whether they are forced: then they are what will be sampled.
 
-        proposed: asked where nothing is forced, and cut at the first token that may not be there; most: at most.
+        proposed: asked where nothing is forced, and cut at the first token that may not be there; most: at most;
+        least_forced: tokens that must be forced in a row to be worth a step of several.
         """
         if self.constraint is None:
             return proposed(), False
-        if forced := self.constraint.forced()[: max(0, most)]:
+        forced = self.constraint.forced()[: max(0, most)]
+        if forced and len(forced) >= least_forced:
             return tuple(forced), True
         drafts = proposed()
         return drafts[: self.constraint.accepts(drafts)] if drafts else drafts, False

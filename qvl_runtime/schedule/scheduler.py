@@ -63,6 +63,7 @@ class Scheduler:
         self.waiting: list[Branch] = []  # in order
         self.running: list[Branch] = []  # in order
         self.preemptions = 0
+        self.least_forced = 1  # tokens without a choice, in a row, that are computed in one step
         self.yielding = False  # whether further answers sit out a step that may give a request its first token
         self._yielded = False  # whether they sat out the last step: never two in a row
         self.current: Branch | None = None  # whose turn it is in `schedule`, or was when that raised
@@ -186,7 +187,9 @@ class Scheduler:
         forced = False
         if branch.pending == 1 and branch.drafting:
             max_tokens = min(budget - count, branch.output.remaining - 1)
-            drafts, forced = branch.sampling_state.draft(lambda: self._propose(branch, max_tokens), max_tokens)
+            drafts, forced = branch.sampling_state.draft(
+                lambda: self._propose(branch, max_tokens), max_tokens, self.least_forced
+            )
             if branch.sequence.needed(count + len(drafts)) > self._cache.pool.available:
                 drafts = ()
         branch.sequence.reserve(count + len(drafts))

@@ -19,7 +19,7 @@ from qvl_runtime.engine.engine import NANO
 from qvl_runtime.engine.locating import overlap
 from qvl_runtime.errors import CheckpointError, PromptError
 from qvl_runtime.prompt.box_calibration import FEATURES, BoxCalibration
-from qvl_runtime.prompt.box_scores import Number, box_scores
+from qvl_runtime.prompt.box_scores import box_scores
 from qvl_runtime.prompt.box_spelling import BoxSpelling
 from qvl_runtime.prompt.boxes import BoxScores
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -76,7 +76,6 @@ def test_scores_are_those_of_the_definition() -> None:
     assert scores.expectation[0] == pytest.approx(mean)
     assert scores.spread[0] == pytest.approx(math.sqrt(sum(p * ((m - mean) ** 2 + v) for m, v, p in moments)))
     assert all(low <= value <= 1000 for value, low in zip(scores.expectation, (0, 0, 13, 301), strict=True))
-    assert Number().moments() == (0, 0)
     spaced = spelling.tokenizer.encode("<box>(1, 2),(3,4)</box>")
     assert box_scores(spelling, spaced, [-1.0] * len(spaced), [None, *[among[1]] * (len(spaced) - 1)]) is None
 
