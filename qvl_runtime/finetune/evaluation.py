@@ -19,6 +19,7 @@ from qvl_runtime.finetune.learner import Learner
 from qvl_runtime.finetune.lora import SAVED_NAMES, adapter_of
 from qvl_runtime.finetune.network import Network
 from qvl_runtime.finetune.options import FinetuneOptions
+from qvl_runtime.model.cache_layout import bytes_per_token
 from qvl_runtime.prompt.boxes import Box, parse_boxes
 from qvl_runtime.prompt.records import Conversation
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -59,14 +60,16 @@ class Evaluation:
         network = self.learner.network
         network.eval()
         lora = self.options.uses_lora
+        longest = min(self.options.max_length + LONGEST_ANSWER, network.c.context_limit)
         engine = Engine(
             self.source,
             device=str(network.wte.weight.device),
             dtype=str(network.wte.weight.dtype).removeprefix("torch."),
             weights=engine_weights(network),
             adapters={NAME: adapter_of(network, self.options.lora)._replace(saved={})} if lora else {},
-            max_model_len=min(self.options.max_length + LONGEST_ANSWER, network.c.context_limit),
-            kv_cache_bytes=None,
+            max_model_len=longest,
+            kv_cache_bytes=max(KV_TOKENS, longest) * bytes_per_token(network.c, network.wte.weight.dtype),
+            graphs=False,  # capturing them takes memory that training has
             image_cache_bytes=64 << 20,
         )
         params = SamplingParams(temperature=0, max_tokens=LONGEST_ANSWER, adapter=NAME if lora else None)

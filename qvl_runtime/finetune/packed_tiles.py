@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8, kind_of
 from qvl_kernels.reference import Packed, gptq_dequantize
 from qvl_kernels.util import cdiv
 
@@ -124,7 +125,7 @@ class CpuTiles:
 class GpuTiles:
     """In the layout of the GPU kernels, by the kernel that dequantizes for long prompts."""
 
-    packed: Packed
+    weight: PackedInt4 | PackedInt8
     inputs: int
     outputs: int
     bias: Tensor | None
@@ -134,16 +135,12 @@ class GpuTiles:
     @classmethod
     def of(cls, packed: Packed) -> GpuTiles:
         """Wrap a linear of a GPU layout; raises `ValueError` for another."""
-        from qvl_kernels.layouts.gpu import kind_of
-
         weight = kind_of(packed).from_packed(packed)
-        return cls(packed, weight.inputs, weight.outputs, packed.tensors.get("bias"), weight.perm)
+        return cls(weight, weight.inputs, weight.outputs, packed.tensors.get("bias"), weight.perm)
 
     def tile(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """`Tiles.tile`."""
-        from qvl_kernels.layouts.gpu import kind_of
         from qvl_kernels.triton.linear.dequantize import dequantize
 
-        weight = kind_of(self.packed).from_packed(self.packed)
         computed = torch.float32 if dtype == torch.float64 else dtype
-        return dequantize(weight, computed, first, count).to(dtype)
+        return dequantize(self.weight, computed, first, count).to(dtype)
