@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 from qvl_runtime.errors import ClusterError, quoted
 
 LOCAL = "local"
+_CONNECT_S = 5.0
 
 
 def import_ray() -> Any:
@@ -28,6 +30,7 @@ def connect(address: str, cpus: int | None = None) -> Any:
     for one that is made here and ends with this process. cpus: of the latter. Raises `ClusterError`.
     """
     ray = import_ray()
+    _check_listens(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         options |= {"num_cpus": cpus, "include_dashboard": False}
@@ -51,14 +54,31 @@ def require(ray: Any, kind: str, amount: float) -> None:
         raise ClusterError(f"an actor needs {amount:g} {kind}, and no node of the cluster has that ({has})")
 
 
+def _check_listens(address: str) -> None:
+    """Raise `ClusterError` if there is nothing at host:port: Ray would try again for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        if address not in (LOCAL, "auto"):
+            raise ClusterError(f"the address {quoted(address)} is none; expected host:port, auto or {LOCAL}")
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(_nothing(address)) from error
+
+
+def _nothing(address: str) -> str:
+    return (
+        f"there is no Ray cluster at {quoted(address)}: start one with `ray start --head`, "
+        f"or give --ray {LOCAL} for this machine alone"
+    )
+
+
 def _why(address: str, error: Exception) -> str:
     text = str(error)
     if "ersion mismatch" in text or ("versions" in text.lower() and "match" in text.lower()):
         said = " ".join(text.split())
         return f"the cluster at {address} runs other versions of Ray or Python; install the same here: {said}"
     if isinstance(error, (ConnectionError, TimeoutError)) or "connect" in text.lower():
-        return (
-            f"there is no Ray cluster at {quoted(address)}: start one with `ray start --head`, "
-            f"or give --ray {LOCAL} for this machine alone"
-        )
+        return _nothing(address)
     return f"no connection to the Ray cluster at {quoted(address)}: {first_line(error)}"
