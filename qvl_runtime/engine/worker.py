@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,7 +35,7 @@ class Reader:
         """Queue items, from any thread. Those for a loop that is closed are dropped."""
         self.sent += len(items)
         try:
-            self.loop.call_soon_threadsafe(self._put, items)
+            self.loop.call_soon_threadsafe(self.put, items)
         except RuntimeError:  # the loop was closed in the meantime
             return
 
@@ -47,9 +48,15 @@ class Reader:
         error = next((item for item in items if isinstance(item, BaseException)), None)
         return [item for item in items if not isinstance(item, BaseException)], error
 
-    def _put(self, items: list[Item]) -> None:
+    def put(self, items: list[Item]) -> None:
+        """Queue items that are counted already, in the thread of the loop."""
         for item in items:
             self.items.put_nowait(item)
+
+
+def _put_all(items: list[tuple[Reader, list[Item]]]) -> None:
+    for reader, own in items:
+        reader.put(own)
 
 
 class Command(NamedTuple):
@@ -194,6 +201,7 @@ class Worker:
 
     def _deliver(self) -> None:
         """Send every reader the new pieces of its request, and remove the readers whose requests are done."""
+        sent: dict[asyncio.AbstractEventLoop, list[tuple[Reader, list[Item]]]] = {}
         for reader in list(self._readers):
             if (request := reader.request) is None:
                 continue
@@ -204,9 +212,13 @@ class Worker:
             elif request.done and not request.streamed:
                 pieces.append(StreamPiece("", (), request.completion()))
             if pieces:
-                reader.send(pieces)
+                reader.sent += len(pieces)
+                sent.setdefault(reader.loop, []).append((reader, pieces))
             if request.done:
                 self._readers.discard(reader)
+        for loop, items in sent.items():  # a loop is woken once a step, not once for each of its readers
+            with suppress(RuntimeError):  # the loop was closed in the meantime
+                loop.call_soon_threadsafe(_put_all, items)
 
     def _fail_readers(self, error: BaseException) -> None:
         for reader in list(self._readers):
