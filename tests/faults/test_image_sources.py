@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import random
 import re
 import tempfile
 import zipfile
@@ -20,6 +21,7 @@ from qvl_runtime.errors import DownloadError, ImageError
 from qvl_runtime.prompt import fetch
 from qvl_runtime.prompt.images import describe, load_image
 from qvl_runtime.prompt.limits import ImageLimits
+from qvl_runtime.prompt.sources import read_bytes
 from tests.faults.image_files import DIGEST, NO_FILES, PIXELS, PNG
 from tests.faults.image_files import saved_pixels as saved
 
@@ -147,6 +149,18 @@ class TestBytesInMemory:
         ) as caught:
             load_image(text, 28)
         assert len(str(caught.value)) < 300
+
+    def test_base64_longer_than_a_piece(self) -> None:
+        """It is decoded by pieces of 2^18 characters, wherever its lines end; padding within it is no end."""
+        data = random.Random(0).randbytes(600_001)
+        plain, limits = base64.b64encode(data).decode(), ImageLimits()
+        for text in (plain, plain.rstrip("="), base64.encodebytes(data).decode(), plain.replace("+", "-") + " =\n"):
+            assert read_bytes(f"data:image/png;base64,{text}", limits, "it") == data
+        for broken in (plain[: 2**18] + "==" + plain, plain[: 2**18 - 2] + "==" + plain, plain + "!", plain + "A"):
+            with pytest.raises(ImageError, match="is not base64"):
+                read_bytes(f"data:image/png;base64,{broken}", limits, "it")
+        with pytest.raises(ImageError, match="over the limit"):
+            read_bytes(f"data:image/png;base64,{plain}", ImageLimits(max_image_bytes=600_000), "it")
 
     @pytest.mark.parametrize(
         "payload", ["@@@@", "iVBOR*", "iVBORw0KGgo=AAAA", "A", "é" * 8, "\ud800" * 4], ids=lambda text: ascii(text)
