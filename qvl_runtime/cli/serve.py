@@ -215,9 +215,10 @@ def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object]
     def load() -> Engine:
         from qvl_runtime.engine.engine import Engine
 
-        engine = Engine(**models.values(), **serving.image_sources(), adapters=serving.adapters())
+        return Engine(**models.values(), **serving.image_sources(), adapters=serving.adapters())
+
+    def ready(engine: Engine) -> None:
         say(f"ready: {engine.summary()}")
-        return engine
 
     def announce(url: str) -> None:
         say(f"listening at {url}, loading {names[0]}")
@@ -225,7 +226,8 @@ def run(serving: ServeOptions, models: RunOptions, look: Callable[[str], object]
             look(url)
 
     write = standard_output if serving.access_log else None
-    ended_by = run_server(load, config, keys, serving.host, serving.port, write, serving.trusted_proxies, announce)
+    place = serving.host, serving.port
+    ended_by = run_server(load, config, keys, *place, write, serving.trusted_proxies, announce, ready)
     return INTERRUPTED if ended_by == signal.SIGINT else 0
 
 

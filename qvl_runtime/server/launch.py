@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, keys: Keys) -> None:
         super().__init__(config)
         self.signal = 0  # the first that came
+        self.on_listening: Callable[[], None] = lambda: None
         self._service, self._keys = service, keys
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -46,6 +48,7 @@ class Server(uvicorn.Server):
         if hasattr(signal, "SIGHUP") and _in_main_thread():
             self._loop.add_signal_handler(signal.SIGHUP, self._read_keys)
         await super().startup(sockets)
+        self.on_listening()  # from here on signals are handled
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end, which uvicorn asks ten times a second."""
@@ -116,17 +119,18 @@ def serve(
     write: Callable[[str], None] | None = None,
     trusted_proxies: str | None = None,
     announce: Callable[[str], None] = lambda url: None,
+    ready: Callable[[Engine], None] = lambda engine: None,
 ) -> int:
     """Serve until a signal ends it, and return that. Raises what `load` raises, and `OSError` for a port in use.
 
-    announce: called with the URL once it listens.
+    announce: called with the URL once it listens; ready: with the engine once requests are taken.
     """
     service = Service(load, config)
+    service.on_ready = ready
     server = make_server(service, keys, host, port, write, trusted_proxies)
     with listening_socket(host, port) as sock:
         shown = f"[{host}]" if ":" in host else host
-        announce(f"http://{shown}:{sock.getsockname()[1]}")
-        announce(f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}")
+        server.on_listening = partial(announce, f"http://{shown}:{sock.getsockname()[1]}")
         asyncio.run(server.serve(sockets=[sock]))
     raise_failure(service)
     return server.signal

@@ -33,6 +33,7 @@ class Service:
         self.draining = False
         self.created = int(time.time())
         self.metrics = Metrics(config.model_names[0])
+        self.on_ready: Callable[[Engine], None] = lambda engine: None  # called once requests are taken
         self._load = load
         self._engine: AsyncEngine | None = None
         self._closed = False
@@ -127,6 +128,7 @@ class Service:
             running = engine.engine_config.max_running
             self.metrics.watch(engine)
             self._engine = AsyncEngine(engine, max_pending=running + self.config.max_waiting)
+            self.on_ready(engine)
 
     def _unavailable(self) -> APIError:
         if self.state == "failed":
