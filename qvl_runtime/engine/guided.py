@@ -165,9 +165,6 @@ def _compile(guide: Guide, tokenizer: LLTokenizer) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits, regex_to_lark
 
     if guide.kind == "json":
-        schema = json.loads(guide.text)
-        if remote := remote_references(schema):
-            raise ConstraintError(f"{guide.name} refers to another document at {remote[0]}: put it into $defs")
         options: Any = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
         try:
             grammar = LLMatcher.grammar_from_json_schema(guide.text, overrides=options)
@@ -188,6 +185,8 @@ def _error_of(guide: Guide, reason: str) -> ConstraintError:
     """Why a guide cannot be used, with the place of a keyword that is not supported."""
     if guide.kind == "json":
         schema = json.loads(guide.text)
+        if "not present in a registry" in reason and (remote := remote_references(schema)):  # nothing is fetched
+            return ConstraintError(f"{guide.name} refers to another document at {remote[0]}: put it into $defs")
         unsupported = re.match(r"Unimplemented keys: (\[.*\])", reason)
         keywords = json.loads(unsupported[1]) if unsupported else ["oneOf"] if reason.startswith("oneOf") else []
         if places := paths_of(schema, keywords):

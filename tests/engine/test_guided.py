@@ -136,7 +136,7 @@ def test_answers_to_made_up_schemas_validate(engine: Engine) -> None:
     """By jsonschema's judgment, for schemas that hypothesis makes and answers at a temperature of noise."""
     finished = [0, 0]
 
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(schemas(), st.integers(0, 1 << 30))
     def check(schema: Any, seed: int) -> None:
         params = SamplingParams(temperature=5.0, seed=seed, n=3, max_tokens=120, json_schema=schema)
@@ -151,7 +151,7 @@ def test_answers_to_made_up_schemas_validate(engine: Engine) -> None:
                 valid(answer.text, schema)
 
     check()
-    assert finished[1] > 60 and finished[1] > 2 * finished[0]
+    assert finished[1] > 40 and finished[1] > 2 * finished[0]
 
 
 @pytest.mark.parametrize(
