@@ -16,7 +16,7 @@ from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.engine.arguments import checked_params, prompt_list
 from qvl_runtime.engine.constraints import Constraints
 from qvl_runtime.engine.judging import Judging
-from qvl_runtime.engine.loading import load_adapters, load_runner
+from qvl_runtime.engine.loading import load_runner
 from qvl_runtime.engine.report import describe, note_of_defaults
 from qvl_runtime.engine.score import continued
 from qvl_runtime.engine.turns import Turns, check_fork
@@ -101,9 +101,7 @@ class Engine(Judging):
             end_sequences=defaults.end_sequences,
         )
         calibration = BoxCalibration.from_folder(self.folder)
-        runner = load_runner(engine_config, config, self.folder, self.max_model_len, weights)
-        if adapters:
-            runner.model.adapters = load_adapters(adapters, runner.model)
+        runner = load_runner(engine_config, config, self.folder, self.max_model_len, weights, adapters)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
         self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter, calibration)
         self.constraints = Constraints(self.core.answers.judge.spelling, config.vocab_size)

@@ -25,13 +25,18 @@ from qvl_runtime.weights.synthetic import synthetic_weights
 
 
 def load_runner(
-    engine_config: EngineConfig, config: ModelConfig, folder: Path, max_model_len: int, weights: Weights | None = None
+    engine_config: EngineConfig,
+    config: ModelConfig,
+    folder: Path,
+    max_model_len: int,
+    weights: Weights | None = None,
+    adapters: Mapping[str, str | Path | Adapter] | None = None,
 ) -> Runner:
     """Load the weights of `folder`, allocate the KV cache in the memory that is left, and capture decode graphs.
 
     The folder is not read if there are `weights`, on the device and in the dtype of `engine_config`, nor for synthetic
-    ones. Raises `ConfigError` or `CapacityError` where memory does not suffice,
-    and `CheckpointError` for a damaged checkpoint.
+    ones. Raises `ConfigError` or `CapacityError` where memory does not suffice, and `CheckpointError` for a damaged
+    checkpoint.
     """
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
     on_host = engine_config.embedding_on_host
@@ -46,6 +51,9 @@ def load_runner(
     notes = weights.notes
     model = QwenVL(config, weights.state, engine_config.precision, weights.packed, embedding_on_host=on_host)
     del weights
+    if adapters:  # before the KV cache takes what is left
+        model.adapters = load_adapters(adapters, model)
+        free = None if free is None else free - model.adapters.nbytes
     trim_heap()
     kv_dtype = torch.int8 if engine_config.kv_dtype == "int8" else dtype
     free = free_memory(device) if free is None else free
