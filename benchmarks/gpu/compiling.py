@@ -86,14 +86,15 @@ def _linears(place: Place, job: Job) -> None:
 
 
 def _model(place: Place, job: Job) -> None:
-    """Capture a share of the decode graphs of a model of two layers, and answer a share of the suite's prompts."""
+    """Capture a share of the graphs of a model of two layers, and answer a share of the suite's prompts."""
     from benchmarks.gpu.asking import IMAGE_TOKENS, finish, submit, text, with_picture
     from benchmarks.gpu.engines import make_engine
     from benchmarks.gpu.table import QUESTION, TEXTS
-    from qvl_runtime.schedule import decode_graphs
+    from qvl_runtime.schedule import decode_graphs, prefill_graphs
 
     sizes = [rows for rows in decode_graphs.BUCKETS if rows <= 64][job.share :: job.shares]
-    with patch.object(decode_graphs, "BUCKETS", tuple(sizes)):
+    prefills = prefill_graphs.BUCKETS[job.share :: job.shares]
+    with patch.object(decode_graphs, "BUCKETS", tuple(sizes)), patch.object(prefill_graphs, "BUCKETS", prefills):
         engine = make_engine(place, job.what, layers=2)
     prompts = [text(length, 1) for length in TEXTS]
     prompts.append(with_picture(engine, IMAGE_TOKENS + QUESTION, 1, 1))

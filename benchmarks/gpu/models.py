@@ -63,7 +63,7 @@ def graphs(place: Place) -> Iterator[Row]:
     greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
     prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
     for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
-        answers, replays = [], 0
+        answers, replays, prefill_replays = [], 0, 0
         variants: list[dict[str, Any]] = [{"graphs": True}, {"graphs": False}, {"embedding_on_host": True}]
         for options in variants:
             engine = Engine(
@@ -77,14 +77,17 @@ def graphs(place: Place) -> Iterator[Row]:
             answers.append([out.token_ids for out in engine.generate(prompts, greedy)])
             used = engine.core.runner.graphs
             replays += used.replays if used is not None else 0
+            prefill = engine.core.runner.prefill_graphs
+            prefill_replays += prefill.replays if prefill is not None else 0
             place.settle()
         same = answers[0] == answers[1] == answers[2]
         yield {
             "model": path.name,
             "requests": len(prompts),
             "replays": replays,
+            "prefill_replays": prefill_replays,
             "same_tokens": same,
-            "right": same and (replays > 0) == (not place.tiny),
+            "right": same and (replays > 0) == (prefill_replays > 0) == (not place.tiny),
         }
 
 

@@ -76,12 +76,14 @@ def spare_bytes(model: QwenVL, config: EngineConfig, kv_dtype: torch.dtype) -> i
 
 
 def capture_graphs(runner: Runner, config: EngineConfig, context: int) -> None:
-    """Replay decode steps as graphs, unless the config disables it or the ops cannot be captured."""
+    """Replay decode steps as graphs, and on a GPU short prompts, unless the config or the ops rule it out."""
     model, max_seq_len = runner.model, min(context, runner.cache.num_slots)
     if not config.graphs or model.ops is reference:
         return
     if model.device.type == "cuda":
-        runner.capture(CudaCapture(model.device), config.max_running, max_seq_len)
+        capture = CudaCapture(model.device)  # one, whose graphs share their memory
+        runner.capture(capture, config.max_running, max_seq_len)
+        runner.capture_prefill(capture, config.max_step_tokens, max_seq_len)
     elif model.ops is cpu:
         runner.capture(CpuCapture(), config.max_running, max_seq_len, cpu_graphs.BUCKETS)
 

@@ -65,6 +65,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
             "preemptions": core.scheduler.preemptions,
         },
         "graphs": core.runner.graphs and core.runner.graphs.report(),
+        "prefill_graphs": core.runner.prefill_graphs and core.runner.prefill_graphs.report(),
         "drafts": core.drafter and {"proposed": core.drafter.proposed, "accepted": core.drafter.accepted},
     }
 

@@ -15,8 +15,8 @@ from qvl_runtime.schedule.runner import Chunk, Runner
 from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
 from qvl_runtime.schedule.scheduler import StepLimits
 
-# Bytes of the device that stay unallocated: for graphs (100 MB of logits and 64 rows of activations for the full
-# model), kernels that are compiled later, fragmentation, other programs and the driver.
+# Bytes of the device that stay unallocated: for graphs (for the full model 100 MB of logits and 64 rows of activations,
+# and as much for 512 rows of a prompt), kernels that are compiled later, fragmentation, other programs and the driver.
 MARGIN = 1 << 30
 
 

@@ -29,7 +29,7 @@ class LayerCache(NamedTuple):
 class Layout(NamedTuple):
     """Where the n tokens of a step are in the KV cache: R requests, request r with tokens query_starts[r] to [r + 1].
 
-    Starts and lengths are Python numbers, but int64 tensors in a captured decode step, whose launches are replayed.
+    Starts and lengths are Python numbers, but int64 tensors in a captured step, whose launches are replayed.
     """
 
     slots: Tensor  # int64 [n], the slot of each token's key and value

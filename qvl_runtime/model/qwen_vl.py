@@ -88,14 +88,20 @@ class QwenVL:
         sides = None
         if self.adapters is not None and step.adapters:
             sides = partial(self.adapters.of_layer, rows=step.adapters)
-        return self.decoder.forward(self._embed(step, observe), at, step.layout, caches, observe, sides)
+        return self.decoder.forward(self._embed_step(step, observe), at, step.layout, caches, observe, sides)
 
-    def _embed(self, step: Step, observe: Observer) -> Tensor:
+    def _embed_step(self, step: Step, observe: Observer) -> Tensor:
         """Return the decoder's input [n, D]. The caller keeps no reference, so its first block frees it."""
-        x = self.embed_tokens(step.token_ids) if step.inputs_embeds is None else step.inputs_embeds
+        x = self.embed(step) if step.inputs_embeds is None else step.inputs_embeds
+        observe("embed", x)
+        return x
+
+    @torch.inference_mode()
+    def embed(self, step: Step) -> Tensor:
+        """Return the embeddings [n, D] of a step's tokens, with image features in the place of image tokens."""
+        x = self.embed_tokens(step.token_ids)
         if step.image_indices is not None and step.image_features is not None:
             x[step.image_indices] = step.image_features.to(x.dtype)
-        observe("embed", x)
         return x
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from qvl_runtime.prompt.images import LoadedImage, to_pixels
 from qvl_runtime.schedule.decode_graphs import Capture, DecodeGraphs
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
+from qvl_runtime.schedule.prefill_graphs import PrefillGraphs
 from qvl_runtime.schedule.sequence import Sequence
 
 # Passes of the vision encoder after which the heap's free memory is returned to the OS. Long-lived memory of requests
@@ -65,12 +66,13 @@ class Computed:
 
 
 class Runner:
-    """Runs a model over one KV cache, with an image cache and, if captured, decode graphs."""
+    """Runs a model over one KV cache, with an image cache and, if captured, graphs of decoding and of prefill."""
 
     def __init__(self, model: QwenVL, cache: KVCache, images: ImageCache, notes: Items[str] = ()) -> None:
         """notes: where the weights were read otherwise than their files are labeled, for the report."""
         self.model, self.cache, self.images, self.notes = model, cache, images, tuple(notes)
         self.graphs: DecodeGraphs | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
         self.images_at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
         self._passes = 0
@@ -92,6 +94,14 @@ class Runner:
         """
         large = self.model.device.type == "cpu" and sum(self.model.bytes_by_part.values()) > LARGE
         return 1 if self.graphs is None or large else 3
+
+    def capture_prefill(
+        self, capture: Capture, max_rows: int, max_seq_len: int, buckets: Items[int] | None = None
+    ) -> None:
+        """Capture graphs for steps of up to `max_rows` prompt tokens, and use them. `capture`: that of decoding."""
+        self.prefill_graphs = PrefillGraphs(
+            self.model, self.cache, self._frequencies, capture, max_rows, max_seq_len, buckets
+        )
 
     def features(self, images: Items[LoadedImage]) -> list[Tensor]:
         """Return the features [queries, D] of each image; missing ones are encoded together, each image once."""
@@ -117,12 +127,12 @@ class Runner:
             return self.model.forward(self._step(chunks), self.cache.layers, observe)
 
     def compute(self, chunks: Items[Chunk]) -> Computed:
-        """Compute the chunks, by a decode graph if there is one; adapters run outside of graphs."""
+        """Compute the chunks, by a graph of decoding or of prefill if there is one; adapters run outside of graphs."""
         decoding = all(
             len(chunk.token_ids) == 1 and not chunk.spans and chunk.sequence.root.adapter is None for chunk in chunks
         )
         if self.graphs is None or not decoding or not self.graphs.can_run(len(chunks)):
-            hidden = self.run(chunks)
+            hidden = self._prefill(chunks)
             return Computed(hidden, lambda i: self.model.logits(hidden[torch.tensor(i, device=hidden.device)]))
         with _appended(chunks):
             logits = self.graphs.run([c.sequence for c in chunks], [c.token_ids[0] for c in chunks])
@@ -132,6 +142,16 @@ class Runner:
             return logits if indices == every_row else logits[torch.tensor(indices, device=logits.device)]
 
         return Computed(logits, logits_of)
+
+    def _prefill(self, chunks: Items[Chunk]) -> Tensor:
+        graphs, counts = self.prefill_graphs, [len(chunk.token_ids) for chunk in chunks]
+        if graphs is None:
+            return self.run(chunks)
+        if any(chunk.sequence.root.adapter is not None for chunk in chunks) or not graphs.can_run(counts):
+            graphs.eager_steps += 1
+            return self.run(chunks)
+        with _appended(chunks):
+            return graphs.run([c.sequence for c in chunks], counts, self.model.embed(self._step(chunks)))
 
     def _step(self, chunks: Items[Chunk]) -> Step:
         device, counts = self.model.device, [len(chunk.token_ids) for chunk in chunks]

@@ -202,6 +202,7 @@ def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest
             model=SimpleNamespace(device=at, ops=ops),
             cache=SimpleNamespace(num_slots=4096),
             capture=lambda capture, most, longest: captured.append((most, longest)),
+            capture_prefill=lambda capture, most, longest: captured.append((most, longest)),
         )
 
     for at, ops, asked in (
@@ -211,5 +212,5 @@ def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest
     ):
         capacity.capture_graphs(runner(at, ops), asked, 8192)
     assert captured == []
-    capacity.capture_graphs(runner(GPU, "kernels"), EngineConfig(max_running=48), 8192)
-    assert captured == [(48, 4096)], "a table is no wider than the cache"
+    capacity.capture_graphs(runner(GPU, "kernels"), EngineConfig(max_running=48, max_step_tokens=1024), 8192)
+    assert captured == [(48, 4096), (1024, 4096)], "a table is no wider than the cache"

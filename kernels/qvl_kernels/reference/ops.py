@@ -172,14 +172,17 @@ def paged_attention(
 
     q [n, H, d]; block_tables int64 [R, max blocks]; query_starts: R + 1 offsets into q, so that the new tokens of
     request r are query_starts[r] to query_starts[r + 1], the last of its context_lens[r] tokens. One new token is
-    decoding; more are a prefill, whole or chunked. If every request decodes, query_starts and context_lens may be
-    integer tensors on q's device: the kernel reads them there, so that its launch can be captured in a graph. The scale
-    is 1/sqrt(d). Returns [n, H * d].
+    decoding; more are a prefill, whole or chunked. If every request decodes, or if there are fewer requests than rows,
+    query_starts and context_lens may be integer tensors on q's device: the kernel reads them there, so that its launch
+    can be captured in a graph. Then a request may have no rows, and rows of no request are undefined. The scale is
+    1/sqrt(d). Returns [n, H * d].
     """
     block_size, out = k_cache.shape[2], torch.empty_like(q)
     query_starts, context_lens = on_host(query_starts), on_host(context_lens)
     for r, length in enumerate(context_lens):
         start, end = query_starts[r], query_starts[r + 1]
+        if start == end:
+            continue
         blocks = block_tables[r, : cdiv(length, block_size)]
         k, v = (
             from_cached(cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length], q.dtype)

@@ -134,3 +134,25 @@ def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:
     wide = torch.zeros(1, 1, 264).half()
     with pytest.raises(ValueError, match="expected at most 256"):
         paged_attention(wide, *c[1:])
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    "rows, lengths", [([21], [21]), ([9, 5, 0], [40, 5, 0]), ([17, 150], [17, 163])], ids=["one", "padded", "two tiles"]
+)
+def test_a_prefill_whose_lengths_are_on_the_device(
+    rows: list[int], lengths: list[int], cache_dtype: torch.dtype | None
+) -> None:
+    """As in a captured graph: starts and lengths are tensors, and rows of no request follow."""
+    c = case(torch.Generator().manual_seed(5), rows, lengths, cache_dtype=cache_dtype)
+    used = c.query_starts[-1]
+    q = torch.cat([c.q, c.q.new_full((11, *c.q.shape[1:]), 3.0)])
+    starts, seen = torch.tensor(c.query_starts), torch.tensor(c.context_lens)
+    got = paged_attention(q, c.k_cache, c.v_cache, c.block_tables, starts, seen)
+    check(c, got[:used])
+
+
+def test_starts_on_the_host_with_lengths_on_the_device_are_refused() -> None:
+    c = case(torch.Generator().manual_seed(6), [9], [9])
+    with pytest.raises(ValueError, match="query_starts is on the host and context_lens is not"):
+        paged_attention(c.q, c.k_cache, c.v_cache, c.block_tables, c.query_starts, torch.tensor(c.context_lens))

@@ -12,7 +12,7 @@ from torch import Tensor
 from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.attention.decode import decode
-from qvl_kernels.triton.attention.prefill import prefill
+from qvl_kernels.triton.attention.prefill import prefill, prefill_on_device
 from qvl_kernels.triton.launch import capability
 
 DECODE_MAX_ROWS = 4  # of a request: up to it rows are decoded one by one, as split keys beat one tile of rows
@@ -31,9 +31,11 @@ def paged_attention(
 
     There are two ways to assign rows to requests. Python sequences, as in the reference: any mixture of prefill and
     decoding; their tables are uploaded once per value, not once per layer. Or `context_lens` as an int32 or int64
-    tensor [n] on the device: every request has one row, `query_starts` is ignored, nothing is read on the host,
-    and the launches do not depend on the lengths, so that they can be captured in a CUDA graph and replayed while
-    the lengths grow up to most blocks * block_size. A row of length 0 is padding: it reads nothing and returns zeros.
+    tensor on the device: nothing is read on the host, and the launches do not depend on the lengths, so that they can
+    be captured in a CUDA graph and replayed while the lengths grow up to most blocks * block_size. With n lengths every
+    request has one row, and `query_starts` is ignored; a row of length 0 is padding: it reads nothing and returns
+    zeros. With R < n lengths `query_starts` is a tensor [R + 1], too, and every request is a prefill; rows that belong
+    to no request are padding, and what they return is undefined.
     """
     op, (rows, heads, head_dim) = "paged_attention", q.shape
     checks.tensor(op, "q", q, (rows, heads, head_dim))
@@ -49,8 +51,16 @@ def paged_attention(
     checks.device(op, q, k_cache, v_cache, block_tables)
     out, same = torch.empty_like(q), (q, k_cache, v_cache, block_tables)
     if isinstance(context_lens, Tensor):
-        checks.tensor(op, "context_lens", context_lens, (rows,), torch.int32, torch.int64)
+        requests = len(block_tables)
+        checks.tensor(op, "context_lens", context_lens, (requests,), torch.int32, torch.int64)
         checks.device(op, q, context_lens)
+        if requests < rows:
+            if not isinstance(query_starts, Tensor):
+                raise ValueError(f"{op}: query_starts is on the host and context_lens is not; expected both there")
+            checks.tensor(op, "query_starts", query_starts, (requests + 1,), torch.int32, torch.int64)
+            checks.device(op, q, query_starts)
+            prefill_on_device(*same, query_starts, context_lens, capability(q.device), out).run()
+            return out.flatten(1)
         decode(*same, None, context_lens, out).run()
         return out.flatten(1)
     starts, lengths = tuple(map(int, query_starts)), tuple(map(int, context_lens))

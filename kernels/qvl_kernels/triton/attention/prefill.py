@@ -14,6 +14,7 @@ from torch import Tensor
 from qvl_kernels.reference import cache_width
 from qvl_kernels.triton.attention.kv_tiles import load_tile
 from qvl_kernels.triton.attention.prefill_kv_int8 import LIFT, prefill_kv_int8_kernel
+from qvl_kernels.triton.attention.prefill_tiles import tiles_on_device
 from qvl_kernels.triton.attention.softmax import LOG2E, attend
 from qvl_kernels.triton.launch import Launch, Spec
 from qvl_kernels.util import cdiv
@@ -127,6 +128,22 @@ def prefill(
     most = max((query_starts[r + 1] - query_starts[r] for r in requests), default=0)
     choice = configuration(capability, most, q.shape[-1], q.dtype, k_cache.dtype == torch.int8)
     tiles = tiles_of(tuple(requests), tuple(query_starts), tuple(context_lens), choice.rows, q.device)
+    return _plan(q, k_cache, v_cache, block_tables, tiles, choice, out)
+
+
+def prefill_on_device(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    capability: int,
+    out: Tensor,
+) -> Launch:
+    """`prefill` of requests whose starts and lengths are on the device: the launch depends on n and R alone."""
+    choice = configuration(capability, len(q), q.shape[-1], q.dtype, k_cache.dtype == torch.int8)
+    tiles = tiles_on_device(query_starts, context_lens, len(q), choice.rows)
     return _plan(q, k_cache, v_cache, block_tables, tiles, choice, out)
 
 
