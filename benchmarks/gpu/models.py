@@ -26,6 +26,9 @@ GOLDENS = {  # of the original code, if the folder with them is given: file, ids
 }
 
 
+ALONE = (5, 20, 60, 130)  # tokens of prompts that are answered one at a time
+
+
 def goldens(place: Place, folder: Path | None) -> Iterator[Row]:
     """Root mean square errors of logits, ours and plain torch's on the CPU in the same dtype, against float32.
 
@@ -59,9 +62,10 @@ def _judged(name: str, path: Path, prompt: dict[str, Any], want: Tensor, dtype: 
 
 
 def graphs(place: Place) -> Iterator[Row]:
-    """Greedy answers to prompts of many lengths, together: with graphs, without, and with the embedding on the host."""
+    """Greedy answers to prompts of many lengths, together and alone: with graphs, without, embedding on the host."""
     greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
     prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
+    alone = [] if place.tiny else [{"token_ids": [*range(n, 2 * n)]} for n in ALONE]
     for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
         answers, replays, prefill_replays = [], 0, 0
         variants: list[dict[str, Any]] = [{"graphs": True}, {"graphs": False}, {"embedding_on_host": True}]
@@ -74,7 +78,10 @@ def graphs(place: Place) -> Iterator[Row]:
                 kv_cache_bytes=64 << 20,
                 **options,
             )
-            answers.append([out.token_ids for out in engine.generate(prompts, greedy)])
+            outputs = engine.generate(prompts, greedy)
+            for prompt in alone:  # a step of one prompt, which has a graph of its own
+                outputs += engine.generate([prompt], greedy)
+            answers.append([out.token_ids for out in outputs])
             used = engine.core.runner.graphs
             replays += used.replays if used is not None else 0
             prefill = engine.core.runner.prefill_graphs
@@ -83,7 +90,7 @@ def graphs(place: Place) -> Iterator[Row]:
         same = answers[0] == answers[1] == answers[2]
         yield {
             "model": path.name,
-            "requests": len(prompts),
+            "requests": len(prompts) + len(alone),
             "replays": replays,
             "prefill_replays": prefill_replays,
             "same_tokens": same,
