@@ -49,7 +49,7 @@ def throughput(place: Place, engine: Engine, kind: str) -> Iterator[Row]:
 def first_tokens(place: Place, engine: Engine, kind: str) -> Iterator[Row]:
     """Time to first token by prompt length, of a new picture with a question, and of another question about it."""
     for length in (TINY,) if place.tiny else TEXTS:
-        taken = [first_token_seconds(place, engine, text(length, 300 + 7 * turn)) for turn in range(TURNS)]
+        taken = [first_token_seconds(place, engine, text(length, 31 * length + 7 * turn)) for turn in range(TURNS)]
         yield _first(kind, f"{length} tokens", taken)
     if place.tiny:
         return
