@@ -1,49 +1,20 @@
 // Packed weights times float activations (exact mode), and dequantization.
 //
-// Without AMX a group of a weight has two chains of multiply-adds for each output, of the even and of the odd parts of its
-// lines, whose sum is scaled and added to that of the groups before. Few rows, whose weights are unpacked in registers, and
+// Without AMX a group of a weight has two chains of multiply-adds for each output, of its even and of its odd inputs,
+// whose sum is scaled and added to that of the groups before. Few rows, whose weights are unpacked in registers, and
 // many, for which they are unpacked once, are the same arithmetic: a row's result depends on no other row.
 
 #if !defined(__AMX_INT8__)
 namespace {
 
-// A part of a line is what one multiply-add takes: floats, an input of each lane.
-struct FloatParts {
-  template <int BITS> static constexpr int kParts = 32 / BITS;
-  template <int BITS> static inline F part(Bytes line, int i) {
-    return BITS == 4 ? nibble_less_8(line, i < 4 ? 8 * i : 8 * i - 28) : byte_less_128(line, 8 * i);
-  }
-  static inline void add(F& sum, F weight, F x) { sum = fma(weight, x, sum); }
-  // A row as the parts meet it: a number of each input.
-  template <int BITS> static void put(const float* row, int64_t inputs, float* to, int64_t step) {
-    for (int64_t i = 0; i < inputs; i++) to[i * step] = row[i];
-  }
-};
+// The weights of the i-th input of a line, less the midpoint.
+template <int BITS> inline F weights_of(Bytes line, int i) {
+  return BITS == 4 ? nibble_less_8(line, i < 4 ? 8 * i : 8 * i - 28) : byte_less_128(line, 8 * i);
+}
 
-#if defined(QVL_BF16_PAIRS)
-// Pairs of bfloat16: weights less the midpoint are exact, and so are bfloat16 activations. In half as many steps.
-struct PairParts {
-  template <int BITS> static constexpr int kParts = 16 / BITS;
-  template <int BITS> static inline F part(Bytes line, int i) {
-    return BITS == 4 ? nibble_pairs_less_8(line, 4 * i) : byte_pairs_less_128(line, 16 * i);
-  }
-  static inline void add(F& sum, F weight, F x) { dot_pairs(sum, weight, x); }
-  // In every eight inputs pairs of nibbles are 0 2, 4 6, 1 3, 5 7; bytes are in order.
-  template <int BITS> static void put(const float* row, int64_t inputs, float* to, int64_t step) {
-    static constexpr int kOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    for (int64_t i = 0; i < inputs; i += 2) {
-      uint32_t pair[2];
-      for (int j = 0; j < 2; j++) memcpy(pair + j, row + (BITS == 4 ? i / 8 * 8 + kOrder[i % 8 + j] : i + j), 4);
-      const uint32_t word = pair[0] >> 16 | (pair[1] & 0xffff0000u);
-      memcpy(to + i / 2 * step, &word, 4);
-    }
-  }
-};
-#endif
-
-// x: parts of the rows, by group and tile of M rows [groups][tiles][parts of a group][M]; sums [rows][groups].
+// x: the inputs of the rows, by group and tile of M rows [groups][tiles][group][M]; sums [rows][groups].
 struct ExactRows {
-  int64_t rows, tiles, parts;
+  int64_t rows, tiles;
   const float *x, *sums;
 };
 
@@ -55,9 +26,9 @@ inline F zero_part(const Packed& w, int64_t block, int64_t g, float sum) {
 }
 
 // A tile of M rows against NB blocks, unpacked in registers.
-template <class P, int BITS, int M, int NB>
+template <int BITS, int M, int NB>
 void exact_rows(const Packed& w, const ExactRows& a, const Output& out, int64_t tile, int64_t block) {
-  constexpr int kParts = P::template kParts<BITS>;
+  constexpr int kInputs = 32 / BITS;
   const int64_t lines = w.group * BITS / 32, stride = w.block_bytes(), row = tile * M;
   const uint8_t* at_group = w.lines + block * stride;
   F acc[M][NB];
@@ -68,17 +39,20 @@ void exact_rows(const Packed& w, const ExactRows& a, const Output& out, int64_t 
     for (int n = 0; n < NB; n++)
       for (int m = 0; m < M; m++)
         even[m][n] = zero_part(w, block + n, g, row + m < a.rows ? a.sums[(row + m) * w.groups + g] : 0), odd[m][n] = zero();
-    const float* x = a.x + (g * a.tiles + tile) * a.parts * M;
-    for (int64_t j = 0; j < lines; j++, x += kParts * M)
+    const float* x = a.x + (g * a.tiles + tile) * w.group * M;
+    for (int64_t j = 0; j < lines; j++, x += kInputs * M)
 QVL_UNROLL
       for (int n = 0; n < NB; n++) {
         const Bytes line = load_bytes(at_group + n * stride + j * 64);
         __builtin_prefetch(at_group + n * stride + j * 64 + kLinesAhead);
 QVL_UNROLL
-        for (int i = 0; i < kParts; i++) {
-          const F weight = P::template part<BITS>(line, i);
+        for (int i = 0; i < kInputs; i++) {
+          const F weight = weights_of<BITS>(line, i);
 QVL_UNROLL
-          for (int m = 0; m < M; m++) P::add(i % 2 ? odd[m][n] : even[m][n], weight, set1(x[i * M + m]));
+          for (int m = 0; m < M; m++) {
+            F& sum = i % 2 ? odd[m][n] : even[m][n];
+            sum = fma(weight, set1(x[i * M + m]), sum);
+          }
         }
       }
     for (int n = 0; n < NB; n++) {
@@ -90,19 +64,19 @@ QVL_UNROLL
     for (int n = 0; n < NB; n++) out.put(row + m, (block + n) * 16, acc[m][n]);
 }
 
-template <class P, int BITS, int M> void exact_few(const Packed& w, const ExactRows& a, const Output& out) {
+template <int BITS, int M> void exact_few(const Packed& w, const ExactRows& a, const Output& out) {
   constexpr int kStreams = M == 1 ? kExactStreams : 2;
   const int64_t whole = w.blocks() / kStreams;
   parallel_ranges(whole, 1 + (128 << 10) / (kStreams * w.block_bytes()), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
-      for (int64_t tile = 0; tile < a.tiles; tile++) exact_rows<P, BITS, M, kStreams>(w, a, out, tile, b * kStreams);
+      for (int64_t tile = 0; tile < a.tiles; tile++) exact_rows<BITS, M, kStreams>(w, a, out, tile, b * kStreams);
   });
   for (int64_t b = whole * kStreams; b < w.blocks(); b++)
-    for (int64_t tile = 0; tile < a.tiles; tile++) exact_rows<P, BITS, M, 1>(w, a, out, tile, b);
+    for (int64_t tile = 0; tile < a.tiles; tile++) exact_rows<BITS, M, 1>(w, a, out, tile, b);
 }
 
-// acc [kExactRows][NB][16] += a group of a tile of rows times NB unpacked blocks [NB][parts][16].
-template <class P, int NB>
+// acc [kExactRows][NB][16] += a group of a tile of rows times NB unpacked blocks [NB][group][16].
+template <int NB>
 void exact_tile(const Packed& w, const ExactRows& a, const float* panels, int64_t block, int64_t g, int64_t tile, float* acc) {
   constexpr int M = kExactRows;
   F even[M][NB], odd[M][NB];
@@ -111,17 +85,17 @@ void exact_tile(const Packed& w, const ExactRows& a, const float* panels, int64_
       const int64_t row = tile * M + m;
       even[m][n] = zero_part(w, block + n, g, row < a.rows ? a.sums[row * w.groups + g] : 0), odd[m][n] = zero();
     }
-  const float* x = a.x + (g * a.tiles + tile) * a.parts * M;
+  const float* x = a.x + (g * a.tiles + tile) * w.group * M;
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < a.parts; k += 2, x += 2 * M) {
+  for (int64_t k = 0; k < w.group; k += 2, x += 2 * M) {
     F first[NB], second[NB];
-QVL_UNROLL
-    for (int n = 0; n < NB; n++) first[n] = load(panels + (n * a.parts + k) * 16), second[n] = load(panels + (n * a.parts + k + 1) * 16);
-QVL_UNROLL
+#pragma GCC unroll 8
+    for (int n = 0; n < NB; n++) first[n] = load(panels + (n * w.group + k) * 16), second[n] = load(panels + (n * w.group + k + 1) * 16);
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const F one = set1(x[m]), other = set1(x[M + m]);
-QVL_UNROLL
-      for (int n = 0; n < NB; n++) P::add(even[m][n], first[n], one), P::add(odd[m][n], second[n], other);
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; n++) even[m][n] = fma(first[n], one, even[m][n]), odd[m][n] = fma(second[n], other, odd[m][n]);
     }
   }
   for (int n = 0; n < NB; n++) {
@@ -134,36 +108,36 @@ QVL_UNROLL
 }
 
 // NB blocks from `block` on against all rows, whose sums are acc [tiles][kExactRows][NB][16].
-template <class P, int BITS, int NB>
+template <int BITS, int NB>
 void exact_group(const Packed& w, const ExactRows& a, int64_t block, int64_t g, float* panels, float* acc) {
-  constexpr int kParts = P::template kParts<BITS>;
+  constexpr int kInputs = 32 / BITS;
   for (int n = 0; n < NB; n++) {
     const uint8_t* line = w.lines + (block + n) * w.block_bytes() + g * w.group_bytes();
-    float* to = panels + n * a.parts * 16;
-    for (const uint8_t* end = line + w.group_bytes(); line < end; line += 64, to += kParts * 16) {
+    float* to = panels + n * w.group * 16;
+    for (const uint8_t* end = line + w.group_bytes(); line < end; line += 64, to += kInputs * 16) {
       const Bytes both = load_bytes(line);
 QVL_UNROLL
-      for (int i = 0; i < kParts; i++) store(to + i * 16, P::template part<BITS>(both, i));
+      for (int i = 0; i < kInputs; i++) store(to + i * 16, weights_of<BITS>(both, i));
     }
   }
   for (int64_t tile = 0; tile < a.tiles; tile++)
-    exact_tile<P, NB>(w, a, panels, block, g, tile, acc + tile * kExactRows * NB * 16);
+    exact_tile<NB>(w, a, panels, block, g, tile, acc + tile * kExactRows * NB * 16);
 }
 
 constexpr int64_t kExactPanels = 4;  // of kExactBlocks, which share a group's activations from the L2 cache
 
-template <class P, int BITS> void exact_many(const Packed& w, const ExactRows& a, const Output& out) {
+template <int BITS> void exact_many(const Packed& w, const ExactRows& a, const Output& out) {
   constexpr int NB = kExactBlocks;
   const int64_t count = (w.blocks() + NB - 1) / NB, each = count / (4 * qvl_threads()), per_panel = a.tiles * kExactRows * NB * 16;
   parallel_ranges(count, each < 1 ? 1 : each < kExactPanels ? each : kExactPanels, [&](int64_t begin, int64_t end) {
     float* acc = scratch<float>(5, (end - begin) * per_panel);
-    float* panels = scratch<float>(7, NB * a.parts * 16);
+    float* panels = scratch<float>(7, NB * w.group * 16);
     memset(acc, 0, (size_t)((end - begin) * per_panel) * 4);
     for (int64_t g = 0; g < w.groups; g++)
       for (int64_t p = begin; p < end; p++) {
         float* sums = acc + (p - begin) * per_panel;
-        if (p * NB + NB <= w.blocks()) exact_group<P, BITS, NB>(w, a, p * NB, g, panels, sums);
-        else exact_group<P, BITS, 1>(w, a, p * NB, g, panels, sums);
+        if (p * NB + NB <= w.blocks()) exact_group<BITS, NB>(w, a, p * NB, g, panels, sums);
+        else exact_group<BITS, 1>(w, a, p * NB, g, panels, sums);
       }
     for (int64_t p = begin; p < end; p++) {
       const int64_t here = w.blocks() - p * NB < NB ? 1 : NB;
@@ -176,11 +150,11 @@ template <class P, int BITS> void exact_many(const Packed& w, const ExactRows& a
 constexpr int64_t kExactRowsAtOnce = 264;  // a multiple of every kExactRows
 constexpr int64_t kExactFew = 8;  // rows up to which weights are unpacked in registers, four rows at a time
 
-template <class P, int BITS>
+template <int BITS>
 void exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w, const Output& out) {
   const int64_t padded = w.groups * w.group, M = rows > kExactFew ? kExactRows : rows < 4 ? rows : 4;
-  ExactRows a{rows, (rows + M - 1) / M, w.group * BITS * P::template kParts<BITS> / 32, nullptr, nullptr};
-  float* parts = scratch<float>(4, a.tiles * M * w.groups * a.parts);
+  ExactRows a{rows, (rows + M - 1) / M, nullptr, nullptr};
+  float* tiles = scratch<float>(4, a.tiles * M * w.groups * w.group);
   float* sums = scratch<float>(3, rows * w.groups);
   parallel_ranges(a.tiles * M, rows > kExactFew ? M : a.tiles * M, [&](int64_t begin, int64_t end) {
     float* row = scratch<float>(0, padded);
@@ -189,28 +163,28 @@ void exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int
       else memset(row, 0, (size_t)padded * 4);
       for (int64_t g = 0; g < w.groups; g++) {
         const float* from = row + g * w.group;
-        P::template put<BITS>(from, w.group, parts + (g * a.tiles + m / M) * a.parts * M + m % M, M);
+        float* to = tiles + (g * a.tiles + m / M) * w.group * M + m % M;
+        for (int64_t i = 0; i < w.group; i++) to[i * M] = from[i];
         F total = zero();
         for (int64_t i = 0; i < w.group; i += 16) total = add(total, load(from + i));
         if (m < rows) sums[m * w.groups + g] = sum(total);
       }
     }
   });
-  a.x = parts, a.sums = sums;
-  if (rows > kExactFew) exact_many<P, BITS>(w, a, out);
-  else if (M == 1) exact_few<P, BITS, 1>(w, a, out);
-  else if (M == 2) exact_few<P, BITS, 2>(w, a, out);
-  else if (M == 3) exact_few<P, BITS, 3>(w, a, out);
-  else exact_few<P, BITS, 4>(w, a, out);
+  a.x = tiles, a.sums = sums;
+  if (rows > kExactFew) exact_many<BITS>(w, a, out);
+  else if (M == 1) exact_few<BITS, 1>(w, a, out);
+  else if (M == 2) exact_few<BITS, 2>(w, a, out);
+  else if (M == 3) exact_few<BITS, 3>(w, a, out);
+  else exact_few<BITS, 4>(w, a, out);
 }
 
-template <class P>
 void exact_bits(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w, const Output& out) {
   for (int64_t first = 0; first < rows; first += kExactRowsAtOnce) {
     const int64_t count = rows - first < kExactRowsAtOnce ? rows - first : kExactRowsAtOnce;
     const Output part{out.bias, at(out.y, dtype, first * out.outputs), dtype, out.outputs};
     const void* from = at(x, dtype, first * inputs);
-    w.bits == 4 ? exact<P, 4>(from, dtype, count, inputs, perm, w, part) : exact<P, 8>(from, dtype, count, inputs, perm, w, part);
+    w.bits == 4 ? exact<4>(from, dtype, count, inputs, perm, w, part) : exact<8>(from, dtype, count, inputs, perm, w, part);
   }
 }
 
@@ -230,10 +204,7 @@ void linear_exact(const void* x, int64_t dtype, int64_t rows, int64_t inputs, in
 #if defined(__AMX_INT8__)
   linear_exact_amx(x, dtype, rows, inputs, perm, w, out);
 #else
-#if defined(QVL_BF16_PAIRS)
-  if (dtype == kBfloat16 && has_bf16_pairs()) return exact_bits<PairParts>(x, dtype, rows, inputs, perm, w, out);
-#endif
-  exact_bits<FloatParts>(x, dtype, rows, inputs, perm, w, out);
+  exact_bits(x, dtype, rows, inputs, perm, w, out);
 #endif
 }
 
