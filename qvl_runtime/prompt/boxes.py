@@ -149,7 +149,7 @@ def _box(values: list[int], label: str | None, image_index: int | None, span: tu
 
 
 def _require_closed_tags(text: str) -> None:
-    rest = _TAG.sub(lambda tag: "" if tag["end"] else tag[0], text)
+    rest = _TAG.sub(lambda tag: " " if tag["end"] else tag[0], text)  # so that what is around it does not join
     if stray := _STRAY.search(rest):
         raise PromptError(
             f"{stray[0]} before {rest[stray.end() :][:40]!r} has no matching tag; every start tag needs an end tag"

@@ -199,6 +199,10 @@ def test_text_spells_no_tags_in_letters(spelling: BoxSpelling) -> None:
     assert grammar(spelling, ALLOW).accepts(padded) == len(padded) - 1
 
 
+def test_halves_of_a_tag_around_a_label_are_text() -> None:
+    assert parse_boxes("a <ref<ref>dog</ref>> b", strict=True) == []
+
+
 def test_what_cannot_be_is_refused(spelling: BoxSpelling) -> None:
     with pytest.raises(ConstraintError, match=r"may have 10 tokens, but its boxes need up to [0-9]+: raise max_tokens"):
         grammar(spelling, FORCE, 10)
