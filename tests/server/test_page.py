@@ -174,6 +174,8 @@ def test_without_a_mouse_on_a_phone_in_the_dark_in_chinese(live: Live, chromium:
                 break
         assert page.locator("button.label.lit").count() == 1
         assert serious(page) == []
+        page.click("#theme")
+        assert page.get_attribute("html", "data-theme") == "light"  # the system is dark
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

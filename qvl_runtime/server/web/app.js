@@ -1,13 +1,15 @@
 // Joins the parts: what the user does, the conversation, the stage and the page.
 
-import { ApiError, hasKey, isReady, listModels, setKey } from "./api.js";
+import { ApiError, hasKey, setKey } from "./api.js";
 import { takePhoto } from "./camera.js";
+import { askKey, connect, messageOf, notify, settings } from "./connection.js";
 import { BOX, Conversation } from "./conversation.js";
 import { PictureError, readPicture, release } from "./pictures.js";
+import { changeTheme, otherTheme, remember, remembered } from "./preferences.js";
 import { saveJson, savePng } from "./saving.js";
 import { Stage } from "./stage.js";
 import { otherLanguage, setLanguage, t } from "./strings.js";
-import { make, thumbnail, turnElement } from "./turns.js";
+import { make, pendingElement, thumbnail, turnElement } from "./turns.js";
 
 const find = (id) => document.getElementById(id);
 const question = find("question");
@@ -70,20 +72,10 @@ function removeBox() {
 
 // ---- what is on the stage
 
-/** The boxes of an answer that lie on a picture, with their numbers in the answer. */
-function boxesOn(turn, picture) {
-  if (!turn?.boxes?.length) return [];
-  const before = conversation.turns.slice(0, conversation.turns.indexOf(turn)).flatMap((other) => other.pictures ?? []);
-  const left = before.length - (turn.kept ?? before.length); // pictures that the context had no room for
-  const pictureOf = ({ image_index: at }) => (at === null ? before.at(-1) : before[at + left]);
-  const entries = turn.boxes.map((each, number) => ({ number, box: each, all: turn.boxes }));
-  return entries.filter((entry) => pictureOf(entry.box) === picture);
-}
-
 function select(turn) {
   selected = turn;
-  const withBoxes = conversation.pictures.find((picture) => boxesOn(turn, picture).length);
-  if (withBoxes && boxesOn(turn, shown).length === 0) shown = withBoxes;
+  const withBoxes = conversation.pictures.find((picture) => conversation.boxesOn(turn, picture).length);
+  if (withBoxes && conversation.boxesOn(turn, shown).length === 0) shown = withBoxes;
   renderStage();
 }
 
@@ -102,7 +94,7 @@ function drawnBox() {
 }
 
 function renderStage() {
-  const entries = boxesOn(selected, shown);
+  const entries = conversation.boxesOn(selected, shown);
   find("empty").hidden = shown !== null;
   find("tools").hidden = shown === null;
   stage.show(shown, entries, drawnBox(), shown ? t("pictureN", { n: numbers().get(shown) }) : "");
@@ -134,7 +126,7 @@ function render() {
   const act = { light, select, edit, regenerate, show: showPicture };
   const last = conversation.turns.at(-1);
   find("turns").replaceChildren(...conversation.turns.map((turn) => turnElement(turn, known, turn === last, act)));
-  find("pending").replaceChildren(...pending.map((picture) => pendingElement(picture, known.get(picture))));
+  find("pending").replaceChildren(...pending.map((picture) => pendingElement(picture, known.get(picture), showPicture, removePending)));
   find("hints").hidden = conversation.turns.length > 0;
   find("box-row").hidden = box === null;
   find("send").hidden = running !== null;
@@ -157,16 +149,6 @@ function renderAnswer(turn) {
     if (following) scroll.scrollTop = scroll.scrollHeight;
     if (turn === selected) select(turn);
   });
-}
-
-function pendingElement(picture, number) {
-  const item = make("li");
-  const remove = make("button", "quiet", "✕");
-  remove.type = "button";
-  remove.setAttribute("aria-label", t("removePicture", { n: number }));
-  remove.addEventListener("click", () => removePending(picture));
-  item.append(thumbnail(picture, number, () => showPicture(picture)), remove);
-  return item;
 }
 
 async function send() {
@@ -234,65 +216,6 @@ function clear() {
   question.focus();
 }
 
-// ---- the server
-
-function settings() {
-  const number = (id) => (find(id).value === "" ? null : Number(find(id).value));
-  const all = {
-    model: find("model").value || null,
-    system: find("system").value.trim(),
-    temperature: number("temperature"),
-    max_completion_tokens: number("max-tokens"),
-    seed: number("seed"),
-  };
-  return Object.fromEntries(Object.entries(all).filter(([, value]) => value !== null && value !== ""));
-}
-
-async function connect() {
-  try {
-    const models = await listModels();
-    const before = find("model").value;
-    find("model").replaceChildren(...models.map(({ id }) => new Option(id, id, false, id === before)));
-    limits = models[0]?.qvl?.limits ?? null;
-    notify(limits ? "" : t("loading"));
-    if (!limits) setTimeout(waitUntilReady, 500);
-  } catch (error) {
-    if (!(error instanceof ApiError)) throw error;
-    if (error.status === 401 && (await askKey(hasKey()))) return connect();
-    notify(messageOf(error));
-  }
-}
-
-async function waitUntilReady() {
-  if (await isReady()) await connect();
-  else setTimeout(waitUntilReady, 1000);
-}
-
-function askKey(refused = false) {
-  const dialog = find("key-dialog");
-  if (refused) notify(t("badKey"));
-  find("key").value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.onclose = () => {
-      const given = dialog.returnValue === "ok" && find("key").value;
-      if (given) setKey(find("key").value);
-      find("forget-key").hidden = !hasKey();
-      resolve(Boolean(given));
-    };
-  });
-}
-
-function messageOf(error) {
-  if (error.code === "lost" || error.code === "offline") return t(error.code);
-  return error.message;
-}
-
-function notify(text) {
-  find("notice").textContent = text;
-}
-
 async function runExample() {
   const [picture, texts] = await Promise.all([fetch("example.jpg"), fetch("example.json")]);
   await addFiles([new File([await picture.blob()], "example.jpg", { type: "image/jpeg" })]);
@@ -302,29 +225,11 @@ async function runExample() {
 
 // ---- the page
 
-function remember(name, value) {
-  try {
-    localStorage.setItem(name, value);
-  } catch {} // a browser may forbid it
-}
-
-function remembered(name) {
-  try {
-    return localStorage.getItem(name);
-  } catch {
-    return null;
-  }
-}
-
 function changeLanguage(code) {
   setLanguage(code);
   find("language").textContent = otherLanguage().name;
   find("language").lang = otherLanguage().code;
   render();
-}
-
-function changeTheme(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
 }
 
 function listen() {
@@ -359,7 +264,7 @@ function listen() {
     stage.setMinimum(Number(target.value));
     find("box-count").textContent = countBoxes(stage.shown);
   });
-  const visible = () => boxesOn(selected, shown).filter(({ box: { score } }) => score === null || score >= stage.minimum);
+  const visible = () => conversation.boxesOn(selected, shown).filter(({ box: { score } }) => score === null || score >= stage.minimum);
   on("save-png", "click", () => savePng(shown, visible()));
   on("save-json", "click", () => saveJson(shown, visible(), selected));
   on("key-cancel", "click", () => find("key-dialog").close());
@@ -371,9 +276,9 @@ function listen() {
     changeLanguage(code);
   });
   on("theme", "click", () => {
-    const dark = getComputedStyle(document.documentElement).colorScheme.startsWith("dark");
-    remember("theme", dark ? "light" : "dark");
-    changeTheme(dark ? "light" : "dark");
+    const theme = otherTheme();
+    remember("theme", theme);
+    changeTheme(theme);
   });
   document.addEventListener("paste", ({ clipboardData }) => clipboardData?.files.length && addFiles([...clipboardData.files]));
   // a picture dropped anywhere is meant for the page, which would otherwise be left for it
@@ -390,5 +295,5 @@ listen();
 changeTheme(remembered("theme"));
 changeLanguage(remembered("language") ?? navigator.language.slice(0, 2));
 find("forget-key").hidden = !hasKey();
-await connect();
+await connect((found) => (limits = found));
 if (new URLSearchParams(location.search).has("example")) await runExample();

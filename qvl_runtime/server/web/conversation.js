@@ -35,6 +35,16 @@ export class Conversation {
     return this.turns.splice(this.turns.indexOf(turn))[0];
   }
 
+  /** The boxes of an answer that lie on a picture: { number, box, all }, the number being that in the answer. */
+  boxesOn(turn, picture) {
+    if (!turn?.boxes?.length) return [];
+    const before = this.turns.slice(0, this.turns.indexOf(turn)).flatMap((other) => other.pictures ?? []);
+    const left = before.length - (turn.kept ?? before.length); // pictures that the context had no room for
+    const pictureOf = ({ image_index: at }) => (at === null ? before.at(-1) : before[at + left]);
+    const entries = turn.boxes.map((box, number) => ({ number, box, all: turn.boxes }));
+    return entries.filter((entry) => pictureOf(entry.box) === picture);
+  }
+
   /** The messages up to the last question, in the form of the API. */
   async messages(system) {
     const messages = system ? [{ role: "system", content: system }] : [];

@@ -43,6 +43,17 @@ export function thumbnail(picture, number, onClick) {
   return button;
 }
 
+/** A picture of the next question: a button that shows it, and one that removes it. */
+export function pendingElement(picture, number, show, removePicture) {
+  const item = document.createElement("li");
+  const remove = make("button", "quiet", "✕");
+  remove.type = "button";
+  remove.setAttribute("aria-label", t("removePicture", { n: number }));
+  remove.addEventListener("click", () => removePicture(picture));
+  item.append(thumbnail(picture, number, () => show(picture)), remove);
+  return item;
+}
+
 /** An element with a class and a text. */
 export function make(tag, name = "", text = "") {
   const element = document.createElement(tag);
