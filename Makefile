@@ -79,7 +79,7 @@ ray: $(RAY)/.set-up ## run the tests on Ray clusters of this machine: five minut
 
 $(RAY)/.set-up: pyproject.toml constraints.txt
 	@python="$${PYTHON:-$$($(FIND_PYTHON))}"; [ -x $(RAY)/bin/python ] || "$$python" -m venv $(RAY)
-	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[ray]' pytest pytest-timeout hypothesis openai
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[ray,guided]' pytest pytest-timeout hypothesis jsonschema openai
 	@touch $@
 
 browser: $(STAMP) ## install what the tests of the page need besides a Chromium: playwright, and axe-core by npm
