@@ -18,7 +18,9 @@ from qvl_runtime.prompt.cancellation import Canceled, Cancellation
 from qvl_runtime.prompt.fetch import fetch
 from qvl_runtime.prompt.images import load_image
 from qvl_runtime.prompt.limits import ImageLimits
+from tests import leaks
 from tests.faults.web_site import CERTIFICATE, LOCAL, serving
+from tests.leaks import left_behind
 
 pytestmark = pytest.mark.unit
 
@@ -117,6 +119,7 @@ class TestTime:
     def test_downloads_end_at_their_limit(self, site: Any, where: str) -> None:  # FAULTS M3: 100 of 100 threads stayed
         limits = ImageLimits(image_timeout_s=0.3, allow_private_addresses=True)
         took, messages = list[float](), list[str]()
+        running = left_behind(lambda: leaks.threads("qvl-", "fetch"))
 
         def one() -> None:
             began = time.monotonic()
@@ -131,7 +134,7 @@ class TestTime:
         for thread in threads:
             thread.join()
         assert max(took) < 2 and all("took longer than 0.3 s" in message for message in messages)
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("qvl-", "fetch"))]
+        assert not running()
 
     def test_a_host_that_does_not_answer(self) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:

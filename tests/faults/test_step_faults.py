@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from qvl_runtime.schedule.request import Branch
 from qvl_runtime.schedule.runner import Chunk, Runner
 from qvl_runtime.schedule.sampler import SamplingRow, sample
 from tests.faults.test_rows import check_books, together
+from tests.leaks import instances, left_behind
 
 pytestmark = pytest.mark.cpu
 BAD = "bad"  # the cache_salt of a request that is to fail
@@ -198,12 +198,12 @@ def test_the_error_says_what_it_is(
 
 def test_an_error_keeps_nothing_of_its_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says where it came from as text: the frames of a traceback keep every request and tensor of the step."""
+    kept = left_behind(lambda: instances(Branch))
     in_the_model(monkeypatch, lambda: Boom("no"))
     requests = [(i, {"token_ids": [i]}, params) for i, params in enumerate(with_salts(GREEDY, 4, (1,)))]
     error = dict(engine.as_completed(requests))[1]
     del requests
-    gc.collect()
-    assert not [one for one in gc.get_objects() if type(one) is Branch]
+    assert not kept()
     assert isinstance(error, StepError)
     if hasattr(error, "__notes__"):  # Python 3.11
         assert "in raising" in error.__notes__[0] and "Boom: no" in error.__notes__[0]

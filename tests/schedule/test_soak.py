@@ -14,11 +14,13 @@ import pytest
 from benchmarks.serving.workload import image, prompt_of
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.schedule.request import Branch
+from tests.leaks import instances, left_behind
 
 pytestmark = pytest.mark.cpu
 
 
 def test_what_is_held_does_not_grow() -> None:
+    kept = left_behind(lambda: instances(Branch))
     engine = Engine(kv_cache_bytes=2 * 2**20, image_cache_bytes=2**18, max_running=8)
     dice = random.Random(0)
     cache, images = engine.core.runner.cache, engine.core.runner.images
@@ -36,8 +38,7 @@ def test_what_is_held_does_not_grow() -> None:
     assert images.bytes <= images.max_bytes and len(images) < 40
     assert cache.prefixes is not None and len(cache.prefixes.blocks) <= cache.pool.num_blocks
     del done
-    gc.collect()
-    assert not [o for o in gc.get_objects() if type(o) is Branch]
+    assert not kept()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the heap of glibc")

@@ -22,8 +22,9 @@ ARGUMENTS = ["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-devic
 VIOLATIONS = "addEventListener('securitypolicyviolation', e => (window.violations ??= []).push(e.violatedDirective))"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """A browser for the tests of one file: as long as playwright runs, this thread can run no event loop of its own."""
     sync_api = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install '.[browser]'"
     )

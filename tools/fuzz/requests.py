@@ -47,6 +47,7 @@ USUAL: dict[str, tuple[Any, ...]] = {  # values that are usually right, and thos
     "choice": (None, ("yes", "no"), (), ("",)),
     "grammar": (None, 'start: "a" | "b" start', "start: x"),
     "boxes": (None, "force", "allow", "all"),
+    "adapter": (None, "a", "", 5),
     "cache_salt": ("", "a", "\ud800"),
 }
 ROLES = ("user", "assistant", "system", "tool", "")

@@ -127,8 +127,13 @@ def test_what_does_not_fit_is_refused(rng: torch.Generator) -> None:
         paged_attention(*c[:4], [0, 1], [20])
     with pytest.raises(ValueError, match=r"request 1 has 2 rows and 65 tokens; .* the 64 of its blocks"):
         paged_attention(*c[:4], [0, 1, 3], [20, 65])
-    with pytest.raises(ValueError, match=r"context_lens is int32 \[2\]; expected contiguous int32 or int64 \[3\]"):
-        paged_attention(*c[:4], torch.empty(0), torch.tensor([20, 33], dtype=torch.int32))
+    lengths = torch.tensor([20, 33], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"context_lens is int32 \[1\]; expected contiguous int32 or int64 \[2\]"):
+        paged_attention(*c[:4], torch.tensor([0, 1, 3]), lengths[:1])
+    with pytest.raises(ValueError, match=r"query_starts is float32 \[0\]; expected contiguous int32 or int64 \[3\]"):
+        paged_attention(*c[:4], torch.empty(0), lengths)
+    with pytest.raises(ValueError, match="query_starts is on the host and context_lens is not"):
+        paged_attention(*c[:4], [0, 1, 3], lengths)
     with pytest.raises(ValueError, match="k_cache is float16"):
         paged_attention(c.q.float(), *c[1:])
     wide = torch.zeros(1, 1, 264).half()
