@@ -28,10 +28,10 @@ from qvl_runtime.cli.terminal import FAILED_RECORDS, progress_bar, rate, say
 from qvl_runtime.engine.records import answer_record, has_failed, parse_record, parse_request, record_id
 from qvl_runtime.errors import PromptError, QVLError
 from qvl_runtime.reading.lines import MAX_LINE, Line
-from qvl_runtime.server.openai_batch import is_openai, openai_answer, openai_error, openai_names, parse_openai
+from qvl_runtime.server.openai_batch import Asked, is_openai, openai_error, openai_names, parse_openai
 
 if TYPE_CHECKING:
-    from qvl_runtime.engine.engine import Engine
+    from qvl_runtime.engine.engine import Encoded, Engine
     from qvl_runtime.schedule.api import SamplingParams
 
 MAX_WAITING = 1000  # answers that wait for an earlier one, beyond which no more requests are begun
@@ -83,7 +83,7 @@ def batch(
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
 
-    The last is OpenAI's batch form, and is answered in it.
+    The last is OpenAI's batch form, also with /v1/completions, and is answered in it.
 
     A request that fails is answered by a line with "error". The exit code is then 3.
 
@@ -148,6 +148,7 @@ class Batch:
         self._open = 0  # requests that the engine has and has not answered
         self._end = 0  # bytes of the answers of earlier runs
         self._names: dict[int, Name] = {}  # of requests whose answer is not written
+        self._asked: dict[int, tuple[Asked, Encoded]] = {}  # those in OpenAI's form that the engine has
         self._ready: dict[int, dict[str, Any]] = {}  # answers that wait for an earlier one to be written
 
     def resume(self) -> None:
@@ -178,10 +179,12 @@ class Batch:
         self._target.begin(self._end)
         for index, result in engine.as_completed(self._requests()):
             self._open -= 1
+            asked = self._asked.pop(index, None)
             if isinstance(result, QVLError):
                 self._ready[index] = self._error(index, result)
-            elif self._names[index].in_openai_form:
-                self._ready[index] = openai_answer(result, engine)
+            elif asked is not None:
+                request, encoded = asked
+                self._ready[index] = request.answer(result, encoded, engine)
             else:
                 self._ready[index] = answer_record(result)
             yield from self._write()
@@ -226,7 +229,9 @@ class Batch:
                 in_openai_form = is_openai(record)
                 self._names[index] = Name(record_id(record), line.number, in_openai_form)
                 if in_openai_form:
-                    prompt, params = parse_openai(record, self._engine, self._params)
+                    asked = parse_openai(record, self._engine, self._params)
+                    prompt, params = self._engine.encode(asked.prompt), asked.params
+                    self._asked[index] = asked, prompt
                 else:
                     prompt, params = parse_request(record, self._params)
             except QVLError as error:

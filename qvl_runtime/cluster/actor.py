@@ -19,7 +19,7 @@ from qvl_runtime import __version__
 from qvl_runtime.cluster.rows import Row
 from qvl_runtime.engine.records import answer_record, parse_record, parse_request, record_id
 from qvl_runtime.errors import QVLError
-from qvl_runtime.server.openai_batch import is_openai, openai_answer, parse_openai
+from qvl_runtime.server.openai_batch import Asked, is_openai, parse_openai
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.async_engine import AsyncEngine
@@ -115,11 +115,13 @@ class EngineActor:
     async def _answer(self, row: Row) -> Answer:
         engine, spec = self._loaded(), self._spec
         answer = Answer(row.position, row.line.number, None, False, None, None, 0)
+        asked: Asked | None = None
         try:
             record = parse_record(row.line, spec.source, spec.max_line_bytes)
             answer = answer._replace(id=record_id(record), in_openai_form=is_openai(record))
             if answer.in_openai_form:
-                prompt, params = parse_openai(record, engine.engine, spec.params)
+                asked = parse_openai(record, engine.engine, spec.params)
+                prompt, params = asked.prompt, asked.params
             else:
                 prompt, params = parse_request(record, spec.params)
             async with self._readers:
@@ -130,8 +132,7 @@ class EngineActor:
                 _log.error("this process ends, since its engine cannot go on: %s", error)
                 os._exit(POISONED)  # at once: the rows that it has are answered elsewhere
             return answer._replace(error=str(error))
-        in_form = answer.in_openai_form
-        fields = openai_answer(completion, engine.engine) if in_form else answer_record(completion)
+        fields = answer_record(completion) if asked is None else asked.answer(completion, encoded, engine.engine)
         tokens = sum(one.usage.completion_tokens for one in completion.answers)
         return answer._replace(record=json.dumps(fields, ensure_ascii=False), tokens=tokens)
 

@@ -134,7 +134,7 @@ class Engine(Judging):
         return [request.completion() for request in requests]
 
     def as_completed(
-        self, requests: Iterable[tuple[Any, Prompt, SamplingParams | None] | None], window: int | None = None
+        self, requests: Iterable[tuple[Any, Prompt | Encoded, SamplingParams | None] | None], window: int | None = None
     ) -> Iterator[tuple[Any, Completion | QVLError]]:
         """Answer (tag, prompt, params) together, and yield (tag, completion or error) in the order of completion.
 
@@ -149,7 +149,8 @@ class Engine(Judging):
                 while len(open_requests) < max_open and (upcoming := next(waiting, None)) is not None:
                     tag, prompt, params = upcoming
                     try:
-                        open_requests.append(self.submit(self.encode(prompt), params, tag=tag))
+                        encoded = prompt if isinstance(prompt, Encoded) else self.encode(prompt)
+                        open_requests.append(self.submit(encoded, params, tag=tag))
                     except QVLError as error:
                         yield tag, error
                 if not open_requests:

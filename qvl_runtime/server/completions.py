@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from qvl_runtime.server.answers import Json, box_json, finish_reason, qvl_json, sum_usages, timings_json
+from qvl_runtime.server.answers import Json, sum_usages, timings_json
+from qvl_runtime.server.completion_form import Choice, asked_logprobs, choices_of, frame, prompts_of, token_limit
 from qvl_runtime.server.errors import invalid
 from qvl_runtime.server.fields import COMPLETION, REQUIRED
 from qvl_runtime.server.http import Events
-from qvl_runtime.server.logprobs import TextLogprobs, prompt_text
 from qvl_runtime.server.requests import (
     Exchange,
     answer_limit,
@@ -26,10 +24,8 @@ from qvl_runtime.server.tasks import gathered, joined
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Encoded
-    from qvl_runtime.prompt.tokenizer import Tokenizer
-    from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, TokenLogprob
+    from qvl_runtime.schedule.api import Completion, SamplingParams
 
-DEFAULT_TOKENS = 16  # OpenAI's
 _ENCODED_AT_ONCE = 8  # prompts of one request, whose images are in memory meanwhile
 
 
@@ -37,17 +33,13 @@ async def completions(service: Service, body: Any, exchange: Exchange) -> Json |
     """Answer a completion request: one or many prompts, which run together."""
     request = checked(body, COMPLETION, REQUIRED["completion"])
     check_model(request, service.config)
-    prompts = _prompts(request["prompt"])
+    prompts = prompts_of(request["prompt"])
     if len(prompts) > service.config.max_prompts:
         raise invalid(f"prompt has {len(prompts)} prompts; expected at most {service.config.max_prompts}", "prompt")
     echo, streamed, usage = bool(request.get("echo")), bool(request.get("stream")), include_usage(request)
     values = sampling_values(request, COMPLETION, service.engine.engine.tokenizer, service.config, exchange.caller)
-    alternatives = request.get("logprobs")
-    values["logprobs"] = None if alternatives is None else int(alternatives)
-    values["prompt_logprobs"] = values["logprobs"] if echo else None
-    max_tokens = int(request.get("max_tokens", DEFAULT_TOKENS))
-    if not max_tokens and (not echo or streamed):
-        raise invalid("max_tokens is 0, which needs echo: true and no stream; expected at least 1", "max_tokens")
+    values |= asked_logprobs(request)
+    max_tokens = token_limit(request)
     sampling_params(values)  # before images are fetched
     encoded = await gathered((service.engine.encode(prompt) for prompt in prompts), _ENCODED_AT_ONCE)
     params = []
@@ -60,15 +52,6 @@ async def completions(service: Service, body: Any, exchange: Exchange) -> Json |
     return job.events(exchange, usage) if streamed else await job.whole(exchange)
 
 
-def _prompts(prompt: Any) -> list[Any]:
-    """The prompts of a request, as the engine takes them."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], (int, float)):
-        prompt = [prompt]
-    return [each if isinstance(each, str) else {"token_ids": [int(token) for token in each]} for each in prompt]
-
-
 class _Job:
     """The prompts of one request, and how they are answered."""
 
@@ -78,12 +61,7 @@ class _Job:
         """answered: whether answers are shown; otherwise the one token that an answer must have is left out."""
         self._engine, self._encoded, self._params = service.engine, encoded, params
         self._echo, self._answered = echo, answered
-        self._frame = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": params[0].adapter or service.config.model_names[0],
-        }
+        self._frame = frame(params[0].adapter or service.config.model_names[0])
 
     async def whole(self, exchange: Exchange) -> Json:
         """All answers: those to the first prompt, then those to the next."""
@@ -92,14 +70,8 @@ class _Job:
         choices: list[Json] = []
         for number, completion in enumerate(done):
             exchange.finished(completion.answers, self._answered)
-            for answer in completion.answers:
-                choice = self._choice(number)
-                text = choice.begin(completion.prompt_logprobs or ())
-                if self._answered:
-                    text += choice.add(answer.text, answer.logprobs or ())
-                    choice.end(answer)
-                finish = finish_reason(answer) if self._answered else "length"
-                choices.append({"index": len(choices), **choice.json(text, finish)} | {"qvl": qvl_json(answer)})
+            for choice in choices_of(completion, lambda number=number: self._choice(number), self._answered):
+                choices.append({"index": len(choices), **choice})
         usage = sum_usages([completion.answers for completion in done], self._answered)
         return {**self._frame, "choices": choices, "usage": usage, "timings": timings_json(done[0].timings)}
 
@@ -125,57 +97,5 @@ class _Job:
         if usage:
             yield {**self._frame, "choices": [], "usage": sum_usages(answers)}
 
-    def _choice(self, number: int) -> _Choice:
-        return _Choice(self._engine.engine.tokenizer, self._encoded[number], self._params[number], self._echo)
-
-
-class _Choice:
-    """One answer as it grows: its text, after that of the prompt with `echo`, and its log probabilities."""
-
-    def __init__(self, tokenizer: Tokenizer, encoded: Encoded, params: SamplingParams, echo: bool) -> None:
-        self._tokenizer, self._encoded, self._echo = tokenizer, encoded, echo
-        self._writer = None if params.logprobs is None else TextLogprobs(tokenizer)
-        self._stop_ids = encoded.prompt.stop_ids.union(params.stop_token_ids)
-        self._begun = False
-
-    def begin(self, scores: tuple[TokenLogprob, ...]) -> str:
-        """The text before the answer; scores: of the prompt."""
-        self._begun = True
-        if not self._echo:
-            return ""
-        token_ids = self._encoded.prompt.token_ids
-        if self._writer is not None:
-            self._writer.prompt(token_ids, scores)
-        return prompt_text(self._tokenizer, token_ids)
-
-    def add(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> str:
-        """Take the next tokens of the answer, and return their text."""
-        if self._writer is not None:
-            self._writer.add(text, logprobs)
-        return text
-
-    def end(self, completion: Completion) -> None:
-        """Take the token that ended the answer, unless a stop string did."""
-        ended = completion.finish_reason == "stop" and completion.token_ids[-1] in self._stop_ids
-        if self._writer is not None and ended:
-            self._writer.end()
-
-    def json(self, text: str, finish: str | None) -> Json:
-        """A choice with this text, and the log probabilities that came since the last."""
-        logprobs = None if self._writer is None else self._writer.take()
-        return {"text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def delta(self, piece: StreamPiece) -> Json | None:
-        """What a piece of a stream adds; None if it shows nothing."""
-        text = "" if self._begun else self.begin(piece.prompt_logprobs)
-        text += self.add(piece.text, piece.logprobs)
-        if piece.completion is not None:
-            self.end(piece.completion)
-            return self.json(text, finish_reason(piece.completion)) | {"qvl": qvl_json(piece.completion)}
-        if not text and not piece.boxes:
-            return None
-        delta = self.json(text, None)
-        if piece.boxes:
-            images = tuple(span.image for span in self._encoded.prompt.spans)
-            delta["qvl"] = {"boxes": [box_json(box, images) for box in piece.boxes]}
-        return delta
+    def _choice(self, number: int) -> Choice:
+        return Choice(self._engine.engine.tokenizer, self._encoded[number].prompt, self._params[number], self._echo)

@@ -114,6 +114,37 @@ def test_a_file_without_answers_is_left_unchanged(engine: Engine, tmp_path: Path
     assert requests.read_text() == '{"prompt": "Hello!"}' and notes.read_text() == "keep me"
 
 
+def test_openai_s_batch_form_with_completions(engine: Engine, tmp_path: Path) -> None:
+    """Lines for /v1/completions: texts, token ids, echo with scores; each of the others says what it wants."""
+    ids = engine.tokenizer.encode("One two three", "none")
+    bodies: list[Any] = [
+        {"prompt": "One two three", "max_tokens": 4},
+        {"prompt": [ids], "max_tokens": 0, "echo": True, "logprobs": 2},
+        {"prompt": ["One", "two"]},
+        {"prompt": "One", "max_tokens": 0},
+        {"prompt": "One", "stream": True},
+        {"messages": []},
+    ]
+    lines = [{"custom_id": i, "method": "POST", "url": "/v1/completions", "body": b} for i, b in enumerate(bodies)]
+    lines.append({"custom_id": 6, "method": "POST", "url": "/v1/embeddings", "body": {"input": "One"}})
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    *_, last = run_batch(engine, source, target, PARAMS)
+    found = [line["response"] for line in answers(target)]
+    assert [one["status_code"] for one in found] == [200, 200, *[400] * 5] and last.errors == 5
+    text, scored = (one["body"] for one in found[:2])
+    free = engine.generate(["One two three"], SamplingParams(max_tokens=4, temperature=0))[0]
+    assert text["object"] == "text_completion" and text["choices"][0]["text"] == free.text
+    assert text["usage"]["completion_tokens"] == len(free.token_ids)
+    (choice,) = scored["choices"]
+    assert choice["text"] == "One two three" and scored["usage"]["completion_tokens"] == 0
+    expected = engine.score("One two three").logprobs.tolist()
+    assert choice["logprobs"]["token_logprobs"] == [None, *map(pytest.approx, expected)]
+    reasons = [one["body"]["error"]["message"] for one in found[2:]]
+    wanted = ("write a line for each", "needs echo", "stream is true", "prompt", "no embeddings")
+    assert all(word in reason for word, reason in zip(wanted, reasons, strict=True)), reasons
+
+
 def test_openai_s_batch_form_is_answered_in_it(engine: Engine, tmp_path: Path) -> None:
     """SERVING 1b, 3 (run_batch): custom_id, method, url and body on each line; a run that was stopped resumes."""
     image = str(make_image(tmp_path / "dog.png"))
