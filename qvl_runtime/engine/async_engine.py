@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from qvl_runtime.engine.async_judging import AsyncJudging
 from qvl_runtime.engine.encoding import Encoding
 from qvl_runtime.engine.engine import Encoded, Engine
 from qvl_runtime.engine.slots import Slots
@@ -23,7 +24,7 @@ from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece
 from qvl_runtime.schedule.guide_checks import guide_of
 
 
-class AsyncEngine:
+class AsyncEngine(AsyncJudging):
     """Answers any number of requests, from any event loops. The engine may be used directly in other threads.
 
     Back-pressure is applied in two ways. Beyond `max_pending` requests, a new one waits for its turn, or fails with
@@ -38,6 +39,7 @@ class AsyncEngine:
         A step takes longer with every answer in it: more at a time are done sooner, and others wait longer.
         """
         engine.check_process()
+        super().__init__()
         self.engine, self.max_pending, self.max_unread = engine, max_pending, max_unread
         self._encoding = Encoding(engine)
         self._slots = Slots(max_pending)
@@ -109,6 +111,7 @@ class AsyncEngine:
     async def close(self) -> None:
         """Stop the worker; unfinished requests fail with `QVLError`. The engine stays usable."""
         self._encoding.close()
+        self._end_judging()
         self._worker.stop()
         await asyncio.to_thread(self._worker.join)
         self._end_sharing()

@@ -50,6 +50,7 @@ def likeliest_boxes(prefix: Prefix, grammar: BoxGrammar, start: int, width: int)
     live[0].take(start)
     try:
         while live:
+            prefix.cancellation.check()
             live, finished = _step(prefix, live, width)
             done = sorted((*done, *finished), key=lambda beam: -beam.logprob)[:width]
             if len(done) == width:  # probabilities only fall

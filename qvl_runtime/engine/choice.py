@@ -9,6 +9,7 @@ import torch
 
 from qvl_runtime.engine.prefix import Prefix
 from qvl_runtime.errors import PromptError, quoted
+from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.core import EngineCore
@@ -54,14 +55,20 @@ def option_ids(tokenizer: Tokenizer, options: Sequence[str]) -> list[tuple[int, 
     return ids
 
 
-def choose(core: EngineCore, encoded: EncodedPrompt, options: Sequence[str], ids: list[tuple[int, ...]]) -> Choice:
+def choose(
+    core: EngineCore,
+    encoded: EncodedPrompt,
+    options: Sequence[str],
+    ids: list[tuple[int, ...]],
+    cancellation: Cancellation = NEVER,
+) -> Choice:
     """Return the likelihood of each option after an encoded prompt; ids: of `option_ids`.
 
     Options of one token need the prompt's prefill alone; the other tokens of longer ones are computed in one more step.
     """
     longest = max(map(len, ids))
     core.check_length(len(encoded.token_ids) + longest)
-    with Prefix(core, encoded, room=sum(map(len, ids)) + 16 * len(ids)) as prefix:
+    with Prefix(core, encoded, sum(map(len, ids)) + 16 * len(ids), cancellation) as prefix:
         totals = [sum(found) for found in prefix.logprobs(ids)]
     shares = torch.tensor(totals, dtype=torch.float64).softmax(0).tolist()
     return Choice(tuple(options), tuple(ids), tuple(totals), tuple(shares))

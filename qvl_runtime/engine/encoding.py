@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from qvl_runtime.engine.engine import Encoded, Engine
@@ -29,9 +30,13 @@ class Encoding:
 
     async def encode(self, prompt: Prompt) -> Encoded:
         """Encode a prompt as `Engine.encode` does. Canceling the task ends downloads and decoding at once."""
+        return await self.drafted(lambda: self._engine.draft(prompt))
+
+    async def drafted(self, make: Callable[[], Draft]) -> Encoded:
+        """Make a draft in a thread, and read its images."""
         self._check_open()
         began = time.perf_counter()
-        draft = await asyncio.get_running_loop().run_in_executor(self._texts, self._engine.draft, prompt)
+        draft = await asyncio.get_running_loop().run_in_executor(self._texts, make)
         if draft.segment.slots:
             encoded = await self._read_images(draft)
         else:

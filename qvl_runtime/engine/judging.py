@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 
 from qvl_runtime.engine.choice import Choice, choose, option_ids
-from qvl_runtime.engine.locating import Located, locate, score_boxes
+from qvl_runtime.engine.locating import Located, check_number, locate, score_boxes, spelled_boxes
 from qvl_runtime.engine.score import Score, score_prompt
 from qvl_runtime.errors import PromptError, quoted
 from qvl_runtime.prompt.boxes import Box
-from qvl_runtime.prompt.chatml import Draft, EncodedPrompt, Prompt, PromptEncoder
+from qvl_runtime.prompt.chatml import Draft, Prompt, PromptEncoder
 from qvl_runtime.prompt.images import ImageSource
 from qvl_runtime.prompt.segment import Segment
 from qvl_runtime.prompt.tokenizer import Tokenizer
@@ -58,7 +57,8 @@ class Judging:
         default is what the checkpoint's calibration was fitted with. k > 1 searches with 4 k beams, and boxes that
         overlap by more than 0.7 are one. Raises `PromptError`, `ImageError` and the errors of `generate`.
         """
-        encoded = self._encode_phrase(image, phrase, question, system)
+        check_number(k)
+        encoded = self._prompts.read_images(self.draft_phrase(image, phrase, question, system))
         with self.exclusive():
             return locate(self.core, self.core.answers.judge, encoded, phrase, k)
 
@@ -75,15 +75,15 @@ class Judging:
         `details.logprob` is the log probability of the box, given that the model writes one; the prompt is that of
         `locate`. Raises `PromptError` for a box without an area.
         """
-        corners = [(box.x1, box.y1, box.x2, box.y2) if isinstance(box, Box) else box for box in boxes]
-        encoded = self._encode_phrase(image, phrase, question, system)
+        spelled = spelled_boxes(self.tokenizer, boxes)
+        encoded = self._prompts.read_images(self.draft_phrase(image, phrase, question, system))
         with self.exclusive():
-            return score_boxes(self.core, self.core.answers.judge, encoded, phrase, corners)
+            return score_boxes(self.core, self.core.answers.judge, encoded, phrase, spelled)
 
-    def _encode_phrase(
-        self, image: ImageSource, phrase: str, question: str | None, system: str | None
-    ) -> EncodedPrompt:
-        """The prompt of `locate`, up to `</ref>`."""
+    def draft_phrase(
+        self, image: ImageSource, phrase: str, question: str | None = None, system: str | None = None
+    ) -> Draft:
+        """Encode the text of the prompt of `locate`, up to `</ref>`; `read_images` makes it complete."""
         self.check_process()
         if not isinstance(phrase, str) or not phrase.strip():
             raise PromptError(f"the phrase is {quoted(phrase)}; expected what to look for, as 'the red car'")
@@ -97,9 +97,8 @@ class Judging:
             parts = [{"type": "image", "image": image}, {"type": "text", "text": question.replace("{}", phrase)}]
             opening = [] if system is None else [{"role": "system", "content": system}]
             draft = self._prompts.draft_chat([*opening, {"role": "user", "content": parts}])
-        encoded = self._prompts.read_images(draft)
         label = [tokens.ref_start, *tokens.encode(phrase, "none"), tokens.ref_end]
-        return replace(encoded, token_ids=[*encoded.token_ids, *label])
+        return draft._replace(segment=Segment().extend(draft.segment, label))
 
     def check_process(self) -> None:
         """Raise `ForkError` in a forked child of the process that made the engine."""

@@ -17,8 +17,10 @@ from qvl_runtime.prompt.box_calibration import BoxJudge
 from qvl_runtime.prompt.box_grammar import BoxGrammar
 from qvl_runtime.prompt.box_scores import ONE_BOX
 from qvl_runtime.prompt.boxes import Box, parse_boxes
+from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.images import LoadedImage
+from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.runner import Chunk
 
@@ -47,16 +49,27 @@ class Located:
         return draw_boxes(self.image.original, list(self.boxes), font)
 
 
-def locate(core: EngineCore, judge: BoxJudge, encoded: EncodedPrompt, phrase: str, k: int) -> Located:
-    """Return up to k boxes after a prompt that ends in `<ref>phrase</ref>`, by beam search; k = 1 is greedy."""
+def check_number(k: int) -> None:
+    """Raise `PromptError` for a number of boxes that cannot be searched for."""
     if type(k) is not int or not 1 <= k <= MAX_BOXES:
         raise PromptError(f"k is {quoted(k)}; expected 1 to {MAX_BOXES} boxes")
+
+
+def locate(
+    core: EngineCore,
+    judge: BoxJudge,
+    encoded: EncodedPrompt,
+    phrase: str,
+    k: int,
+    cancellation: Cancellation = NEVER,
+) -> Located:
+    """Return up to k boxes after a prompt that ends in `<ref>phrase</ref>`, by beam search; k = 1 is greedy."""
     spelling, width = judge.spelling, 1 if k == 1 else WIDER * k
     length = spelling.box.longest
     core.check_length(len(encoded.token_ids) + length)
     vocab = core.runner.model.config.vocab_size
     grammar = BoxGrammar(spelling, replace(ONE_BOX, quads=False), vocab, (), length)
-    with Prefix(core, encoded, room=2 * width * (length + 16)) as prefix:
+    with Prefix(core, encoded, 2 * width * (length + 16), cancellation) as prefix:
         presence = float(prefix.logits.softmax(-1)[spelling.box.start])
         width = min(width, max(1, prefix.at_once(length) // 2))  # while beams are replaced, there are twice as many
         found = likeliest_boxes(prefix, grammar, spelling.box.start, width)
@@ -65,14 +78,23 @@ def locate(core: EngineCore, judge: BoxJudge, encoded: EncodedPrompt, phrase: st
     return Located(phrase, tuple(boxes), tuple(masses), presence, encoded.spans[-1].image)
 
 
+def spelled_boxes(tokenizer: Tokenizer, boxes: Sequence[Box | Sequence[int]]) -> list[tuple[int, ...]]:
+    """The token ids of given boxes [x1, y1, x2, y2]. Raises `PromptError` for one that the grammar would not write."""
+    return [_spelled(tokenizer, (b.x1, b.y1, b.x2, b.y2) if isinstance(b, Box) else b) for b in boxes]
+
+
 def score_boxes(
-    core: EngineCore, judge: BoxJudge, encoded: EncodedPrompt, phrase: str, corners: Sequence[Sequence[int]]
+    core: EngineCore,
+    judge: BoxJudge,
+    encoded: EncodedPrompt,
+    phrase: str,
+    spelled: Sequence[tuple[int, ...]],
+    cancellation: Cancellation = NEVER,
 ) -> list[Box]:
-    """Return given boxes [x1, y1, x2, y2] with their scores, after a prompt that ends in `<ref>phrase</ref>`."""
-    spelled = [_spelled(judge, box) for box in corners]
+    """Return boxes, given by `spelled_boxes`, with their scores, after a prompt that ends in `<ref>phrase</ref>`."""
     longest = max(map(len, spelled), default=1)
     core.check_length(len(encoded.token_ids) + longest)
-    with Prefix(core, encoded, room=(longest + 16) * min(len(spelled), 64)) as prefix:
+    with Prefix(core, encoded, (longest + 16) * min(len(spelled), 64), cancellation) as prefix:
         return score_spellings(prefix, judge, phrase, spelled)
 
 
@@ -81,6 +103,7 @@ def score_spellings(prefix: Prefix, judge: BoxJudge, phrase: str, spelled: Seque
     boxes: list[Box] = []
     size = prefix.at_once(judge.spelling.box.longest)
     for start in range(0, len(spelled), size):
+        prefix.cancellation.check()
         boxes += _score_some(prefix, judge, phrase, spelled[start : start + size])
     return boxes
 
@@ -109,7 +132,7 @@ def _score_some(prefix: Prefix, judge: BoxJudge, phrase: str, spelled: Sequence[
     return boxes
 
 
-def _spelled(judge: BoxJudge, corners: Sequence[int]) -> tuple[int, ...]:
+def _spelled(tokenizer: Tokenizer, corners: Sequence[int]) -> tuple[int, ...]:
     """The token ids of a box. Raises `PromptError` for one that the grammar would not write."""
     numbers = list(corners) if isinstance(corners, (list, tuple)) else []
     if len(numbers) != 4 or not all(type(number) is int for number in numbers):
@@ -117,7 +140,7 @@ def _spelled(judge: BoxJudge, corners: Sequence[int]) -> tuple[int, ...]:
     x1, y1, x2, y2 = numbers
     if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
         raise PromptError(f"box {quoted(numbers)} has no area on the grid; expected x1 < x2 and y1 < y2, 0 to 1000")
-    return tuple(judge.spelling.tokenizer.encode(f"<box>({x1},{y1}),({x2},{y2})</box>", "grounding"))
+    return tuple(tokenizer.encode(f"<box>({x1},{y1}),({x2},{y2})</box>", "grounding"))
 
 
 def _distinct_boxes(

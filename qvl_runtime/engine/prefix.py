@@ -11,6 +11,7 @@ from torch import Tensor
 from qvl_kernels.util import cdiv
 from qvl_runtime.model.cache_layout import BLOCK_SIZE
 from qvl_runtime.model.rotary import ntk_alpha
+from qvl_runtime.prompt.cancellation import NEVER, Cancellation
 from qvl_runtime.prompt.chatml import EncodedPrompt, ImageSpan
 from qvl_runtime.schedule.core import EngineCore
 from qvl_runtime.schedule.numerics import numerics_error
@@ -27,20 +28,22 @@ class Prefix:
     second question about an image computes only what differs.
     """
 
-    def __init__(self, core: EngineCore, encoded: EncodedPrompt, room: int) -> None:
+    def __init__(self, core: EngineCore, encoded: EncodedPrompt, room: int, cancellation: Cancellation = NEVER) -> None:
         """Compute a prompt, in steps of at most `max_step_tokens`; room: tokens of all its continuations together.
 
-        Raises `CapacityError` if it is too long, and `NumericsError` if its logits are not finite.
+        Raises `CapacityError` if it is too long, `NumericsError` if its logits are not finite, and `Canceled` between
+        two steps, here and in what continues it.
         """
         ids, runner = encoded.token_ids, core.runner
         core.check_length(len(ids), answer=1)
-        self.core, self.length = core, len(ids)
+        self.core, self.length, self.cancellation = core, len(ids), cancellation
         core.scheduler.make_room(cdiv(len(ids) + room, BLOCK_SIZE) + 1)
         self.sequence = runner.cache.sequence(ntk_alpha(runner.model.config, len(ids)))
         try:
             self.sequence.find_prefix(ids, encoded.spans)
             hidden = torch.empty(0)
             while self.sequence.length < len(ids):
+                cancellation.check()
                 start = self.sequence.length
                 part = ids[start : start + core.step_tokens]
                 spans = _spans_in(core, encoded.spans, start, start + len(part))
@@ -70,6 +73,7 @@ class Prefix:
         longer = [i for i, ids in enumerate(continuations) if len(ids) > 1]
         size = self.at_once(max(map(len, continuations)))
         for start in range(0, len(longer), size):
+            self.cancellation.check()
             batch = longer[start : start + size]
             for i, rest in zip(batch, self._rest([continuations[i] for i in batch]), strict=True):
                 found[i] += rest

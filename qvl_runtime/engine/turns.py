@@ -40,6 +40,7 @@ class Waiter:
     """A thread that waits until something is ready. The thread that ends a turn looks, before another can begin one."""
 
     ready: Ready
+    urgent: bool = False
     is_ready: bool = False
 
 
@@ -53,8 +54,7 @@ class Turns:
         self._changed = threading.Condition()  # protects what follows; never held during a step
         self._owner: int | None = None  # the thread whose turn it is
         self._stepping = False  # whether the owner is in a step
-        self._urgent = 0  # threads that wait for `exclusive`
-        self._waiters: list[Waiter] = []
+        self._waiters: list[Waiter] = []  # those that have waited longest first
         self._canceled: deque[Request] = deque()
 
     def check_process(self) -> None:
@@ -134,9 +134,8 @@ class Turns:
 
     def _take(self, me: int, ready: Ready = lambda: False, urgent: bool = False) -> bool:
         """Wait for the turn; returns False, without it, as soon as `ready()` is true."""
-        waiter = Waiter(ready)
+        waiter = Waiter(ready, urgent)
         with self._changed:
-            self._urgent += urgent
             self._waiters.append(waiter)
             try:
                 while True:
@@ -144,13 +143,16 @@ class Turns:
                         waiter.is_ready = waiter.is_ready or bool(ready())
                     if waiter.is_ready:
                         return False
-                    if self._owner is None and (urgent or not self._urgent):
+                    if self._owner is None and self._is_next(waiter):
                         self._owner = me
                         return True
                     self._changed.wait(RECHECK_S)
             finally:
                 self._waiters.remove(waiter)
-                self._urgent -= urgent
+
+    def _is_next(self, waiter: Waiter) -> bool:
+        """Whether a waiter may have the turn: what is urgent first, in the order of coming, so that none starves."""
+        return next((other for other in self._waiters if other.urgent), waiter) is waiter
 
     def _release(self, me: int) -> None:
         """End the turn if this thread has it."""

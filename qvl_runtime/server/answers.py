@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def box_json(box: Box, images: Sequence[LoadedImage]) -> Json:
         "image_index": box.image_index,
         "span": None if box.span is None else list(box.span),
         "pixels": None if image is None else list(box.pixels(image.width, image.height)),
+        "details": None if box.details is None else asdict(box.details),
     }
 
 

@@ -19,6 +19,7 @@ from qvl_runtime.server.errors import APIError
 from qvl_runtime.server.http import Reply
 from qvl_runtime.server.info import Info, description, live, metrics, model, models, ready
 from qvl_runtime.server.keys import Keys
+from qvl_runtime.server.locating import locate
 from qvl_runtime.server.middleware import AccessLog, Guard
 from qvl_runtime.server.service import Service
 from qvl_runtime.server.static import WEB, StaticFiles
@@ -45,6 +46,7 @@ def make_app(service: Service, keys: Keys, write: Callable[[str], None] | None =
         _post("/v1/chat/completions", ModelEndpoint(service, chat, "messages")),
         _post("/v1/chat/completions/input_tokens", ModelEndpoint(service, input_tokens, "messages")),
         _post("/v1/completions", ModelEndpoint(service, completions, "prompt")),
+        _post("/v1/locate", ModelEndpoint(service, locate, "phrase")),
         _post("/tokenize", ModelEndpoint(service, tokenize, "prompt")),
         _post("/detokenize", ModelEndpoint(service, detokenize, "tokens")),
     ]

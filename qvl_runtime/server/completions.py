@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.server.answers import Json, sum_usages, timings_json
@@ -70,7 +71,7 @@ class _Job:
         choices: list[Json] = []
         for number, completion in enumerate(done):
             exchange.finished(completion.answers, self._answered)
-            for choice in choices_of(completion, lambda number=number: self._choice(number), self._answered):
+            for choice in choices_of(completion, partial(self._choice, number), self._answered):
                 choices.append({"index": len(choices), **choice})
         usage = sum_usages([completion.answers for completion in done], self._answered)
         return {**self._frame, "choices": choices, "usage": usage, "timings": timings_json(done[0].timings)}

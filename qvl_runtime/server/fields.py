@@ -214,7 +214,23 @@ TOKENIZE = {
 }
 DETOKENIZE = {**MODEL, "tokens": Field(_IDS, "Token ids.")}
 COUNT = {**MODEL, "messages": CHAT["messages"]}
+_CORNERS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 1000}, "minItems": 4, "maxItems": 4}
+LOCATE = {
+    **MODEL,
+    "image_url": Field(_IMAGE_URL, "The image, as a message has it."),
+    "phrase": Field({**STRING, "minLength": 1}, "What to look for, such as 'the red car'."),
+    "k": Field(whole(1, 32), "How many boxes to find at most, the likeliest first. Default: 1."),
+    "boxes": Field(
+        {"type": ["array", "null"], "items": _CORNERS, "maxItems": 256},
+        "Boxes [x1, y1, x2, y2] on the grid of 1000 to score instead.",
+    ),
+    "question": Field(
+        {"type": ["string", "null"], "maxLength": MAX_TEXT},
+        "A question that the box answers, with {} for the phrase. Default: the calibration's, or none.",
+    ),
+}
 REQUIRED = {
+    "locate": ("image_url", "phrase"),
     "chat": ("messages",),
     "completion": ("prompt",),
     "count": ("messages",),

@@ -7,7 +7,17 @@ from typing import Any
 
 from qvl_runtime import __version__
 from qvl_runtime.server.config import ServerConfig
-from qvl_runtime.server.fields import CHAT, COMPLETION, COUNT, DETOKENIZE, REQUIRED, TOKENIZE, Field, object_schema
+from qvl_runtime.server.fields import (
+    CHAT,
+    COMPLETION,
+    COUNT,
+    DETOKENIZE,
+    LOCATE,
+    REQUIRED,
+    TOKENIZE,
+    Field,
+    object_schema,
+)
 
 Json = dict[str, Any]
 
@@ -52,6 +62,18 @@ _BOX = {
         "image_index": {"type": ["integer", "null"]},
         "span": {"type": ["array", "null"], "items": _WHOLE, "description": "Its characters in the text."},
         "pixels": {"type": ["array", "null"], "items": _WHOLE, "description": "Left, top, right, bottom."},
+        "details": {
+            "type": ["object", "null"],
+            "description": "How sure the model is of it.",
+            "properties": {
+                "presence": _NUMBER,
+                "normalized": _NUMBER,
+                "logprob": _NUMBER,
+                "expectation": {"type": "array", "items": _NUMBER},
+                "spread": {"type": "array", "items": _NUMBER},
+                "confidence": {"type": ["number", "null"]},
+            },
+        },
     },
     "required": ["label", "box", "score"],
 }
@@ -63,6 +85,18 @@ _QVL = {
         "pictures": {"type": "array", "items": _PICTURE},
         "finish_reason": _STRING,
     },
+}
+_LOCATED = {
+    "type": "object",
+    "properties": {
+        "object": {"const": "locate"},
+        "model": _STRING,
+        "phrase": _STRING,
+        "boxes": {"type": "array", "items": {"$ref": "#/components/schemas/Box"}},
+        "presence": {"type": ["number", "null"], "description": "Probability that the model writes a box at all."},
+        "pictures": {"type": "array", "items": _PICTURE},
+    },
+    "required": ["object", "model", "phrase", "boxes"],
 }
 _MESSAGE = {
     "type": "object",
@@ -98,6 +132,7 @@ def openapi(config: ServerConfig) -> Json:
         "/v1/chat/completions/input_tokens": _post(
             "Count the tokens of messages.", COUNT, "count", _object(object=_STRING, input_tokens=_WHOLE)
         ),
+        "/v1/locate": _post("Find what a phrase names, or score given boxes.", LOCATE, "locate", _LOCATED),
         "/tokenize": _post("Token ids of a text.", TOKENIZE, "tokenize", _object(tokens=_list(_WHOLE), count=_WHOLE)),
         "/detokenize": _post("Text of token ids.", DETOKENIZE, "detokenize", _object(prompt=_STRING, content=_STRING)),
         "/v1/models": _get("The models.", _object(object=_STRING, data=_list({"type": "object"}))),
