@@ -48,6 +48,7 @@ USUAL: dict[str, tuple[Any, ...]] = {  # values that are usually right, and thos
     "grammar": (None, 'start: "a" | "b" start', "start: x"),
     "boxes": (None, "force", "allow", "all"),
     "adapter": (None, "a", "", 5),
+    "logprob_start": (None, 0, 3, -1, 10**6),
     "cache_salt": ("", "a", "\ud800"),
 }
 ROLES = ("user", "assistant", "system", "tool", "")
@@ -137,7 +138,8 @@ def _params(rng: random.Random) -> dict[str, Any]:
     names = [field.name for field in fields(SamplingParams)]
     chosen: dict[str, Any] = {"max_tokens": 3}
     for name in rng.sample(names, rng.randrange(1, 4)):
-        chosen[name] = rng.choice(USUAL[name]) if rng.random() < 0.7 else values.value(rng, 1)
+        usual = name in USUAL and rng.random() < 0.7
+        chosen[name] = rng.choice(USUAL[name]) if usual else values.value(rng, 1)
     if rng.random() < 0.4:
         chosen["logit_bias"] = {rng.choice([1, 5, 896, -1, 10**6, "7"]): rng.choice(values.NUMBERS) for _ in range(3)}
     if rng.random() < 0.1:
