@@ -58,17 +58,17 @@ def _boxes(answers: Sequence[Answer], context: Context) -> Files:
 
 
 def _grit(answers: Sequence[Answer], context: Context) -> Files:
-    """Boxes in pixels of the images, whose sizes the data set does not tell."""
+    """GRIT's refexp.json: whole pixels of the images, whose sizes the data set does not tell."""
     from PIL import Image
 
     entries = []
     for a in answers:
-        box = [0.0] * 4
+        box = [0] * 4
         if a.error is None:
             with Image.open(a.sample.images[0]) as image:
-                box = list(in_pixels(first_box(a.text), image.width, image.height, context.scale))
-        entries.append({"example_id": a.sample.id, "words": "", "bboxes": [box], "confidence": 1.0})
-    return _json(entries)
+                box = [round(v) for v in in_pixels(first_box(a.text), image.width, image.height, context.scale)]
+        entries.append({"example_id": a.sample.id, "bboxes": [box], "confidence": 1.0})
+    return {"submission/refexp.json": json.dumps(entries, ensure_ascii=False)}
 
 
 def _mmbench(answers: Sequence[Answer], context: Context) -> Files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 SCALE = 999  # what the original's evaluation divides by; its own drawing of boxes divides by 1000
@@ -20,7 +21,7 @@ def first_box(answer: str) -> Corners:
         (x1, y1), (x2, y2) = ((float(number) for number in point.split(",")) for point in match.groups())
     except ValueError:
         return NONE
-    return x1, y1, x2, y2
+    return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else NONE
 
 
 def in_pixels(box: Corners, width: float, height: float, scale: int = SCALE) -> Corners:
