@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -196,7 +198,7 @@ def finetune(
     """Fine-tune a checkpoint on conversations: all of it, or a LoRA adapter.
 
     OUT becomes a checkpoint (full), or an adapter in peft's files (lora, qlora), with log.jsonl and curve.png.
-    If interrupted, even by kill -9, rerun the same command to resume after the last saved state.
+    Ctrl-C saves a state and stops. Rerun the same command to resume after the last saved one, even after kill -9.
 
     [cyan]qvl finetune Qwen/Qwen-VL-Chat train.json my-adapter[/cyan]
 
@@ -208,6 +210,7 @@ def finetune(
         with working(f"reading {model} and {data}"):
             from qvl_runtime.finetune.parallel import joined_team
             from qvl_runtime.finetune.run import Finetuning
+            from qvl_runtime.finetune.trainer import StoppedError
             from qvl_runtime.host import choose_device
 
             folder = model_folder(model, download, hub)
@@ -223,11 +226,17 @@ def finetune(
         show = stack.enter_context(progress_bar("steps", None if dry_run else job.num_steps, shown=not quiet))
 
         def on_start(trainer: Trainer) -> None:
+            stack.enter_context(stopping(trainer))
             if not quiet:
                 done = f", {trainer.step} of them done" if trainer.step else ""
                 say(f"{len(trainer.steps)} steps{done}; log and states are in {trainer.folder.home}")
 
-        entries = job.run(team, lambda done, total: show(done), on_start)
+        try:
+            entries = job.run(team, lambda done, total: show(done), on_start)
+        except StoppedError as stopped:
+            if team.leads:
+                say(f"{stopped}, which is saved: run the same command again to resume")
+            raise KeyboardInterrupt from stopped
     last = entries[-1]
     if as_json and team.leads:
         print_json(last)
@@ -238,6 +247,25 @@ def finetune(
         if last["skipped"]:
             say_warning(f"{last['skipped']} samples were skipped: unreadable images, or a loss that is not finite")
     return 0
+
+
+@contextmanager
+def stopping(trainer: Trainer) -> Iterator[None]:
+    """Meanwhile Ctrl-C and SIGTERM end the run after its step, with the state saved; a second one ends it at once."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in usual:
+            signal.signal(each, signal.default_int_handler)
+        if trainer.team.leads:
+            say("stopping after this step; once more to stop at once, without saving it")
+        trainer.stop()
+
+    usual = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def opened(kind: type[Finetuning], *arguments: Any) -> Finetuning:

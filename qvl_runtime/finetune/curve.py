@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+TENSORBOARD = "tensorboard"  # folder of its event files
 SMOOTHING = 0.9  # of the drawn loss: an exponential average
 
 
@@ -47,13 +48,16 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return result
 
 
-def tensorboard_sink(folder: Path) -> Callable[[dict[str, Any]], None] | None:
-    """A function that writes log lines for TensorBoard, or None where it is not installed."""
+def tensorboard_sink(folder: Path, done: int = 0) -> Callable[[dict[str, Any]], None] | None:
+    """A function that writes log lines into FOLDER/tensorboard, or None where TensorBoard is not installed.
+
+    done: steps of the state that a run resumes from; what was written of later ones is shown no more.
+    """
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=done + 1 if done else None)
 
     def write(entry: dict[str, Any]) -> None:
         for name, value in entry.items():

@@ -111,7 +111,7 @@ class Finetuning:
                 evaluation = Evaluation(learner, self.tokenizer, self.held_out, self.source, self.options)
             trainer = Trainer(learner, optimizer, self.data, self.options, folder, team, evaluation)
             trainer.resume()
-            if team.leads and (sink := tensorboard_sink(folder.home)) is not None:
+            if team.leads and (sink := tensorboard_sink(folder.home, trainer.step)) is not None:
                 trainer.add_sink(sink)
             on_start(trainer)
             trainer.run(lambda done: progress(done, len(trainer.steps)))

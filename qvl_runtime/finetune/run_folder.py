@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qvl_runtime.errors import CheckpointError
+from qvl_runtime.finetune.curve import TENSORBOARD
 from qvl_runtime.weights.files import full_disk_error, sync
 from qvl_runtime.weights.partial import PartialFolder
 
@@ -117,8 +118,10 @@ class RunFolder:
         (self.home / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def publish(self) -> None:
-        """The result in `model/` is complete: it becomes the destination, with the log."""
+        """The result in `model/` is complete: it becomes the destination, with the log and TensorBoard's files."""
         if (self.home / LOG).exists():
             shutil.copyfile(self.home / LOG, self.partial.model / LOG)
+        if (self.home / TENSORBOARD).is_dir():
+            (self.home / TENSORBOARD).rename(self.partial.model / TENSORBOARD)
         sync(self.partial.model)
         self.partial.publish()

@@ -33,6 +33,11 @@ class Measured(NamedTuple):
     targets: int  # learned tokens
     rows: int  # micro-batches
     skipped: int  # samples that could not be read, or whose loss was not finite
+    stops: int  # processes that were asked to stop
+
+
+class StoppedError(Exception):
+    """The run was asked to stop; the state after its last step is saved."""
 
 
 class Trainer:
@@ -55,11 +60,16 @@ class Trainer:
         self.step = self.skipped = self.faults = 0
         self._sharded = any(is_sharded(parameter) for parameter in learner.network.parameters())
         self.seconds = 0.0
+        self._stop = False
         self._sinks: list[Callable[[dict[str, Any]], None]] = []
 
     def add_sink(self, sink: Callable[[dict[str, Any]], None]) -> None:
         """Have every line of the log handed to `sink`, too."""
         self._sinks.append(sink)
+
+    def stop(self) -> None:
+        """End the run after a step in progress: in all processes after the same one. Safe in a signal handler."""
+        self._stop = True
 
     def resume(self) -> int:
         """Continue from the last saved state, if there is one; returns the steps that are done."""
@@ -73,11 +83,14 @@ class Trainer:
         return self.step
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Take all steps that are left. Raises `NumericsError` after too many steps in a row without a gradient."""
+        """Take all steps that are left.
+
+        Raises `NumericsError` after too many steps in a row without a gradient, and `StoppedError` after `stop`.
+        """
         self.learner.network.train()
         saved, mark = self.step, time.perf_counter()
         while self.step < len(self.steps):
-            entry = self._take_step(self.steps[self.step])
+            entry, stops = self._take_step(self.steps[self.step])
             self.step += 1
             now = time.perf_counter()
             self.seconds, elapsed, mark = self.seconds + now - mark, now - mark, now
@@ -88,10 +101,13 @@ class Trainer:
                 self.learner.network.train()
                 mark = time.perf_counter()
             self._log(entry)
-            if self.step % self.options.save_every == 0 and self.step < len(self.steps):
+            left = len(self.steps) - self.step
+            if left and (stops or self.step % self.options.save_every == 0):
                 self.save()
                 saved = self.step
             progress(self.step)
+            if left and stops:
+                raise StoppedError(f"stopped after step {self.step} of {len(self.steps)}")
         if saved < self.step:
             self.save()
 
@@ -108,7 +124,8 @@ class Trainer:
             self.folder.save(self.step, state)
         self.team.wait()
 
-    def _take_step(self, rows: list[list[int]]) -> dict[str, Any]:
+    def _take_step(self, rows: list[list[int]]) -> tuple[dict[str, Any], int]:
+        """The line of the log, and how many processes were asked to stop."""
         samples = [[self.dataset.samples[i] for i in row] for row in rows]
         planned = sum(sample.num_targets for row in samples for sample in row)
         measured = self._accumulate(samples, planned)
@@ -127,7 +144,7 @@ class Trainer:
             self.optimizer.step(rate)
         else:
             self._fault(norm)
-        return {
+        entry = {
             "step": self.step + 1,
             "epoch": round((self.step + 1) / len(self.steps) * self.options.epochs, 4),
             "loss": measured.loss / measured.targets if measured.targets else None,
@@ -137,6 +154,7 @@ class Trainer:
             "targets": measured.targets,
             "skipped": self.skipped,
         }
+        return entry, measured.stops
 
     def _add_gradients(self) -> None:
         """Sum the gradients over all processes; FSDP has reduced those of sharded weights to a mean."""
@@ -182,7 +200,7 @@ class Trainer:
             weight = 1 / planned if self.options.mean == "token" else 1 / (count * len(rows))
             (total * weight).backward()  # type: ignore[no-untyped-call]
             loss, targets, learned = loss + float(total.detach()), targets + count, learned + 1
-        sums = self.team.totals(loss, targets, learned, skipped)
+        sums = self.team.totals(loss, targets, learned, skipped, self._stop)
         return Measured(sums[0], *(int(number) for number in sums[1:]))
 
     def _own(self, rows: list[list[Sample]]) -> Iterator[tuple[int, list[Sample] | None]]:

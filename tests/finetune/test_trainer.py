@@ -20,7 +20,6 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import CheckpointError, ConfigError, NumericsError
-from qvl_runtime.finetune.curve import draw_curve, smoothed
 from qvl_runtime.finetune.optimizer import Optimizer, RandomlyRoundedAdamW, randomly_rounded, rate_at
 from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.run import Finetuning, with_defaults_of
@@ -263,11 +262,3 @@ def test_random_rounding_keeps_the_expectation() -> None:
         parameter.grad = torch.ones_like(parameter)
         optimizer.step(4e-4)
     assert parameter.float().mean().item() == pytest.approx(1 - 20 * 4e-4, abs=1e-3)
-
-
-def test_curves_are_drawn(tmp_path: Path) -> None:
-    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0] * 3)
-    entries = [{"step": n, "loss": None if n == 2 else 1 / n, "rate": 0.1} for n in range(1, 5)]
-    entries[-1]["held_out_loss"] = 0.5
-    if draw_curve(entries, tmp_path / "curve.png"):
-        assert Image.open(tmp_path / "curve.png").width > 400
