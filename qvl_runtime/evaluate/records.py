@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from qvl_runtime.errors import DataError
+from qvl_runtime.reading.locks import lock_file
 
 _WAY_OUT = "repeat the run with the same settings, or choose another output folder"
 
@@ -28,7 +29,7 @@ class Records:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = path.open("ab+", buffering=0)
         try:
-            _lock(self._file, path)
+            lock_file(self._file, path, DataError)
             self._resume(settings)
         except BaseException:
             self._file.close()
@@ -86,17 +87,3 @@ class Records:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Lock a file until it is closed; where the system or the disk has no locks, runs are not kept apart."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another run is writing {path}: wait for it, or choose another output folder") from None
-    except OSError:
-        return

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qvl_runtime.errors import PromptError
+from qvl_runtime.errors import PromptError, QVLError
 
 TAKEN = "another process is writing {}: wait for it, or choose another file"
 
 
-def lock_file(file: Any, path: Path) -> None:
-    """Lock an open file until it is closed. Raises `PromptError`, which names `path`, if another process has."""
+def lock_file(file: Any, path: Path, error: type[QVLError] = PromptError) -> None:
+    """Lock an open file until it is closed. Raises `error`, which names `path`, if another process has."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -19,6 +19,6 @@ def lock_file(file: Any, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise PromptError(TAKEN.format(path)) from None
+        raise error(TAKEN.format(path)) from None
     except OSError:  # a disk without locks, such as some network drives: two runs were never kept apart there
         return

@@ -93,7 +93,7 @@ def test_a_higher_limit_continues(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_are_kept_apart(tmp_path: Path) -> None:
-    with Records(tmp_path / "a", {"x": 1}), pytest.raises(DataError, match="another run"):
+    with Records(tmp_path / "a", {"x": 1}), pytest.raises(DataError, match="another process is writing"):
         Records(tmp_path / "a", {"x": 1})
 
 
