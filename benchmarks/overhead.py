@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from benchmarks.timing import say, setting
 from qvl_kernels.cpu.library import library
 from qvl_runtime import Engine, SamplingParams
-from qvl_runtime.schedule import core as schedule_core
 
 SCHEDULING = ("loop", "schedule", "layout")  # parts that know requests and blocks, and no numbers of the model
 
@@ -67,7 +66,8 @@ def watched(engine: Engine) -> Parts:
     parts.watch(core.scheduler, "schedule", "schedule")
     if core.runner.graphs is not None:
         parts.watch(core.runner.graphs, "run", "layout")
-    parts.watch(schedule_core, "sample", "sampler")
+    for name in ("sample", "read"):
+        parts.watch(core.computing, name, "sampler")
     parts.watch(core, "step", "loop")
     return parts
 

@@ -41,6 +41,7 @@ SETTINGS = {
     "bfloat16, prompts in chunks": Setting("nano", BFLOAT16, CHUNKED),
     "bfloat16, preemption": Setting("nano", BFLOAT16, {"kv_cache_bytes": SMALL}, preempt=True),
     "bfloat16, drafts": Setting("nano", BFLOAT16, {"speculative_tokens": 3, **CHUNKED}),
+    "bfloat16, overlap": Setting("nano", BFLOAT16, {"overlap": True, **CHUNKED}, preempt=True),
     "bfloat16, no graphs": Setting("nano", BFLOAT16, {"graphs": False}),
     "bfloat16, int8 cache": Setting("nano", {**BFLOAT16, "kv_dtype": "int8"}, {"speculative_tokens": 3, **CHUNKED}),
     "bfloat16, fast": Setting("nano", {**BFLOAT16, "precision": "fast"}, CHUNKED),

@@ -52,6 +52,7 @@ class EngineConfig:
     max_running: int = 64  # answers in a step
     max_step_tokens: int = 1024  # prefill and decode together; longer prompts are prefilled in chunks
     graphs: bool = True  # capture decode steps once for each batch size and replay them without Python's overhead
+    overlap: bool | None = None  # launch decode steps before the last one's tokens are read; None: on a GPU
     speculative_tokens: int = 0  # draft tokens from prompt lookup, verified in one step; 0: off
 
     def __post_init__(self) -> None:

@@ -103,7 +103,8 @@ class Engine(Judging):
         calibration = BoxCalibration.from_folder(self.folder)
         runner = load_runner(engine_config, config, self.folder, self.max_model_len, weights, adapters)
         drafter = Drafter(engine_config.speculative_tokens) if engine_config.speculative_tokens else None
-        self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter, calibration)
+        overlap = runner.model.device.type == "cuda" if engine_config.overlap is None else engine_config.overlap
+        self.core = EngineCore(runner, self.tokenizer, self.max_model_len, step_limits, drafter, calibration, overlap)
         self.constraints = Constraints(self.core.answers.judge.spelling, config.vocab_size)
         self._turns = Turns(self.core)
         self._load_s = time.perf_counter() - began

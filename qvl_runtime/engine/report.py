@@ -63,6 +63,8 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
             "waiting": len(core.scheduler.waiting),
             "steps": core.steps,
             "preemptions": core.scheduler.preemptions,
+            "steps_ahead": 0 if core.overlap is None else core.overlap.steps,
+            "rows_over_run": 0 if core.overlap is None else core.overlap.lost_rows,
         },
         "graphs": core.runner.graphs and core.runner.graphs.report(),
         "prefill_graphs": core.runner.prefill_graphs and core.runner.prefill_graphs.report(),

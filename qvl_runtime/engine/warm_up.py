@@ -12,7 +12,8 @@ from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import sample
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 from qvl_runtime.schedule.scheduler import StepLimits
 
 # Bytes of the device that stay unallocated: for graphs (for the full model 100 MB of logits and 64 rows of activations,

@@ -21,7 +21,8 @@ from qvl_runtime.profile.run_info import finish
 from qvl_runtime.profile.spread import Spread
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.runner import Chunk
-from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import sample
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 from qvl_runtime.schedule.sequence import Sequence
 
 

@@ -13,7 +13,7 @@ from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.prefix_cache import Root
 from qvl_runtime.schedule.request import Branch, Request
 from qvl_runtime.schedule.runner import Runner
-from qvl_runtime.schedule.sampler import SamplingState
+from qvl_runtime.schedule.sampling_state import SamplingState
 from qvl_runtime.schedule.scheduler import Scheduler
 from qvl_runtime.schedule.sequence import Sequence
 
@@ -75,15 +75,25 @@ class Answers:
 
         The whole prompt is published for them, its last block too, which is not full.
         """
-        request = branch.request
-        if len(request.branches) < request.params.n and request not in self._unfinished:
+        if self.postpones(branch):
+            request = branch.request
             branch.sequence.publish(request.prompt.token_ids, branch.spans, tail=True)
             self._unfinished[request] = branch.sequence.root
+
+    def postpones(self, branch: Branch) -> bool:
+        """Whether `postpone` has anything to do once the step that computes the prompt is taken."""
+        request = branch.request
+        return len(request.branches) < request.params.n and request not in self._unfinished
+
+    @property
+    def due(self) -> bool:
+        """Whether `start_more` would queue an answer."""
+        return any(self._has_none_queued(request) and self._may_start(request) for request in self._unfinished)
 
     def start_more(self) -> None:
         """Queue the next answers of each request that has none in the queue: one for each free slot, at least one."""
         for request, root in list(self._unfinished.items()):
-            if all(branch.running or branch.index in request.completions for branch in request.branches):
+            if self._has_none_queued(request):
                 for _ in range(max(1, self._scheduler.free_slots)):
                     if self._may_start(request):
                         self._scheduler.add(self.new(request, self._runner.cache.sequence(root.alpha, root.salt)))
@@ -93,6 +103,9 @@ class Answers:
     def forget(self, request: Request) -> None:
         """Start no more answers of a request."""
         self._unfinished.pop(request, None)
+
+    def _has_none_queued(self, request: Request) -> bool:
+        return all(branch.running or branch.index in request.completions for branch in request.branches)
 
     def _may_start(self, request: Request) -> bool:
         begun, n = len(request.branches), request.params.n

@@ -87,7 +87,8 @@ class Allowed:
         advanced = 0
         try:
             for i in range(len(drafts) + 1):
-                masks.append(self._mask(self.constraint, position + i))
+                ended = i > 0 and self.constraint.done  # by a draft: what is sampled after it is not taken
+                masks.append(None if ended else self._mask(self.constraint, position + i))
                 if i < len(drafts) and self.constraint.advance(drafts[i]):
                     advanced += 1
         finally:

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, count
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from itertools import count
+from typing import Any
 
 from qvl_runtime.errors import CapacityError, QVLError
 from qvl_runtime.model.rotary import ntk_alpha
@@ -19,23 +17,16 @@ from qvl_runtime.prompt.chatml import EncodedPrompt
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.answers import Answers
 from qvl_runtime.schedule.api import SamplingParams, StreamPiece
+from qvl_runtime.schedule.computing import Computing, Launched, Outcome
 from qvl_runtime.schedule.constraint import Constrain
-from qvl_runtime.schedule.numerics import numerics_error
+from qvl_runtime.schedule.overlap import Overlap
 from qvl_runtime.schedule.request import Branch, Clock, Request
-from qvl_runtime.schedule.runner import Chunk, Computed, Runner
-from qvl_runtime.schedule.sampler import Sample, SamplingRow, sample
+from qvl_runtime.schedule.runner import Runner
+from qvl_runtime.schedule.sampler import Sample
 from qvl_runtime.schedule.scheduler import ScheduledBranch, Scheduler, StepLimits
 from qvl_runtime.schedule.scoring import PromptScores
 from qvl_runtime.schedule.speculative import Drafter
 from qvl_runtime.schedule.step_faults import compute_contained, error_of
-
-
-class Outcome(NamedTuple):
-    """The tokens that a step sampled for a branch, one and one more for each draft, or why there are none."""
-
-    planned: ScheduledBranch
-    samples: list[Sample]
-    error: QVLError | None = None
 
 
 class EngineCore:
@@ -49,14 +40,19 @@ class EngineCore:
         limits: StepLimits,
         drafter: Drafter | None = None,
         calibration: BoxCalibration | None = None,
+        overlap: bool = False,
     ) -> None:
+        """overlap: launch decode steps before the tokens of the last are read, where embeddings are on the device."""
         self.runner, self.drafter, self.max_model_len = runner, drafter, max_model_len
         self.step_tokens = limits.tokens
         self.scheduler = Scheduler(runner.cache, limits, drafter)
         self.scheduler.least_forced = runner.least_forced
         self.answers = Answers(runner, self.scheduler, tokenizer, max_model_len, calibration)
+        overlap = overlap and not runner.model.embedding_on_host
+        self.computing = Computing(runner, self.answers, self.scheduler, final=overlap)
+        self.overlap = Overlap(self.scheduler, self.answers, self.computing) if overlap else None
+        self._landed: Launched | None = None  # the step to compute now, if it was launched ahead
         self.steps = 0
-        self._ops = runner.model.ops
         self._numbers = count()
         self._timed: set[Request] = set()  # those with a deadline
 
@@ -109,6 +105,7 @@ class EngineCore:
             self.scheduler.remove(branch)
         self.answers.forget(request)
         self._timed.discard(request)
+        self._let_go()
 
     def step(self) -> bool:
         """Run one step. Returns False if nothing could be computed and no request ended.
@@ -116,20 +113,30 @@ class EngineCore:
         An error that one request causes ends that request, and is in its `error`.
         """
         ended = self._expire()
-        plan = self._plan()
+        self._landed = None if self.overlap is None else self.overlap.land()
+        plan = self._plan() if self._landed is None else self._landed.plan
         if not plan:
             return ended or plan is None
         now = time.perf_counter()
         for planned in plan:
             clock = planned.branch.request.clock
             clock.scheduled = now if clock.scheduled is None else clock.scheduled
-        for outcome in compute_contained(plan, self._compute, self._fail):
-            self._contained(outcome.planned.branch, partial(self._take, outcome))
-        for planned in plan:
-            if not planned.samples and planned.branch.request.error is None:
-                self._contained(planned.branch, planned.branch.finish_step)
+        try:
+            for outcome in compute_contained(plan, self._compute, self._fail):
+                self._contained(outcome.planned.branch, partial(self._take, outcome))
+            for planned in plan:
+                if not planned.samples and planned.branch.request.error is None:
+                    self._contained(planned.branch, planned.branch.finish_step)
+        except BaseException:
+            self._rewind(plan)
+            raise
         self.steps += 1
+        self._let_go()
         return True
+
+    def _let_go(self) -> None:
+        if self.overlap is not None:
+            self.overlap.drop()
 
     def _plan(self) -> list[ScheduledBranch] | None:
         """Plan the next step; None if a request could not be scheduled, and has failed."""
@@ -151,87 +158,16 @@ class EngineCore:
             self._fail(branch.request, error_of(fault))
 
     def _compute(self, plan: Items[ScheduledBranch]) -> list[Outcome]:
-        """Run the model and sample. On any exception, Ctrl-C included, restore all branches."""
-        lengths = [planned.branch.sequence.length for planned in plan]
-        num_branches = [len(planned.branch.request.branches) for planned in plan]
-        try:
-            self._encode_images(plan)
-            chunks = [Chunk(p.branch.sequence, p.tokens, p.branch.chunk_spans(p.known)) for p in plan]
-            computed = self.runner.compute(chunks)
-            self._score(plan, computed)
-            return self._sample(plan, computed) + self._check(plan, computed)
-        except BaseException:
-            for planned, length, branches in zip(plan, lengths, num_branches, strict=True):
-                planned.branch.sequence.truncate(length)
-                planned.branch.sampling_state.restore(
-                    planned.branch.request.prompt.token_ids, planned.branch.output.token_ids
-                )
-                for fork in planned.branch.request.branches[branches:]:
-                    self.scheduler.remove(fork)
-                del planned.branch.request.branches[branches:]
-            raise
+        """Compute a step, or what is left to do of one that was launched ahead; launch the next before it is read."""
+        landed, self._landed = self._landed, None
+        unread = self.computing.sample(self.computing.launch(plan) if landed is None else landed)
+        return self.computing.read(unread, None if self.overlap is None else self.overlap.launch_next)
 
-    def _encode_images(self, plan: Items[ScheduledBranch]) -> None:
-        """Get the features of all images with tokens in this step; new ones share a pass of the vision encoder."""
-        missing = [
-            (p.branch, i, span.image)
-            for p in plan
-            for i, span in p.branch.spans_in_next(p.known)
-            if i not in p.branch.features
-        ]
-        if not missing:
-            return
-        began = time.perf_counter()
-        for (branch, i, _), rows in zip(missing, self.runner.features([w[2] for w in missing]), strict=True):
-            branch.features[i] = rows
-        elapsed = time.perf_counter() - began
-        for request in {branch.request for branch, _, _ in missing}:
-            request.clock.vision_s += elapsed
-
-    def _score(self, plan: Items[ScheduledBranch], computed: Computed) -> None:
-        """Score the parts of prompts in this step whose log probabilities were requested."""
-        for planned, end in zip(plan, accumulate(p.size for p in plan), strict=True):
-            scores = planned.branch.request.scores
-            if scores is not None and planned.branch.index == 0 and scores.next_index is not None:
-                position = planned.branch.sequence.length - planned.size
-                scores.take(position, planned.size, partial(_rows, computed, end - planned.size))
-
-    def _check(self, plan: Items[ScheduledBranch], computed: Computed) -> list[Outcome]:
-        """Find the parts of prompts that are not finite, so that the prefix cache does not get their blocks."""
-        ends = accumulate(planned.size for planned in plan)
-        parts = [(planned, end - 1) for planned, end in zip(plan, ends, strict=True) if not planned.samples]
-        if not parts:
-            return []
-        finite = computed.are_finite([last for _, last in parts])
-        damaged = [part for part, is_finite in zip(parts, finite, strict=True) if not is_finite]
-        return [Outcome(planned, [], numerics_error(computed([last])[0])) for planned, last in damaged]
-
-    def _sample(self, plan: Items[ScheduledBranch], computed: Computed) -> list[Outcome]:
-        """Compute logits for the tokens that need them, and sample a token from each."""
-        indices: list[int] = []
-        rows: list[SamplingRow] = []
-        outcomes: list[Outcome] = []
-        end = 0
-        for planned in plan:
-            start, end = end + planned.known - 1, end + planned.known + len(planned.drafts)
-            if not planned.samples:
-                continue
-            for branch in [planned.branch, *self.answers.fork(planned.branch)]:
-                scheduled = planned if branch is planned.branch else ScheduledBranch(branch, 0)
-                try:
-                    rows += branch.sampling_state.rows(len(branch.output.token_ids), planned.drafts)
-                except QVLError as error:
-                    outcomes.append(Outcome(scheduled, [], error.with_traceback(None)))
-                    continue
-                indices += range(start, end)
-                outcomes.append(Outcome(scheduled, []))
-        if not indices:
-            return outcomes
-        samples = iter(sample(computed(indices), rows, self._ops))
-        for planned, branch_samples, fault in outcomes:
-            if fault is None:
-                branch_samples += [next(samples) for _ in range(len(planned.drafts) + 1)]
-        return outcomes
+    def _rewind(self, plan: Items[ScheduledBranch]) -> None:
+        """Return the branches of a step that was interrupted to the tokens that they have."""
+        for branch in (planned.branch for planned in plan):
+            branch.sequence.truncate(len(branch.token_ids) - 1)
+            branch.recount()
 
     def _take(self, outcome: Outcome) -> None:
         if outcome.error is not None:
@@ -260,7 +196,7 @@ class EngineCore:
                 break
         if drafts and self.drafter is not None and not planned.forced:
             self.drafter.count(len(drafts), max(0, taken - 1))
-        branch.sequence.truncate(len(branch.token_ids) - 1)
+        branch.sequence.truncate(len(branch.token_ids) - 1 + branch.sequence.ahead)
         branch.finish_step()
         self.answers.postpone(branch)
         if branch.output.finish_reason is not None:
@@ -294,8 +230,3 @@ class EngineCore:
                     request.pieces.append(StreamPiece("", (), completion, index))
             self._timed.discard(request)
         return bool(late)
-
-
-def _rows(computed: Computed, first: int, indices: Items[int]) -> Tensor:
-    """The logits of tokens that are counted from `first`."""
-    return computed([first + index for index in indices])

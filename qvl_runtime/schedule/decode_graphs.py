@@ -25,6 +25,7 @@ from qvl_runtime.model.language import Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
 from qvl_runtime.model.rotary import Frequencies
 from qvl_runtime.schedule.kv_cache import KVCache
+from qvl_runtime.schedule.readback import Moment
 from qvl_runtime.schedule.sequence import Sequence
 
 _log = logging.getLogger(__name__)
@@ -119,11 +120,16 @@ class DecodeInputs:
         return buffer[:end].view(COLUMNS, self.rows), buffer[end:].view(self.rows, -1)
 
     def send(
-        self, sequences: Items[Sequence], token_ids: Items[int], frequency_rows: Items[int], null_block: int
+        self,
+        sequences: Items[Sequence],
+        token_ids: Items[int],
+        frequency_rows: Items[int],
+        null_block: int,
+        tokens: Tensor | None = None,
     ) -> None:
         """Fill the inputs with the last token of each sequence and with padding on `null_block`; copy to the device.
 
-        The previous copy must have completed, as it has once the tokens of the previous step have been read.
+        The previous copy must have completed. tokens int64 [n]: those tokens, if they are known on the device alone.
         """
         n = len(sequences)
         for row, (sequence, token, factor) in enumerate(zip(sequences, token_ids, frequency_rows, strict=True)):
@@ -136,6 +142,8 @@ class DecodeInputs:
         self._tables[n:, 0] = null_block
         if self._device is not self._host:
             self._device.copy_(self._host, non_blocking=True)
+        if tokens is not None:
+            self.token_ids[:n].copy_(tokens)
         if self._host_embedding is not None:
             self._host_embedding.send(self._ids)
 
@@ -182,6 +190,7 @@ class DecodeGraphs:
         host_embedding = (
             HostEmbedding(model.decoder.embedding, max_batch_size, model.device) if model.embedding_on_host else None
         )
+        self._sent = Moment(model.device)  # the last copy of inputs
         self.buckets = (*buckets[: bisect_left(buckets, max_batch_size)], max_batch_size)
         self._buckets: dict[int, Bucket] = {}
         frequencies.row(1.0)  # row 0, read by padding
@@ -195,11 +204,16 @@ class DecodeGraphs:
         """Whether a decode step of `rows` rows has a graph, or may still get one."""
         return rows <= self._max_batch_size and self._bucket(rows).graph.fallback_reason is None
 
-    def run(self, sequences: Items[Sequence], token_ids: Items[int]) -> Tensor:
-        """Return the logits [n, vocab] of the last token of each sequence, valid until the next call."""
+    def run(self, sequences: Items[Sequence], token_ids: Items[int], tokens: Tensor | None = None) -> Tensor:
+        """Return the logits [n, vocab] of the last token of each sequence, valid until the next call.
+
+        tokens int64 [n], on the model's device: those tokens, instead of `token_ids`. Their embeddings must be there.
+        """
         inputs, graph, with_head = bucket = self._bucket(len(sequences))
         rows = [self._frequencies.row(sequence.alpha) for sequence in sequences]
-        inputs.send(sequences, token_ids, rows, self._cache.null_block)
+        self._sent.wait()
+        inputs.send(sequences, token_ids, rows, self._cache.null_block, tokens)
+        self._sent.mark()
         result = graph()
         if graph.fallback_reason is None:
             self.replays += 1

@@ -16,7 +16,8 @@ from qvl_runtime.schedule.api import Completion, SamplingParams, StreamPiece, Ti
 from qvl_runtime.schedule.constraint import Constrain
 from qvl_runtime.schedule.output import OutputBuilder
 from qvl_runtime.schedule.runner import Span
-from qvl_runtime.schedule.sampler import Sample, SamplingState
+from qvl_runtime.schedule.sampler import Sample
+from qvl_runtime.schedule.sampling_state import SamplingState
 from qvl_runtime.schedule.scoring import PromptScores
 from qvl_runtime.schedule.sequence import Sequence
 
@@ -118,8 +119,11 @@ class Branch:
 
     @property
     def pending(self) -> int:
-        """The number of tokens that are not computed yet: 1 while decoding, more during prefill."""
-        return len(self.token_ids) - self.sequence.length
+        """The number of known tokens that are not computed yet: 1 while decoding, more during prefill.
+
+        While a step runs it is 0 for the branches that it decodes: their next token is not known.
+        """
+        return len(self.token_ids) - self.sequence.taken
 
     @property
     def spans(self) -> Items[ImageSpan]:
@@ -152,6 +156,10 @@ class Branch:
         if self.features:
             needed = dict(self.spans_in_next(self.pending))
             self.features = {i: rows for i, rows in self.features.items() if i in needed}
+
+    def recount(self) -> None:
+        """Have the penalties count the tokens that it has, and no other."""
+        self.sampling_state.restore(self.request.prompt.token_ids, self.output.token_ids)
 
     def add(self, sample: Sample) -> None:
         """Append the next token of the answer, and stream its text."""

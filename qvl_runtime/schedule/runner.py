@@ -25,6 +25,7 @@ from qvl_runtime.schedule.decode_graphs import Capture, DecodeGraphs
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache, layout_of
 from qvl_runtime.schedule.prefill_graphs import PrefillGraphs
+from qvl_runtime.schedule.readback import to_device
 from qvl_runtime.schedule.sequence import Sequence
 
 # Passes of the vision encoder after which the heap's free memory is returned to the OS. Long-lived memory of requests
@@ -52,17 +53,29 @@ class Chunk(NamedTuple):
 class Computed:
     """What a step computed: called with indices of its tokens, it gives their logits. Valid until the next step."""
 
-    def __init__(self, rows: Tensor, logits_of: Callable[[Items[int]], Tensor]) -> None:
-        """rows [n, any]: of all tokens in order, hidden states or the logits of a decode graph."""
-        self._rows, self._logits_of = rows, logits_of
+    def __init__(self, rows: Tensor, logits_of: Callable[[Items[int]], Tensor], kept: Items[int] | None = None) -> None:
+        """rows [n, any]: of all tokens in order, hidden states or the logits of a decode graph.
+
+        kept: which of them there are, for the others; None: all.
+        """
+        self._rows, self._logits_of, self._kept = rows, logits_of, kept
+        self.is_valid = True  # until the runner computes again
 
     def __call__(self, indices: Items[int]) -> Tensor:
         """Return the logits of these tokens, [m, vocab]."""
-        return self._logits_of(indices)
+        return self._logits_of(self._of_all(indices))
+
+    def of(self, kept: Items[int]) -> Computed:
+        """Return what was computed of some of the tokens."""
+        return Computed(self._rows, self._logits_of, self._of_all(kept))
+
+    def _of_all(self, indices: Items[int]) -> Items[int]:
+        return indices if self._kept is None else [self._kept[i] for i in indices]
 
     def are_finite(self, indices: Items[int]) -> list[bool]:
         """Whether the rows of these tokens are finite. If one is not, no later token of its sequence is, either."""
-        return self._rows[torch.tensor(indices, device=self._rows.device)].isfinite().all(-1).tolist()
+        at = to_device(torch.tensor(self._of_all(indices)), self._rows.device)
+        return self._rows[at].isfinite().all(-1).tolist()
 
 
 class Runner:
@@ -76,6 +89,7 @@ class Runner:
         self._frequencies = Frequencies(model.config, model.device)
         self.images_at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
         self._passes = 0
+        self._computed: Computed | None = None  # the latest
 
     def capture(
         self, capture: Capture, max_batch_size: int, max_seq_len: int, buckets: Items[int] | None = None
@@ -123,25 +137,42 @@ class Runner:
 
         On any exception, Ctrl-C included, the sequences are restored.
         """
-        with _appended(chunks):
-            return self.model.forward(self._step(chunks), self.cache.layers, observe)
+        return self._run(chunks, None, observe)
 
-    def compute(self, chunks: Items[Chunk]) -> Computed:
-        """Compute the chunks, by a graph of decoding or of prefill if there is one; adapters run outside of graphs."""
+    def compute(self, chunks: Items[Chunk], tokens: Tensor | None = None) -> Computed:
+        """Compute the chunks, by a graph of decoding or of prefill if there is one; adapters run outside of graphs.
+
+        tokens int64 [n], on the model's device: chunks of one token each have these, instead of those that they name.
+        """
         decoding = all(
             len(chunk.token_ids) == 1 and not chunk.spans and chunk.sequence.root.adapter is None for chunk in chunks
         )
         if self.graphs is None or not decoding or not self.graphs.can_run(len(chunks)):
-            hidden = self._prefill(chunks)
-            return Computed(hidden, lambda i: self.model.logits(hidden[torch.tensor(i, device=hidden.device)]))
+            hidden = self._prefill(chunks) if tokens is None else self._run(chunks, tokens)
+            return self._latest(hidden, lambda i: self.model.logits(hidden[to_device(torch.tensor(i), hidden.device)]))
+        self._forget()
         with _appended(chunks):
-            logits = self.graphs.run([c.sequence for c in chunks], [c.token_ids[0] for c in chunks])
+            logits = self.graphs.run([c.sequence for c in chunks], [c.token_ids[0] for c in chunks], tokens)
         every_row = [*range(len(logits))]
 
         def logits_of(indices: Items[int]) -> Tensor:
-            return logits if indices == every_row else logits[torch.tensor(indices, device=logits.device)]
+            return logits if [*indices] == every_row else logits[to_device(torch.tensor(indices), logits.device)]
 
-        return Computed(logits, logits_of)
+        return self._latest(logits, logits_of)
+
+    def _latest(self, rows: Tensor, logits_of: Callable[[Items[int]], Tensor]) -> Computed:
+        self._computed = computed = Computed(rows, logits_of)
+        return computed
+
+    def _forget(self) -> None:
+        """Before a model call: what the last one left may be overwritten."""
+        if self._computed is not None:
+            self._computed.is_valid, self._computed = False, None
+
+    def _run(self, chunks: Items[Chunk], tokens: Tensor | None, observe: Observer = unobserved) -> Tensor:
+        self._forget()
+        with _appended(chunks):
+            return self.model.forward(self._step(chunks, tokens), self.cache.layers, observe)
 
     def _prefill(self, chunks: Items[Chunk]) -> Tensor:
         graphs, counts = self.prefill_graphs, [len(chunk.token_ids) for chunk in chunks]
@@ -150,13 +181,16 @@ class Runner:
         if any(chunk.sequence.root.adapter is not None for chunk in chunks) or not graphs.can_run(counts):
             graphs.eager_steps += 1
             return self.run(chunks)
+        self._forget()
         with _appended(chunks):
             return graphs.run([c.sequence for c in chunks], counts, self.model.embed(self._step(chunks)))
 
-    def _step(self, chunks: Items[Chunk]) -> Step:
+    def _step(self, chunks: Items[Chunk], tokens: Tensor | None = None) -> Step:
         device, counts = self.model.device, [len(chunk.token_ids) for chunk in chunks]
         positions, layout = layout_of([chunk.sequence for chunk in chunks], counts)
-        ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, sum(counts))
+        if tokens is None:
+            ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, sum(counts))
+            tokens = to_device(torch.from_numpy(ids), self.model.decoder.embedding.device)
         factors = np.repeat([self._frequencies.row(chunk.sequence.alpha) for chunk in chunks], counts)
         rows, features = [], []
         for chunk, end in zip(chunks, accumulate(counts), strict=True):
@@ -165,10 +199,12 @@ class Runner:
                 rows.append(torch.arange(len(span.features), device=device) + start + span.start)
                 features.append(span.features)
         return Step(
-            token_ids=torch.from_numpy(ids).to(self.model.decoder.embedding.device),
-            positions=positions.to(device),
-            frequencies=self._frequencies.table[torch.from_numpy(factors).to(device)],
-            layout=layout._replace(slots=layout.slots.to(device), block_tables=layout.block_tables.to(device)),
+            token_ids=tokens,
+            positions=to_device(positions, device),
+            frequencies=self._frequencies.table[to_device(torch.from_numpy(factors), device)],
+            layout=layout._replace(
+                slots=to_device(layout.slots, device), block_tables=to_device(layout.block_tables, device)
+            ),
             image_indices=torch.cat(rows) if rows else None,
             image_features=torch.cat(features) if features else None,
             adapters=self._adapter_rows(chunks),
@@ -190,7 +226,8 @@ class Runner:
             if name is not None and adapters is not None:
                 rows.setdefault(adapters.index(name), []).extend(range(start, end))
             start = end
-        return [AdapterRows(index, torch.tensor(own, device=self.model.device)) for index, own in rows.items()]
+        device = self.model.device
+        return [AdapterRows(index, to_device(torch.tensor(own), device)) for index, own in rows.items()]
 
 
 def _copy_outside_heap(features: Tensor) -> Tensor:

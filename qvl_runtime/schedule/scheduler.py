@@ -9,7 +9,7 @@ prefill, so that no stream stalls behind a long prompt; prompts use the rest of 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
@@ -66,6 +66,7 @@ class Scheduler:
         self.least_forced = 1  # tokens without a choice, in a row, that are computed in one step
         self.yielding = False  # whether further answers sit out a step that may give a request its first token
         self._yielded = False  # whether they sat out the last step: never two in a row
+        self._refused: tuple[object, int] = None, 0  # the order of a branch that lacked blocks, and how many were spare
         self.current: Branch | None = None  # whose turn it is in `schedule`, or was when that raised
         self._cache, self._limits, self._drafter = cache, limits, drafter
 
@@ -120,6 +121,42 @@ class Scheduler:
         self.current = None
         return list(plan.values())
 
+    def ahead(self, unread: Container[Branch]) -> list[ScheduledBranch]:
+        """Plan the next step while the tokens of the last are `unread`: each branch computes its own, to be continued.
+
+        Empty where the next step depends on them, and is `schedule`'s: if a branch has anything else to compute or may
+        have drafts, if a waiting one may start, or if blocks run out.
+        """
+        ready = [branch for branch in self.running if not branch.request.paused]
+        if any(b.pending or b not in unread or self._may_draft(b) for b in ready) or self._may_admit():
+            return []
+        plan = [ScheduledBranch(b, 1) for b in ready if b.output.remaining > 1]  # others end with the unread token
+        if sum(p.branch.sequence.needed(1) for p in plan) > self._cache.pool.available:
+            return []
+        for planned in plan:
+            planned.branch.sequence.reserve(1)
+        return plan
+
+    def _may_draft(self, branch: Branch) -> bool:
+        """Whether the branch may have drafts once its unread token is known; of forced ones, that one is the first."""
+        constraint = branch.sampling_state.constraint
+        if not branch.drafting:
+            return False
+        return self._drafter is not None or (constraint is not None and len(constraint.forced()) > self.least_forced)
+
+    def _may_admit(self) -> bool:
+        """Whether `schedule` might start a waiting branch, or have others sit out the step for one."""
+        waiting = next((b for b in islice(self.waiting, self._limits.running) if not b.request.paused), None)
+        if waiting is None:
+            return False
+        if self.yielding and any(branch.index for branch in self.running):
+            return True
+        if not self.free_slots and self._further_answer_after(waiting) is None:
+            return False
+        spare = self._cache.pool.available - len(self.running)
+        order, lacking = self._refused
+        return order != waiting.order or spare > lacking
+
     def make_room(self, blocks: int) -> None:
         """Preempt the latest arrivals until `blocks` blocks can be allocated."""
         while self._cache.pool.available < blocks and self.running:
@@ -142,6 +179,7 @@ class Scheduler:
             if branch.sequence.needed(branch.pending) + len(self.running) > self._cache.pool.available:
                 branch.sequence.close()
                 if self.running:
+                    self._refused = branch.order, self._cache.pool.available - len(self.running)
                     return
                 cached = 0  # alone it fits, unless it must copy a cached block
             self._count(branch, cached)

@@ -34,6 +34,7 @@ class Sequence:
     def __init__(self, store: BlockStore, root: Root, block_size: int) -> None:
         self.root = root
         self.length = 0
+        self.ahead = 0  # of its last tokens, how many belong to a step that is launched before the last one is taken
         self.blocks: array[int] = array("q")
         self._store, self._size = store, block_size
         self._parents: list[Parent] = [
@@ -44,6 +45,11 @@ class Sequence:
     def alpha(self) -> float:
         """The NTK factor that its keys are rotated with."""
         return self.root.alpha
+
+    @property
+    def taken(self) -> int:
+        """Its computed tokens without those of a step ahead."""
+        return self.length - self.ahead
 
     def needed(self, count: int) -> int:
         """Blocks that `reserve(count)` would allocate."""
@@ -73,7 +79,7 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Drop the tokens from `length` on, and release the blocks that held only those."""
         if length < self.length:
-            self.length = length
+            self.length, self.ahead = length, 0
             self._drop(cdiv(length, self._size))
 
     def find_prefix(self, tokens: Items[int], spans: Items[ImageSpan]) -> int:
@@ -90,18 +96,20 @@ class Sequence:
     def publish(self, tokens: Items[int], spans: Items[ImageSpan], tail: bool = False) -> None:
         """Publish the full blocks to the prefix cache, and with `tail` also the last block, which is not full.
 
-        tokens: of the whole sequence; the computed ones must not change any more.
+        tokens: of the whole sequence; the computed ones must not change any more. Those of a step ahead are left out,
+        and may be lost with `tail`, which replaces the block that they are in by one of the same content.
         """
         prefixes = self._store.prefixes
         if prefixes is None:
             return
-        for index in range(len(self._parents) - 1, self.length // self._size):
+        taken = self.taken
+        for index in range(len(self._parents) - 1, taken // self._size):
             node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens, spans)
             self.blocks[index] = node.block
             self._parents.append(node.number)
-        index, offset = divmod(self.length, self._size)
+        index, offset = divmod(taken, self._size)
         if tail and offset and not self._store.pool.is_published(self.blocks[index]):
-            node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens[: self.length], spans)
+            node = prefixes.publish(self._parents[index], index, self.blocks[index], tokens[:taken], spans)
             self.blocks[index] = node.block
 
     def fork(self) -> Sequence:
@@ -115,7 +123,7 @@ class Sequence:
 
     def close(self) -> None:
         """Release all blocks. Published blocks stay cached until the pool evicts them."""
-        self.length = 0
+        self.length = self.ahead = 0
         self._drop(0)
 
     def _writes_shared(self) -> bool:

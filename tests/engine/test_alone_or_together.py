@@ -13,7 +13,14 @@ pytestmark = pytest.mark.cpu
 # 500 of every setting take half an hour on two cores: `python -m benchmarks.serving.invariance`
 REQUESTS = int(os.environ.get("QVL_INVARIANCE_REQUESTS", "20"))
 # What each has of its own: drafts and chunks in bfloat16, preemption, an int8 cache, packed weights, int8 activations.
-CHOSEN = ["bfloat16, drafts", "bfloat16, preemption", "bfloat16, int8 cache", "Int4, bfloat16", "Int4, bfloat16, fast"]
+CHOSEN = [
+    "bfloat16, drafts",
+    "bfloat16, overlap",
+    "bfloat16, preemption",
+    "bfloat16, int8 cache",
+    "Int4, bfloat16",
+    "Int4, bfloat16, fast",
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from torch import Tensor
 from qvl_kernels import cpu, reference
 from qvl_kernels.cpu.library import instruction_set, library
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import Sample, sample
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 
 pytestmark = pytest.mark.unit
 VOCAB = 97

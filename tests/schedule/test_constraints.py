@@ -22,7 +22,8 @@ from qvl_runtime.prompt.box_rules import BoxRules
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.token_mask import Mask, add, tokens_of
 from qvl_runtime.schedule.constraint import Constraint
-from qvl_runtime.schedule.sampler import SamplingState, sample
+from qvl_runtime.schedule.sampler import sample
+from qvl_runtime.schedule.sampling_state import SamplingState
 
 pytestmark = pytest.mark.cpu
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1.0, max_tokens=60)

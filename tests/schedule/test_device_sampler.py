@@ -10,7 +10,8 @@ import torch
 
 from qvl_kernels import reference
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import sample
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -28,6 +28,7 @@ SWITCHES = {
     "all": {"max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
     "int8": {"kv_dtype": "int8", "prefix_caching": False},
     "int8 and all": {"kv_dtype": "int8", "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
+    "overlap and all": {"overlap": True, "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
     "drafts and all": {"speculative_tokens": 3, "max_step_tokens": 70, "max_running": 12, "kv_tokens": 0.3},
 }
 # The benchmark runs all 200, of up to 2,500 tokens: `python -m benchmarks.serving.many_requests equal`.

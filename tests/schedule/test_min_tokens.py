@@ -14,7 +14,8 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.prompt.token_mask import all_of, holds, mask_of, none_of, remove, tokens_of
-from qvl_runtime.schedule.sampler import SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import sample
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 
 pytestmark = pytest.mark.cpu
 GREEDY = SamplingParams(temperature=0, max_tokens=40)

@@ -18,7 +18,8 @@ from qvl_kernels.reference.sampling import CANDIDATES
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.sampler import Sample, SamplingRow, SamplingState, sample
+from qvl_runtime.schedule.sampler import Sample, sample
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 
 pytestmark = pytest.mark.unit
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import torch
 
 from qvl_kernels.triton.sampling.sample import SamplingRows, sample  # type: ignore[attr-defined]
 from qvl_runtime.schedule.api import SamplingParams
-from qvl_runtime.schedule.sampler import SamplingRow, SamplingState
 from qvl_runtime.schedule.sampler import sample as sample_on_cpu
+from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 
 pytestmark = pytest.mark.interpreter
 DEVICE = torch.device("cpu")
