@@ -46,7 +46,7 @@ class Evaluation:
     ) -> None:
         self.learner, self.held_out, self.source, self.options = learner, held_out, source, options
         asked = [question_of(tokenizer, s) for s in held_out.samples[: options.evaluate_samples] if has_answer(s)]
-        self.questions = [] if options.sharding == "fsdp" else asked  # no process has all weights
+        self.questions = [] if options.shards else asked  # no process has all weights
 
     def __call__(self) -> dict[str, float]:
         """Held-out loss; of generated answers the share of exact ones, and the mean IoU of the references' boxes."""

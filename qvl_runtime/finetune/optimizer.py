@@ -20,10 +20,12 @@ EPS, BETA1 = 1e-8, 0.9
 
 
 def rate_at(step: int, steps: int, options: FinetuneOptions) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then a cosine to zero."""
+    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then a cosine to zero or a constant."""
     warm = math.ceil(options.warmup * steps)
     if step < warm:
         return options.rate * (step + 1) / warm
+    if options.schedule == "constant":
+        return options.rate
     return options.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 

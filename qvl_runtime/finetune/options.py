@@ -16,7 +16,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 PARTS = ("decoder", "embedding", "head", "resampler", "vit")
 FULL_PARTS = ("decoder", "embedding", "head", "resampler")  # the original freezes the ViT alone
 DTYPES = ("auto", "bfloat16", "float32")
-SHARDING = ("none", "data", "fsdp")
+SHARDING = ("none", "data", "gradients", "fsdp")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class FinetuneOptions:
     weight_decay: float = 0.1
     beta2: float = 0.95
     warmup: float = 0.01  # share of the steps
+    schedule: str = "cosine"  # of the rate after the warm-up: to zero, or constant
     clip: float = 1.0  # the gradient's norm
     mean: Literal["token", "batch"] = "token"  # of the losses of a step: of its tokens, or of its micro-batches
     dtype: str = "auto"  # of weights and activations; auto: bfloat16, or float32 for a float32 checkpoint
@@ -57,6 +59,7 @@ class FinetuneOptions:
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("masters", self.masters, ("float32", "bfloat16"))
         require_choice("sharding", self.sharding, SHARDING)
+        require_choice("schedule", self.schedule, SCHEDULES)
         positive = ("epochs", "batch", "accumulate", "max_length", "rate", "clip", "save_every", "keep", "most_faults")
         require_positive(self, "", *positive)
         for name, least, below in (("warmup", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, 100)):
@@ -66,6 +69,11 @@ class FinetuneOptions:
             raise ConfigError(f"parts has {quoted(unknown[0])}; expected some of {', '.join(PARTS)}")
         if not self.parts:
             raise ConfigError(f"parts is empty, so nothing is trained; expected some of {', '.join(PARTS)}")
+
+    @property
+    def shards(self) -> bool:
+        """Whether no process has all of the weights, gradients and moments."""
+        return self.sharding in ("gradients", "fsdp")
 
     @property
     def uses_lora(self) -> bool:
@@ -89,4 +97,6 @@ class FinetuneOptions:
         values = {name: value for name, value in asdict(self).items() if name not in free}
         if not self.uses_lora:
             values.pop("lora")
+        if self.schedule == "cosine":  # states of before there was another have none
+            values.pop("schedule")
         return values

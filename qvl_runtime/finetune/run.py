@@ -102,7 +102,7 @@ class Finetuning:
         with RunFolder(self.destination, self.key(), self.options.keep, team.leads) as folder:
             team.wait()
             network = open_network(self.source, self.config, self.options, self.device)
-            if self.options.sharding == "fsdp":
+            if self.options.shards:
                 shard(network, self.options, training_dtype(self.options, self.config))
             learner = Learner(network, FeatureStore(network, self.options.feature_bytes))
             optimizer = Optimizer(network.named_parameters(), self.options)

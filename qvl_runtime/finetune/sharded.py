@@ -20,12 +20,16 @@ from qvl_runtime.finetune.options import FinetuneOptions
 def shard(network: Network, options: FinetuneOptions, dtype: torch.dtype) -> None:
     """Shard a network in place, over all processes. Trained weights become float32, and are computed in `dtype`.
 
-    Raises `ConfigError` for packed weights: data parallel training replicates them.
+    With sharding "gradients", a weight that was gathered stays until its backward pass: less to send, and between steps
+    only optimizer state, gradients and float32 weights are divided, as by DeepSpeed's stage 2. Raises `ConfigError` for
+    packed weights: data parallel training replicates them.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if options.method == "qlora":
-        raise ConfigError("sharding is 'fsdp', and packed words cannot be sharded: use 'data', which replicates them")
+        raise ConfigError(
+            f"sharding is {options.sharding!r}, and packed words cannot be sharded: use 'data', which replicates them"
+        )
     replicated = set(network.visual.parameters())
     replicated |= {p for name, p in network.named_parameters() if ".adapter." in name}
     for parameter in network.parameters():
@@ -34,7 +38,12 @@ def shard(network: Network, options: FinetuneOptions, dtype: torch.dtype) -> Non
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     modules: list[nn.Module] = [*network.blocks, network]
     for module in modules:
-        fully_shard(module, mp_policy=policy, ignored_params=replicated)
+        fully_shard(
+            module,
+            mp_policy=policy,
+            ignored_params=replicated,
+            reshard_after_forward=options.sharding == "fsdp",
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def test_every_fault_of_the_data_is_listed_before_the_error(source: Path, data: 
         (["--train", "ears", "--method", "full"], "parts has 'ears'"),
         (["--modules-to-save", "visual"], "--modules-to-save has 'visual'"),
         (["--sharding", "data"], "start it by torchrun"),
+        (["--deepspeed", "no.json"], "no.json does not exist; expected a DeepSpeed configuration"),
+        (["--schedule", "linear"], "schedule is 'linear'"),
         (["--held-out", "no.json"], "no.json"),
         (["--max-length", "20"], "nothing to train on"),
         (["--device", "tpu"], "tpu"),

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,15 @@ def work(source: Path, data: Path, out: Path, options: FinetuneOptions, environm
         Finetuning.open(source, data, out, options).run(team)
 
 
-def run_two(*arguments: Any) -> None:
-    """Run `work` in two forked processes, as torchrun would start them."""
+def run_two(*arguments: Any, target: Callable[..., None] = work) -> None:
+    """Run `target` in two forked processes, as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     context = multiprocessing.get_context("fork")
     members = [
-        context.Process(target=work, args=(*arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        context.Process(target=target, args=(*arguments, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
         for rank in range(2)
     ]
     for member in members:
@@ -57,7 +58,8 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("method", "sharding"), [("lora", "data"), ("full", "data"), ("lora", "fsdp"), ("full", "fsdp")]
+    ("method", "sharding"),
+    [("lora", "data"), ("full", "data"), ("full", "gradients"), ("lora", "fsdp"), ("full", "fsdp")],
 )
 def test_two_processes_equal_one(method: Any, sharding: str, source: Path, data: Path, tmp_path: Path) -> None:
     options = replace(BASE, method=method)
