@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 from starlette.types import Message, Receive, Scope, Send
 
-from qvl_runtime.errors import PromptError
-from qvl_runtime.reading.json_text import parse_json
-from qvl_runtime.server.errors import APIError, invalid
+from qvl_runtime.server.bodies import parse_body
+from qvl_runtime.server.errors import APIError
 
 T = TypeVar("T")
 Events = AsyncGenerator[dict[str, Any], None]
@@ -101,8 +100,8 @@ async def read_json(scope: Scope, receive: Receive, reply: Reply, limit: int, ti
     """The body of a request, parsed. Raises `APIError` 400, 408 or 413, and `Disconnected`."""
     body = await read_body(scope, receive, reply, limit, timeout_s)
     if len(body) > _THREADED:
-        return await asyncio.to_thread(_parse, body)
-    return _parse(body)
+        return await asyncio.to_thread(parse_body, body)
+    return parse_body(body)
 
 
 async def read_body(scope: Scope, receive: Receive, reply: Reply, limit: int, timeout_s: float) -> bytes:
@@ -182,12 +181,3 @@ async def _refuse(receive: Receive, reply: Reply, error: APIError) -> None:
         await asyncio.wait_for(discard(), _DISCARD_S)
     await reply.end()
     raise Disconnected
-
-
-def _parse(body: bytes) -> Any:
-    try:
-        return parse_json(body.decode("utf-8-sig"), "the body", PromptError, "send one JSON object", finite=True)
-    except UnicodeDecodeError as error:
-        raise invalid(f"the body is not UTF-8 at byte {error.start}", code="invalid_body") from None
-    except PromptError as error:
-        raise invalid(str(error), code="invalid_body") from None
