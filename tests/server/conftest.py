@@ -86,12 +86,18 @@ class Live:
 
 
 @contextmanager
-def serving(load: Callable[[], Engine], keys: Keys | None = None, ready: bool = True, **options: Any) -> Iterator[Live]:
+def serving(
+    load: Callable[[], Engine],
+    keys: Keys | None = None,
+    ready: bool = True,
+    trusted_proxies: str | None = None,
+    **options: Any,
+) -> Iterator[Live]:
     """A server on a free port for the time of the body."""
     lines: list[str] = []
     service = Service(load, ServerConfig(**options))
     sock = listening_socket("127.0.0.1", 0)
-    server = make_server(service, keys or Keys(), write=lines.append)
+    server = make_server(service, keys or Keys(), write=lines.append, trusted_proxies=trusted_proxies)
     live = Live(service, server, sock.getsockname()[1], lines)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), name="test-server")
     live.thread = thread
