@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvl_runtime.engine.schema_paths import paths_of, remote_references, subschemas
 from qvl_runtime.errors import ConfigError, ConstraintError, escaped, quoted, shortened
-from qvl_runtime.prompt.token_mask import Mask, add, remove
+from qvl_runtime.prompt.token_mask import Mask, add, none_of, remove
 from qvl_runtime.prompt.tokenizer import Tokenizer
 from qvl_runtime.schedule.guide_checks import Guide
 
@@ -40,23 +40,24 @@ _LIMITS = {
 class GuidedConstraint:
     """One answer that follows a compiled grammar; its end tokens are allowed where the grammar accepts."""
 
-    def __init__(self, matcher: LLMatcher, end_ids: Iterable[int], own_ends: Iterable[int]) -> None:
+    def __init__(self, matcher: LLMatcher, vocab: int, end_ids: Iterable[int], own_ends: Iterable[int]) -> None:
         """end_ids: those of the answer; own_ends: the tokens that stand for the end in the grammar's masks."""
-        self._matcher, self._ends, self._own_ends = matcher, tuple(end_ids), tuple(own_ends)
+        self._matcher, self._vocab, self._ends, self._own_ends = matcher, vocab, tuple(end_ids), tuple(own_ends)
 
     @property
     def done(self) -> bool:
         """Whether the grammar accepts what there is, and no continuation."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
-    def mask(self, out: Mask) -> None:
-        """Fill a bitset with the tokens that may come next. Raises `ConstraintError` beyond the limits."""
-        matcher = self._matcher
+    def mask(self) -> Mask:
+        """The tokens that may come next. Raises `ConstraintError` beyond the limits."""
+        matcher, out = self._matcher, none_of(self._vocab)
         matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
         self._check()
         remove(out, self._own_ends)
         if matcher.is_accepting():
             add(out, self._ends)
+        return out
 
     def advance(self, token: int) -> bool:
         """Append a token; False if it may not come next. Raises `ConstraintError` beyond the limits."""
@@ -77,7 +78,7 @@ class GuidedConstraint:
 
     def fork(self) -> GuidedConstraint:
         """Return a copy that is continued independently."""
-        return GuidedConstraint(self._matcher.deep_copy(), self._ends, self._own_ends)
+        return GuidedConstraint(self._matcher.deep_copy(), self._vocab, self._ends, self._own_ends)
 
     def forced(self) -> list[int]:
         """The tokens that must come next, in the tokenizer's own split."""
@@ -102,7 +103,8 @@ class Guides:
     def begin(self, guide: Guide, end_ids: Iterable[int]) -> GuidedConstraint:
         """Begin an answer that follows a guide, compiled now if need be. Raises as `compile` does."""
         ends = (self._tokenizer.im_end, self._tokenizer.endoftext)
-        return GuidedConstraint(self.compile(guide).deep_copy(), [e for e in end_ids if e < self._vocab], ends)
+        own = [end for end in end_ids if end < self._vocab]
+        return GuidedConstraint(self.compile(guide).deep_copy(), self._vocab, own, ends)
 
     def compile(self, guide: Guide) -> LLMatcher:
         """Compile a guide, or find it compiled.

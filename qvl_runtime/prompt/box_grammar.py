@@ -8,31 +8,15 @@ written if some number that begins so lies in the interval of its coordinate, wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from qvl_runtime.errors import ConstraintError
+from qvl_runtime.prompt.box_places import Places
 from qvl_runtime.prompt.box_rules import BoxRules
-from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids, Shape, interval, next_digits
+from qvl_runtime.prompt.box_spelling import BoxSpelling, Ids
+from qvl_runtime.prompt.box_states import STATES, Legal, State, Table
 from qvl_runtime.prompt.token_mask import Mask, add, first_of, holds, mask_of, remove
 
 LABEL_TOKENS = 64  # of a label, at most
-
-
-class State(NamedTuple):
-    """Where an answer stands. Within a shape: the coordinates so far, the one begun, and fixed ids that follow."""
-
-    used: int = 0  # tokens of the answer
-    boxes: int = 0  # complete ones
-    label: int | None = None  # tokens of the label that is open
-    labeled: bool = False  # since the last label there is nothing but its boxes
-    owed: bool = False  # that label has no box yet
-    text: bool = False  # there is text since the last box, or before the first
-    tail: bytes = b""  # the end of this text that may become a tag
-    shape: Shape | None = None
-    values: Ids = ()
-    value: int = 0
-    digits: int = 0
-    pending: Ids = ()
 
 
 class BoxGrammar:
@@ -53,15 +37,13 @@ class BoxGrammar:
         """
         self.spelling, self.rules, self._vocab, self._limit = spelling, rules, vocab, limit
         self._ends = tuple(sorted(end for end in set(end_ids) if end < vocab and end not in spelling.tags))
-        self._is_end = frozenset(self._ends)
-        self._texts: dict[tuple[bool, bytes, Ids], Mask] = {}
-        self._masks: dict[Ids, Mask] = {}  # of text and single tokens
-        self._longest = max(spelling.box.longest, spelling.quad.longest if rules.quads else 0)
+        self._places = spelling.shared("places", lambda: Places(spelling))
+        self._table = spelling.shared((rules, self._ends, vocab), lambda: Table(spelling, rules, self._ends))
         self._states = [State()]
-        self._known: tuple[State, tuple[Ids, Mask | None]] | None = None
+        self._known: tuple[State, Legal] | None = None
         self._continue(prompt_ids)
         self._known = None  # it was found with another limit
-        needed = self._reserve(self._state) - (0 if self._state.shape is None else 1)
+        needed = self._reserve(self._state) - (0 if self._state.within is None else 1)
         if needed > limit:
             raise ConstraintError(
                 f"the answer may have {limit} tokens, but its boxes need up to {needed}: raise max_tokens, or ask for "
@@ -71,30 +53,30 @@ class BoxGrammar:
     @property
     def done(self) -> bool:
         """Whether nothing may follow but the end."""
-        state = self._state
-        if state.shape is not None or not self._may_end(state):
-            return False
-        ids, text = self._legal(state)
-        return text is None and self._is_end.issuperset(ids)
+        state = self._states[-1]
+        return state.within is None and self._legal(state).done
 
-    def mask(self, out: Mask) -> None:
-        """Fill a bitset with the tokens that may come next."""
-        ids, text = self._legal(self._state)
-        masks = self.spelling.masks if text is None else self._masks
-        key = ids if text is None else (*ids, -id(text))
-        if (mask := masks.get(key)) is None:
-            mask = masks[key] = mask_of(ids, self._vocab) if text is None else text.copy()
-            add(mask, ids)
-        out[:] = mask
+    def mask(self) -> Mask:
+        """The tokens that may come next."""
+        state = self._states[-1]
+        if state.within is None:
+            return self._legal(state).mask
+        masks, ids = self.spelling.masks, state.within.place.ids
+        if (mask := masks.get(ids)) is None:
+            mask = masks[ids] = mask_of(ids, self._vocab)
+            mask.flags.writeable = False
+        return mask
 
     def advance(self, token: int) -> bool:
         """Append a token; False, and nothing changes, if it may not come next."""
-        state = self._state
-        ids, text = self._legal(state)
-        if token not in ids and not (text is not None and 0 <= token < self._vocab and holds(text, token)):
-            return False
-        self._states.append(self._after(state, token))
-        return True
+        state = self._states[-1]
+        if state.within is not None:
+            legal = token in state.within.place.ids
+        else:
+            legal = 0 <= token < self._vocab and holds(self._legal(state).mask, token)
+        if legal:
+            self._states.append(self._after(state, token))
+        return legal
 
     def accepts(self, tokens: Iterable[int]) -> int:
         """How many of these tokens may come next, in order."""
@@ -119,32 +101,38 @@ class BoxGrammar:
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as long as there is only one that may."""
-        state, tokens = self._state, list[int]()
+        state, tokens = self._states[-1], list[int]()
         while True:
-            ids, text = self._legal(state)
-            if text is not None or len(ids) != 1 or ids[0] in self._is_end:
+            if state.within is not None:
+                ids, text = state.within.place.ids, False
+            else:
+                ids, text, _, _ = self._legal(state)
+            if text or len(ids) != 1 or ids[0] in self._table.is_end:
                 return tokens
             tokens.append(ids[0])
             state = self._after(state, ids[0])
 
     def shape_tokens(self) -> Ids:
         """The tokens that may come next within a box or quad; empty elsewhere."""
-        shape = self._state.shape
-        return () if shape is None else self._in_shape(self._state, shape)
+        within = self._state.within
+        return () if within is None else within.place.ids
 
     def place(self, token: int) -> Ids:
         """Roughly where a box is, with one more token: its coordinates in hundreds, of the last one the first digit."""
-        state = self._state
-        hundreds = tuple(value // 100 for value in state.values)
+        within = self._state.within
+        if within is None:
+            return ()
+        place, hundreds = within.place, tuple(value // 100 for value in within.values)
         digit = self.spelling.digit_of.get(token)
         if digit is None:
-            return (*hundreds, state.value // 100)
-        return (*hundreds, int(str(state.value)[0]) if state.digits else digit)
+            return (*hundreds, place.value // 100)
+        return (*hundreds, int(str(place.value)[0]) if place.digits else digit)
 
     @property
     def digits(self) -> int:
         """How many digits the coordinate has that is begun."""
-        return self._state.digits
+        within = self._state.within
+        return 0 if within is None else within.place.digits
 
     @property
     def _state(self) -> State:
@@ -154,45 +142,53 @@ class BoxGrammar:
         """Begin within the label or box that the prompt has begun, or after its label."""
         tokens, spelling = self.spelling.tokenizer, self.spelling
         starts, ends = {tokens.ref_start, *spelling.shapes}, {tokens.box_end, tokens.quad_end}
-        window = range(len(prompt_ids) - 1, max(-1, len(prompt_ids) - 1 - self._longest - LABEL_TOKENS), -1)
+        window = range(len(prompt_ids) - 1, max(-1, len(prompt_ids) - 1 - self._table.longest - LABEL_TOKENS), -1)
         begin = next((i for i in window if prompt_ids[i] in starts or prompt_ids[i] in ends), None)
         if begin is None or prompt_ids[begin] in ends:
             return
         state = self._after(State(), prompt_ids[begin])
-        if state.shape is not None and begin and prompt_ids[begin - 1] == tokens.ref_end:
+        if state.within is not None and begin and prompt_ids[begin - 1] == tokens.ref_end:
             state = state._replace(labeled=True)
         limit, self._limit = self._limit, 1 << 40
         self._states = [state]
         complete = all(map(self.advance, prompt_ids[begin + 1 :]))
         state, self._limit = self._state, limit
-        in_place = state.shape is not None or state.label is not None or state.owed
+        in_place = state.within is not None or state.label is not None or state.owed
         # otherwise it was a part of the question
         self._states = [state._replace(used=0) if complete and in_place else State()]
 
-    def _legal(self, state: State) -> tuple[Ids, Mask | None]:
-        """Single tokens that may come next, and the set of text tokens that may, or None; kept for the last state."""
+    def _legal(self, state: State) -> Legal:
+        """What may come next outside a shape; found once for all answers, and kept for the last state."""
         if self._known is None or self._known[0] is not state:
             self._known = state, self._find_legal(state)
         return self._known[1]
 
-    def _find_legal(self, state: State) -> tuple[Ids, Mask | None]:
-        if state.shape is not None:
-            return self._in_shape(state, state.shape), None
-        if state.label is not None:
-            return self._in_label(state, state.label)
+    def _find_legal(self, state: State) -> Legal:
+        table = self._table
+        left, boxes = min(self._limit - state.used, table.far + 1), min(state.boxes, table.enough + 1)
+        key = State(left, boxes, *state[2:])
+        if (found := table.legal.get(key)) is None:
+            if len(table.legal) >= STATES:
+                table.legal.clear()
+            found = table.legal[key] = self._compute_legal(state)
+        return found
+
+    def _compute_legal(self, state: State) -> Legal:
+        ids, text = self._outside(state) if state.label is None else self._in_label(state, state.label)
+        masks, key = self._table.masks, (ids, text is not None, state.label is not None, state.tail)
+        if (mask := masks.get(key)) is None:
+            mask = masks[key] = mask_of((), self._vocab) if text is None else text.copy()
+            add(mask, ids)
+            mask.flags.writeable = not mask.any()
+        done = text is None and self._may_end(state) and self._table.is_end.issuperset(ids)
+        return Legal(ids, text is not None, mask, done)
+
+    def _outside(self, state: State) -> tuple[Ids, Mask | None]:
+        """Single tokens that may come next outside labels, and the set of text tokens that may, or None."""
         ids = self._starts(state)
         if self._may_end(state):
             ids += self._ends
         return ids, self._text(state, plain=False) if self._text_allowed(state) else None
-
-    def _in_shape(self, state: State, shape: Shape) -> Ids:
-        if state.pending:
-            return state.pending[:1]
-        number, count = len(state.values), len(shape.pieces) - 1
-        low, high = interval(number, state.values, count)
-        digits, may_end = next_digits(state.value, state.digits > 0, low, high)
-        ids = tuple([self.spelling.digits[digit] for digit in digits])
-        return (*ids, shape.pieces[number + 1][0]) if may_end else ids
 
     def _in_label(self, state: State, count: int) -> tuple[Ids, Mask | None]:
         end = (self.spelling.tokenizer.ref_end,)
@@ -224,7 +220,7 @@ class BoxGrammar:
 
     def _may_end(self, state: State) -> bool:
         rules = self.rules
-        if state.shape is not None or state.label is not None or (state.owed and not rules.bare_labels):
+        if state.within is not None or state.label is not None or (state.owed and not rules.bare_labels):
             return False
         stray = state.text and not (rules.after if state.boxes else rules.before or rules.after)
         return state.boxes >= rules.least and not stray
@@ -241,52 +237,39 @@ class BoxGrammar:
     def _reserve(self, state: State) -> int:
         """Tokens that must be left so that the answer can end as the rules demand."""
         rules = self.rules
-        missing = max(0, rules.least - state.boxes - (state.shape is not None))
+        missing = max(0, rules.least - state.boxes - (state.within is not None))
         stray = state.text and state.boxes > 0 and not rules.after
         if missing == 0 and ((state.owed and not rules.bare_labels) or stray):
             missing = 1
         labels = 0
-        if missing and rules.labels == "required" and not state.labeled and state.shape is None:
+        if missing and rules.labels == "required" and not state.labeled and state.within is None:
             labels = 3 - (0 if state.label is None else 1 + min(1, state.label))
         needed = missing * self.spelling.box.longest + labels
-        return needed + (0 if state.shape is None else state.shape.longest)
+        return needed + (0 if state.within is None else state.within.place.shape.longest)
 
     def _text(self, state: State, plain: bool) -> Mask:
         """The tokens of free text, or of a label (`plain`: no special ones), but for those that would spell a tag."""
-        forbidden = self.spelling.completes_tag(state.tail)
-        key = (plain, state.tail, forbidden)
-        if key not in self._texts:
+        texts, key = self._table.texts, (plain, state.tail)
+        if key not in texts:
+            forbidden = self.spelling.completes_tag(state.tail)
             mask = first_of(self.spelling.tokenizer.n_ranks if plain else self._vocab, self._vocab)
             remove(mask, (*self.spelling.tags, *self._ends, *forbidden))
-            self._texts[key] = mask
-        return self._texts[key]
+            texts[key] = mask
+        return texts[key]
 
     def _after(self, state: State, token: int) -> State:
         used, spelling = state.used + 1, self.spelling
-        if state.shape is not None:
-            return self._after_in_shape(state._replace(used=used), state.shape, token)
-        if state.label is not None:
+        _, boxes, label, labeled, owed, text, tail, within = state
+        if within is not None:
+            if (further := self._places.after(within, token)) is None:
+                return State(used, boxes + 1, labeled=labeled)
+            return State(used, boxes, label, labeled, owed, text, tail, further)
+        if label is not None:
             if token == spelling.tokenizer.ref_end:
-                return state._replace(used=used, label=None, labeled=True, owed=True, text=False, tail=b"")
-            return state._replace(used=used, label=state.label + 1, tail=spelling.tail(state.tail, token))
+                return State(used, boxes, None, True, True)
+            return State(used, boxes, label + 1, labeled, owed, text, spelling.tail(tail, token))
         if token == spelling.tokenizer.ref_start:
-            return state._replace(used=used, label=0, labeled=False, tail=b"")
+            return State(used, boxes, 0, False, owed, text)
         if (shape := spelling.shapes.get(token)) is not None:
-            return state._replace(used=used, shape=shape, values=(), pending=shape.pieces[0], tail=b"")
-        tail = spelling.tail(state.tail, token)
-        return state._replace(used=used, text=True, labeled=False, owed=False, tail=tail)
-
-    def _after_in_shape(self, state: State, shape: Shape, token: int) -> State:
-        """The state after a token of a shape; `used` counts it already."""
-        if state.pending:
-            pending = state.pending[1:]
-            if pending or len(state.values) < len(shape.pieces) - 1:
-                return state._replace(pending=pending)
-        elif (digit := self.spelling.digit_of.get(token)) is not None:
-            return state._replace(value=10 * state.value + digit, digits=state.digits + 1)
-        else:
-            values = (*state.values, state.value)
-            pending = shape.pieces[len(values)][1:]
-            if pending or len(values) < len(shape.pieces) - 1:
-                return state._replace(values=values, value=0, digits=0, pending=pending)
-        return State(state.used, state.boxes + 1, labeled=state.labeled)
+            return State(used, boxes, label, labeled, owed, text, b"", self._places.begin(shape))
+        return State(used, boxes, label, False, False, True, spelling.tail(tail, token))

@@ -5,9 +5,9 @@ A model was trained on one spelling of a box. Whether "),(" is one token of it o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qvl_runtime.errors import CheckpointError
 from qvl_runtime.prompt.boxes import SCALE
@@ -16,6 +16,7 @@ from qvl_runtime.prompt.tokenizer import GROUNDING_TAGS, Tokenizer
 
 FIELDS = {"box": 4, "quad": 8}  # coordinates of each shape
 Ids = tuple[int, ...]
+T = TypeVar("T")
 
 
 class Shape(NamedTuple):
@@ -44,6 +45,17 @@ class BoxSpelling:
         self._tails = {tag[:end] for tag in _TAGS for end in range(1, len(tag))}
         self._forbidden: dict[bytes, Ids] = {}
         self.masks: dict[Ids, Mask] = {}  # of the few sets of tokens that may come next within boxes
+        self._shared: dict[Hashable, Any] = {}
+
+    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What answers have in common under a key, made by the first; the latest 64 are kept."""
+        if (found := self._shared.pop(key, None)) is None:
+            found = make()
+        self._shared[key] = found  # the latest is the last
+        while len(self._shared) > 64:
+            self._shared.pop(next(iter(self._shared)), None)
+        shared: T = found
+        return shared
 
     @cached_property
     def _closers(self) -> list[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from qvl_runtime.errors import ConstraintError
-from qvl_runtime.prompt.token_mask import Mask, all_of, mask_of, none_of, remove
+from qvl_runtime.prompt.token_mask import Mask, all_of, mask_of, remove
 
 
 class Constraint(Protocol):
@@ -23,10 +23,11 @@ class Constraint(Protocol):
         """Whether nothing may follow: the answer ends here, without a token that says so."""
         ...
 
-    def mask(self, out: Mask) -> None:
-        """Fill the bitset int32 [ceil(vocab / 32)] with the tokens that may come next.
+    def mask(self) -> Mask:
+        """The bitset int32 [ceil(vocab / 32)] of the tokens that may come next, not to be changed.
 
-        Raises `ConstraintError` if that cannot be computed; it is then the error of this answer's request alone.
+        One that is read-only is known to have some, and may be shared. Raises `ConstraintError` if it cannot be
+        computed; that is then the error of this answer's request alone.
         """
         ...
 
@@ -83,6 +84,8 @@ class Allowed:
         drafts = list(drafts)
         if self.constraint is None:
             return [self._not_ends if position + i < self._least else None for i in range(len(drafts) + 1)]
+        if not drafts:
+            return [self._mask(self.constraint, position)]
         masks: list[Mask | None] = []
         advanced = 0
         try:
@@ -96,13 +99,12 @@ class Allowed:
         return masks
 
     def _mask(self, constraint: Constraint, position: int) -> Mask:
-        mask = none_of(self._vocab)
-        constraint.mask(mask)
+        mask = constraint.mask()
         others = (self._not_ends if position < self._least else None, self._not_forbidden)
         for other in others:
             if other is not None and (narrower := np.bitwise_and(mask, other)).any():
                 mask = narrower
-        if not mask.any():
+        if mask.flags.writeable and not mask.any():
             raise ConstraintError(
                 f"the constraint leaves no token for position {position} of the answer, and does not let it end there"
             )

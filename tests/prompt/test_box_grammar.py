@@ -15,7 +15,7 @@ from qvl_runtime.prompt.box_grammar import BoxGrammar
 from qvl_runtime.prompt.box_rules import ALLOW, FORCE, BoxRules, rules_of
 from qvl_runtime.prompt.box_spelling import BoxSpelling
 from qvl_runtime.prompt.boxes import Box, parse_boxes
-from qvl_runtime.prompt.token_mask import none_of, tokens_of
+from qvl_runtime.prompt.token_mask import tokens_of
 from qvl_runtime.prompt.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.unit
@@ -46,10 +46,8 @@ def walk(constraint: BoxGrammar, limit: int, choose: Callable[[list[int]], int])
     """Tokens up to the end, the limit or the point from which nothing may follow."""
     ids: list[int] = []
     ends = {constraint.spelling.tokenizer.im_end, constraint.spelling.tokenizer.endoftext}
-    mask = none_of(VOCAB)
     while len(ids) < limit and not constraint.done:
-        constraint.mask(mask)
-        legal = tokens_of(mask).tolist()
+        legal = tokens_of(constraint.mask()).tolist()
         assert legal, spelled(constraint.spelling, ids)
         forced = constraint.forced()
         assert not forced or legal == forced[:1]
@@ -149,6 +147,34 @@ def test_forced_tokens_are_followed_at_once(spelling: BoxSpelling) -> None:
     assert constraint.done
 
 
+RULES = [
+    FORCE,
+    ALLOW,
+    BoxRules(before=True, least=2, most=3, labels="required"),
+    BoxRules(between=True, least=3, labels="none", quads=False),
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_far_from_the_end_its_distance_makes_no_difference(spelling: BoxSpelling, rules: BoxRules) -> None:
+    """What is looked up for all answers is what would be computed for each, right up to the bound."""
+    dice, far = random.Random(4), grammar(spelling, rules, 1 << 20)._table.far
+    for _ in range(12):
+        long = grammar(spelling, rules, 1 << 20)
+        ids, _ = walk(long, 120, dice.choice)
+        for length in range(len(ids) + 1):
+            states = [grammar(spelling, rules, limit) for limit in (length + far + 1, 1 << 20)]
+            for one in states:
+                assert one.accepts(ids[:length]) == length
+                assert all(map(one.advance, ids[:length]))
+            near, other = (one._state for one in states)
+            if near.within is None:
+                found = [one._compute_legal(one._state) for one in states]
+                for legal in (found[1], states[0]._find_legal(near), states[1]._find_legal(other)):
+                    assert (legal.ids, legal.text, legal.done) == (found[0].ids, found[0].text, found[0].done)
+                    assert (legal.mask == found[0].mask).all()
+
+
 def test_rollback_and_fork(spelling: BoxSpelling) -> None:
     dice = random.Random(3)
     whole = grammar(spelling, FORCE, 90)
@@ -160,10 +186,7 @@ def test_rollback_and_fork(spelling: BoxSpelling) -> None:
         for token in ids[at : at + ahead]:
             assert whole.advance(token)
         whole.rollback(ahead)
-        masks = none_of(VOCAB), none_of(VOCAB)
-        whole.mask(masks[0])
-        other.mask(masks[1])
-        assert (masks[0] == masks[1]).all() and not whole.advance(VOCAB + 5)
+        assert (whole.mask() == other.mask()).all() and not whole.advance(VOCAB + 5)
         assert whole.advance(ids[at])
 
 

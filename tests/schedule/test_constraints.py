@@ -20,7 +20,7 @@ from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import ConstraintError, QVLError
 from qvl_runtime.prompt.box_rules import BoxRules
 from qvl_runtime.prompt.boxes import parse_boxes
-from qvl_runtime.prompt.token_mask import Mask, add, tokens_of
+from qvl_runtime.prompt.token_mask import Mask, mask_of, tokens_of
 from qvl_runtime.schedule.constraint import Constraint
 from qvl_runtime.schedule.sampler import sample
 from qvl_runtime.schedule.sampling_state import SamplingState
@@ -49,11 +49,10 @@ class Only:
     def done(self) -> bool:
         return len(self.taken) >= self.count
 
-    def mask(self, out: Mask) -> None:
+    def mask(self) -> Mask:
         if len(self.taken) == self.fails_at:
             raise ConstraintError("the grammar became too complex")
-        out[:] = 0
-        add(out, self.tokens)
+        return mask_of(self.tokens, self.vocab)
 
     def advance(self, token: int) -> bool:
         if token in self.tokens:
