@@ -45,7 +45,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _without_long_urls(body: bytes) -> tuple[bytes, dict[str, str]]:
-    """A body with a short name in place of each long data URL, and the URLs by these names."""
+    """A body with a short name for each long data URL, and the URLs by these names."""
     parts: list[bytes] = []
     urls: dict[str, str] = {}
     kept = at = 0
@@ -76,7 +76,7 @@ def _plain(body: bytes, start: int, end: int) -> str | None:
 
 
 class _PutBack:
-    """Puts URLs back in place of their names."""
+    """Puts URLs back where their names are."""
 
     def __init__(self, urls: dict[str, str]) -> None:
         self._urls, self.left = urls, len(urls)
