@@ -75,7 +75,12 @@ def _nothing(address: str) -> str:
 
 
 def _why(address: str, error: Exception) -> str:
-    text = str(error)
+    text, causes = str(error), [error.__cause__, error.__context__]
+    if "InvalidAuthToken" in text or any(cause is not None and "InvalidAuthToken" in str(cause) for cause in causes):
+        return (
+            f"the Ray cluster at {quoted(address)} asks for a token: set RAY_AUTH_MODE=token, and have the cluster's "
+            "in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        )
     if "ersion mismatch" in text or ("versions" in text.lower() and "match" in text.lower()):
         said = " ".join(text.split())
         return f"the cluster at {address} runs other versions of Ray or Python; install the same here: {said}"

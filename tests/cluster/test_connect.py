@@ -42,6 +42,13 @@ class Ray:
         return [], refs
 
 
+def refused_token() -> Exception:
+    """Ray's, with its reason behind it."""
+    error = ConnectionError("Failed to connect to Ray cluster")
+    error.__cause__ = RuntimeError("RPC error: InvalidAuthToken: Authentication token is missing or incorrect")
+    return error
+
+
 @pytest.mark.parametrize(
     ("address", "error", "message"),
     [
@@ -49,6 +56,7 @@ class Ray:
         ("ray://127.0.0.1:1", None, "there is no Ray cluster at 'ray://127.0.0.1:1'"),
         ("[::1]:99999", None, "there is no Ray cluster at"),
         ("somewhere", None, "the address 'somewhere' is none; expected host:port, auto or local"),
+        ("auto", refused_token(), "the Ray cluster at 'auto' asks for a token: set RAY_AUTH_MODE=token"),
         ("auto", ConnectionError("Could not find any running Ray instance"), "there is no Ray cluster at 'auto'"),
         (
             "auto",
