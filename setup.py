@@ -44,6 +44,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 VARIANTS = {  # x86 only; a compiler may not support one, and library.cpp is then built with QVL_NO_AMX and so on
     "variant_amx.cpp": ["-O3", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "variant_avx512.cpp": ["-O3", *AVX512],
+    "variant_avxvnni.cpp": ["-O2", *AVX2],
     "variant_avx2.cpp": ["-O2", *AVX2],
 }
 LIBRARY = "library.cpp"

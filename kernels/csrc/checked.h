@@ -28,7 +28,7 @@ template <class T> inline void check_range(const T* numbers, int64_t count, int6
 // The sizes and the permutation of a packed weight, as linear/int8.inl describes it.
 inline void check_packed(int64_t bits, int64_t group, int64_t inputs, int64_t padded, int64_t outputs, const int32_t* perm) {
   QVL_CHECK(bits == 4 || bits == 8);
-  QVL_CHECK(group >= 32 && group % 32 == 0);
+  QVL_CHECK(group >= 32 && group <= 128 && group % 32 == 0);
   QVL_CHECK(inputs > 0 && inputs <= padded && padded % group == 0);
   QVL_CHECK(outputs > 0);
   check_range(perm, padded, -1, inputs);

@@ -23,6 +23,11 @@ struct Variant {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
 }
+// AVX-VNNI, bit 4 of EAX in leaf 7's subleaf 1, is not AVX512_VNNI: client CPUs have it without AVX-512.
+[[maybe_unused]] bool has_avxvnni() {
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
 #if !defined(QVL_NO_AMX)
 // Bits 22, 24 and 25 of EDX in leaf 7: products of bfloat16 on tiles, tiles, and products of int8; bit 5 of EAX in its
 // subleaf 1: bfloat16 in registers. gcc 12's cpu_supports does not know the first three names.
@@ -42,6 +47,9 @@ const Variant* variants() {
 #endif
 #if !defined(QVL_NO_AVX512)
       {"avx512", has_avx512(), entries_avx512},
+#endif
+#if !defined(QVL_NO_AVXVNNI)
+      {"avxvnni", has_avxvnni(), entries_avxvnni},
 #endif
 #if !defined(QVL_NO_AVX2)
       {"avx2", has_avx2(), entries_avx2},

@@ -56,9 +56,10 @@ template <class... Arguments, void (*KERNEL)(Arguments...)> struct Recorded<KERN
 #define QVL_END {nullptr, nullptr, nullptr, nullptr}
 
 // One list for each variant that was compiled, ended by a null name. If the compiler cannot build a variant, setup.py
-// leaves it out and tells library.cpp with QVL_NO_AMX, QVL_NO_AVX512 or QVL_NO_AVX2.
+// leaves it out and tells library.cpp with QVL_NO_AMX, QVL_NO_AVX512, QVL_NO_AVXVNNI or QVL_NO_AVX2.
 const Entry* entries_amx();  // null if the system does not grant the tile registers
 const Entry* entries_avx512();
+const Entry* entries_avxvnni();
 const Entry* entries_avx2();
 const Entry* entries_portable();
 const Entry* entries_pack();  // these two are not compute-bound: compiled once

@@ -110,6 +110,7 @@ class Pool {
 // Pools are never destroyed: at exit a worker may sleep in one, and another thread may still run a job on an old one.
 std::atomic<Pool*> g_pool{nullptr};
 std::atomic<int64_t> g_threads{1};
+std::atomic<int64_t> g_pairs{-1};
 std::mutex g_making;
 
 Pool* pool() {
@@ -146,6 +147,14 @@ struct Scratch {
 extern "C" void qvl_set_threads(int64_t count) { g_threads.store(count < 1 ? 1 : count); }
 
 extern "C" int64_t qvl_threads() { return g_threads.load(std::memory_order_relaxed); }
+
+extern "C" int64_t qvl_bf16_pairs() { return g_pairs.load(std::memory_order_relaxed); }
+
+extern "C" void qvl_set_bf16_pairs(int64_t choice) { g_pairs.store(choice); }
+
+extern "C" int64_t qvl_nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 extern "C" void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* context) {
   if (chunks > 1 && g_threads.load(std::memory_order_relaxed) > 1) {

@@ -8,6 +8,10 @@ void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* contex
 // At least `bytes` of 64-byte aligned memory, the calling thread's own until it requests the same slot again.
 void* qvl_scratch(int slot, int64_t bytes);
 int64_t qvl_threads();
+int64_t qvl_nanoseconds();  // of a steady clock
+// Whether AVX-512 multiplies bfloat16 in pairs where the CPU can: 1, 0, or -1 for what is faster on it, the default.
+int64_t qvl_bf16_pairs();
+__attribute__((visibility("default"))) void qvl_set_bf16_pairs(int64_t choice);
 // Sets how many threads work on a call, the caller included: the number that torch uses.
 __attribute__((visibility("default"))) void qvl_set_threads(int64_t count);
 }

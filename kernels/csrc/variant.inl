@@ -5,6 +5,14 @@
 
 #include "linear/quantize.inl"
 
+#include "linear/trial.inl"
+
+#include "linear/dots.inl"
+
+#if defined(QVL_OWN_DOTS)
+#include "linear/dots_avx2.inl"
+#endif
+
 #include "linear/int8.inl"
 
 #if defined(__AMX_BF16__)

@@ -15,7 +15,7 @@ except cpu_library.LibraryError:
     AVAILABLE = ()
 
 
-@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avxvnni", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with the kernels of one instruction set; skip it if the build or the CPU lacks them."""
     if request.param not in AVAILABLE:

@@ -7,7 +7,7 @@
 namespace {
 
 template <bool DECODED> struct FloatProducts {
-  static constexpr int64_t kStrip = kTileRows, kTiles = kStrip / kDotRows;
+  static constexpr int64_t kStrip = kStripRows, kTiles = kStrip / kDotRows;
   static_assert(kStrip % kDotRows == 0 && 32 % kDotOutputs == 0, "a strip has whole tiles");
 
   int64_t dim, padded, lines;
@@ -68,21 +68,21 @@ QVL_UNROLL
 
   void score_keys(int64_t wide, float* scores) const {
     for (int64_t t = 0; t < wide; t += 32) {
-      F acc[kTileRows][2];
-      for (int m = 0; m < kTileRows; m++) acc[m][0] = acc[m][1] = zero();
+      F acc[kStripRows][2];
+      for (int m = 0; m < kStripRows; m++) acc[m][0] = acc[m][1] = zero();
       multiply<kMostDim>(acc, queries, keys + t * padded, keys + (t + 16) * padded, dim);
-      for (int m = 0; m < kTileRows; m++)
+      for (int m = 0; m < kStripRows; m++)
         store(scores + m * kScoreStride + t, acc[m][0]), store(scores + m * kScoreStride + t + 16, acc[m][1]);
     }
   }
 
   // acc[m] += x[m][0 .. count) times two panels [count][16]. The stride is a constant so that the rows need no pointers.
   template <int64_t STRIDE>
-  static inline void multiply(F (&acc)[kTileRows][2], const float* x, const float* left, const float* right, int64_t count) {
+  static inline void multiply(F (&acc)[kStripRows][2], const float* x, const float* left, const float* right, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
       const F a = load(left + i * 16), b = load(right + i * 16);
 QVL_UNROLL
-      for (int m = 0; m < kTileRows; m++) {
+      for (int m = 0; m < kStripRows; m++) {
         const F element = set1(x[m * STRIDE + i]);
         acc[m][0] = fma(element, a, acc[m][0]);
         acc[m][1] = fma(element, b, acc[m][1]);
@@ -94,11 +94,11 @@ QVL_UNROLL
   void add_values(const float* weights, const float* shrink, int64_t rows, int64_t wide, float* sums) {
     for (int64_t i = 0; i < padded; i += 32) {
       const float *left = values + i * kKeysAtOnce, *right = values + (i + 16) * kKeysAtOnce;
-      F acc[kTileRows][2];
-      for (int m = 0; m < kTileRows; m++)
+      F acc[kStripRows][2];
+      for (int m = 0; m < kStripRows; m++)
         for (int n = 0; n < 2; n++) acc[m][n] = m < rows ? mul(load(sums + m * padded + i + 16 * n), set1(shrink[m])) : zero();
       multiply<kScoreStride>(acc, weights, left, right, wide);
-      for (int m = 0; m < rows && m < kTileRows; m++)
+      for (int m = 0; m < rows && m < kStripRows; m++)
         for (int n = 0; n < 2; n++) store(sums + m * padded + i + 16 * n, acc[m][n]);
     }
   }

@@ -18,11 +18,6 @@ struct Packed {
   int64_t group_bytes() const { return 2 * group * bits; }
   int64_t block_bytes() const { return groups * group_bytes(); }
   int64_t blocks() const { return (outputs + 15) / 16; }
-  // The initial sum of a group: minus the zero points times the sum of the activations.
-  I start(int64_t block, int64_t g, int32_t sum) const {
-    if (!zeros) return iset1(-(1 << (bits - 1)) * sum);
-    return imul(load_u8(zeros + (block * groups + g) * 16), iset1(-sum));
-  }
   F scale(int64_t block, int64_t g) const { return load_f16(scales + (block * groups + g) * 16); }
 };
 
@@ -37,149 +32,152 @@ struct Output {
   }
 };
 
-// Few rows are memory-bound: prefetching lines this far ahead, in eight streams instead of four, took one row times
-// 4096 x 12288 from 18.2 to 22.4 GB/s, of 24.7 that reading alone reaches; two rows take 1.05 times as long as one, not 1.2.
-constexpr int64_t kLinesAhead = 1024;
+// The sums of M rows with NB blocks in a group, as floats to be scaled.
+template <int M, int NB> struct GroupSums {
+  const Packed& w;
+  const Activations& a;
+  int64_t tile, block, g;
 
-// M rows (padded) against NB blocks, whose weights are read once: NB streams of memory share M broadcasts.
-template <int BITS, int M, int NB>
-void few_rows(const Packed& w, const Activations& a, const Output& out, int64_t row, int64_t block) {
-  const int64_t lines = w.group * BITS / 32, stride = w.block_bytes();
-  F acc[M][NB];
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < NB; n++) acc[m][n] = zero();
-  const uint8_t* at_group = w.lines + block * stride;
-  for (int64_t g = 0; g < w.groups; g++, at_group += w.group_bytes()) {
-    I low[M][NB], high[M][NB];
-    const int8_t* x[M];
-    for (int m = 0; m < M; m++) {
-      x[m] = a.q + (row + m) * a.padded + g * w.group;
-      for (int n = 0; n < NB; n++) low[m][n] = w.start(block + n, g, a.sum[(row + m) * w.groups + g]), high[m][n] = iset1(0);
-    }
-    for (int64_t j = 0; j < lines; j++) {
+  // What the sums of a row start with: minus the zero points times the sum of its activations.
+  inline void start(I (&sums)[M][NB]) const {
+    const int32_t* sum = a.sum + (tile * a.groups + g) * M;
+    const int32_t offset = w.bits == 8 && kBytesLess128 ? 128 : 0;
+    if (!w.zeros) {
 QVL_UNROLL
-      for (int n = 0; n < NB; n++) {
-        const Bytes line = load_bytes(at_group + n * stride + j * 64);
-        __builtin_prefetch(at_group + n * stride + j * 64 + kLinesAhead);
-        const Bytes first = BITS == 4 ? low_nibbles(line) : line, second = high_nibbles(line);
-QVL_UNROLL
-        for (int m = 0; m < M; m++) {
-          if (BITS == 4) {
-            dot_nibbles(low[m][n], first, repeat4(x[m] + 8 * j));
-            dot_nibbles(high[m][n], second, repeat4(x[m] + 8 * j + 4));
-          } else {
-            dot_bytes(low[m][n], first, repeat4(x[m] + 4 * j));
-          }
-        }
-      }
-    }
-    for (int n = 0; n < NB; n++) {
-      const F scale = w.scale(block + n, g);
       for (int m = 0; m < M; m++) {
-        const I total = BITS == 4 ? iadd(low[m][n], shift_high(high[m][n])) : low[m][n];
-        acc[m][n] = fma(to_float(total), mul(scale, set1(a.scale[(row + m) * w.groups + g])), acc[m][n]);
+        const I first = iset1((offset - (1 << (w.bits - 1))) * sum[m]);
+QVL_UNROLL
+        for (int n = 0; n < NB; n++) sums[m][n] = first;
       }
+      return;
+    }
+QVL_UNROLL
+    for (int n = 0; n < NB; n++) {
+      const I zeros = isub(iset1(offset), load_u8(w.zeros + ((block + n) * w.groups + g) * 16));
+QVL_UNROLL
+      for (int m = 0; m < M; m++) sums[m][n] = imul(zeros, iset1(sum[m]));
     }
   }
-  for (int m = 0; m < M && row + m < a.rows; m++)
-    for (int n = 0; n < NB; n++) out.put(row + m, (block + n) * 16, acc[m][n]);
+
+  // acc += the sums, scaled.
+  template <class Acc> inline void finish(const I (&sums)[M][NB], const Acc& acc) const {
+    const float* by_row = a.scale + (tile * a.groups + g) * M;
+QVL_UNROLL
+    for (int n = 0; n < NB; n++) {
+      const F scale = w.scale(block + n, g);
+QVL_UNROLL
+      for (int m = 0; m < M; m++) acc(m, n, to_float(sums[m][n]), mul(scale, set1(by_row[m])));
+    }
+  }
+};
+
+// The rows of a tile; those of a row's planes are added up, the highest first.
+template <int M, int NB>
+inline void put_tile(const Activations& a, const Output& out, int64_t tile, int64_t block, const float (&acc)[M][NB][16]) {
+  const int64_t each = a.rows_of_tile(), first = tile * each, planes = a.planes;
+  const float* sums = acc[0][0];
+  for (int64_t m = 0; m < each && first + m < a.rows; m++)
+    for (int n = 0; n < NB; n++) {
+      F value = load(sums + ((m * planes + planes - 1) * NB + n) * 16);
+      for (int64_t p = planes - 2; p >= 0; p--) value = add(value, load(sums + ((m * planes + p) * NB + n) * 16));
+      out.put(first + m, (block + n) * 16, value);
+    }
 }
 
-constexpr int kFewRows = 8;  // at once; further rows read the weights from the L2 cache again
+// A tile of M rows against NB blocks, whose weights are read once: NB streams of memory share M broadcasts.
+template <int BITS, int M, int NB>
+void few_rows(const Packed& w, const Activations& a, const Output& out, int64_t tile, int64_t block, bool ahead) {
+  const int64_t lines = w.group * BITS / 32, stride = w.block_bytes();
+  const uint8_t* at_group = w.lines + block * stride;
+  const int8_t* x = a.q + tile * M * a.padded;
+  F acc[M][NB];
+QVL_UNROLL
+  for (int m = 0; m < M; m++)
+QVL_UNROLL
+    for (int n = 0; n < NB; n++) acc[m][n] = zero();
+  for (int64_t g = 0; g < w.groups; g++, at_group += w.group_bytes(), x += w.group * M) {
+    const GroupSums<M, NB> group{w, a, tile, block, g};
+    I sums[M][NB];
+    group.start(sums);
+    if constexpr (BITS == 4) {
+      I high[M][NB];
+QVL_UNROLL
+      for (int m = 0; m < M; m++)
+QVL_UNROLL
+        for (int n = 0; n < NB; n++) high[m][n] = iset1(0);
+      nibble_lines(sums, high, at_group, stride, x, lines, ahead);
+QVL_UNROLL
+      for (int m = 0; m < M; m++)
+QVL_UNROLL
+        for (int n = 0; n < NB; n++) sums[m][n] = iadd(sums[m][n], shift_high(high[m][n]));
+    } else {
+      byte_lines(sums, at_group, stride, x, lines, ahead);
+    }
+    group.finish(sums, [&](int m, int n, F sum, F factor) { acc[m][n] = fma(sum, factor, acc[m][n]); });
+  }
+  alignas(64) float done[M][NB][16];
+QVL_UNROLL
+  for (int m = 0; m < M; m++)
+QVL_UNROLL
+    for (int n = 0; n < NB; n++) store(done[m][n], acc[m][n]);
+  put_tile(a, out, tile, block, done);
+}
 
-template <int BITS, int M, int NB> void few_rows_all(const Packed& w, const Activations& a, const Output& out) {
+template <int BITS, int M, int NB> void all_blocks(const Packed& w, const Activations& a, const Output& out, bool ahead) {
   const int64_t per_chunk = 1 + (128 << 10) / (NB * w.block_bytes());
   const int64_t whole = w.blocks() / NB, rest = w.blocks() % NB;
   parallel_ranges(whole, per_chunk, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b++)
-      for (int64_t row = 0; row < a.rows; row += M) few_rows<BITS, M, NB>(w, a, out, row, b * NB);
+      for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, NB>(w, a, out, tile, b * NB, ahead);
   });
   for (int64_t b = whole * NB; b < whole * NB + rest; b++)
-    for (int64_t row = 0; row < a.rows; row += M) few_rows<BITS, M, 1>(w, a, out, row, b);
+    for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, 1>(w, a, out, tile, b, ahead);
 }
 
-// One block as unsigned bytes, [padded / 4][64]; 8-bit blocks are stored so.
-void unpack_block(const Packed& w, int64_t block, uint8_t* panel) {
-  const uint8_t* line = w.lines + block * w.block_bytes();
-  for (const uint8_t* end = line + w.block_bytes(); line < end; line += 64, panel += 128) {
-    const Bytes both = load_bytes(line);
-    store_bytes(panel, low_nibbles(both)), store_bytes(panel + 64, low_high_nibbles(both));
+// A few rows are bound by memory. Whether to prefetch, and how many streams one row reads at once, is measured on the first
+// large weights: eight streams with prefetching took a Xeon from 18.2 to 22.4 GB/s, of 24.7 that reading alone reaches,
+// where four without took a Zen 4 from 32 to 47. A row has the same bits either way.
+template <int BITS, int M, int NB> void few_rows_all(const Packed& w, const Activations& a, const Output& out) {
+  static Trial trial;
+  const int64_t bytes = w.blocks() * w.block_bytes();
+  const Trial::Turn turn = trial.begin(bytes, M == 1 ? 4 : 2);
+  const bool ahead = turn.way % 2 == 0;
+  if (M > 1 || turn.way < 2) all_blocks<BITS, M, NB>(w, a, out, ahead);
+  else if constexpr (M == 1) all_blocks<BITS, M, NB / 2>(w, a, out, ahead);
+  trial.end(bytes, turn);
+}
+
+}  // namespace
+
+#include "linear/int8_many.inl"
+
+namespace {
+
+template <int BITS, int M>
+void few(const void* x, int64_t dtype, int64_t rows, int64_t planes, int64_t inputs, const int32_t* perm, const Packed& w,
+         const Output& out) {
+  const Activations a = integer_rows(x, dtype, rows, planes, M, inputs, w.groups * w.group, w.group, perm);
+  few_rows_all<BITS, M, M == 1 ? kOneRowStreams : M < kFewSums ? kFewSums / M : 1>(w, a, out);
+}
+
+// Any number of rows, each as PLANES rows of int8. Up to eight have their weights unpacked in registers.
+template <int BITS, int PLANES>
+void linear_planes(const void* x, int64_t dtype, int64_t rows, int64_t inputs, const int32_t* perm, const Packed& w,
+                   const Output& out) {
+  if (rows == 0) return;
+  if (rows == 1) return few<BITS, PLANES>(x, dtype, rows, PLANES, inputs, perm, w, out);
+  if (rows == 2) return few<BITS, 2 * PLANES>(x, dtype, rows, PLANES, inputs, perm, w, out);
+  if constexpr (PLANES == 1) {
+    if (rows <= 4) return few<BITS, 4>(x, dtype, rows, PLANES, inputs, perm, w, out);
+    if (rows <= 8) return few<BITS, 8>(x, dtype, rows, PLANES, inputs, perm, w, out);
   }
-}
-
-// Unpacks two blocks from `block` on to bytes, in scratch memory of the thread; returns how many there are. For a single
-// last block the second panel is the first again.
-int unpack_pair(const Packed& w, int64_t block, const uint8_t* panels[2]) {
-  const int blocks = block + 1 < w.blocks() ? 2 : 1;
-  const int64_t bytes = w.groups * w.group * 16;
-  uint8_t* unpacked = w.bits == 4 ? scratch<uint8_t>(5, 2 * bytes) : nullptr;
-  for (int n = 0; n < blocks; n++) {
-    panels[n] = w.bits == 4 ? unpacked + n * bytes : w.lines + (block + n) * w.block_bytes();
-    if (w.bits == 4) unpack_block(w, block + n, unpacked + n * bytes);
+  constexpr int M = kTileRows / PLANES * PLANES, kAtOnce = kTileRowsAtOnce / PLANES;
+  for (int64_t first = 0; first < rows; first += kAtOnce) {
+    const int64_t count = rows - first < kAtOnce ? rows - first : kAtOnce;
+    const Output part{out.bias, at(out.y, dtype, first * out.outputs), dtype, out.outputs};
+    const void* from = at(x, dtype, first * inputs);
+    many_rows<BITS, M>(w, integer_rows(from, dtype, count, PLANES, M, inputs, w.groups * w.group, w.group, perm), part);
   }
-  if (blocks == 1) panels[1] = panels[0];
-  return blocks;
-}
-
-// kTileRows x 32 outputs in registers. Activations are [padded / 4][kTileRows] words: in row-major order they would all
-// map to one set of the L1 cache, since 4096 inputs are 4 KiB.
-void tile(const Packed& w, int64_t block, const uint8_t* const panels[2], int blocks, const int8_t* x, const Activations& a,
-          const Output& out, int64_t row) {
-  alignas(64) float acc[kTileRows][2][16];
-  for (int64_t g = 0, k = 0; g < w.groups; g++) {
-    I c[kTileRows][2];
-QVL_UNROLL
-    for (int m = 0; m < kTileRows; m++)
-      for (int n = 0; n < 2; n++) c[m][n] = w.start(block + (n < blocks ? n : 0), g, a.sum[(row + m) * w.groups + g]);
-#pragma GCC unroll 1
-    for (const int64_t end = k + w.group / 4; k < end; k++) {
-      const Bytes w0 = load_bytes(panels[0] + k * 64), w1 = load_bytes(panels[1] + k * 64);
-QVL_UNROLL
-      for (int m = 0; m < kTileRows; m++) {
-        const Bytes words = repeat4(x + (k * kTileRows + m) * 4);
-        dot_bytes(c[m][0], w0, words);
-        dot_bytes(c[m][1], w1, words);
-      }
-    }
-    for (int n = 0; n < blocks; n++) {
-      const F scale = w.scale(block + n, g);
-QVL_UNROLL
-      for (int m = 0; m < kTileRows; m++) {
-        const F factor = mul(scale, set1(a.scale[(row + m) * w.groups + g]));
-        const F before = g ? load(acc[m][n]) : zero();
-        store(acc[m][n], fma(to_float(c[m][n]), factor, before));
-      }
-    }
-  }
-  for (int m = 0; m < kTileRows && row + m < a.rows; m++)
-    for (int n = 0; n < blocks; n++) out.put(row + m, (block + n) * 16, load(acc[m][n]));
-}
-
-void many_rows(const Packed& w, const Activations& a, const Output& out) {
-  const int64_t tiles = (a.rows + kTileRows - 1) / kTileRows, words = a.padded / 4;
-  int8_t* packed = scratch<int8_t>(4, tiles * kTileRows * a.padded);
-  parallel(tiles, [&](int64_t t) {
-    int8_t* to = packed + t * kTileRows * a.padded;
-    for (int64_t m = 0; m < kTileRows; m++)
-      for (int64_t k = 0; k < words; k++) memcpy(to + (k * kTileRows + m) * 4, a.q + (t * kTileRows + m) * a.padded + k * 4, 4);
-  });
-  parallel((w.blocks() + 1) / 2, [&](int64_t pair) {
-    const uint8_t* panels[2];
-    const int blocks = unpack_pair(w, 2 * pair, panels);
-    for (int64_t t = 0; t < tiles; t++)
-      tile(w, 2 * pair, panels, blocks, packed + t * kTileRows * a.padded, a, out, t * kTileRows);
-  });
-}
-
-// Pads rows to the number that a kernel computes at once.
-int64_t rows_at_once(int64_t rows) { return rows > 2 * kFewRows ? kTileRows : rows == 1 ? 1 : kFewRows; }
-
-template <int BITS> void by_regime(const Packed& w, const Activations& a, const Output& out) {
-  if (a.rows == 1) few_rows_all<BITS, 1, kOneRowStreams>(w, a, out);
-  else if (a.rows == 2) few_rows_all<BITS, 2, 4>(w, a, out);
-  else if (a.rows <= 4) few_rows_all<BITS, 4, 2>(w, a, out);
-  else if (a.rows <= 2 * kFewRows) few_rows_all<BITS, kFewRows, 1>(w, a, out);
-  else many_rows(w, a, out);
 }
 
 #if defined(__AMX_INT8__)
@@ -202,9 +200,7 @@ void linear_int8(const void* x, int64_t dtype, int64_t rows, int64_t inputs, int
 #if defined(__AMX_INT8__)
   if (linear_int8_amx(x, dtype, rows, inputs, perm, w, out)) return;
 #endif
-  const int64_t step = rows_at_once(rows);
-  const Activations a = quantize_rows(x, dtype, rows, (rows + step - 1) / step * step, inputs, padded, group, perm);
-  bits == 4 ? by_regime<4>(w, a, out) : by_regime<8>(w, a, out);
+  bits == 4 ? linear_planes<4, 1>(x, dtype, rows, inputs, perm, w, out) : linear_planes<8, 1>(x, dtype, rows, inputs, perm, w, out);
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ struct Int8 {
       int32_t* sum = (int32_t*)scale + t.groups;
       if (m < rows) {
         gather_row(at(x, dtype, m * inputs), dtype, inputs, padded, perm, row);
-        quantize_row(row, w.group, w.groups, q, scale, sum);
+        for (int64_t g = 0; g < w.groups; g++) round_group(row + g * w.group, w.group, q + g * w.group, scale + g, sum + g);
       } else {
         memset(q, 0, (size_t)padded), memset(scale, 0, (size_t)t.groups * 8);
       }

@@ -13,11 +13,13 @@ namespace {
 
 constexpr int kDotRows = 3, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
-// Of a tile of packed weights with float activations, two chains of sums each; blocks that one row meets at once.
-constexpr int kExactRows = 3, kExactBlocks = 1, kExactStreams = 4;
+constexpr int kStripRows = 3;  // of attention: 3 x 2 accumulators of two registers each
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
-constexpr int kTileRows = 3;         // 3 x 2 accumulators of two registers each, in 16 registers
-constexpr int kHighNibbleShift = 0;  // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first
+constexpr int kFewSums = 8;        // few rows times blocks
+constexpr int kTileRows = 12, kTileBlocks = 1;  // of a GEMM tile: for one half of the outputs after the other
+// vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first.
+constexpr int kHighNibbleShift = 0;
+#define QVL_OWN_DOTS  // see linear/dots.inl
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
@@ -59,6 +61,8 @@ inline float highest(F x) {
 
 inline I iset1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I iadd(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I isub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline I shift_digit(I x) { return {_mm256_srai_epi32(x.a, 7), _mm256_srai_epi32(x.b, 7)}; }
 inline I imul(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 inline int32_t isum(I x) {
   __m256i half = _mm256_add_epi32(x.a, x.b);
@@ -149,34 +153,12 @@ inline Bytes load_bytes(const uint8_t* p) {
 inline void store_bytes(uint8_t* p, Bytes x) {
   _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 32), x.b);
 }
-inline Bytes repeat4(const int8_t* p) {
-  int32_t word;
-  __builtin_memcpy(&word, p, 4);
-  return iset1(word);
-}
 inline I add_bytes(I acc, Bytes x) { return iadd(acc, x); }
 inline Bytes low_nibbles(Bytes x) {
   const __m256i mask = _mm256_set1_epi8(0x0f);
   return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
 }
 inline Bytes low_high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
-inline Bytes high_nibbles(Bytes x) { return low_high_nibbles(x); }
-
-// Nibbles: 15 * 127 * 2 fits 16 bits, so that vpmaddubsw is exact.
-inline __m256i nibble_products(__m256i w, __m256i x) {
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
-}
-inline void dot_nibbles(I& acc, Bytes w, Bytes x) {
-  acc = {_mm256_add_epi32(acc.a, nibble_products(w.a, x.a)), _mm256_add_epi32(acc.b, nibble_products(w.b, x.b))};
-}
-// Bytes: even and odd ones are widened to 16 bits separately, since 255 * 127 * 2 does not fit.
-inline __m256i byte_products(__m256i w, __m256i x) {
-  __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8)));
-}
-inline void dot_bytes(I& acc, Bytes w, Bytes x) {
-  acc = {_mm256_add_epi32(acc.a, byte_products(w.a, x.a)), _mm256_add_epi32(acc.b, byte_products(w.b, x.b))};
-}
 
 inline F field_less(Bytes x, int shift, int mask, int less) {
   const __m128i count = _mm_cvtsi32_si128(shift);

@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kDotRows = 2, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
-// Of a tile of packed weights with float activations, two chains of sums each; blocks that one row meets at once.
-constexpr int kExactRows = 2, kExactBlocks = 1, kExactStreams = 2;
+constexpr int kStripRows = 2;  // of attention
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
-constexpr int kTileRows = 2;
+constexpr int kFewSums = 4;        // few rows times blocks
+constexpr int kTileRows = 4, kTileBlocks = 1;  // of a GEMM tile
 constexpr int kHighNibbleShift = 0;
 
 struct F { float v[16]; };
@@ -54,6 +54,8 @@ inline float highest(F x) {
 
 inline I iset1(int32_t x) { return lanes<I>([=](int) { return x; }); }
 inline I iadd(I x, I y) { return lanes<I>([&](int i) { return x.v[i] + y.v[i]; }); }
+inline I isub(I x, I y) { return lanes<I>([&](int i) { return x.v[i] - y.v[i]; }); }
+inline I shift_digit(I x) { return lanes<I>([&](int i) { return x.v[i] >> 7; }); }
 inline I imul(I x, I y) { return lanes<I>([&](int i) { return x.v[i] * y.v[i]; }); }
 inline int32_t isum(I x) {
   int32_t total = 0;

@@ -19,7 +19,7 @@ from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.memory import empty
 
 MAX_HEAD_DIM = 256  # channels of the widest head that the kernel supports
-TORCH_WHOLE = ("avx2", "portable")  # instruction sets with which torch is faster for attention without a mask
+TORCH_WHOLE = ("avxvnni", "avx2", "portable")  # with which torch is faster for attention without a mask
 
 
 def report() -> str:

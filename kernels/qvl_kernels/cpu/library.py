@@ -63,7 +63,7 @@ class Library:
     """The kernels for one instruction set, as attributes of `kernels`; `threads` follows torch's setting."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """Load the kernels for "amx", "avx512", "avx2" or "portable"; None selects the best that this CPU supports.
+        """Load the kernels for "amx", "avx512", "avxvnni", "avx2" or "portable"; None selects this CPU's best.
 
         Raises `LibraryError` if the library was not built or does not support the instruction set.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import cpu, reference
+from qvl_kernels.cpu import library as cpu_library
 from qvl_kernels.cpu import linears as cpu_linear
 from qvl_runtime.formats.gptq import quantize_rtn
+from tests.kernels.compare import as_good_as_torch
+from tests.kernels.conftest import AVAILABLE
 
 pytestmark = pytest.mark.unit
 
@@ -115,3 +119,33 @@ def test_many_rows_of_a_packed_weight(
     alone = torch.cat([packed(row[None]) for row in x])
     for n in (97, 300, 513, 530):
         assert same_bits(packed(x[:n]), alone[:n])
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_ways_that_are_tried(isa: str, rng: torch.Generator, precision: reference.Precision) -> None:
+    """On the first calls with a large weight a row takes each way of reading it: the bits are the same."""
+    w = cpu_linear.PackedWeight(
+        torch.randint(0, 256, (4096 * 2064 // 2,), dtype=torch.uint8, generator=rng),
+        torch.rand(129, 32, 16, generator=rng).half(), None, None, None, 4, 128, 4096, 4096, 2064,
+    )  # fmt: skip
+    x = torch.randn(1, 4096, generator=rng).bfloat16()
+    call = w.exact if precision == "exact" else w.int8
+    first = call(x)
+    assert all(same_bits(call(x), first) for _ in range(8 if isa == "portable" else 40))
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_dense_bfloat16_in_pairs_and_as_floats(rng: torch.Generator, pairs: int) -> None:
+    """What AVX-512 multiplies bfloat16 with depends on the CPU: both ways are right on any."""
+    if "avx512" not in AVAILABLE:
+        pytest.skip(f"no avx512 kernels here: the build and the CPU support {AVAILABLE or 'none'}")
+    weight, x = (torch.randn(n, 300, generator=rng).bfloat16() for n in (50, ROWS[-1]))
+    handle = cpu_library._load()
+    handle.qvl_set_bf16_pairs.argtypes = (ctypes.c_int64,)
+    with cpu_library.instruction_set("avx512"):
+        try:
+            handle.qvl_set_bf16_pairs(pairs)
+            assert differing(lambda rows: cpu.linear(rows, weight), x) == []
+            as_good_as_torch(cpu.linear(x, weight), reference.linear(x, weight), x.double() @ weight.double().t())
+        finally:
+            handle.qvl_set_bf16_pairs(-1)

@@ -166,6 +166,18 @@ def test_a_dense_weight_as_it_is(
     as_good_as_torch(cpu.prepare_linear(weight, bias)(x), reference.linear(x, weight, bias), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_small_activations_next_to_a_large_one(isa: str, rng: torch.Generator, dtype: torch.dtype, rows: int) -> None:
+    """One activation of a group is a thousand times the others, as they are in language models."""
+    w = gptq(rng, 48, 256, 128, sym=False, bias=False)
+    x = torch.randn(rows, 256, generator=rng)
+    x[:, [5, 200]] *= 1000
+    x = x.to(dtype)
+    plain = reference.gptq_linear(x, w.qweight, w.qzeros, w.scales, w.g_idx, w.bits, w.zero_offset)
+    as_good_as_torch(prepare(w, "exact")(x), plain, in_float64(x, w))
+
+
 def test_rows_of_a_batch_do_not_touch_each_other(isa: str, rng: torch.Generator) -> None:
     """A row's result is the same in any batch that one kernel serves, and close across kernels."""
     w = gptq(rng, 64, 256, 128)

@@ -1,0 +1,143 @@
+// The names of linear/dots.inl for 16 registers: eight outputs at a time, half of a line, so that up to 12 sums fit.
+//
+// AVX-VNNI multiplies and adds in one instruction. AVX2 multiplies bytes to sums of two in 16 bits, which take the products
+// of 32 inputs with nibbles (15 * 127 * 2 * 8 < 2^15) before they are widened; products of bytes are widened at once.
+//
+// In assembly, which keeps each broadcast with the products that use it: g++ 12 moves all of them to the front of a tile's
+// loop, and the sums to memory.
+#include <immintrin.h>
+
+namespace {
+
+inline __m256i half_line(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+typedef int32_t Word __attribute__((aligned(1), may_alias));  // four inputs of a row
+inline const Word& word_at(const int8_t* p) { return *(const Word*)p; }
+inline __m256i& half_of(I& x, int half) { return half ? x.b : x.a; }
+inline __m256i low_half(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(0x0f)); }
+inline __m256i high_half(__m256i x) { return low_half(_mm256_srli_epi16(x, 4)); }
+
+#if defined(QVL_AVX_VNNI)
+constexpr bool kBytesLess128 = false;
+constexpr int kNibbleLines = 1 << 20;  // as many as there are
+
+// acc += four products of unsigned w and signed x in each lane.
+inline void dot_half(__m256i& acc, __m256i w, const int8_t* x) {
+  __m256i words;
+  asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpbusd %1, %2, %0" : "+x"(acc), "=&x"(words) : "x"(w), "m"(word_at(x)));
+}
+inline __m256i widened(__m256i acc) { return acc; }
+
+struct ByteHalf {
+  __m256i bytes;
+  explicit ByteHalf(const uint8_t* p) : bytes(half_line(p)) {}
+  inline void dot(__m256i& acc, const int8_t* x) const { dot_half(acc, bytes, x); }
+};
+#else
+constexpr bool kBytesLess128 = true;
+constexpr int kNibbleLines = 4;  // of packed nibbles, 8 inputs each, whose sums fit 16 bits
+
+inline void dot_half(__m256i& acc, __m256i w, const int8_t* x) {
+  __m256i words;
+  asm("vpbroadcastd %3, %1\n\tvpmaddubsw %1, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(words) : "x"(w), "m"(word_at(x)));
+}
+inline __m256i widened(__m256i acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+
+// Weights less 128: their sizes times activations with their signs, 128 * 127 * 2 at most.
+struct ByteHalf {
+  __m256i weights, sizes;
+  explicit ByteHalf(const uint8_t* p) : weights(_mm256_xor_si256(half_line(p), _mm256_set1_epi8((char)0x80))) {
+    sizes = _mm256_abs_epi8(weights);
+  }
+  inline void dot(__m256i& acc, const int8_t* x) const {
+    __m256i words;
+    asm("vpbroadcastd %4, %1\n\tvpsignb %2, %1, %1\n\tvpmaddubsw %1, %3, %1\n\tvpmaddwd %5, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(acc), "=&x"(words) : "x"(weights), "x"(sizes), "m"(word_at(x)), "x"(_mm256_set1_epi16(1)));
+  }
+};
+#endif
+
+template <int M, int NB>
+inline void nibble_lines(I (&low)[M][NB], I (&)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines, bool ahead) {
+  for (int64_t first = 0; first < lines; first += kNibbleLines) {
+    const int64_t end = lines - first < kNibbleLines ? lines : first + kNibbleLines;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      __m256i acc[M][NB];
+#pragma GCC unroll 16
+      for (int i = 0; i < M * NB; i++) acc[i / NB][i % NB] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+      for (int64_t j = first; j < end; j++) {
+        const uint8_t* line = at + j * 64 + half * 32;
+        const int8_t* words = x + j * 8 * M;
+#pragma GCC unroll 8
+        for (int n = 0; n < NB; n++) {
+          const __m256i both = half_line(line + n * stride), one = low_half(both), other = high_half(both);
+          if (ahead && !half) __builtin_prefetch(line + n * stride + kLinesAhead);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++) {
+            dot_half(acc[m][n], one, words + 4 * m);
+            dot_half(acc[m][n], other, words + 4 * (M + m));
+          }
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < M * NB; i++) {
+        __m256i& sum = half_of(low[i / NB][i % NB], half);
+        sum = _mm256_add_epi32(sum, widened(acc[i / NB][i % NB]));
+      }
+    }
+  }
+}
+
+template <int M, int NB>
+inline void byte_lines(I (&sums)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines, bool ahead) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; half++) {
+    __m256i acc[M][NB];
+#pragma GCC unroll 16
+    for (int i = 0; i < M * NB; i++) acc[i / NB][i % NB] = half_of(sums[i / NB][i % NB], half);
+#pragma GCC unroll 1
+    for (int64_t j = 0; j < lines; j++) {
+#pragma GCC unroll 8
+      for (int n = 0; n < NB; n++) {
+        const ByteHalf weights(at + n * stride + j * 64 + half * 32);
+        if (ahead && !half) __builtin_prefetch(at + n * stride + j * 64 + kLinesAhead);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) weights.dot(acc[m][n], x + (j * M + m) * 4);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M * NB; i++) half_of(sums[i / NB][i % NB], half) = acc[i / NB][i % NB];
+  }
+}
+
+template <bool NIBBLES, int M, int NB>
+inline void unpacked_lines(I (&sums)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines) {
+#if !defined(QVL_AVX_VNNI)
+  if constexpr (NIBBLES) {
+    for (int64_t first = 0; first < lines; first += 2 * kNibbleLines)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++)
+        for (int n = 0; n < NB; n++) {
+          __m256i acc[M];
+#pragma GCC unroll 16
+          for (int m = 0; m < M; m++) acc[m] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+          for (int64_t j = first; j < first + 2 * kNibbleLines; j++) {
+            const __m256i weights = half_line(at + n * stride + j * 64 + half * 32);
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) dot_half(acc[m], weights, x + (j * M + m) * 4);
+          }
+#pragma GCC unroll 16
+          for (int m = 0; m < M; m++) {
+            __m256i& sum = half_of(sums[m][n], half);
+            sum = _mm256_add_epi32(sum, widened(acc[m]));
+          }
+        }
+    return;
+  }
+#endif
+  byte_lines(sums, at, stride, x, lines, false);
+}
+
+}  // namespace
