@@ -72,9 +72,8 @@ def watched(engine: Engine) -> Parts:
     return parts
 
 
-def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int, temperature: float) -> None:
+def decode(engine: Engine, parts: Parts, running: int, context: int, steps: int, params: SamplingParams) -> None:
     """Medians over the steps of `running` requests of about `context` tokens that share a prefix."""
-    params = SamplingParams(max_tokens=10**4, temperature=temperature, ignore_eos=True, seed=0)
     core, requests = engine.core, []
     for i in range(running):
         ids = [(7 * j) % 200 for j in range(context - 1)]
@@ -127,11 +126,12 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint; without it the shipped nano")
     parser.add_argument("--synthetic", help="qwen-vl-chat-int4: random weights of that size")
     parser.add_argument("--precision", default="exact", choices=["exact", "fast"])
-    parser.add_argument("--running", default="1,64", help="requests that decode together")
+    parser.add_argument("--running", default="1,16,64", help="requests that decode together")
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--no-graphs", action="store_true", help="decode op by op")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--penalty", type=float, default=1.0, help="the repetition penalty; 1 is off")
     args = parser.parse_args()
     engine = Engine(
         args.model,
@@ -141,10 +141,19 @@ def main() -> None:
         max_model_len=4096,
         graphs=not args.no_graphs,
     )
-    say(**setting(), model=engine.folder.name, precision=args.precision, temperature=args.temperature)
+    say(
+        **setting(),
+        model=engine.folder.name,
+        precision=args.precision,
+        temperature=args.temperature,
+        penalty=args.penalty,
+    )
+    params = SamplingParams(
+        max_tokens=10**4, temperature=args.temperature, repetition_penalty=args.penalty, ignore_eos=True, seed=0
+    )
     parts = watched(engine)
     for running in map(int, args.running.split(",")):
-        decode(engine, parts, running, args.context, args.steps, args.temperature)
+        decode(engine, parts, running, args.context, args.steps, params)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor
 from qvl_runtime.errors import QVLError
 from qvl_runtime.schedule.answers import Answers
 from qvl_runtime.schedule.numerics import numerics_error
+from qvl_runtime.schedule.penalties import PenaltyStack
 from qvl_runtime.schedule.runner import Chunk, Computed, Runner
 from qvl_runtime.schedule.sampler import Sample, Sampled
 from qvl_runtime.schedule.sampling_state import SamplingRow
@@ -68,6 +69,7 @@ class Computing:
     def __init__(self, runner: Runner, answers: Answers, scheduler: Scheduler, final: bool) -> None:
         """final: the tokens on the device are those that will be read, where a mask rules some out, too."""
         self._runner, self._answers, self._scheduler, self._final = runner, answers, scheduler, final
+        self._penalties = PenaltyStack()
 
     def launch(self, plan: Items[ScheduledBranch], tokens: Tensor | None = None) -> Launched:
         """Encode the images of a step and queue its model call.
@@ -109,7 +111,9 @@ class Computing:
             if not indices:
                 return Unread(launched, outcomes, None)
             logits = launched.computed(indices)
-            return Unread(launched, outcomes, Sampled(logits, rows, self._runner.model.ops, self._final))
+            return Unread(
+                launched, outcomes, Sampled(logits, rows, self._runner.model.ops, self._penalties, self._final)
+            )
 
     def read(self, unread: Unread, before: Callable[[Unread], None] | None = None) -> list[Outcome]:
         """Wait for the tokens of a step. Parts of prompts are among the outcomes if they are damaged.

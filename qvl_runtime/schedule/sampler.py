@@ -16,8 +16,9 @@ from qvl_runtime.prompt.token_mask import Mask, holds, tokens_of
 from qvl_runtime.schedule.alternatives import InBoxes, Likeliest
 from qvl_runtime.schedule.api import TokenLogprob
 from qvl_runtime.schedule.numerics import numerics_error
+from qvl_runtime.schedule.penalties import PenaltyStack
 from qvl_runtime.schedule.readback import Readback, to_device
-from qvl_runtime.schedule.sampling_rows import masked_rows, sampling_rows
+from qvl_runtime.schedule.sampling_rows import sampling_rows
 from qvl_runtime.schedule.sampling_state import SamplingRow
 
 
@@ -36,15 +37,17 @@ class Sampled:
     The tokens are on the device at once, and on the host once they are read: a step waits for its device there only.
     """
 
-    def __init__(self, logits: Tensor, rows: Sequence[SamplingRow], ops: Ops, final: bool) -> None:
+    def __init__(
+        self, logits: Tensor, rows: Sequence[SamplingRow], ops: Ops, penalties: PenaltyStack, final: bool
+    ) -> None:
         """final: `token_ids` are what `read` returns. Otherwise a mask alone does not need `ops.sample`.
 
         The likeliest of all tokens is usually allowed, and where it is not, `read` replaces it.
         """
-        parameters = (masked_rows if final else sampling_rows)(logits.device, rows)
+        parameters = sampling_rows(logits.device, rows, penalties, masks=final)
         found = ops.greedy(logits) if parameters is None else ops.sample(logits, parameters)
         self.token_ids = found.token_ids  # int64 [m], on the device
-        self._logits, self.rows = logits, rows
+        self._logits, self.rows, self._penalties = logits, rows, penalties
         self._tokens = Readback([found.token_ids, found.logprobs])
         self._likeliest: Likeliest | None = None
         if any(row.state.params.logprobs for row in rows):
@@ -71,8 +74,7 @@ class Sampled:
                     )
             ids = to_device(torch.tensor(token_ids), self._logits.device)
             self._in_boxes = InBoxes(self._logits, ids, self.rows)
-        for row, token in zip(self.rows, token_ids, strict=True):
-            row.state.count(token)
+        self._penalties.count([row.state for row in self.rows], token_ids)
         tops = [()] * len(token_ids) if self._likeliest is None else self._likeliest.read()
         in_boxes = {} if self._in_boxes is None else self._in_boxes.read(logprobs)
         return [
@@ -89,7 +91,7 @@ class Sampled:
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow], ops: Ops = reference) -> list[Sample]:
     """Sample one token for each row of logits [m, vocab], and wait for them."""
-    return Sampled(logits, rows, ops, final=False).read()
+    return Sampled(logits, rows, ops, PenaltyStack(), final=False).read()
 
 
 def _likeliest_allowed(logits: Tensor, mask: Mask, first: int, logprob: float) -> tuple[int, float]:

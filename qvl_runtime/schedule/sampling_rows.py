@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qvl_kernels.reference.sampling import SamplingRows
 from qvl_runtime.prompt.token_mask import Mask
+from qvl_runtime.schedule.penalties import PenaltyStack
 from qvl_runtime.schedule.readback import to_device
 from qvl_runtime.schedule.sampling_state import SamplingRow
 
@@ -16,39 +17,27 @@ from qvl_runtime.schedule.sampling_state import SamplingRow
 DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.int64)
 
 
-def sampling_rows(device: torch.device, rows: Sequence[SamplingRow]) -> SamplingRows | None:
+def sampling_rows(
+    device: torch.device, rows: Sequence[SamplingRow], penalties: PenaltyStack, masks: bool = False
+) -> SamplingRows | None:
     """The parameters of each row on the device; None if all rows select the likeliest token, of a mask or of all.
 
-    One copy moves the numbers. Rows with a penalty or a bias share one stack of seen tokens and of biases.
+    penalties: of the step's rows. masks: rows with a mask select by it on the device. One copy moves the numbers.
     """
-    special = [i for i, row in enumerate(rows) if row.state.seen is not None or row.state.bias is not None]
-    if not special and not any(row.state.params.temperature for row in rows):
+    slots = penalties.slots(row.state for row in rows)
+    drawn = any(row.state.params.temperature for row in rows)
+    if not drawn and max(slots) < 0 and not (masks and any(row.allowed is not None for row in rows)):
         return None
-    return _numbers(device, rows, special)
-
-
-def masked_rows(device: torch.device, rows: Sequence[SamplingRow]) -> SamplingRows | None:
-    """`sampling_rows`, but None only if no row has a mask either: those that select by a mask do so on the device."""
-    parameters = sampling_rows(device, rows)
-    if parameters is None and any(row.allowed is not None for row in rows):
-        return _numbers(device, rows, [])
-    return parameters
-
-
-def _numbers(device: torch.device, rows: Sequence[SamplingRow], special: Sequence[int]) -> SamplingRows:
-    """special: the rows that have penalties or biases."""
-    slots = dict(zip(special, range(len(special)), strict=True))
-    columns = zip(*(_values(row, slots.get(i, -1)) for i, row in enumerate(rows)), strict=True)
+    columns = zip(*map(_values, rows, slots), strict=True)
     buffer = torch.zeros(len(DTYPES), len(rows), dtype=torch.int64)
     for own, dtype, column in zip(buffer, DTYPES, columns, strict=True):
         _typed(own, dtype).numpy()[:] = column
     temperature, top_k, top_p, min_p, uniform, penalty, slot = map(_typed, to_device(buffer, device), DTYPES)
     allowed = _masks([row.allowed for row in rows], device)
     parameters = SamplingRows(temperature, top_k, top_p, min_p, uniform, allowed=allowed)
-    if not special:
+    if max(slots) < 0:
         return parameters
-    states = [rows[i].state for i in special]
-    seen, bias = _stacked([state.seen for state in states]), _stacked([state.bias for state in states])
+    seen, bias = penalties.seen, penalties.bias
     return parameters._replace(penalty=None if seen is None else penalty, slots=slot, seen=seen, bias=bias)
 
 
@@ -75,11 +64,3 @@ def _masks(masks: Sequence[Mask | None], device: torch.device) -> Tensor | None:
         if mask is not None:
             row[:] = mask
     return to_device(stacked, device)
-
-
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Stack the tensors, zeros for None; None if all are None."""
-    like = next((part for part in parts if part is not None), None)
-    if like is None:
-        return None
-    return torch.stack([torch.zeros_like(like) if part is None else part for part in parts])

@@ -91,13 +91,17 @@ class SamplingState:
             self.bias.zero_()
             self.bias[list(biases)] = torch.tensor(list(biases.values()), device=self.bias.device)
 
-    def count(self, token: int) -> None:
-        """Have the penalties count a token of the answer."""
-        if self.seen is not None:
-            self.seen[token] = True
-        if self._counts is not None and self.bias is not None:
-            self._counts[token] += 1
-            self.bias[token] = self._bias_of(token, self._counts[token])
+    @property
+    def counts(self) -> bool:
+        """Whether biases depend on how often the answer has a token."""
+        return self._counts is not None
+
+    def counted(self, token: int) -> float:
+        """Count a token of the answer, and return the bias that it has from here on."""
+        if self._counts is None:
+            return self._biases.get(token, 0.0)
+        self._counts[token] += 1
+        return self._bias_of(token, self._counts[token])
 
     def _bias_of(self, token: int, n: int) -> float:
         """The bias of a token that the answer has n times, from the start, so that no rounding adds up."""
