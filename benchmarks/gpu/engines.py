@@ -38,7 +38,7 @@ def make_engine(place: Place, kind: str, longest: int = LONGEST, layers: int | N
     """The engine of a kind. layers: of the decoder and of the vision encoder; None: as published."""
     if place.tiny:
         folder = None if kind == "bf16" else str(NANO.parent / "nano_int4")
-        return Engine(folder, device="cpu", dtype="float16", max_model_len=longest)
+        return Engine(folder, device="cpu", dtype="float16", max_model_len=longest, overlap=True)
     torch.cuda.reset_peak_memory_stats()
     needed = max(longest, SHORT_REQUESTS * SHORT_TOKENS) * bytes_per_token(full_config(NAMES[kind]), kv_dtype(kind))
     with _layers(layers), _int8_parts(kind == "int4-options"):

@@ -6,6 +6,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
@@ -39,17 +40,34 @@ class Spent(NamedTuple):
 
 
 def steps(place: Place, engine: Engine, kind: str) -> Iterator[Row]:
-    """For each context and number of requests: a step's wall time, then its groups of kernels, then single kernels."""
+    """For each context and number of requests: a step's wall time, then its groups of kernels, then single kernels.
+
+    Wall times are those of steps launched ahead and, for comparison, of steps in turn (no `overlap`).
+    """
     ceiling = place.read_ceiling()
     for context, requests in ((3, 1),) if place.tiny else PLACES:
+        with in_turn(engine):
+            gaps, _ = measured(place, engine, context, requests)
         wall, spent = measured(place, engine, context, requests)
         at = {"model": kind, "context": context, "requests": requests}
         on_gpu = sum(kernel.us for kernel in spent)
-        yield {"what": "step", **at, "wall_us": wall * 1e6, "gpu_us": on_gpu, "wall_over_gpu": wall * 1e6 / on_gpu}
+        times = {"wall_us": wall * 1e6, "gpu_us": on_gpu, "in_turn_us": gaps * 1e6}
+        ratios = {"wall_over_gpu": wall * 1e6 / on_gpu, "in_turn_over_gpu": gaps * 1e6 / on_gpu}
+        yield {"what": "step", **at, "ahead": engine.core.overlap is not None, **times, **ratios}
         yield from grouped(spent, bytes_of_groups(engine, context * requests), ceiling, at)
         for kernel in spent[:NAMED]:
             name = kernel.name[:80]
             yield {"what": "kernel", **at, "kernel": name, "us": kernel.us, "launches": kernel.launches}
+
+
+@contextmanager
+def in_turn(engine: Engine) -> Iterator[None]:
+    """Read the tokens of each step before the next is launched. The engine must be idle, here and at the end."""
+    overlap, engine.core.overlap = engine.core.overlap, None
+    try:
+        yield
+    finally:
+        engine.core.overlap = overlap
 
 
 def measured(place: Place, engine: Engine, context: int, requests: int) -> tuple[float, list[Spent]]:

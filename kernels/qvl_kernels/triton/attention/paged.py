@@ -84,7 +84,9 @@ def queries_of(query_starts: tuple[int, ...], context_lens: tuple[int, ...], dev
         for row in range(query_starts[r], query_starts[r + 1])
         if query_starts[r + 1] - query_starts[r] <= DECODE_MAX_ROWS
     ]
-    return torch.tensor(queries, dtype=torch.int32, device=device).view(-1, 3)
+    made = torch.tensor(queries, dtype=torch.int32).view(-1, 3)
+    # pinned: a copy from other memory would wait for all that is queued on the device
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def _check_rows(
