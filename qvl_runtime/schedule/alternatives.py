@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -49,10 +50,12 @@ class InBoxes:
         self._found: Readback | None = None
         if not self._within or (spelling := spellings[0][1]) is None:
             return
-        self._alphabet = tuple(spelling.alphabet)
-        at, ids = (to_device(torch.tensor(numbers), logits.device) for numbers in (self._within, self._alphabet))
-        ids = torch.cat([ids.expand(len(at), -1), token_ids[at, None]], dim=1)
-        self._found = Readback([logits[at].gather(1, ids)])
+        self._alphabet = spelling.alphabet
+        if len(self._within) < len(rows):
+            at = to_device(torch.tensor(self._within), logits.device)
+            logits, token_ids = logits[at], token_ids[at]
+        ids = _on_device(self._alphabet, logits.device).expand(len(logits), -1)
+        self._found = Readback([logits.gather(1, torch.cat([ids, token_ids[:, None]], dim=1))])
 
     def read(self, logprobs: Sequence[float]) -> dict[int, dict[int, float]]:
         """Return log probabilities by token for each row within a box; logprobs: of the sampled tokens of all rows."""
@@ -63,3 +66,9 @@ class InBoxes:
             normalizer = found[-1] - logprobs[i]
             boxes[i] = {t: value - normalizer for t, value in zip(self._alphabet, found, strict=False)}
         return boxes
+
+
+@lru_cache(maxsize=4)
+def _on_device(alphabet: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same tokens for every step, copied once."""
+    return to_device(torch.tensor(alphabet), device)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qvl_kernels.reference.sampling import SamplingRows
+from qvl_kernels.util import cdiv
 from qvl_runtime.prompt.token_mask import Mask
 from qvl_runtime.schedule.penalties import PenaltyStack
 from qvl_runtime.schedule.readback import to_device
 from qvl_runtime.schedule.sampling_state import SamplingRow
-
-# of temperature, top-k, top-p, min-p, random number, penalty and slot
-DTYPES = (torch.float32, torch.int32, torch.float32, torch.float32, torch.float64, torch.float32, torch.int64)
 
 
 def sampling_rows(
@@ -22,36 +21,42 @@ def sampling_rows(
 ) -> SamplingRows | None:
     """The parameters of each row on the device; None if all rows select the likeliest token, of a mask or of all.
 
-    penalties: of the step's rows. masks: rows with a mask select by it on the device. One copy moves the numbers.
+    penalties: of the step's rows. masks: rows with a mask select by it on the device.
     """
-    slots = penalties.slots(row.state for row in rows)
+    slots = penalties.slots([row.state for row in rows])
     drawn = any(row.state.params.temperature for row in rows)
     if not drawn and max(slots) < 0 and not (masks and any(row.allowed is not None for row in rows)):
         return None
-    columns = zip(*map(_values, rows, slots), strict=True)
-    buffer = torch.zeros(len(DTYPES), len(rows), dtype=torch.int64)
-    for own, dtype, column in zip(buffer, DTYPES, columns, strict=True):
-        _typed(own, dtype).numpy()[:] = column
-    temperature, top_k, top_p, min_p, uniform, penalty, slot = map(_typed, to_device(buffer, device), DTYPES)
-    allowed = _masks([row.allowed for row in rows], device)
-    parameters = SamplingRows(temperature, top_k, top_p, min_p, uniform, allowed=allowed)
+    parameters = _sent(rows, slots, device)._replace(allowed=_masks([row.allowed for row in rows], device))
     if max(slots) < 0:
-        return parameters
+        return parameters._replace(penalty=None, slots=None)
     seen, bias = penalties.seen, penalties.bias
-    return parameters._replace(penalty=None if seen is None else penalty, slots=slot, seen=seen, bias=bias)
+    return parameters._replace(penalty=None if seen is None else parameters.penalty, seen=seen, bias=bias)
 
 
-def _values(row: SamplingRow, slot: int) -> tuple[float, int, float, float, float, float, int]:
-    state, params = row.state, row.state.params
-    top_p = 1.0 if params.top_p is None else params.top_p
-    uniform = state.uniform(row.position) if params.temperature else 0.0  # greedy rows draw none
-    top_k = min(params.top_k or 0, 2**31 - 1)
-    return params.temperature or 0.0, top_k, top_p, params.min_p, uniform, state.penalty, slot
+def _sent(rows: Sequence[SamplingRow], slots: Sequence[int], device: torch.device) -> SamplingRows:
+    """The numbers of each row, moved by one copy: of five columns int64, three hold two of float32 or int32 each.
 
-
-def _typed(column: Tensor, dtype: torch.dtype) -> Tensor:
-    """The start of a column int64 [m] as m numbers of another dtype, without a copy."""
-    return column.view(dtype)[: len(column)]
+    Each begins at a multiple of 16 bytes, however many rows there are: Triton compiles a kernel for other pointers.
+    """
+    states, m = [row.state for row in rows], len(rows)
+    width = 4 * cdiv(m, 4)
+    drawn = [bool(state.params.temperature) for state in states]
+    packed = np.zeros((5, width), np.int64)
+    packed[0].view(np.float64)[:m] = [
+        row.state.uniform(row.position) if draws else 0.0 for row, draws in zip(rows, drawn, strict=True)
+    ]
+    packed[1, :m] = slots
+    halves = packed[2:].view(np.float32).reshape(6, width)
+    halves[0, :m] = [state.params.temperature or 0.0 for state in states]
+    halves[1, :m] = [1.0 if state.params.top_p is None else state.params.top_p for state in states]
+    halves[2, :m] = [state.params.min_p for state in states]
+    halves[3, :m] = [state.penalty for state in states]
+    halves[4].view(np.int32)[:m] = [min(state.params.top_k or 0, 2**31 - 1) for state in states]
+    sent = to_device(torch.from_numpy(packed), device)
+    temperature, top_p, min_p, penalty, top_k, _ = sent[2:].view(torch.float32).view(6, width)[:, :m]
+    uniform, slot = sent[0, :m].view(torch.float64), sent[1, :m]
+    return SamplingRows(temperature, top_k.view(torch.int32), top_p, min_p, uniform, penalty, slots=slot)
 
 
 def _masks(masks: Sequence[Mask | None], device: torch.device) -> Tensor | None:

@@ -228,7 +228,7 @@ class Scheduler:
             drafts, forced = branch.sampling_state.draft(
                 lambda: self._propose(branch, max_tokens), max_tokens, self.least_forced
             )
-            if branch.sequence.needed(count + len(drafts)) > self._cache.pool.available:
+            if drafts and branch.sequence.needed(count + len(drafts)) > self._cache.pool.available:
                 drafts = ()
         branch.sequence.reserve(count + len(drafts))
         return ScheduledBranch(branch, count, drafts, samples=count == branch.pending, forced=forced)

@@ -127,8 +127,8 @@ class Sequence:
         self._drop(0)
 
     def _writes_shared(self) -> bool:
-        index, offset = divmod(self.length, self._size)
-        return offset > 0 and not self._store.pool.is_exclusive(self.blocks[index])
+        length, size = self.length, self._size
+        return length % size > 0 and not self._store.pool.is_exclusive(self.blocks[length // size])
 
     def _drop(self, keep: int) -> None:
         """Shorten the table to `keep` blocks."""

@@ -18,7 +18,9 @@ from qvl_kernels.reference.sampling import CANDIDATES
 from qvl_runtime.config.generation import GenerationDefaults
 from qvl_runtime.errors import SamplingError
 from qvl_runtime.schedule.api import SamplingParams
+from qvl_runtime.schedule.penalties import PenaltyStack
 from qvl_runtime.schedule.sampler import Sample, sample
+from qvl_runtime.schedule.sampling_rows import sampling_rows
 from qvl_runtime.schedule.sampling_state import SamplingRow, SamplingState
 
 pytestmark = pytest.mark.unit
@@ -217,3 +219,19 @@ def test_defaults_come_from_the_checkpoint() -> None:
     assert (used.temperature, used.top_p, used.top_k, used.max_tokens) == (1.0, 0.9, 0, 512)
     greedy = SamplingParams().resolve(PLAIN)
     assert (greedy.temperature, greedy.top_p) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
+def test_parameters_begin_where_kernels_expect_them(count: int) -> None:
+    """At multiples of 16 bytes for any number of rows: for others, Triton would compile kernels while others wait."""
+    params = SamplingParams(temperature=0.7, top_p=0.9, top_k=3, min_p=0.1, repetition_penalty=1.2, seed=5)
+    states = [SamplingState(params.resolve(PLAIN), (1,), 40, torch.device("cpu")) for _ in range(count)]
+    rows = sampling_rows(torch.device("cpu"), [SamplingRow(s, i) for i, s in enumerate(states)], PenaltyStack())
+    assert rows is not None and rows.penalty is not None and rows.slots is not None
+    columns = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.uniform, rows.penalty, rows.slots)
+    assert all((column.data_ptr() - rows.uniform.data_ptr()) % 16 == 0 for column in columns)
+    assert all(column.shape == (count,) and column.is_contiguous() for column in columns)
+    assert rows.slots.tolist() == [*range(count)]
+    assert rows.uniform.tolist() == [state.uniform(i) for i, state in enumerate(states)]
+    for column, value in zip(columns[:4], (0.7, 3, 0.9, 0.1), strict=True):
+        assert column.tolist() == pytest.approx([value] * count)
