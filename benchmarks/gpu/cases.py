@@ -34,7 +34,7 @@ def plain(op: str) -> Callable[[Ops, tuple[Any, ...]], Callable[[], Outputs]]:
         def call() -> Outputs:
             result = getattr(ops, op)(*inputs)
             outputs = result if isinstance(result, tuple) else (result,)
-            return outputs + (inputs[4:6] if op == "rotary_to_cache" else ())
+            return outputs + (inputs[4:6] if op in ("rotary_to_cache", "rotary_attention") else ())
 
         return call
 
@@ -50,6 +50,15 @@ def prepared(op: str) -> Callable[[Ops, tuple[Any, ...]], Callable[[], Outputs]]
         return lambda: (linear(x),)
 
     return bind
+
+
+def gated(ops: Ops, inputs: tuple[Any, ...]) -> Callable[[], Outputs]:
+    """Bind a packed linear of up | gate, and take the SwiGLU of its outputs: in its kernel, if it can."""
+    x, *weights = inputs
+    linear = ops.prepare_gptq(*weights)
+    if linear.gated is not None:
+        return lambda: (linear.gated(x),)  # type: ignore[misc]  # narrowed above
+    return lambda: (ops.swiglu(linear(x)),)
 
 
 class Maker:
@@ -126,6 +135,24 @@ class Maker:
         note = f"{rows} rows, {heads} x {dim}{', int8' if int8 else ''}"
         return self.case("rotary_to_cache", inputs, moved, note, timed)
 
+    def new_tokens(
+        self, context: int, requests: int, heads: int, dim: int, int8: bool = False, timed: bool = False
+    ) -> Case:
+        """A decode step of some requests from the fused projection to attention, with lengths on the device."""
+        kv_dtype = torch.int8 if int8 else self.dtype
+        contexts = [context - 3 * r for r in range(requests)]
+        k, v, tables = self.cached(contexts, heads, dim, kv_dtype)
+        qkv, angle = self.normal(requests, 3 * heads * dim), torch.arange(requests * dim, device=self.device)
+        cos, sin = (f(angle.view(requests, dim).float()) for f in (torch.cos, torch.sin))
+        logn, lengths = self.uniform(requests) + 1, torch.tensor(contexts, device=self.device)
+        last = lengths - 1
+        slots = tables.gather(1, (last // BLOCK)[:, None])[:, 0] * BLOCK + last % BLOCK
+        starts = torch.arange(requests + 1, device=self.device)
+        moved = 2 * sum(contexts) * heads * cache_width(dim, kv_dtype) * kv_dtype.itemsize + 4 * qkv.nbytes // 3
+        note = f"{requests} x 1 row after {context}, {heads} x {dim}{', int8' if int8 else ''}"
+        inputs = (qkv, cos, sin, logn, k, v, slots, tables, starts, lengths)
+        return self.case("rotary_attention", inputs, moved, note, timed)
+
     def images(self, images: int, patches: int, heads: int, dim: int, timed: bool = False) -> Iterator[Case]:
         """Attention of the vision encoder, and of the resampler with a quarter as many queries as patches."""
         width, queries = heads * dim, max(1, patches // 4)
@@ -145,6 +172,10 @@ class Maker:
         moved = inputs * outputs // 2 + scales.nbytes + x.nbytes + rows * outputs * x.element_size()
         note = f"{rows} x {inputs} to {outputs}{', act-order, asymmetric' if odd else ''}"
         yield Case(f"int4 linear, {note}", packed, prepared("prepare_gptq"), moved, timed)
+        if inputs < outputs:
+            yield Case(
+                f"int4 linear with swiglu, {note}", packed, gated, moved - rows * outputs * x.element_size() // 2
+            )
         if not odd:
             weight = self.normal(outputs, inputs, scale=inputs**-0.5)
             moved = weight.nbytes + x.nbytes + rows * outputs * x.element_size()
@@ -169,6 +200,7 @@ def cases(make: Maker, tiny: bool) -> Iterator[Case]:
     for int8 in (False, True):
         yield make.rotary(3, 2, 32, int8)
         yield make.attention(1, 37, 2, 2, 32, int8)
+        yield make.new_tokens(37, 2, 2, 32, int8)
         yield make.attention(19, 37, 2, 2, 32, int8)
     yield from make.images(1 if tiny else 2, 33, 2, 104)
     for rows in (1, 5) if tiny else (1, 5, 16, 17, 255, 1025):

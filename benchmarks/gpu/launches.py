@@ -1,8 +1,8 @@
 """The launches of one decoder layer in a decode step, as they happen: `python -m benchmarks.gpu.launches [--quarter]`.
 
 A model of two layers and the published widths, or with --quarter a fourth of them, runs a step in which launches are
-recorded and not executed, so it needs no GPU. A layer is everything between one rotary kernel and the next. torch's own
-kernels count as well, by operator.
+recorded and not executed, so it needs no GPU. A layer is everything between one merge of attention and the next.
+torch's own kernels count as well, by operator.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def record_launches(run: bool = True) -> Iterator[list[Recorded]]:
 
 
 def of_a_layer(seen: list[Recorded]) -> list[Recorded]:
-    """The launches between the first rotary kernel and the second."""
-    turns = [i for i, launch in enumerate(seen) if launch.kernel == "rotary_kernel"]
+    """The launches between the first merge of attention and the second."""
+    turns = [i for i, launch in enumerate(seen) if launch.kernel == "merge_kernel"]
     if len(turns) < 2:
-        raise RuntimeError(f"{len(turns)} rotary kernels were launched; expected those of at least two layers")
+        raise RuntimeError(f"{len(turns)} merges were launched; expected those of at least two layers")
     return seen[turns[0] : turns[1]]
 
 

@@ -75,6 +75,11 @@ class Ops(Packer, Protocol):
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor,
         query_starts: Sequence[int] | Tensor, context_lens: Sequence[int] | Tensor,
     ) -> Tensor: ...  # fmt: skip
+    def rotary_attention(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+        block_tables: Tensor, query_starts: Sequence[int] | Tensor, context_lens: Sequence[int] | Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor: ...  # fmt: skip
     def vision_attention(self, qkv: Tensor, heads: int) -> Tensor: ...
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor: ...
 

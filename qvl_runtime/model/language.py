@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from qvl_kernels.ops import Ops
-from qvl_kernels.reference import sum_partials
+from qvl_kernels.reference import BoundLinear, sum_partials
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.adapters import LayerAdapters
 from qvl_runtime.model.linear import Linear, LinearBuilder
@@ -97,12 +97,13 @@ class Block:
         qkv = self.c_attn.forward_partial_sums(normed)
         if adapters is not None:
             qkv = adapters.add("attn.c_attn", normed, qkv)
-        q = self.ops.rotary_to_cache(
-            qkv, positions.cos, positions.sin, positions.logn, cache.k, cache.v, layout.slots, x.dtype
-        )
-        context = self.ops.paged_attention(
-            q, cache.k, cache.v, layout.block_tables, layout.query_starts, layout.context_lens
-        )
+        new = (qkv, positions.cos, positions.sin, positions.logn, cache.k, cache.v, layout.slots)
+        cached = (layout.block_tables, layout.query_starts, layout.context_lens)
+        if observe is unobserved:
+            context = self.ops.rotary_attention(*new, *cached, x.dtype)
+        else:
+            q = self.ops.rotary_to_cache(*new, x.dtype)
+            context = self.ops.paged_attention(q, cache.k, cache.v, *cached)
         attended: Tensor = self.c_proj.forward_partial_sums(context)
         if adapters is not None:
             attended = adapters.add("attn.c_proj", context, attended)
@@ -118,6 +119,8 @@ class Block:
         return attended
 
     def _mlp(self, normed: Tensor, x: Tensor, observe: Observer, adapters: LayerAdapters | None) -> Tensor:
+        if observe is unobserved and adapters is None and isinstance(self.up_gate, BoundLinear) and self.up_gate.gated:
+            return self.down.forward_partial_sums(self.up_gate.gated(normed))
         up_gate = self.up_gate.forward_partial_sums(normed)
         if adapters is not None:
             up_gate = adapters.add("mlp.up_gate", normed, up_gate)

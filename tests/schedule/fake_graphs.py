@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qvl_runtime.schedule.decode_graphs import Captured
 
-OPS = ("linear", "rms_norm", "add_rms_norm", "swiglu", "rotary_to_cache", "paged_attention")
+OPS = ("linear", "rms_norm", "add_rms_norm", "swiglu", "rotary_attention")
 STATIC = ("k_cache", "v_cache", "block_tables", "query_starts", "context_lens", "slots", "weight")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qvl_kernels.cpu.attention import (
     cross_attention,
     paged_attention,
+    rotary_attention,
     vision_attention,
 )
 from qvl_kernels.cpu.dense import (
@@ -74,6 +75,7 @@ __all__ = [
     "prepare_gptq",
     "prepare_linear",
     "rms_norm",
+    "rotary_attention",
     "rotary_tables",
     "rotary_to_cache",
     "rotate_half",

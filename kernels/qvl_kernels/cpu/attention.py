@@ -17,6 +17,7 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.cpu.library import CODES, FLOATS, library, warn_fallback
 from qvl_kernels.cpu.memory import empty
+from qvl_kernels.cpu.ops import rotary_to_cache
 
 MAX_HEAD_DIM = 256  # channels of the widest head that the kernel supports
 TORCH_WHOLE = ("avxvnni", "avx2", "portable")  # with which torch is faster for attention without a mask
@@ -49,6 +50,16 @@ def paged_attention(
         len(context_lens), _integers(query_starts), _integers(context_lens), True, y.data_ptr(),
     )  # fmt: skip
     return y
+
+
+def rotary_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor,
+    block_tables: Tensor, query_starts: Sequence[int] | Tensor, context_lens: Sequence[int] | Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`reference.rotary_attention`, in two kernels."""
+    q = rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
+    return paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
 
 
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:

@@ -80,6 +80,7 @@ class BoundLinear(NamedTuple):
     kernel: str  # the kernel's description, for the report
     nbytes: int  # of the weights in this layout
     split_k: Linear | None = None  # if the kernel splits the inputs: x to float32 partial sums [S, n, out]
+    gated: Linear | None = None  # if the kernel can: x [n, in] to the SwiGLU [n, out / 2] of the outputs up | gate
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x [.., in] to [.., out], in x's dtype."""

@@ -212,6 +212,27 @@ def lost_nan(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
 # --- vision attention --------------------------------------------------------------------------------------------
 
 
+def rotary_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    block_tables: Tensor,
+    query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`rotary_to_cache`, then `paged_attention` of the q that it returns: all between a block's qkv and its output.
+
+    Shapes as there; returns [n, H * d].
+    """
+    q = rotary_to_cache(qkv, cos, sin, logn, k_cache, v_cache, slots, dtype)
+    return paged_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens)
+
+
 def vision_attention(qkv: Tensor, heads: int) -> Tensor:
     """Self-attention of each image's patches, [P, L, W]; qkv [P, L, 3 * W] holds q, k, v PER HEAD (§4.4)."""
     images, patches, _ = qkv.shape

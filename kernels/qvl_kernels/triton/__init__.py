@@ -45,6 +45,7 @@ from qvl_kernels.reference import (
 from qvl_kernels.triton.activations import gelu, swiglu
 from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.attention.paged import paged_attention
+from qvl_kernels.triton.attention.rotary_attention import rotary_attention
 from qvl_kernels.triton.attention.vision import cross_attention, vision_attention
 from qvl_kernels.triton.linear.linears import (
     LAYOUTS,
@@ -87,6 +88,7 @@ __all__ = [
     "prepare_gptq",
     "prepare_linear",
     "rms_norm",
+    "rotary_attention",
     "rotary_tables",
     "rotary_to_cache",
     "rotate_half",

@@ -10,21 +10,13 @@ from torch import Tensor
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
+from qvl_kernels.triton.partial_sums import load_sum
 from qvl_kernels.triton.to_float32 import to_float32
 from qvl_kernels.util import cdiv
 
 MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
 LOWEST = tl.constexpr(-40.0)  # silu(-40) is -2e-16; (1 + exp(40))^2 is still a float32
 BLOCK = 256  # of SwiGLU, of one warp: 8 values a lane, and 11008 is a whole number of blocks
-
-
-@triton.jit
-def _load_sum(x_ptr, at, split_stride, inside, dtype: tl.constexpr, SPLITS: tl.constexpr):
-    """Values at `at`; for SPLITS > 0 the sum of partial sums `split_stride` elements from one another, in dtype."""
-    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        x += tl.load(x_ptr + split * split_stride + at, inside, 0.0)
-    return x.to(dtype).to(tl.float32) if SPLITS > 0 else x
 
 
 @triton.jit(do_not_specialize=["rows"])  # 1 would be a constant
@@ -40,10 +32,10 @@ def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constex
     split_stride = rows.to(tl.int64) * 2 * F
     first = tl.program_id(1) * 2 * BLOCK + tl.arange(0, BLOCK)
     second = first + BLOCK
-    gate_1 = _load_sum(x_ptr, row * 2 * F + F + first, split_stride, first < F, dtype, SPLITS)
-    gate_2 = _load_sum(x_ptr, row * 2 * F + F + second, split_stride, second < F, dtype, SPLITS)
-    up_1 = _load_sum(x_ptr, row * 2 * F + first, split_stride, first < F, dtype, SPLITS)
-    up_2 = _load_sum(x_ptr, row * 2 * F + second, split_stride, second < F, dtype, SPLITS)
+    gate_1 = load_sum(x_ptr, row * 2 * F + F + first, split_stride, first < F, dtype, SPLITS)
+    gate_2 = load_sum(x_ptr, row * 2 * F + F + second, split_stride, second < F, dtype, SPLITS)
+    up_1 = load_sum(x_ptr, row * 2 * F + first, split_stride, first < F, dtype, SPLITS)
+    up_2 = load_sum(x_ptr, row * 2 * F + second, split_stride, second < F, dtype, SPLITS)
     below_1 = 1.0 + tl.exp2(tl.maximum(gate_1, LOWEST) * MINUS_LOG2E)
     below_2 = 1.0 + tl.exp2(tl.maximum(gate_2, LOWEST) * MINUS_LOG2E)
     root = tl.rsqrt(below_1 * below_2)

@@ -29,10 +29,20 @@ class Launch:
         """The same launch with further arguments."""
         return Launch(self.kernel, self.grid, {**self.arguments, **arguments}, self.constants, self.warps, self.stages)
 
+    def with_constants(self, **constants: Any) -> Launch:
+        """The same launch with further constants, or others."""
+        return Launch(self.kernel, self.grid, self.arguments, {**self.constants, **constants}, self.warps, self.stages)
+
+    def with_grid(self, grid: tuple[int, ...]) -> Launch:
+        """The same launch of another number of programs."""
+        return Launch(self.kernel, grid, self.arguments, self.constants, self.warps, self.stages)
+
     def run(self) -> None:
         """Queue it on the current stream of the current device; an empty grid launches nothing."""
         if all(self.grid):
             options = {"num_warps": self.warps, "num_stages": self.stages}
+            if self.constants.get("PDL"):  # set where the capability has it: `dependent`
+                options["launch_pdl"] = True
             self.kernel[self.grid](**self.arguments, **self.constants, **options)
 
 

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.launch import Launch, Spec, counted
+from qvl_kernels.triton.dependent import FEW_ROWS, begin, dependent
+from qvl_kernels.triton.launch import Launch, Spec, capability, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
 from qvl_kernels.triton.to_float32 import to_float32
 from qvl_kernels.util import cdiv
@@ -23,7 +24,7 @@ LAYER_NORM_ROWS = 2  # of a program: one leaves half of a warp idle where a chun
 def rms_norm_kernel(
     x_ptr, update_ptr, weight_ptr, total_ptr, y_ptr,
     rows, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """total = x + update; y = round(total / sqrt(mean(total^2) + eps)) * weight.
 
@@ -34,8 +35,9 @@ def rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     at = row * WIDTH + column
+    weight = tl.load(weight_ptr + column, inside, 0.0)  # that nothing writes: before the wait
+    begin(PDL)
     x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, inside, 0.0)
     if SPLITS > 0:
         update = tl.load(update_ptr + at, inside, 0.0).to(tl.float32)
         for split in tl.static_range(1, SPLITS):
@@ -154,7 +156,7 @@ def _rms_plan(
         (rows,),
         {"x_ptr": x, "update_ptr": x if update is None else update, "weight_ptr": weight,
          "total_ptr": y if total is None else total, "y_ptr": y, "rows": rows, "eps": eps},
-        {"WIDTH": width, "BLOCK": block, "SPLITS": splits},
+        {"WIDTH": width, "BLOCK": block, "SPLITS": splits, "PDL": dependent(capability(x.device), rows)},
         warps,
     )  # fmt: skip
 
@@ -216,6 +218,7 @@ def aot_specs(capability: int) -> list[Spec]:
         update = empty(splits, rows, 4096, dtype=torch.float32) if splits else empty(rows, 4096)
         moved = 3 * x.nbytes + update.nbytes + weight.nbytes
         launch = _rms_plan("add_rms_norm", x, update, weight, 1e-6, x, x)
+        launch = launch.with_constants(PDL=capability >= 90 and rows < FEW_ROWS)
         label = f"add_rms_norm{f' after {linear}' if linear else ''}, {counted(rows, 'row')}"
         label += f", {counted(splits, 'split')}" if splits else ""
         specs.append(Spec(label, launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=int(splits > 0)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,28 +11,13 @@ from torch import Tensor
 
 from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
-from qvl_kernels.triton.attention.kv_tiles import max_or_nan, scales_at
+from qvl_kernels.triton.attention.kv_tiles import max_or_nan, round_to_int8, scales_at
 from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
+from qvl_kernels.triton.partial_sums import load_sum
 from qvl_kernels.util import cdiv
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
 FULL_GPU_ROWS = 128  # that fill the GPU with programs
-
-
-@triton.jit
-def _vectors(x_ptr, at, split_stride, inside, dtype: tl.constexpr, SPLITS: tl.constexpr):
-    """Values at `at`; for SPLITS > 0 the sum of partial sums `split_stride` elements from one another, in dtype."""
-    x = tl.load(x_ptr + at, inside, 0.0).to(tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        x += tl.load(x_ptr + split * split_stride + at, inside, 0.0)
-    return x.to(dtype).to(tl.float32) if SPLITS > 0 else x
-
-
-@triton.jit
-def _to_int8(x, factor):
-    """x * factor rounded to int8: the low byte of the float32 after ROUND was added."""
-    return (x * factor + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -45,9 +32,9 @@ def _store(
             top = max_or_nan(top, tl.reduce(tl.abs(passthrough), 1, max_or_nan))
         tl.store(scales_at(cache_ptr, start, D, BLOCK_SIZE) + slot, (top * (1 / 127))[:, None], head_mask)
         factor = tl.where(top > 0, 127.0 / top, 0.0)[:, None]
-        first, second = _to_int8(first, factor), _to_int8(second, factor)
+        first, second = round_to_int8(first, factor), round_to_int8(second, factor)
         if HAS_PASS:
-            passthrough = _to_int8(passthrough, factor)
+            passthrough = round_to_int8(passthrough, factor)
     dtype = cache_ptr.dtype.element_ty
     at = start + slot * D
     tl.store(cache_ptr + at + column, first.to(dtype), rotary_mask)
@@ -96,14 +83,15 @@ def rotary_kernel(
 
     for part in tl.static_range(3):  # q, k, v
         source = at + part * H * D
-        first = _vectors(qkv_ptr, source + column, split_stride, rotary_mask, dtype, SPLITS)
-        second = _vectors(qkv_ptr, source + ROTARY_HALF + column, split_stride, rotary_mask, dtype, SPLITS)
+        first = load_sum(qkv_ptr, source + column, split_stride, rotary_mask, dtype, SPLITS)
+        second = load_sum(qkv_ptr, source + ROTARY_HALF + column, split_stride, rotary_mask, dtype, SPLITS)
         passthrough = first
         if has_passthrough:
-            passthrough = _vectors(qkv_ptr, source + pass_column, split_stride, pass_mask, dtype, SPLITS)
+            passthrough = load_sum(qkv_ptr, source + pass_column, split_stride, pass_mask, dtype, SPLITS)
         if part < 2:
-            rotated = first * cos_1 - second * sin_1
-            second = (second * cos_2 + first * sin_2).to(dtype).to(tl.float32)
+            # with explicit fused operations, so that `new_channels` rounds alike
+            rotated = tl.fma(first, cos_1, -(second * sin_1))
+            second = tl.fma(second, cos_2, first * sin_2).to(dtype).to(tl.float32)
             first = rotated.to(dtype).to(tl.float32)
         if part == 0:
             out = q_ptr + (row * H + heads[:, None]) * D
@@ -145,10 +133,19 @@ def heads_per_program(rows: int) -> int:
     return 4 if rows < FULL_GPU_ROWS else 8
 
 
-def _plan(
-    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, q: Tensor
-) -> Launch:
-    op = "rotary_to_cache"
+class NewTokens(NamedTuple):
+    """What the fused projection and the rotary tables hold of n tokens, and where their keys and values go."""
+
+    qkv: Tensor  # [n, 3 * H * d], or float32 partial sums [S, n, 3 * H * d]
+    cos: Tensor  # float32 [n, r]
+    sin: Tensor
+    logn: Tensor  # float32 [n]
+    slots: Tensor  # int64 [n]
+
+
+def check(op: str, new: NewTokens, k_cache: Tensor, v_cache: Tensor, q: Tensor) -> None:
+    """Raises ValueError unless the tensors fit q [n, H, d], of which only shape and dtype are looked at."""
+    qkv, cos, sin, logn, slots = new
     rows, heads, head_dim = q.shape
     half, int8 = cos.shape[-1] // 2, k_cache.dtype == torch.int8
     shape = (rows, 3 * heads * head_dim)
@@ -167,6 +164,14 @@ def _plan(
         raise ValueError(f"{op}: heads of {head_dim} channels; an int8 cache needs a multiple of {SCALE_BYTES}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.tensor(op, name, cache, (None, heads, None, width), torch.int8 if int8 else q.dtype)
+
+
+def _plan(
+    qkv: Tensor, cos: Tensor, sin: Tensor, logn: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, q: Tensor
+) -> Launch:
+    check("rotary_to_cache", NewTokens(qkv, cos, sin, logn, slots), k_cache, v_cache, q)
+    rows, heads, head_dim = q.shape
+    half, width, int8 = cos.shape[-1] // 2, k_cache.shape[-1], k_cache.dtype == torch.int8
     heads_at_once = heads_per_program(rows)
     block_half, block_pass = triton.next_power_of_2(half), triton.next_power_of_2(max(head_dim - 2 * half, 1))
     return Launch(

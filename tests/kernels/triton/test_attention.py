@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import reference
-from qvl_kernels.triton.attention.decode import splits_for
+from qvl_kernels.triton.attention import decode
+from qvl_kernels.triton.attention.decode import pieces_for
 from qvl_kernels.triton.attention.kv_tiles import by_block, by_vector
 from qvl_kernels.triton.attention.paged import paged_attention
 from tests.kernels.compare import KV8_ERROR, as_good_as_torch, relative
@@ -73,7 +74,7 @@ def test_decode(poisoned: None, rng: torch.Generator, cache_dtype: torch.dtype |
     """1 to 145 tokens in one step: last blocks with one, some and all slots, and empty splits."""
     lengths = [1, 2, 15, 16, 17, 145]
     c = case(rng, [1] * 6, lengths, heads, dim, cache_dtype)
-    assert splits_for(6, heads, c.block_tables.shape[1]) == 2
+    assert pieces_for(c.block_tables.shape[1]) == 6
     check(c, paged_attention(*c))
 
 
@@ -93,10 +94,20 @@ def test_a_row_that_pads_a_batch_gives_zeros(poisoned: None, rng: torch.Generato
     check(one, got[1:])
 
 
-def test_few_and_many_requests_split_keys_differently(poisoned: None, rng: torch.Generator) -> None:
-    assert splits_for(1, 32, 512) == 32 and splits_for(64, 32, 512) == 1 and splits_for(1, 32, 3) == 1
-    check(c := case(rng, [1], [257], heads=1), paged_attention(*c))
-    check(c := case(rng, [1] * 5, [5, 40, 17, 3, 16], heads=2), paged_attention(*c))
+def test_keys_are_split_by_the_length_alone(
+    monkeypatch: pytest.MonkeyPatch, poisoned: None, rng: torch.Generator
+) -> None:
+    """A row's bits are those that it has alone, under a table of its own width, and among rows computed in parts."""
+    assert pieces_for(512) == 32 and pieces_for(3) == 2 and pieces_for(1) == 1
+    lengths = [5, 140, 17, 3, 16]
+    c = case(rng, [1] * 5, lengths, heads=2)
+    check(c, together := paged_attention(*c))
+    for r in (1, 3):
+        table = c.block_tables[r : r + 1, : -(-lengths[r] // BLOCK_SIZE)].contiguous()
+        alone = paged_attention(c.q[r : r + 1], c.k_cache, c.v_cache, table, [0, 1], [lengths[r]])
+        assert torch.equal(alone[0], together[r])
+    monkeypatch.setattr(decode, "ROWS_AT_ONCE", 2)
+    assert torch.equal(paged_attention(*c[:4], torch.empty(0), torch.tensor(lengths)), together)
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.int8])

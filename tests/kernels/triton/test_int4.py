@@ -123,6 +123,16 @@ def test_partial_sums_add_up(rows: int, act_order: bool) -> None:
     assert torch.equal(linear(x), ops.sum_partials(parts, x.dtype))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 9, 33])
+@pytest.mark.parametrize("inputs, outputs, act_order", [(256, 272, False), (192, 88, True)])
+def test_swiglu_on_the_way_out_is_that_of_the_outputs(inputs: int, outputs: int, act_order: bool, rows: int) -> None:
+    """Halves that are whole parts of programs, and halves that end in one; with many rows in a kernel of its own."""
+    tensors, bias = checkpoint(inputs, outputs, 64, act_order=act_order), activations(1, outputs)[0]
+    linear, x = ops.prepare_gptq(*tensors, 4, 1, bias), activations(rows, inputs)
+    assert linear.gated is not None
+    assert torch.equal(linear.gated(x), ops.swiglu(linear(x)))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 9, 32])
 @pytest.mark.parametrize("symmetric, group", [(True, 64), (False, 32), (True, 128), (False, 256)])

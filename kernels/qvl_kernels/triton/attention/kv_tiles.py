@@ -15,6 +15,8 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.reference import SCALE_BYTES
 
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a float32 to a whole number, ties to even
+
 
 def to_cached(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`reference.to_cached` of whole blocks of vectors [.., block_size, d], as these kernels read them."""
@@ -73,3 +75,9 @@ def bytes_as_floats(words, BYTE: tl.constexpr):
 def max_or_nan(x, y):
     """max(x, y), or NaN if one of them is. `tl.max` loses NaN, and the int8 values of a lost one would be an answer."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_to_int8(x, factor):
+    """x * factor rounded to int8: the low byte of the float32 after ROUND was added."""
+    return (x * factor + ROUND).to(tl.int32, bitcast=True).to(tl.int8)

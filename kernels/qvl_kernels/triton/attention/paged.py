@@ -61,14 +61,14 @@ def paged_attention(
             checks.device(op, q, query_starts)
             prefill_on_device(*same, query_starts, context_lens, capability(q.device), out).run()
             return out.flatten(1)
-        decode(*same, None, context_lens, out).run()
+        decode(*same, None, context_lens, out, capability(q.device)).run()
         return out.flatten(1)
     starts, lengths = tuple(map(int, query_starts)), tuple(map(int, context_lens))
     _check_rows(starts, lengths, rows, block_tables, k_cache.shape[2])
     counts = [end - start for start, end in pairwise(starts)]
     queries = queries_of(starts, lengths, q.device)
     if len(queries):
-        decode(*same, queries, None, out).run()
+        decode(*same, queries, None, out, capability(q.device)).run()
     prefilled = [r for r, count in enumerate(counts) if count > DECODE_MAX_ROWS]
     if prefilled:
         prefill(*same, prefilled, starts, lengths, capability(q.device), out).run()

@@ -12,11 +12,13 @@ from qvl_kernels.layouts.binding import bind_published
 from qvl_kernels.layouts.gpu import LAYOUTS, PackedInt4, PackedInt8, kind_of
 from qvl_kernels.layouts.repack import pack_gptq, unpack_to_qweight, unsupported
 from qvl_kernels.reference import BoundLinear, Packed, Precision, linear
+from qvl_kernels.triton.activations import swiglu
+from qvl_kernels.triton.launch import capability
 from qvl_kernels.triton.linear.configs import regime
 from qvl_kernels.triton.linear.dequantize import DequantizePlan, plan_dequantize
 from qvl_kernels.triton.linear.gemm import plan_gemm
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
-from qvl_kernels.triton.linear.small_m import plan_small_m
+from qvl_kernels.triton.linear.small_m import gates_in_one_split, plan_small_m
 from qvl_kernels.triton.linear.split_sum import sum_partials
 from qvl_kernels.util import cdiv
 
@@ -47,19 +49,34 @@ class PackedLinear:
         if weight.perm is not None:
             x = x.index_select(-1, weight.perm)
         x = x.contiguous()
-        rows, dtype = len(x), x.dtype
-        if not rows:
+        if not len(x):
             return x.new_empty(0, weight.outputs)
-        kind = regime(weight.BITS, rows, dtype)
+        kind = regime(weight.BITS, len(x), x.dtype)
         if kind == "dequantize":
             return self._dequantized(x)
+        return self._plan(kind, x)(x)
+
+    def forward_gated(self, x: Tensor) -> Tensor:
+        """x [n, in] to the SwiGLU [n, out / 2] of its outputs up | gate: one launch where the rows are few."""
+        weight = self.weight
+        few = len(x) > 0 and regime(weight.BITS, len(x), x.dtype) == "small_m"
+        if not few or not gates_in_one_split(weight, capability(x.device)):
+            return swiglu(self.forward_partial_sums(x), x.dtype)
+        if weight.perm is not None:
+            x = x.index_select(-1, weight.perm)
+        return self._plan("gated", x.contiguous())(x)
+
+    def _plan(self, kind: str, x: Tensor) -> MatmulPlan:
         # The key holds all that the checks look at, so that an x with a plan needs none.
-        key = (kind, cdiv(rows, BUCKET), dtype, x.device, x.shape[1:])
+        key = (kind, cdiv(len(x), BUCKET), x.dtype, x.device, x.shape[1:])
         plan = self._plans.get(key)
         if plan is None:
-            plan_matmul = plan_small_m if kind == "small_m" else plan_gemm
-            plan = self._plans[key] = plan_matmul(x, weight, self.bias)  # type: ignore[arg-type]  # int8 has no gemm
-        return plan(x)
+            if kind == "gemm":
+                plan = plan_gemm(x, self.weight, self.bias)  # type: ignore[arg-type]  # int8 has no gemm
+            else:
+                plan = plan_small_m(x, self.weight, self.bias, gated=kind == "gated")
+            self._plans[key] = plan
+        return plan
 
     def _dequantized(self, x: Tensor) -> Tensor:
         """Dequantize some outputs at a time; torch multiplies them while the L2 holds them."""
@@ -110,4 +127,10 @@ def bind(packed: Packed, precision: Precision = "exact") -> BoundLinear:
     details = f"groups of {weight.group}{'' if weight.zeros is None else ', zero points'}"
     details += "" if weight.perm is None else ", act-order: x is gathered first"
     packed_linear = PackedLinear(weight, bias)
-    return BoundLinear(packed_linear, f"int{weight.BITS}, {details}", weight.nbytes, packed_linear.forward_partial_sums)
+    return BoundLinear(
+        packed_linear,
+        f"int{weight.BITS}, {details}",
+        weight.nbytes,
+        packed_linear.forward_partial_sums,
+        packed_linear.forward_gated,
+    )

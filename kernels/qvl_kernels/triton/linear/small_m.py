@@ -18,10 +18,12 @@ from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
+from qvl_kernels.triton.dependent import announce, dependent, wait
 from qvl_kernels.triton.gluon import gl, gluon, mma
 from qvl_kernels.triton.launch import Launch, Spec, capability, counted
 from qvl_kernels.triton.linear.code_pairs import EXPONENT, base, unit
 from qvl_kernels.triton.linear.configs import SMALL_M, Config, config
+from qvl_kernels.triton.linear.epilogue import ask_for_words, gated, output_of
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.mma_operands import (
     index,
@@ -38,6 +40,7 @@ from qvl_kernels.util import cdiv
 # qkv, whose weight it reads in 8.5, at a ratio of 0.65, and no configuration of a lower ratio was faster.
 MOST_RATIO, MOST_RATIO_16, LEAST_WIDE = 0.6, 0.7, 0.9
 SHORT_LOOP, ENDS = 4, 0.02  # up to this many trips, the code around the loop adds this to a ratio
+OVERLAPPED = 0.03  # and what a program does before it waits for its inputs: it asks for weights
 
 
 @gluon.jit(do_not_specialize=["rows"])  # one binary for every batch size of a tile
@@ -45,12 +48,14 @@ def small_m_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
     rows,
     BITS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[s, m, n] = sum over groups g of split s: scale[g, n] * (sum over k of g: x[m, k] * (q[k, n] - zero[g, n])).
 
     x [rows, INPUTS]; words int32 [tiles, PADDED, 16]; scales, zeros [groups, PADDED] (zeros None: the middle code);
     bias [OUTPUTS] or None, added by split 0; out [splits, rows, OUTPUTS]. A program: BM rows, BN outputs, W warps.
+    GATED: the outputs are up | gate, a program has half of its outputs from each, and out [1, rows, OUTPUTS // 2] is
+    their SwiGLU.
 
     The dot multiplies x by UNIT * (BASE + q). UNIT * (BASE + zero) times the group's sum of x, which an MMA of
     constants makes, is subtracted from its result, and the scale is applied to it: once per output and group.
@@ -74,11 +79,19 @@ def small_m_kernel(
     S: tl.constexpr = gl.SliceLayout(2, MMA)
     split, splits = gl.program_id(1), gl.num_programs(1)
     first, last = split * TILES // splits, (split + 1) * TILES // splits
-    n0, m0 = gl.program_id(0) * BN, gl.program_id(2) * BM
+    HALF: tl.constexpr = BN // 2 if GATED else BN
+    n0, m0 = gl.program_id(0) * HALF, gl.program_id(2) * BM
+    announce(PDL)
+    if PDL and BITS == 4:  # with 8 bits a register spills
+        ask_for_words(words_ptr + n0 * 16, first, last, PADDED, HALF, W)
+        if GATED:
+            ask_for_words(words_ptr + (n0 + OUTPUTS // 2) * 16, first, last, PADDED, HALF, W)
+    wait(PDL)
     w, w_x = index(W, 0, L), index(W, 0, X)  # [W, 1, 1]
     w_s = gl.expand_dims(gl.arange(0, W, gl.SliceLayout(1, S)), 1)  # [W, 1]
-    words_at = words_ptr + (n0 + index(BN, 1, L)) * 16 + index(16, 2, L)
-    n_s = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)  # [1, BN]
+    n_w = output_of(n0, index(BN, 1, L), OUTPUTS, BN, GATED)  # [1, BN, 1]
+    words_at = words_ptr + n_w * 16 + index(16, 2, L)
+    n_s = output_of(n0, gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0), OUTPUTS, BN, GATED)  # [1, BN]
     k = index(32, 1, X)
     x_at = x_ptr + gl.minimum(m0 + index(BM, 2, X), rows - 1) * INPUTS + k  # rows past the last are the last
     exponent = 0
@@ -113,12 +126,16 @@ def small_m_kernel(
                 dot += repeat_rows(total, BN, MMA)
             acc += dot * gl.expand_dims(scale, 2)
     y = gl.sum(acc, 0) * (1 / UNIT)  # [BN, BM]
-    n = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, y.type.layout)), 1)
-    m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, y.type.layout)), 0)
     if bias_ptr is not None and split == 0:
-        y += gl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(gl.float32)
-    out = out_ptr + (split * rows + m) * OUTPUTS + n
-    gl.store(out, y.to(out_ptr.dtype.element_ty), (n < OUTPUTS) & (m < rows))
+        at = output_of(n0, gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, y.type.layout)), 1), OUTPUTS, BN, GATED)
+        y += gl.load(bias_ptr + at, at < OUTPUTS, 0.0).to(gl.float32)
+    WIDTH: tl.constexpr = OUTPUTS // 2 if GATED else OUTPUTS
+    if GATED:
+        y = gated(y, FLOAT)
+    n = n0 + gl.expand_dims(gl.arange(0, HALF, gl.SliceLayout(1, y.type.layout)), 1)
+    m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, y.type.layout)), 0)
+    out = out_ptr + (split * rows + m) * WIDTH + n
+    gl.store(out, y.to(out_ptr.dtype.element_ty), (n < WIDTH) & (m < rows))
 
 
 def small_m(
@@ -132,31 +149,54 @@ def small_m(
 
 
 def plan_small_m(
-    x: Tensor, weight: PackedInt4 | PackedInt8, bias: Tensor | None = None, splits: int | None = None
+    x: Tensor,
+    weight: PackedInt4 | PackedInt8,
+    bias: Tensor | None = None,
+    splits: int | None = None,
+    gated: bool = False,
 ) -> MatmulPlan:
-    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 8-row blocks."""
+    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 8-row blocks.
+
+    gated: the outputs are up | gate, and what is returned is their SwiGLU [rows, N / 2], always of one split.
+    """
     op, rows, most = f"int{weight.BITS}_small_m", len(x), SMALL_M[weight.BITS]
     checks.tensor(op, "x", x, (None, weight.inputs), torch.float16, torch.bfloat16)
     checks.device(op, x, bias, *weight.tensors().values())
     if not 0 < rows <= most:
         raise ValueError(f"{op}: x has {rows} rows; expected 1 to {most}")
-    padded = weight.words.shape[1]
-    chosen = config(capability(x.device), "small_m", rows, weight.inputs, padded, weight.BITS)
-    return _plan(rows, weight, bias, chosen if splits is None else chosen._replace(splits=splits))
+    if gated and weight.outputs % 2:
+        raise ValueError(f"{op}: {weight.outputs} outputs; expected as many of up as of gate")
+    here = capability(x.device)
+    chosen = config(here, "small_m", rows, weight.inputs, weight.words.shape[1], weight.BITS)
+    splits = 1 if gated else chosen.splits if splits is None else splits
+    return _plan(rows, weight, bias, chosen._replace(splits=splits), gated, dependent(here, rows))
 
 
-def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
+def gates_in_one_split(weight: PackedInt4 | PackedInt8, capability: int) -> bool:
+    """Whether few rows of a weight take one split by its configuration, so that its SwiGLU can be taken on the way."""
+    return config(capability, "small_m", 1, weight.inputs, weight.words.shape[1], weight.BITS).splits == 1
+
+
+def _plan(
+    rows: int,
+    weight: PackedInt4 | PackedInt8,
+    bias: Tensor | None,
+    chosen: Config,
+    gated: bool = False,
+    pdl: bool = False,
+) -> MatmulPlan:
     padded = weight.words.shape[1]
+    programs = cdiv(weight.outputs, chosen.columns) if gated else cdiv(padded, chosen.columns)
     launch = Launch(
         small_m_kernel,
-        (cdiv(padded, chosen.columns), chosen.splits, cdiv(rows, chosen.rows)),
+        (programs, chosen.splits, cdiv(rows, chosen.rows)),
         {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
         {"BITS": weight.BITS, "INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded,
-         "GROUP": weight.group, "BM": chosen.rows, "BN": chosen.columns, "W": chosen.warps},
+         "GROUP": weight.group, "BM": chosen.rows, "BN": chosen.columns, "W": chosen.warps, "GATED": gated, "PDL": pdl},
         chosen.warps,
         chosen.stages,
     )  # fmt: skip
-    return MatmulPlan(launch, chosen.splits, weight.outputs)
+    return MatmulPlan(launch, chosen.splits, weight.outputs // 2 if gated else weight.outputs)
 
 
 def aot_specs(capability: int) -> list[Spec]:
@@ -177,15 +217,18 @@ def aot_specs(capability: int) -> list[Spec]:
 def _spec(capability: int, bits: int, name: str, rows: int, dtype: torch.dtype, symmetric: bool) -> Spec:
     x, weight, bias = example(bits, name, rows, dtype, symmetric)
     chosen = config(capability, "small_m", rows, weight.inputs, weight.words.shape[1], bits)
-    launch, out = _plan(rows, weight, bias, chosen).prepare(x)
+    gated = name == "up_gate" and gates_in_one_split(weight, capability)
+    launch, out = _plan(rows, weight, bias, chosen, gated, capability >= 90).prepare(x)
     trips = cdiv(weight.inputs, weight.TILE) / chosen.splits / chosen.warps
+    around = (ENDS if trips <= SHORT_LOOP else 0.0) + (OVERLAPPED if capability >= 90 else 0.0)
     bar = MOST_RATIO if rows <= 8 or bits == 8 else MOST_RATIO_16
+    name += " swiglu" if gated else ""
     label = f"int{bits}_small_m {name}, {counted(rows, 'row')}{'' if dtype == torch.float16 else ', bf16'}"
     return Spec(
         label + ("" if symmetric else ", zero points"),
         launch,
         x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-        max_ratio=None if rows > 16 else bar + (ENDS if trips <= SHORT_LOOP else 0.0),
+        max_ratio=None if rows > 16 else round(bar + around, 2),
         min_wide=LEAST_WIDE,
         from_registers=True,
         loop_trips=trips,
