@@ -44,6 +44,7 @@ def contenders() -> tuple[Contender, ...]:
         Contender("int4, bfloat16", torch.bfloat16, _packed, 4),
         Contender("tinygemm, bfloat16", torch.bfloat16, _tinygemm, 4),
         Contender("dense, bfloat16", torch.bfloat16, _dense, 16),
+        Contender("dense by this package, bfloat16", torch.bfloat16, _own_dense, 16),
     )
 
 
@@ -58,7 +59,7 @@ def linears(place: Place, ceiling: float) -> Iterator[Row]:
         try:
             yield from _of_contender(place, contender, shapes, ceiling)
         except (RuntimeError, NotImplementedError, AttributeError) as fault:
-            if contender.make is _packed:
+            if contender.make in (_packed, _own_dense):
                 raise
             yield {"contender": contender.name, "note": f"does not run here: {str(fault).splitlines()[0][:120]}"}
         place.settle()
@@ -144,6 +145,13 @@ def _dense(weight: PackedInt4) -> Product:
 
     dense = dequantize(weight).to(torch.bfloat16)
     return lambda x: F.linear(x, dense)
+
+
+def _own_dense(weight: PackedInt4) -> Product:
+    from qvl_kernels.layouts.repack import dequantize
+    from qvl_kernels.triton.linear.dense_linear import DenseLinear
+
+    return DenseLinear(dequantize(weight).to(torch.bfloat16), None).forward_partial_sums
 
 
 def _tinygemm(weight: PackedInt4) -> Product:

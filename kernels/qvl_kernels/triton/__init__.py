@@ -45,6 +45,7 @@ from qvl_kernels.reference import (
 from qvl_kernels.triton.activations import gelu, swiglu
 from qvl_kernels.triton.attention.kv_tiles import from_cached, to_cached
 from qvl_kernels.triton.attention.paged import paged_attention
+from qvl_kernels.triton.attention.rotary import rotary_to_cache
 from qvl_kernels.triton.attention.rotary_attention import rotary_attention
 from qvl_kernels.triton.attention.vision import cross_attention, vision_attention
 from qvl_kernels.triton.linear.linears import (
@@ -58,7 +59,6 @@ from qvl_kernels.triton.linear.linears import (
 )
 from qvl_kernels.triton.linear.split_sum import sum_partials
 from qvl_kernels.triton.norms import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from qvl_kernels.triton.rotary import rotary_to_cache
 from qvl_kernels.triton.sampling.sample import greedy, sample
 
 __all__ = [

@@ -31,6 +31,7 @@ gl = SimpleNamespace(
     float32=tl.float32,
     int16=tl.int16,
     int32=tl.int32,
+    int64=tl.int64,
     DistributedLinearLayout=_no_layout,
     DotOperandLayout=_no_layout,
     NVMMADistributedLayout=_no_layout,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qvl_kernels import reference
 from qvl_kernels.triton.attention.kv_tiles import by_block, by_vector, from_cached
-from qvl_kernels.triton.rotary import rotary_to_cache
+from qvl_kernels.triton.attention.rotary import rotary_to_cache
 from tests.kernels.compare import EPSILON
 
 pytestmark = pytest.mark.interpreter

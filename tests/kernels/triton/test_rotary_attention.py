@@ -8,8 +8,8 @@ import torch
 from qvl_kernels import reference
 from qvl_kernels.triton.attention.kv_tiles import by_block, by_vector
 from qvl_kernels.triton.attention.paged import paged_attention
+from qvl_kernels.triton.attention.rotary import rotary_to_cache
 from qvl_kernels.triton.attention.rotary_attention import rotary_attention
-from qvl_kernels.triton.rotary import rotary_to_cache
 from tests.kernels.compare import KV8_ERROR, relative
 
 pytestmark = pytest.mark.interpreter

@@ -13,11 +13,11 @@ from qvl_kernels.reference import cache_width
 from qvl_kernels.triton.attention.decode_kv_fp16 import PIECES, decode_kv_fp16_kernel
 from qvl_kernels.triton.attention.decode_kv_int8 import decode_kv_int8_kernel
 from qvl_kernels.triton.attention.merge import merge
+from qvl_kernels.triton.attention.rotary import NewTokens
 from qvl_kernels.triton.attention.softmax import LOG2E
 from qvl_kernels.triton.dependent import dependent
 from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
-from qvl_kernels.triton.rotary import NewTokens
 from qvl_kernels.util import cdiv
 
 ROWS_AT_ONCE = 64  # whose partial results are in memory at a time: 34 MB for 32 heads of 128

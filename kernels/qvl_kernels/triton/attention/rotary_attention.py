@@ -10,8 +10,8 @@ from torch import Tensor
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.attention.decode import decode
 from qvl_kernels.triton.attention.paged import MAX_HEAD_DIM, paged_attention
+from qvl_kernels.triton.attention.rotary import NewTokens, check, rotary_to_cache
 from qvl_kernels.triton.launch import capability
-from qvl_kernels.triton.rotary import NewTokens, check, rotary_to_cache
 
 
 def rotary_attention(

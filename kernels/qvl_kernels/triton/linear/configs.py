@@ -20,23 +20,32 @@ from qvl_kernels.layouts.gpu import OUTPUTS, TILE, TILE_INT8
 from qvl_kernels.triton.launch import CAPABILITIES
 from qvl_kernels.util import cdiv
 
-Regime = Literal["small_m", "gemm", "dequantize"]
+Regime = Literal["small_m", "gemm", "dequantize", "dense"]
 # By bits. Rows up to which a weight is multiplied as it is unpacked, from registers: beyond, an int4 weight meets tiles
 # of many rows, and an int8 weight is dequantized once for torch's product, three passes over what the kernel reads.
-SMALL_M = {4: 32, 8: 64}
+# A dense weight is torch's own product beyond.
+SMALL_M = {4: 32, 8: 64, 16: 16}
 # Rows from which dequantizing an int4 weight once, 1.3 passes over it in 16 bits, costs less than in each tile.
 DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
+# Columns and warps of a program with few rows. Dense: 16 outputs of 8 warps have 16 KB under way, and leave the last
+# wave of a layer's linears enough programs to fill the memory; not measured.
+FEW = {"small_m": (32, 4), "dense": (16, 8)}
 SMALL_M_TILES = (8, 16, 32)  # rows of a program with few rows: the registers of a tile of 64 would spill
 
-TILES = {4: TILE, 8: TILE_INT8}  # inputs of a tile, by bits
+TILES = {4: TILE, 8: TILE_INT8, 16: 64}  # inputs of a tile, by bits
 MULTIPROCESSORS = {  # by capability, of the GPU whose configurations all others of that capability share
     gpu.capability: gpu.sms for gpu in map(gpu_named, ("A100-SXM4-80GB", "RTX A6000", "RTX 4090", "H100 80GB HBM3"))
 }
 # Programs on each. Many rows: 2 stages of 16 KB each outstanding are 48 KB, of the 18 that Little's law asks on H100.
 # Few rows: measured on an H100 over 1 to 32 splits, where a layer's four linears were best at 1, 2 to 4, 1 and 4
 # splits, each partial sum costing the next kernel 0.1 to 0.2 us.
-PROGRAMS = {"small_m": 3.9, "gemm": 1.5}
-LEAST_TILES = {"small_m": 16, "gemm": 4}  # a program: with fewer, filling the pipeline takes longer than running it
+PROGRAMS = {"small_m": 3.9, "gemm": 1.5, "dense": 3.9}
+LEAST_TILES = {
+    "small_m": 16,
+    "gemm": 4,
+    "dense": 32,
+}  # a program: with fewer, filling the pipeline takes longer than running it
+FEW_TILES = "rows of 8, 16 or 32, columns of 32, 64 or (not dense) 128, or (dense) 16"
 LARGE_TILES = "rows that are a power of two from 16 to 256, columns of 128 or 256"
 
 
@@ -66,11 +75,12 @@ def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, 
     here, tiles = known(capability), cdiv(inputs, TILES[bits])
     tuned = overrides().get((here, f"{kind} {inputs} {outputs}"))
     if tuned is not None:
-        tuned = tuned if outputs % tuned.columns == 0 else tuned._replace(columns=OUTPUTS)
-        return tuned._replace(rows=_tile_rows(rows)) if kind == "small_m" else tuned
-    if kind == "small_m":
-        made = Config(_tile_rows(rows), 32, 4, 1)
-        return made._replace(splits=_splits(here, kind, outputs // made.columns, tiles))
+        whole = kind == "dense" or outputs % tuned.columns == 0
+        tuned = tuned if whole else tuned._replace(columns=OUTPUTS)
+        return tuned._replace(rows=_tile_rows(rows)) if kind in FEW else tuned
+    if kind in FEW:
+        made = Config(_tile_rows(rows), *FEW[kind], 1)
+        return made._replace(splits=_splits(here, kind, cdiv(outputs, made.columns), tiles))
     made = _gemm(here, rows, outputs)
     splits = _splits(here, kind, cdiv(rows, made.rows) * (outputs // made.columns), tiles)
     # its splits have the same number of tiles
@@ -97,7 +107,7 @@ def _gemm(capability: int, rows: int, outputs: int) -> Config:
 def _splits(capability: int, kind: Regime, programs: int, tiles: int) -> int:
     """Split-K that fills the GPU; with many rows or outputs there is none, since partial sums cost traffic."""
     wanted = PROGRAMS[kind] * MULTIPROCESSORS[capability]
-    splits = int(wanted) // programs if kind == "small_m" else cdiv(int(wanted), programs)
+    splits = int(wanted) // programs if kind in FEW else cdiv(int(wanted), programs)
     return max(1, min(splits, tiles // LEAST_TILES[kind]))
 
 
@@ -113,7 +123,7 @@ def overrides() -> dict[tuple[int, str], Config]:
             if not _valid(key, numbers):
                 raise ValueError(
                     f"{path}: {key!r} is {numbers}; expected [rows, columns, warps, stages, splits] with"
-                    f" {'rows of 8, 16 or 32, columns of 32, 64 or 128' if _few_rows(key) else LARGE_TILES}, 1, 2, 4 or"
+                    f" {FEW_TILES if _few_rows(key) else LARGE_TILES}, 1, 2, 4 or"
                     " 8 warps, and 1 to 64 of the others"
                 )
             found[int(capability), key] = Config(*numbers)
@@ -121,7 +131,7 @@ def overrides() -> dict[tuple[int, str], Config]:
 
 
 def _few_rows(key: str) -> bool:
-    return key.startswith("small_m")
+    return key.partition(" ")[0] in FEW
 
 
 def _valid(key: str, numbers: object) -> bool:
@@ -129,7 +139,7 @@ def _valid(key: str, numbers: object) -> bool:
         return False
     rows, columns, warps, *others = numbers
     if _few_rows(key):
-        fits = rows in SMALL_M_TILES and columns in (32, 64, 128)
+        fits = rows in SMALL_M_TILES and columns in ((16, 32, 64) if key.startswith("dense") else (32, 64, 128))
     else:
         fits = rows in (16, 32, 64, 128, 256) and columns in (128, 256)
     return fits and warps in (1, 2, 4, 8) and all(1 <= n <= 64 for n in others)

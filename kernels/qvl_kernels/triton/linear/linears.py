@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qvl_kernels import reference
 from qvl_kernels.layouts.binding import bind_published
 from qvl_kernels.layouts.gpu import LAYOUTS, PackedInt4, PackedInt8, kind_of
 from qvl_kernels.layouts.repack import pack_gptq, unpack_to_qweight, unsupported
@@ -15,6 +14,7 @@ from qvl_kernels.reference import BoundLinear, Packed, Precision, linear
 from qvl_kernels.triton.activations import swiglu
 from qvl_kernels.triton.launch import capability
 from qvl_kernels.triton.linear.configs import regime
+from qvl_kernels.triton.linear.dense_linear import prepare_linear
 from qvl_kernels.triton.linear.dequantize import DequantizePlan, plan_dequantize
 from qvl_kernels.triton.linear.gemm import plan_gemm
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
@@ -98,11 +98,6 @@ class PackedLinear:
         if plan is None:
             plan = self._dequantize_plans[key] = plan_dequantize(self.weight, dtype, first, count)
         return plan()
-
-
-def prepare_linear(weight: Tensor, bias: Tensor | None = None, precision: Precision = "exact") -> BoundLinear:
-    """`reference.prepare_linear`: dense weights go through torch's own product (cuBLAS), in either precision."""
-    return reference.prepare_linear(weight, bias, precision)
 
 
 def prepare_gptq(

@@ -36,6 +36,14 @@ def x_layout(W: int, BM: int) -> object:
     return gl.DistributedLinearLayout(registers, lanes, [[b, 0, 0] for b in powers_of_two(1, W)], [], [W, 32, BM])
 
 
+@gluon.constexpr_function
+def dense_layout(W: int, BN: int) -> object:
+    """[W, BN, 32]: a part of tile w; a thread has 8 neighboring inputs of every eighth output."""
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], *([0, b, 0] for b in powers_of_two(8, BN))]
+    lanes = [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[b, 0, 0] for b in powers_of_two(1, W)], [], [W, BN, 32])
+
+
 @gluon.jit
 def index(SIZE: tl.constexpr, DIM: tl.constexpr, LAYOUT: tl.constexpr):
     """0 to SIZE - 1 along dimension DIM of three."""
@@ -58,6 +66,14 @@ def weight_operand(words, exponent, FLOAT: tl.constexpr, BITS: tl.constexpr, CHU
     low, high = code_pair(words, exponent, FLOAT, BITS, CHUNK)
     inputs = gl.join(low, high).reshape(W, BN, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)  # t u v e to u v t e
     return gl.convert_layout(inputs.reshape(W, BN, 32), A)
+
+
+@gluon.jit
+def dense_operand(weight, A: tl.constexpr):
+    """32 inputs of weights [W, BN, 32] as operand A, in the order of `x_operand`."""
+    W: tl.constexpr = weight.shape[0]
+    BN: tl.constexpr = weight.shape[1]
+    return gl.convert_layout(weight.reshape(W, BN, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(W, BN, 32), A)
 
 
 @gluon.jit

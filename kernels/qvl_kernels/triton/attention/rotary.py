@@ -13,7 +13,6 @@ from qvl_kernels.reference import SCALE_BYTES, cache_width
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.attention.kv_tiles import max_or_nan, round_to_int8, scales_at
 from qvl_kernels.triton.launch import Launch, Spec, counted
-from qvl_kernels.triton.linear.published_shapes import decode_splits
 from qvl_kernels.triton.partial_sums import load_sum
 from qvl_kernels.util import cdiv
 
@@ -187,12 +186,12 @@ def _plan(
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """32 heads of 128: decode with 1 and 16 rows, of packed linears' partial sums and whole; prefill of 2048 rows."""
+    """32 heads of 128: 1 and 16 rows, which captured decode steps rotate in attention; prefill of 2048 rows."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    specs, parts = [], decode_splits(capability, "qkv")
+    specs, parts = [], 2
     for rows, splits, cache_dtype in (
         (1, 0, torch.bfloat16),
         (1, parts, torch.bfloat16),
@@ -211,6 +210,5 @@ def aot_specs(capability: int) -> list[Spec]:
         name = ["rotary_to_cache", counted(rows, "row"), *[counted(splits, "split")] * bool(splits)]
         name += ["int8 KV"] * (cache_dtype == torch.int8)
         launch = _plan(qkv, tables, tables, logn, cache, cache, slots, q)
-        per_layer = int(splits > 0 and cache_dtype != torch.int8)
-        specs.append(Spec(", ".join(name), launch, moved, max_ratio=0.3, min_wide=0.9, per_layer=per_layer))
+        specs.append(Spec(", ".join(name), launch, moved, max_ratio=0.3, min_wide=0.9))
     return specs
