@@ -19,8 +19,8 @@ BLOCK = 256  # of SwiGLU, of one warp: 8 values a lane, and 11008 is a whole num
 
 
 @triton.jit(do_not_specialize=["rows"])  # 1 would be a constant
-def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = up * round(gate / (1 + exp(-gate))); x [SPLITS or 1, rows, 2F] holds up | gate, y [rows, F].
+def swiglu_kernel(x_ptr, y_ptr, rows, F, y_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """y = up * round(gate / (1 + exp(-gate))); x [SPLITS or 1, rows, 2F] holds up | gate; y [rows, F], y_stride.
 
     A program takes two tiles of a row and one reciprocal for both, 1/a = b * 1/(a * b): exp and 1/a each at 16 lanes a
     clock would be a third of the time that H100's memory takes. It is the square of 1/sqrt(a * b), whose argument lies
@@ -42,8 +42,8 @@ def swiglu_kernel(x_ptr, y_ptr, rows, F, SPLITS: tl.constexpr, BLOCK: tl.constex
     # rounded in between, as the reference has it: then the compiler multiplies 16-bit pairs
     silu_1 = (gate_1 * below_2 * both).to(dtype).to(tl.float32)
     silu_2 = (gate_2 * below_1 * both).to(dtype).to(tl.float32)
-    tl.store(y_ptr + row * F + first, (up_1 * silu_1).to(dtype), first < F)
-    tl.store(y_ptr + row * F + second, (up_2 * silu_2).to(dtype), second < F)
+    tl.store(y_ptr + row * y_stride + first, (up_1 * silu_1).to(dtype), first < F)
+    tl.store(y_ptr + row * y_stride + second, (up_2 * silu_2).to(dtype), second < F)
 
 
 @triton.jit
@@ -77,6 +77,11 @@ def swiglu(up_gate: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return y
 
 
+def swiglu_into(up_gate: Tensor, y: Tensor) -> None:
+    """`swiglu` of up_gate [n, 2F] into y [n, F], some columns of a wider tensor."""
+    _swiglu_plan(up_gate, y).run()
+
+
 def gelu(x: Tensor) -> Tensor:
     """`reference.gelu`: x of any shape. The bias before it is the GEMM's, whose epilogue adds it for nothing."""
     checks.device("gelu", x)
@@ -95,7 +100,7 @@ def _swiglu_plan(up_gate: Tensor, y: Tensor) -> Launch:
     return Launch(
         swiglu_kernel,
         grid,
-        {"x_ptr": up_gate, "y_ptr": y, "rows": rows, "F": width},
+        {"x_ptr": up_gate, "y_ptr": y, "rows": rows, "F": width, "y_stride": y.stride(0)},
         {"SPLITS": splits, "BLOCK": BLOCK},
         warps=1,
     )

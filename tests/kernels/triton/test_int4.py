@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed: `make setup`")
 pytestmark = pytest.mark.interpreter
 
 from qvl_kernels import triton as ops  # noqa: E402
-from qvl_kernels.triton.linear import configs, dequantize, gemm, small_m  # noqa: E402
+from qvl_kernels.triton.linear import configs, dequantize, gemm, small_m, unpacked  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +103,21 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
     linear = ops.prepare_gptq(*tensors, 4, 1, bias)
     whole = linear(x)
     # 128 outputs, 128 and 40
-    monkeypatch.setattr(import_module("qvl_kernels.triton.linear.linears"), "UNPACKED_AT_ONCE", 1)
+    monkeypatch.setattr(unpacked, "AT_ONCE", 1)
     check(linear(x), x, tensors, bias)
     torch.testing.assert_close(linear(x), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_up_and_gate_are_unpacked_together(monkeypatch: pytest.MonkeyPatch, act_order: bool) -> None:
+    """In pieces of 256, 256 and 128 outputs of each; float32 takes this way with any number of rows."""
+    tensors, x = checkpoint(128, 1280, 64, act_order=act_order), activations(3, 128, torch.float32)
+    linear = ops.prepare_gptq(*tensors, 4, 1, activations(1, 1280)[0])
+    assert linear.gated is not None
+    want = ops.swiglu(linear(x))
+    for at_once in (unpacked.AT_ONCE, 2 * 256 * 128 * 4):
+        monkeypatch.setattr(unpacked, "AT_ONCE", at_once)
+        torch.testing.assert_close(linear.gated(x), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40])

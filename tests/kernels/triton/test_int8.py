@@ -92,7 +92,7 @@ def test_a_large_weight_is_unpacked_some_outputs_at_a_time(
     linear = ops.prepare_gptq(*tensors, 8, 1, bias)
     whole = linear(x)
     # 128 outputs, 128 and 40
-    monkeypatch.setattr(import_module("qvl_kernels.triton.linear.linears"), "UNPACKED_AT_ONCE", 1)
+    monkeypatch.setattr(import_module("qvl_kernels.triton.linear.unpacked"), "AT_ONCE", 1)
     check(linear(x), x, tensors, bias)
     torch.testing.assert_close(linear(x), whole, rtol=0, atol=1e-5)
 

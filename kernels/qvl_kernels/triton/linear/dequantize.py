@@ -95,9 +95,10 @@ class DequantizePlan(NamedTuple):
     shape: tuple[int, int]  # outputs, inputs
     dtype: torch.dtype
 
-    def __call__(self) -> Tensor:
-        """The weight [outputs, inputs] in `dtype`."""
-        out = self.scales.new_empty(self.shape, dtype=self.dtype)
+    def __call__(self, out: Tensor | None = None) -> Tensor:
+        """The weight [outputs, inputs] in `dtype`, in `out` if that is given: contiguous, of this shape and dtype."""
+        if out is None:
+            out = self.scales.new_empty(self.shape, dtype=self.dtype)
         self.launch.with_arguments(out_ptr=out).run()
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from qvl_kernels.layouts.binding import bind_published
@@ -15,17 +14,15 @@ from qvl_kernels.triton.activations import swiglu
 from qvl_kernels.triton.launch import capability
 from qvl_kernels.triton.linear.configs import regime
 from qvl_kernels.triton.linear.dense_linear import prepare_linear
-from qvl_kernels.triton.linear.dequantize import DequantizePlan, plan_dequantize
 from qvl_kernels.triton.linear.gemm import plan_gemm
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.small_m import gates_in_one_split, plan_small_m
 from qvl_kernels.triton.linear.split_sum import sum_partials
+from qvl_kernels.triton.linear.unpacked import Unpacked
 from qvl_kernels.util import cdiv
 
 __all__ = ["LAYOUTS", "bind", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "unpack_to_qweight"]
 
-STEP = 128  # outputs: whole programs of the kernels that dequantize
-UNPACKED_AT_ONCE = 16 << 20  # bytes: the published model's up_gate would be 172 MiB on top of a prompt's activations
 BUCKET = 8  # rows: configurations change only at multiples of it
 
 
@@ -36,7 +33,11 @@ class PackedLinear:
     weight: PackedInt4 | PackedInt8
     bias: Tensor | None
     _plans: dict[tuple[object, ...], MatmulPlan] = field(default_factory=dict, init=False)
-    _dequantize_plans: dict[tuple[torch.dtype, int, int], DequantizePlan] = field(default_factory=dict, init=False)
+    _unpacked: Unpacked = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Make the products of many rows, which share the weight."""
+        object.__setattr__(self, "_unpacked", Unpacked(self.weight, self.bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., in] to [.., out], in x's dtype."""
@@ -53,18 +54,20 @@ class PackedLinear:
             return x.new_empty(0, weight.outputs)
         kind = regime(weight.BITS, len(x), x.dtype)
         if kind == "dequantize":
-            return self._dequantized(x)
+            return self._unpacked(x)
         return self._plan(kind, x)(x)
 
     def forward_gated(self, x: Tensor) -> Tensor:
-        """x [n, in] to the SwiGLU [n, out / 2] of its outputs up | gate: one launch where the rows are few."""
+        """x [n, in] to the SwiGLU [n, out / 2] of its outputs up | gate, without all of these in memory if it can."""
         weight = self.weight
-        few = len(x) > 0 and regime(weight.BITS, len(x), x.dtype) == "small_m"
-        if not few or not gates_in_one_split(weight, capability(x.device)):
+        kind = regime(weight.BITS, len(x), x.dtype)
+        few = kind == "small_m" and len(x) > 0 and gates_in_one_split(weight, capability(x.device))
+        if not few and not (kind == "dequantize" and self._unpacked.gates()):
             return swiglu(self.forward_partial_sums(x), x.dtype)
         if weight.perm is not None:
             x = x.index_select(-1, weight.perm)
-        return self._plan("gated", x.contiguous())(x)
+        x = x.contiguous()
+        return self._plan("gated", x)(x) if few else self._unpacked.gated(x)
 
     def _plan(self, kind: str, x: Tensor) -> MatmulPlan:
         # The key holds all that the checks look at, so that an x with a plan needs none.
@@ -77,27 +80,6 @@ class PackedLinear:
                 plan = plan_small_m(x, self.weight, self.bias, gated=kind == "gated")
             self._plans[key] = plan
         return plan
-
-    def _dequantized(self, x: Tensor) -> Tensor:
-        """Dequantize some outputs at a time; torch multiplies them while the L2 holds them."""
-        outputs = self.weight.outputs
-        step = max(STEP, UNPACKED_AT_ONCE // (self.weight.inputs * x.element_size()) // STEP * STEP)
-        y = x.new_empty(len(x), outputs)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        for first in range(0, outputs, step):
-            weight, columns = self._dequantize(x.dtype, first, step).t(), slice(first, first + step)
-            if bias is None:
-                torch.mm(x, weight, out=y[:, columns])
-            else:
-                torch.addmm(bias[columns], x, weight, out=y[:, columns])
-        return y
-
-    def _dequantize(self, dtype: torch.dtype, first: int, count: int) -> Tensor:
-        key = (dtype, first, count)
-        plan = self._dequantize_plans.get(key)
-        if plan is None:
-            plan = self._dequantize_plans[key] = plan_dequantize(self.weight, dtype, first, count)
-        return plan()
 
 
 def prepare_gptq(
