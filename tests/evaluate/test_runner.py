@@ -143,6 +143,14 @@ def test_every_kind_of_task_is_asked(task: str, name: str, asker: EngineAsker, t
     assert TASKS[task].title in page
 
 
+def test_a_part_of_a_set_of_captions_has_a_score_that_compares_with_nothing(asker: EngineAsker, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", CASES[0])
+    run = run_task(TASKS["flickr"], asker, RunOptions(data, limit=1), tmp_path / "out")
+    report = report_task(run, "chatml")
+    assert len(report.scores) == 1
+    assert any("not comparable: the first 1 of 2" in note for note in report.notes), report.notes
+
+
 def test_min_and_max_tokens_hold(asker: EngineAsker, tmp_path: Path) -> None:
     run = run_task(TASKS["flickr"], asker, RunOptions(write(tmp_path / "data", CASES[0])), tmp_path / "out")
     tokens = [entry["tokens"] for entry in entries(tmp_path / "out" / RECORDS)]

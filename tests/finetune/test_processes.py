@@ -19,6 +19,7 @@ from qvl_runtime.errors import ConfigError
 from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.parallel import joined_team
 from qvl_runtime.finetune.run import Finetuning
+from qvl_runtime.finetune.trainer import StoppedError
 from tests.finetune.test_trainer import LORA, data
 
 __all__ = ["data"]
@@ -70,6 +71,24 @@ def test_two_processes_equal_one(method: Any, sharding: str, source: Path, data:
     one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def stopped(source: Path, data: Path, out: Path, options: FinetuneOptions, environment: dict[str, str]) -> None:
+    """A run whose second process is asked to stop, as by a signal that reaches it alone."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with joined_team(options.sharding) as team, pytest.raises(StoppedError, match="after step 1 of 4"):
+        Finetuning.open(source, data, out, options).run(team, on_start=lambda t: t.stop() if team.rank else None)
+
+
+@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+def test_a_stop_reaches_all_and_another_number_resumes(sharding: str, source: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(BASE, method="full", save_every=100)
+    run_two(source, data, tmp_path / "parts", replace(options, sharding=sharding), target=stopped)
+    assert [path.name for path in (tmp_path / ".parts.partial" / "states").iterdir()] == ["step-00000001"]
+    for name in ("parts", "whole"):
+        Finetuning.open(source, data, tmp_path / name, options).run()
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
 
 
 def test_what_does_not_go_together_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
