@@ -1,8 +1,8 @@
 """Fine-tune nano on a kind of object that it was never shown: its data, and scores before and after.
 
-`python -m tools.nano.new_kind data FOLDER` writes train.json and test.json: scenes with mushrooms, and as many of
+`python -m tools.nano.new_kind data FOLDER` writes train.json and test.json: scenes with the new kind, and as many of
 nano's own world, without which a fine-tuned model forgets it. `... score [--adapter DIR] [MODEL]` asks about fresh
-scenes of both kinds. docs/finetuning.md has the commands of the runs and their results.
+scenes of both sorts. docs/finetuning.md has the commands of the runs and their results.
 """
 
 from __future__ import annotations
@@ -25,53 +25,57 @@ from .scoring import score
 from .world import NEW_EMOJI
 
 DATA_SEED, SCORE_SEED = 30_000_001, 30_000_003
-TRAIN, TEST, SCORED = 1200, 32, 200  # scenes
-NAME = next(iter(NEW_EMOJI))
+TRAIN, TEST, SCORED = 1000, 32, 200  # scenes
 
 
-def write_data(folder: Path, train: int = TRAIN, test: int = TEST) -> None:
-    """Write train.json and test.json with their images; every second scene has a chance of the new kind."""
+def write_data(folder: Path, kind: str, train: int = TRAIN, test: int = TEST) -> None:
+    """Write train.json and test.json with their images: a chat about each scene, its questions in a drawn order.
+
+    Every second scene has a chance of the new kind. Each question may come first: one that always came after another
+    would be answered from that answer instead of the image.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng, usual = np.random.default_rng(DATA_SEED), SceneConfig()
     records = []
     for number in range(train + test):
-        image, things = draw_scene(rng, replace(usual, new=0.5) if number % 2 else usual)
+        image, things = draw_scene(rng, replace(usual, new=0.5, new_kind=kind) if number % 2 else usual)
         Image.fromarray(image).save(folder / f"{number}.png")
+        asked = [*_about_new(rng, things, kind), *turns(rng, things, chinese=number % 8 == 0)]
         messages: list[dict[str, str]] = []
-        for turn in [*_about_new(rng, things), *_shuffled(rng, turns(rng, things, chinese=number % 8 == 0))]:
+        for i in rng.permutation(len(asked)):
             heading = "" if messages else f"Picture 1: <img>{number}.png</img>\n"
             messages += [
-                {"from": "user", "value": heading + turn.question},
-                {"from": "assistant", "value": turn.answer},
+                {"from": "user", "value": heading + asked[i].question},
+                {"from": "assistant", "value": asked[i].answer},
             ]
         records.append({"id": f"scene_{number}", "conversations": messages})
     for name, part in (("train.json", records[:train]), ("test.json", records[train:])):
         (folder / name).write_text(json.dumps(part, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def _about_new(rng: np.random.Generator, things: list[Thing]) -> list[Turn]:
-    """The new kind asked for by name, in half of the scenes first: whether it is there, or where."""
-    present = [thing for thing in things if thing.kind == NAME]
-    asked = EXISTS[False][int(rng.integers(len(EXISTS[False])))].format(NAME)
-    there = Turn("exists", asked, "yes" if present else "no")
-    where = [Turn("box", BOX[False][int(rng.integers(len(BOX[False])))].format(NAME), grounded(t)) for t in present]
-    return [*where, there] if rng.random() < 0.5 else []
+def _about_new(rng: np.random.Generator, things: list[Thing], kind: str) -> list[Turn]:
+    """The new kind asked for by name: whether it is there, and where it is."""
+
+    def asked(sort: str, forms: list[str], answer: str) -> Turn:
+        return Turn(sort, forms[int(rng.integers(len(forms)))].format(kind), answer)
+
+    present = [thing for thing in things if thing.kind == kind]
+    return [
+        asked("exists", EXISTS[False], "yes" if present else "no"),
+        *(asked("box", BOX[False], grounded(thing)) for thing in present),
+    ]
 
 
-def _shuffled(rng: np.random.Generator, items: list[Turn]) -> list[Turn]:
-    return [items[int(i)] for i in rng.permutation(len(items))]
-
-
-def score_new(engine: Engine, params: SamplingParams, scenes: int = SCORED) -> dict[str, float]:
+def score_new(engine: Engine, params: SamplingParams, kind: str, scenes: int = SCORED) -> dict[str, float]:
     """How the new kind is found by name, named in captions, boxed, and missed where it is not."""
     rng, counts = np.random.default_rng(SCORE_SEED), dict[str, list[bool]]()
-    with_new, without = replace(SceneConfig(), new=1.0, plate=0.0, least=1, most=1), SceneConfig(least=2)
+    with_new, without = replace(SceneConfig(), new=0.6, new_kind=kind, plate=0.0), SceneConfig(least=2)
     prompts, cases = [], []
     for number in range(scenes):
-        image, things = draw_scene(rng, replace(with_new, most=3, new=0.6) if number % 2 else without)
-        for question in ("Generate the caption in English with grounding:", f"Box the {NAME}.", f"Is there a {NAME}?"):
+        image, things = draw_scene(rng, with_new if number % 2 else without)
+        for question in ("Generate the caption in English with grounding:", f"Box the {kind}.", f"Is there a {kind}?"):
             prompts.append([{"role": "user", "content": [{"image": image}, {"text": question}]}])
-            cases.append((question, next((t for t in things if t.kind == NAME), None)))
+            cases.append((question, next((t for t in things if t.kind == kind), None)))
     replies = [
         c.text for start in range(0, len(prompts), 60) for c in engine.generate(prompts[start : start + 60], params)
     ]
@@ -81,8 +85,8 @@ def score_new(engine: Engine, params: SamplingParams, scenes: int = SCORED) -> d
             counts.setdefault("is there", []).append(reply == ("no" if thing is None else "yes"))
         elif thing is not None:
             sort = "caption" if question.startswith("Gen") else "box"
-            counts.setdefault(f"{sort}: named", []).append(NAME in boxes)
-            right = NAME in boxes and iou(boxes[NAME], thing.box_1000()) >= 0.5
+            counts.setdefault(f"{sort}: named", []).append(kind in boxes)
+            right = kind in boxes and iou(boxes[kind], thing.box_1000()) >= 0.5
             counts.setdefault(f"{sort}: named and IoU >= 0.5", []).append(right)
     return {name: sum(own) / len(own) for name, own in counts.items()}
 
@@ -103,9 +107,11 @@ def score_rest(engine: Engine, params: SamplingParams, scenes: int = SCORED) -> 
 def main() -> None:
     """Write the data, or print the scores of a model as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default=next(iter(NEW_EMOJI)), choices=list(NEW_EMOJI), help="default: %(default)s")
     commands = parser.add_subparsers(required=True, dest="command")
     data = commands.add_parser("data", help="write train.json and test.json")
     data.add_argument("folder", type=Path)
+    data.add_argument("--scenes", type=int, default=TRAIN, help="to train on (default: %(default)s)")
     scoring = commands.add_parser("score", help="score a model or an adapter")
     scoring.add_argument("model", type=Path, nargs="?", help="default: the shipped checkpoint")
     scoring.add_argument("--adapter", type=Path, help="a LoRA adapter for it")
@@ -113,12 +119,12 @@ def main() -> None:
     args = parser.parse_args()
     check_fonts()
     if args.command == "data":
-        write_data(args.folder)
+        write_data(args.folder, args.kind, args.scenes)
         return
     adapters = None if args.adapter is None else {"own": args.adapter}
     engine = Engine(args.model, adapters=adapters, max_model_len=1024)
     params = SamplingParams(temperature=0, max_tokens=120, adapter="own" if adapters else None)
-    scores = {"new": score_new(engine, params, args.scenes), "rest": score_rest(engine, params, args.scenes)}
+    scores = {"new": score_new(engine, params, args.kind, args.scenes), "rest": score_rest(engine, params, args.scenes)}
     print(json.dumps({kind: {k: round(v, 4) for k, v in own.items()} for kind, own in scores.items()}, indent=1))
 
 

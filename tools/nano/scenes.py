@@ -35,7 +35,8 @@ class SceneConfig:
     emoji: float = 0.4  # share of objects that are emoji
     plate: float = 0.55  # share of images with a plate
     fine: float = 0.3  # share of images drawn at twice the size and resized, as a user's image would be
-    new: float = 0.0  # share of objects that are of `NEW_EMOJI`
+    new: float = 0.0  # share of objects that are of `new_kind`
+    new_kind: str = "sun hat"  # one of `NEW_EMOJI`
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ def _object(rng: Generator, config: SceneConfig, colors: list[str]) -> Sprite:
     size = int(config.side * rng.uniform(config.small, config.large))
     new = config.new > 0 and rng.random() < config.new
     if new or rng.random() < config.emoji:
-        kinds = list(NEW_EMOJI if new else EMOJI)
+        kinds = [config.new_kind] if new else list(EMOJI)
         kind = kinds[rng.integers(len(kinds))]
         glyph = _emoji(kind)
         k = size / max(glyph.size)

@@ -35,7 +35,9 @@ EMOJI = {
     "boat": "⛵",
     "heart": "💜",
 }
-NEW_EMOJI = {"mushroom": "🍄"}  # a kind that nano was never shown, to be learned by fine-tuning
+# Kinds that nano was never shown, to be learned by fine-tuning. It has said the tokens of "sun hat" in other words;
+# two of "mushroom" it never said.
+NEW_EMOJI = {"sun hat": "👒", "mushroom": "🍄"}
 ENGLISH_WORDS = [
     "STOP",
     "OPEN",
@@ -111,6 +113,7 @@ CHINESE = {
     "hat": "帽子",
     "boat": "船",
     "heart": "心",
+    "sun hat": "太阳帽",
     "mushroom": "蘑菇",
     "number": "数字",
     "word": "文字",
