@@ -64,6 +64,10 @@ class CheckpointError(QVLError, ValueError):
     """A checkpoint is missing, incomplete or damaged, or does not match its configuration."""
 
 
+class GroupError(QVLError):
+    """A process of a tensor-parallel model has ended."""
+
+
 class DownloadError(QVLError):
     """A hub or an http(s) URL could not be read, or reading it was not allowed."""
 

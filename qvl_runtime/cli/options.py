@@ -107,7 +107,14 @@ class ModelOptions:
             rich_help_panel=MODEL,
         ),
     ] = "exact"
-
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Split the decoder among N processes, each on a device of its own. Default: 1.",
+            rich_help_panel=MODEL,
+        ),
+    ] = 1
     embedding_on_host: Annotated[
         bool,
         typer.Option(

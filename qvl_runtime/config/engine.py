@@ -53,6 +53,7 @@ class EngineConfig:
     max_step_tokens: int = 1024  # prefill and decode together; longer prompts are prefilled in chunks
     graphs: bool = True  # capture decode steps once for each batch size and replay them without Python's overhead
     overlap: bool | None = None  # launch decode steps before the last one's tokens are read; None: on a GPU
+    tensor_parallel: int = 1  # processes that the decoder is split among, each on a device of its own
     speculative_tokens: int = 0  # draft tokens from prompt lookup, verified in one step; 0: off
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class EngineConfig:
         require_positive(self, "", "max_running", "max_step_tokens")
         if self.kv_cache_bytes is not None:
             require_positive(self, "", "kv_cache_bytes")
+        require_positive(self, "", "tensor_parallel")
         if self.speculative_tokens < 0:
             raise ConfigError(f"speculative_tokens is {self.speculative_tokens}; expected 0 (off) or more")
         self.image_limits  # noqa: B018 - constructing it validates the image fields

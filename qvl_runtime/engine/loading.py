@@ -10,6 +10,7 @@ import torch
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
+from qvl_runtime.engine.parallel_loading import load_parallel_runner
 from qvl_runtime.formats.adapter import Adapter
 from qvl_runtime.formats.host_memory import trim_heap
 from qvl_runtime.host import choose_device, choose_dtype, free_memory
@@ -38,6 +39,8 @@ def load_runner(
     ones. Raises `ConfigError` or `CapacityError` where memory does not suffice, and `CheckpointError` for a damaged
     checkpoint.
     """
+    if engine_config.tensor_parallel > 1:
+        return load_parallel_runner(engine_config, config, folder, max_model_len, bool(adapters or weights))
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
     on_host = engine_config.embedding_on_host
     free: int | None = None

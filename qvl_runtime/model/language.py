@@ -187,17 +187,13 @@ def _of_layer(observe: Observer, i: int) -> Observer:
 
 def make_block(config: ModelConfig, linears: LinearBuilder, name: str) -> Block:
     """Return the block whose tensors are named `name`.*, with linears built by `linears`."""
-
-    def linear(part: str) -> Linear:
-        return linears.decoder(f"{name}.{part}")
-
     return Block(
         linears.ops,
         config.layer_norm_epsilon,
         linears.state[f"{name}.ln_1.weight"],
         linears.state[f"{name}.ln_2.weight"],
-        linear("attn.c_attn"),
-        linear("attn.c_proj"),
+        linears.decoder(f"{name}.attn.c_attn"),
+        linears.summed(f"{name}.attn.c_proj"),
         linears.merged(f"{name}.mlp.up_gate", [f"{name}.mlp.w1", f"{name}.mlp.w2"]),
-        linear("mlp.c_proj"),
+        linears.summed(f"{name}.mlp.c_proj"),
     )

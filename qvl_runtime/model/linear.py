@@ -10,10 +10,11 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qvl_kernels.ops import Ops
-from qvl_kernels.reference import BoundLinear, Packed, Precision
+from qvl_kernels.reference import BoundLinear, Packed, Precision, sum_partials
 from qvl_runtime.formats.host_memory import release
 
 
@@ -46,6 +47,38 @@ class ConcatLinear:
         return self(x)
 
 
+class Ranks(Protocol):
+    """The processes that a model's linears are split among."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return x [n, out] of every rank, [ranks, n, out] in order; all ranks call it together."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SummedLinear:
+    """A linear whose inputs are split among ranks: the sum of what each computes of its own, on every rank.
+
+    Summands are added as float32 in the order of the ranks, so that a row's sum does not depend on the other rows.
+    """
+
+    share: Linear
+    ranks: Ranks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map this rank's inputs x [n, in] to [n, out], in x's dtype."""
+        return self.forward_partial_sums(x)
+
+    def forward_partial_sums(self, x: Tensor) -> Tensor:
+        """Map this rank's inputs x [n, in] to [n, out], in x's dtype; there are no partial sums to defer."""
+        own = sum_partials(self.share.forward_partial_sums(x), torch.float32).float()
+        total, *others = self.ranks.gather(own)
+        for other in others:
+            total += other
+        rounded: Tensor = total.to(x.dtype)
+        return rounded
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearBuilder:
     """Binds the linears of a model to their kernels, and records what it bound."""
@@ -55,6 +88,7 @@ class LinearBuilder:
     precision: Precision
     packed: Mapping[str, Packed] = field(default_factory=dict)  # by the model's name
     bound: dict[str, BoundLinear] = field(default_factory=dict)  # what was built, by the model's name
+    ranks: Ranks | None = None  # the weights are one rank's share
 
     def dense(self, name: str) -> Linear:
         """Build the linear `name`, which is dense in a published checkpoint."""
@@ -81,6 +115,11 @@ class LinearBuilder:
         weight, bias = self.state.pop(f"{name}.weight"), self.state.pop(f"{name}.bias", None)
         self.bound[name] = self.ops.prepare_linear(weight, bias, "exact")
         return self.bound[name]
+
+    def summed(self, name: str) -> Linear:
+        """Build a linear of a decoder block whose inputs are split where a model is."""
+        linear = self.decoder(name)
+        return linear if self.ranks is None else SummedLinear(linear, self.ranks)
 
     def merged(self, name: str, parts: Sequence[str]) -> Linear:
         """Build two linears of a decoder block with the same input, as one if the loader merged them as `name`."""

@@ -17,7 +17,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.model.adapters import AdapterRows, Adapters
 from qvl_runtime.model.language import Decoder, LayerCache, Layout, Observer, unobserved
-from qvl_runtime.model.linear import LinearBuilder
+from qvl_runtime.model.linear import LinearBuilder, Ranks
 from qvl_runtime.model.rotary import positions_of
 from qvl_runtime.model.vision import VisionEncoder
 
@@ -46,18 +46,20 @@ class QwenVL:
         precision: Precision = "exact",
         packed: Mapping[str, Packed] | None = None,
         embedding_on_host: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         """Build the model from the weights that `weights.loader` returns, on one device and in one dtype.
 
         state: dense tensors by published name, emptied here. packed: linears in the layout of their kernels, by the
-        model's name. embedding_on_host: the table stays in host memory, and embeddings are copied to the device.
+        model's name. embedding_on_host: the table stays in host memory, and embeddings are copied to the device. ranks:
+        the decoder's weights are the share of the first of these.
         Raises `ConfigError` if the head is tied to that table.
         """
         norm = state["transformer.ln_f.weight"]
         self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
         self.ops, self.embedding_on_host = ops_for(self.device), embedding_on_host
         self.adapters: Adapters | None = None  # set after loading
-        linears = LinearBuilder(self.ops, state, precision, packed or {})
+        linears = LinearBuilder(self.ops, state, precision, packed or {}, ranks=ranks)
         tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in linears.packed
         if embedding_on_host:
             if tied:

@@ -31,11 +31,20 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device, prefixes: bool = True
+        self,
+        config: ModelConfig,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefixes: bool = True,
+        heads: int | None = None,
     ) -> None:
-        """tokens: rounded up to whole blocks; dtype int8 stores a float32 scale after each vector."""
+        """tokens: rounded up to whole blocks; dtype int8 stores a float32 scale after each vector.
+
+        heads: if the cache is for some of the model's alone.
+        """
         blocks = max(1, cdiv(tokens, BLOCK_SIZE))
-        shape = (blocks + 1, config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
+        shape = (blocks + 1, heads or config.num_attention_heads, BLOCK_SIZE, cache_width(config.kv_channels, dtype))
         self.layers = [
             LayerCache(_allocate_blocks(shape, dtype, device), _allocate_blocks(shape, dtype, device))
             for _ in range(config.num_hidden_layers)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qvl_runtime.config.model import ModelConfig
-from qvl_runtime.errors import CheckpointError, quoted
+from qvl_runtime.errors import CheckpointError, ConfigError, quoted
 from qvl_runtime.formats.finite import finite
 from qvl_runtime.weights.checkpoint import Checkpoint
 from qvl_runtime.weights.converted import Converted
 from qvl_runtime.weights.manifest import Manifest, is_converted
 from qvl_runtime.weights.packed_specs import decoder_groups
 from qvl_runtime.weights.packing import merge_dense, pack_decoder, source_notes
+from qvl_runtime.weights.shares import Share
 
 if TYPE_CHECKING:
     import torch
@@ -41,16 +42,24 @@ def model_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding_on_host: bool = False
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    embedding_on_host: bool = False,
+    share: Share | None = None,
 ) -> Weights:
     """Load a checkpoint folder, converted or published, in `dtype` on `device`.
 
     The linears of a quantized decoder are packed on any device. Tensors that already have that dtype and device are
-    mapped, not copied. embedding_on_host: the embedding table stays in the host's memory. Raises `CheckpointError` for
-    a folder that is incomplete, damaged, or converted for another device.
+    mapped, not copied. embedding_on_host: the embedding table stays in the host's memory. share: only that part of a
+    published checkpoint. Raises `CheckpointError` for a folder that is incomplete, damaged, or converted for another
+    device, and `ConfigError` for one that cannot be shared.
     """
     if not is_converted(folder):
-        return _published(folder, config, dtype, device, embedding_on_host)
+        return _published(folder, config, dtype, device, embedding_on_host, share)
+    if share is not None:
+        raise ConfigError(f"{folder} was converted for one process; tensor_parallel needs the folder it was made from")
     manifest = Manifest.read(folder)
     _check_layouts(folder, manifest, device)
     converted = Converted.open(folder, config, manifest)
@@ -66,7 +75,12 @@ def load_weights(
 
 
 def _published(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, embedding_on_host: bool
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    embedding_on_host: bool,
+    share: Share | None,
 ) -> Weights:
     """A published checkpoint: GPTQ linears are packed one by one, and the pages of each are released."""
     from qvl_kernels import ops_for
@@ -75,11 +89,16 @@ def _published(
     # Mapped for packing alone: unmapping drops the pages of scales and zero points, 0.14 GB at full size.
     mapped = Checkpoint.open(folder)
     notes = source_notes(mapped, config)
-    packed = pack_decoder(mapped, config, ops_for(device), device)
-    del mapped
-    skipped = {part for _, parts in decoder_groups(config) for part in parts} if packed else ()
+    tensors = mapped if share is None else share.of(mapped)
+    packed = pack_decoder(tensors, config, ops_for(device), device)
+    del mapped, tensors
+    skipped = {part for _, parts in decoder_groups(config) for part in parts} if packed else set()
     on_host = (EMBEDDING,) if embedding_on_host else ()
+    if share is not None:
+        skipped |= share.unused
     state = checkpoint.load(config, dtype, device, skipped, on_host)
+    if share is not None:
+        state = {name: share.cut(name, tensor) for name, tensor in state.items()}
     if device.type != "cpu":
         merge_dense(state, config)
     return Weights(state, packed, notes)

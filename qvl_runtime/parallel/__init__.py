@@ -1,0 +1,1 @@
+"""Tensor parallelism: one decoder split among processes, each on a device of its own."""
