@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +109,58 @@ def test_the_driver_is_killed_and_resumes(tmp_path: Path) -> None:
         assert kill == KILLS - 1 or lines(tmp_path) >= 1
     last = start(tmp_path, "--ray", "local", "--ray-actors", "2")
     assert last.communicate()[1] is not None and last.returncode == 0
+    found = [json.loads(line) for part in parts(tmp_path / "out") for line in part.open()]
+    assert sorted(record["index"] for record in found) == list(range(count))
+
+
+def head(folder: str, port: int) -> list[int]:
+    """Start a head node of its own; the ids of its processes."""
+    binary = str(Path(sys.executable).with_name("ray"))
+    options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", f"--temp-dir={folder}"]
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    subprocess.run([binary, "start", *options], check=True, capture_output=True, env=environment)
+    return processes(folder)
+
+
+def processes(folder: str) -> list[int]:
+    """Those whose command line has the folder of a cluster."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def test_the_head_is_killed_and_the_job_resumes_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes of the head's node at once; the driver, whose cluster is gone, ends with an error."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # a token that a user may have is none of this test's
+    dice, count = random.Random(3), 150 * (KILLS + 1)
+    write_rows(tmp_path, count)
+    for kill in range(KILLS + 1):
+        folder = tempfile.mkdtemp(prefix="qvlray", dir="/tmp")  # short: it has sockets
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = int(sock.getsockname()[1])
+        try:
+            head(folder, port)
+            driver = start(tmp_path, "--ray", f"127.0.0.1:{port}", "--ray-actors", "2")
+            goal = count if kill == KILLS else lines(tmp_path) + dice.randint(1, max(1, count // (KILLS + 1)))
+            while driver.poll() is None and lines(tmp_path) < goal:
+                time.sleep(0.05)
+            if kill < KILLS:
+                for process in processes(folder):
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+            said = driver.communicate(timeout=180)[1]
+            assert kill == KILLS or lines(tmp_path) > 0, said[-2000:]
+            assert (driver.returncode == 0) == (lines(tmp_path) == count), said[-2000:]
+        finally:
+            for process in processes(folder):
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            shutil.rmtree(folder, ignore_errors=True)
     found = [json.loads(line) for part in parts(tmp_path / "out") for line in part.open()]
     assert sorted(record["index"] for record in found) == list(range(count))
 
