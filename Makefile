@@ -17,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser ray npm-client schemathesis lm-eval demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser ray npm-client schemathesis lm-eval lmms-eval demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -175,6 +175,12 @@ lm-eval: $(STAMP) ## let lm-eval score the server on a task of its own, and comp
 	[ -d $(LM_EVAL)/lib ] || { $(BIN)/python -m venv $(LM_EVAL) && $(LM_EVAL)/bin/pip install --quiet $(PIP_INSTALL_FLAGS) -c constraints.txt torch && $(LM_EVAL)/bin/pip install --quiet 'lm_eval[api]==0.4.13'; }
 	$(BIN)/python -m tools.lm_eval_server $(LM_EVAL)/bin/python
 
+# lmms-eval 0.7.3 imports filelock._api, which the newest filelock does not have.
+LMMS_EVAL := .venv-lmms-eval
+lmms-eval: $(STAMP) ## let lmms-eval ask the server about images, and compare with the engine
+	[ -d $(LMMS_EVAL)/lib ] || { $(BIN)/python -m venv $(LMMS_EVAL) && $(LMMS_EVAL)/bin/pip install --quiet $(PIP_INSTALL_FLAGS) -c constraints.txt torch && $(LMMS_EVAL)/bin/pip install --quiet 'lmms_eval==0.7.3' 'filelock<3.20'; }
+	$(BIN)/python -m tools.lmms_eval_server $(LMMS_EVAL)/bin/python
+
 docs: $(STAMP) ## build the documentation site into build/site, strictly
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_INSTALL_FLAGS) -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
@@ -187,5 +193,5 @@ report-quick: $(STAMP) ## the same at the smallest sizes, to out/report: does it
 	$(BIN)/python -m benchmarks.report --quick
 
 clean: ## remove the environment, builds, caches and outputs
-	rm -rf $(VENV) $(TTSEM) $(INTEROP) $(SCHEMATHESIS) $(LM_EVAL) $(RAY) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TTSEM) $(INTEROP) $(SCHEMATHESIS) $(LM_EVAL) $(LMMS_EVAL) $(RAY) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
