@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qvl_runtime.errors import ConfigError, ImageError
 from qvl_runtime.prompt import limits
 from qvl_runtime.prompt.cancellation import Canceled, Cancellation
 from qvl_runtime.prompt.images import ImageReader, load_image
+from qvl_runtime.prompt.isolation import pool as pool_module
 from qvl_runtime.prompt.isolation import process
 from qvl_runtime.prompt.isolation.pool import Pool
 from qvl_runtime.prompt.limits import CAN_ISOLATE, ImageLimits
@@ -59,6 +61,27 @@ class TestWorkers:
             load_image(b"no image", 28, ISOLATED)
         load_image(encoded("JPEG"), 28, ISOLATED)
         assert pool.pids() == first and len(first) == 1
+
+    def test_many_at_once_are_used_again_and_most_of_them_end_when_they_are_idle(
+        self, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A start takes longer than a small image, so none is started for each of some clients' images."""
+        monkeypatch.setattr(pool_module, "_IDLE_S", 1.0)
+        monkeypatch.setattr(pool_module, "_QUICK_S", 30.0)  # none is slow, however busy the machine is
+        seen = set[int]()
+
+        def read(_: int) -> int:
+            for _ in range(6):
+                load_image(encoded("PNG"), 28, ISOLATED)
+                seen.update(pool.pids())
+            return 0
+
+        with ThreadPoolExecutor(6) as clients:
+            list(clients.map(read, range(6)))
+        assert 1 <= len(seen) <= 8
+        assert until(lambda: len(pool.pids()) <= 2) and len(pool.pids()) >= 1
+        assert until(lambda: not any(map(is_running, seen - set(pool.pids()))))
+        load_image(encoded("PNG"), 28, ISOLATED)
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
     def test_one_that_dies_fails_its_image_alone(self, pool: Pool, number: signal.Signals) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 
 from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.cancellation import Cancellation
@@ -22,7 +23,9 @@ _QUICK_IMAGES, _SLOW_IMAGES = 8, 2
 _SLOW_PIXELS = 2**27  # together: up to 2 GiB, if they are WebP
 # The CPU time that an image may take in the quick lane: what JPEG and PNG take on a slow core, and a half more.
 _QUICK_S, _QUICK_S_PER_PIXEL, _QUICK_S_PER_BYTE = 0.04, 5e-8, 1e-7
-_MAX_IDLE = 2
+# Idle workers that are kept for good, of 25 MB each; as many as may be busy at a time are kept for `_IDLE_S`, since a
+# start takes 100 ms of CPU time, five times what a small image takes.
+_MAX_IDLE, _IDLE_S = 2, 5.0
 
 
 class Pool:
@@ -34,7 +37,8 @@ class Pool:
         self._lock = threading.Lock()
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
-        self._starts_spare = False
+        self._since: dict[Worker, float] = {}  # when each of the idle ones became so
+        self._starts_spare = self._trims = False
 
     def decode(self, job: Job, pixels: memoryview, admit: Admit, cancellation: Cancellation) -> Prepared:
         """Decode an image into `pixels`, S x S x 3 bytes. Its time limit does not count the wait for other images.
@@ -60,7 +64,7 @@ class Pool:
     def close(self) -> None:
         """Kill all workers."""
         with self._lock:
-            workers, self._workers, self._idle = self._workers, set(), []
+            workers, self._workers, self._idle, self._since = self._workers, set(), [], {}
         for worker in workers:
             worker.kill()
 
@@ -132,7 +136,9 @@ class Pool:
     def _take(self) -> Worker:
         with self._lock:
             while self._idle:
-                if (worker := self._idle.pop()).is_alive():
+                worker = self._idle.pop()  # the one that was busy last: the others may be ended
+                self._since.pop(worker, None)
+                if worker.is_alive():
                     return worker
                 self._workers.discard(worker)
                 worker.close()
@@ -151,11 +157,35 @@ class Pool:
 
     def _give_back(self, worker: Worker) -> None:
         with self._lock:
-            if worker.is_reusable and len(self._idle) < _MAX_IDLE:
+            if worker.is_reusable and len(self._idle) < _QUICK_IMAGES:
                 self._idle.append(worker)
+                self._since[worker] = time.monotonic()
+                if len(self._idle) > _MAX_IDLE and not self._trims:
+                    self._trim_later()
                 return
             self._workers.discard(worker)
         worker.close()
+
+    def _trim_later(self) -> None:
+        self._trims = True
+        timer = threading.Timer(_IDLE_S, self._trim)
+        timer.daemon = True
+        timer.start()
+
+    def _trim(self) -> None:
+        """End the workers that have been idle for long, but for some."""
+        ended = []
+        with self._lock:
+            self._trims = False
+            long_ago = time.monotonic() - _IDLE_S
+            while len(self._idle) > _MAX_IDLE and self._since.get(self._idle[0], 0.0) <= long_ago:
+                ended.append(self._idle.pop(0))
+                self._since.pop(ended[-1], None)
+                self._workers.discard(ended[-1])
+            if len(self._idle) > _MAX_IDLE:
+                self._trim_later()
+        for worker in ended:
+            worker.close()
 
     def _keep_a_spare(self) -> None:
         """Start a worker ahead, since some are busy for long and a start takes 100 ms."""
