@@ -99,7 +99,7 @@ async def first_tokens(engine: Engine, others: int, rounds: int) -> dict[str, An
         await asyncio.sleep(0.5)
         gaps.clear()
         for number in range(rounds):
-            for name, wanted in (("new", schema(number)), ("seen", schema(-1)), ("free", None)):
+            for name, wanted in (("new", schema(1000 * others + number)), ("seen", schema(-1)), ("free", None)):
                 found[name].append(await first(replace(FREE, json_schema=wanted)))
         for task in tasks:
             task.cancel()
