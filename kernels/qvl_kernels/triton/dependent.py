@@ -11,6 +11,8 @@ overtakes itself, and a kernel without PDL waits for all, as ever.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -22,8 +24,9 @@ LAUNCH, WAIT = "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "griddepcontr
 
 
 def dependent(capability: int, rows: int) -> bool:
-    """Whether a launch for `rows` rows of a step overlaps with the one before it."""
-    return capability >= 90 and rows < FEW_ROWS and not interpreted()
+    """Whether a launch for `rows` rows of a step overlaps with the one before it; QVL_DEPENDENT_LAUNCH=0: never."""
+    asked = os.environ.get("QVL_DEPENDENT_LAUNCH") != "0"
+    return asked and capability >= 90 and rows < FEW_ROWS and not interpreted()
 
 
 @triton.constexpr_function
