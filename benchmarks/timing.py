@@ -63,6 +63,15 @@ def say(**figures: Any) -> None:
     print(json.dumps({key: _short(value) for key, value in figures.items()}), flush=True)
 
 
+def memory_state(read: Timing, nbytes: int) -> dict[str, Any]:
+    """The read ceiling of a comparison, and whether it held: some machines' memory is twice as fast in some minutes."""
+    return {
+        "read_gb_s": nbytes / read.seconds / 1e9,
+        "read_best_gb_s": nbytes / read.best / 1e9,
+        "memory": "steady" if read.seconds < 1.2 * read.best else "changing",
+    }
+
+
 def setting() -> dict[str, Any]:
     """Date, commit, hardware, torch version and kernels of this run."""
     import torch

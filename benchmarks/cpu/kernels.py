@@ -6,7 +6,7 @@
     python -m benchmarks.cpu.kernels rows     # attention of many rows and of an image's patches; torch's in turns
     python -m benchmarks.cpu.kernels vision   # a block of the vision encoder in bf16 and W8A8; torch in bf16
 
-Peers are optional: pip install onnx onnxruntime openvino into the environment to see them.
+Peers are optional (onnx onnxruntime openvino). QVL_CPU_ISA=avx512, avxvnni or avx2 forces an instruction set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternate, say, setting
+from benchmarks.timing import alternate, memory_state, say, setting
 from qvl_kernels import bandwidth as ceiling
 from qvl_kernels import cpu, reference
 from qvl_kernels import memory as huge_pages
@@ -75,6 +75,7 @@ def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> 
             us=timing.seconds / len(weights) * 1e6,
             gb_s=nbytes / timing.seconds / 1e9,
             of_read=timings["read"].seconds / timing.seconds,
+            **memory_state(timings["read"], nbytes),
             over_ours=timing.seconds / timings["W4A8"].seconds,
             load=timing.load,
             samples=timing.samples,
@@ -85,7 +86,6 @@ def gemm(rows: int = 512) -> None:
     """Time `rows` rows through the linears of one layer."""
     weights = [random_int4(*shape) for shape in SHAPES]
     inputs = [torch.randn(rows, w.inputs) for w in weights]
-    work = 2 * rows * sum(i * o for i, o in SHAPES)
     calls: Calls = {"W4A8": lambda: [w.int8(x) for w, x in zip(weights, inputs, strict=True)]}
     calls |= onnxruntime_linears(list(SHAPES), rows) | openvino_linears(list(SHAPES), rows)
     timings = alternate(calls, min_samples=3)
@@ -94,7 +94,7 @@ def gemm(rows: int = 512) -> None:
             gemm=name,
             rows=rows,
             ms_a_layer=timing.seconds * 1e3,
-            gop_s=work / timing.seconds / 1e9,
+            gop_s=2 * rows * sum(i * o for i, o in SHAPES) / timing.seconds / 1e9,
             over_ours=timing.seconds / timings["W4A8"].seconds,
             load=timing.load,
             samples=timing.samples,
@@ -123,10 +123,10 @@ def attention_over(context: int, heads: int = 32, dim: int = 128, block_size: in
         calls[name] = partial(attend_each, q, caches, table, context)
     sizes["read"] = sizes["bfloat16"]
     timings = alternate(calls | {"read": reader(sizes["read"])})
-    ceiling_gb_s = sizes["read"] / timings["read"].seconds / 1e9
+    memory = memory_state(timings["read"], sizes["read"])
     for name, timing in timings.items():
         gb_s = sizes[name] / timing.seconds / 1e9
-        say(attention=name, context=context, gb_s=gb_s, of_read=gb_s / ceiling_gb_s, load=timing.load)
+        say(attention=name, context=context, gb_s=gb_s, of_read=gb_s / memory["read_gb_s"], load=timing.load, **memory)
 
 
 def attend_each(q: Tensor, caches: list[Tensor], table: Tensor, context: int) -> None:

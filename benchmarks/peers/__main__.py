@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers.llama import Llama
-from benchmarks.timing import Timing, alternate, say, setting
+from benchmarks.timing import Timing, alternate, memory_state, say, setting
 from qvl_kernels.bandwidth import reader
 from qvl_runtime import Engine
 from qvl_runtime.profile import steps
@@ -69,7 +69,7 @@ def decode(engines_by_name: dict[str, Engine], context: int, llama: Llama | None
                 tok_s=1 / timing.seconds,
                 gb_s=rate and rate / 1e9,
                 of_read=rate and rate / ceiling,
-                read_gb_s=ceiling / 1e9,
+                **memory_state(timings["read"], read.nbytes),
             )
 
 
@@ -127,7 +127,9 @@ def main() -> None:
         image(engines_by_name)
     if len(engines_by_name) == 1:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        say(peak_resident_gb=peak / 1e9, of=next(iter(engines_by_name)))
+        # Since the first decode, the buffer that is read for the ceiling is in memory, too.
+        buffer = READ if args.contexts else 0
+        say(peak_resident_gb=(peak - buffer) / 1e9, of=next(iter(engines_by_name)), read_buffer_gb=buffer / 1e9)
 
 
 if __name__ == "__main__":

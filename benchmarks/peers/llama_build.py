@@ -1,6 +1,7 @@
 """Build llama.cpp for this CPU and write the language model of Qwen-VL for it, with random weights.
 
     python -m benchmarks.peers.llama_build --work DIR      # prints the two paths that `benchmarks.peers --llama` needs
+    python -m benchmarks.peers.llama_build --work DIR --isa avx2     # for a comparison under QVL_CPU_ISA=avx2
 
 llama.cpp has no vision encoder for this model; its decoder is "qwen" with a fused qkv. Weights are Q4_0, the
 head Q6_K, as its users run it. The source is that inside the sdist of llama-cpp-python, so it needs PyPI alone; a build
@@ -19,6 +20,14 @@ from pathlib import Path
 LLAMA_CPP_PYTHON, GGUF = "0.3.36", "0.19.0"
 HIDDEN, LAYERS, HEADS, MLP, VOCABULARY, CONTEXT = 4096, 32, 32, 11008, 151936, 8192
 HERE = Path(__file__).parent
+# What GGML's build switches on for each of the runtime's instruction sets; "native" leaves it to the compiler.
+AVX2 = ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")
+INSTRUCTION_SETS = {
+    "native": (),
+    "avx512": (*AVX2, "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16"),
+    "avxvnni": (*AVX2, "AVX_VNNI"),
+    "avx2": AVX2,
+}
 LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
 
 
@@ -39,9 +48,10 @@ def environment(work: Path) -> Path:
     return python
 
 
-def server(work: Path, python: Path) -> Path:
-    """The program that keeps the model loaded and times commands: llama_serve.cpp."""
-    built = work / "llama_serve"
+def server(work: Path, python: Path, isa: str = "native") -> Path:
+    """The program that keeps the model loaded and times commands, llama_serve.cpp, for an instruction set."""
+    name = "llama_serve" if isa == "native" else f"llama_serve-{isa}"
+    built = work / name
     if built.exists():
         return built
     source = work / f"llama_cpp_python-{LLAMA_CPP_PYTHON}"
@@ -50,7 +60,8 @@ def server(work: Path, python: Path) -> Path:
         run(python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", work, release)
         with tarfile.open(next(work.glob("llama_cpp_python-*.tar.gz"))) as archive:
             archive.extractall(work, filter="data")
-    llama, build, cmake = source / "vendor" / "llama.cpp", work / "llama-build", python.parent / "cmake"
+    build = work / name.replace("serve", "build")
+    llama, cmake = source / "vendor" / "llama.cpp", python.parent / "cmake"
     off = [
         f"-D{name}=OFF"
         for name in (
@@ -62,7 +73,9 @@ def server(work: Path, python: Path) -> Path:
             "LLAMA_BUILD_SERVER",
         )
     ]
-    run(cmake, "-S", llama, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *off)
+    on = [f"-DGGML_{feature}=ON" for feature in INSTRUCTION_SETS[isa]]
+    native = "ON" if isa == "native" else "OFF"
+    run(cmake, "-S", llama, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DGGML_NATIVE={native}", *on, *off)
     run(cmake, "--build", build, "--target", "llama", f"-j{os.cpu_count()}")
     libraries = [next(build.rglob(name)) for name in LIBRARIES]
     includes = [f"-I{llama / 'include'}", f"-I{llama / 'ggml' / 'include'}"]
@@ -142,6 +155,7 @@ def main() -> None:
     """Build what is missing and print the paths of the server and of the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder to build in and to keep the model in")
+    parser.add_argument("--isa", choices=INSTRUCTION_SETS, default="native", help="the instruction set to build for")
     parser.add_argument("--write-gguf", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write_gguf:
@@ -150,7 +164,7 @@ def main() -> None:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     python = environment(work)
-    serve, model = server(work, python), work / "random-qwen7b-q4_0-head-q6_k.gguf"
+    serve, model = server(work, python, args.isa), work / "random-qwen7b-q4_0-head-q6_k.gguf"
     if not model.exists():
         partial = model.with_suffix(".partial")
         run(python, HERE / "llama_build.py", "--work", work, "--write-gguf", partial)
