@@ -13,30 +13,18 @@ from pathlib import Path
 
 from qvl_runtime import Engine
 from qvl_runtime.engine.engine import NANO
+from tools.serving import serving
 
 CLOSE = 2e-3  # nats a continuation, in float32: sums in another order
 
 
 def main() -> int:
     """Run it; the exit code is 1 if a number differs."""
-    python = sys.argv[1]
-    command = [sys.executable, "-c", "from qvl_runtime.cli.app import main; main()", "serve", "--port", "0"]
-    server = subprocess.Popen([*command, "--dtype", "float32"], stderr=subprocess.PIPE, text=True)
-    try:
-        url = ""
-        for line in server.stderr or ():
-            if line.startswith("listening at "):
-                url = line.removeprefix("listening at ").partition(",")[0]
-            if line.startswith("ready"):
-                break
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out.json"
-            script = Path(__file__).with_name("lm_eval_client.py")
-            subprocess.run([python, str(script), f"{url}/v1", str(NANO / "qwen.tiktoken"), str(out)], check=True)
-            found = json.loads(out.read_text())
-    finally:
-        server.terminate()
-        server.wait()
+    with serving("--dtype", "float32") as url, tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        script = Path(__file__).with_name("lm_eval_client.py")
+        subprocess.run([sys.argv[1], str(script), f"{url}/v1", str(NANO / "qwen.tiktoken"), str(out)], check=True)
+        found = json.loads(out.read_text())
     engine, worst, wrong = Engine(dtype="float32"), 0.0, 0
     for sample in found["samples"]:
         context = engine.tokenizer.encode(sample["context"], "none")

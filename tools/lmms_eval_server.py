@@ -9,34 +9,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
 from qvl_runtime import Engine, SamplingParams
+from tools.serving import serving
 
 QUESTIONS = ("What can you see?", "Box the circle.", "图里有什么?")
-
-
-@contextmanager
-def serving(*options: str) -> Iterator[str]:
-    """`qvl serve` on nano at a free port; its address."""
-    command = [sys.executable, "-c", "from qvl_runtime.cli.app import main; main()", "serve", "--port", "0", *options]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        url = ""
-        for line in server.stderr or ():
-            if line.startswith("listening at "):
-                url = line.removeprefix("listening at ").partition(",")[0]
-            if line.startswith("ready"):
-                break
-        yield url
-    finally:
-        server.terminate()
-        server.communicate()
 
 
 def items(folder: Path) -> list[dict[str, str]]:
