@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,13 @@ from benchmarks.serving.workload import image, prompt_of
 from qvl_runtime import AsyncEngine, Completion, Engine, SamplingParams
 from qvl_runtime.cli.batch import run_batch
 from qvl_runtime.errors import CapacityError, ImageError, QVLError, StepError
-from qvl_runtime.schedule.prefix_cache import PrefixCache, Root
 from qvl_runtime.schedule.request import Branch
 from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.schedule.sampler import Sampled
+from tests.faults.places import BAD, HOSTILE, PLACES, in_the_images, in_the_model
 from tests.faults.test_rows import check_books, together
 from tests.leaks import instances, left_behind
 
 pytestmark = pytest.mark.cpu
-BAD = "bad"  # the cache_salt of a request that is to fail
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 PENALIZED = SamplingParams(max_tokens=5, temperature=0.8, repetition_penalty=1.5, seed=4, ignore_eos=True)
 
@@ -60,80 +58,6 @@ def prompts(engine: Engine, count: int) -> list[dict[str, Any]]:
 
 def with_salts(params: SamplingParams, count: int, bad: Sequence[int]) -> list[SamplingParams]:
     return [replace(params, cache_salt=BAD if i in bad else "") for i in range(count)]
-
-
-def in_the_model(patch: pytest.MonkeyPatch, fault: Callable[[], BaseException]) -> None:
-    compute = Runner.compute
-
-    def raising(self: Runner, chunks: Sequence[Chunk], *tokens: Any) -> Any:
-        computed = compute(self, chunks, *tokens)
-        if any(chunk.sequence.root.salt == BAD for chunk in chunks):
-            raise fault()
-        return computed
-
-    patch.setattr(Runner, "compute", raising)
-
-
-def in_the_images(patch: pytest.MonkeyPatch, fault: Callable[[], BaseException]) -> None:
-    features = Runner.features
-
-    def raising(self: Runner, images: Sequence[Any]) -> Any:
-        if any(one.digest in HOSTILE for one in images):
-            raise fault()
-        return features(self, images)
-
-    patch.setattr(Runner, "features", raising)
-
-
-def in_the_sampler(patch: pytest.MonkeyPatch, fault: Callable[[], BaseException]) -> None:
-    read = Sampled.read
-
-    def raising(self: Sampled) -> Any:
-        found = read(self)  # tokens are marked as seen before it raises
-        if any(row.state.params.cache_salt == BAD for row in self.rows):
-            raise fault()
-        return found
-
-    patch.setattr(Sampled, "read", raising)
-
-
-def in_the_scheduler(patch: pytest.MonkeyPatch, fault: Callable[[], BaseException]) -> None:
-    match = PrefixCache.match
-
-    def raising(self: PrefixCache, tokens: Any, spans: Any, root: Root) -> Any:
-        if root.salt == BAD:
-            raise fault()
-        return match(self, tokens, spans, root)
-
-    patch.setattr(PrefixCache, "match", raising)
-
-
-def in_the_output(patch: pytest.MonkeyPatch, fault: Callable[[], BaseException]) -> None:
-    add = Branch.add
-
-    def raising(self: Branch, sampled: Any) -> None:
-        if self.sequence.root.salt == BAD and len(self.output.token_ids) == 2:
-            raise fault()
-        add(self, sampled)
-
-    patch.setattr(Branch, "add", raising)
-
-
-def at_the_end_of_the_step(patch: pytest.MonkeyPatch, fault: Callable[[], BaseException]) -> None:
-    finish = Branch.finish_step
-
-    def raising(self: Branch) -> None:
-        finish(self)
-        if self.sequence.root.salt == BAD:
-            raise fault()
-
-    patch.setattr(Branch, "finish_step", raising)
-
-
-HOSTILE: set[bytes] = set()
-PLACES = [
-    in_the_model, in_the_images, in_the_sampler, in_the_scheduler, in_the_output, at_the_end_of_the_step,
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -15,7 +15,6 @@ from benchmarks.serving.workload import image, prompt_of
 from qvl_runtime import Completion, Engine, SamplingParams
 from qvl_runtime.errors import NumericsError
 from qvl_runtime.schedule.computing import Computing
-from qvl_runtime.schedule.overlap import Overlap
 from qvl_runtime.schedule.request import Request
 from qvl_runtime.schedule.sampler import Sampled
 from tests.engine.test_adapters import ADAPTERS
@@ -271,41 +270,3 @@ def test_embeddings_on_the_host_need_the_tokens_there(plain: Engine) -> None:
     assert content(engine.generate([{"token_ids": [1, 2]}], DRAWN)[0]) == content(
         plain.generate([{"token_ids": [1, 2]}], DRAWN)[0]
     )
-
-
-@pytest.mark.interpreter
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
-def test_nothing_is_read_on_the_host_until_the_next_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the GPU's kernels: one value read on the way would wait for the device, and leave it without work."""
-    from qvl_kernels.triton.launch import Launch
-
-    kinds = [replace(KINDS["penalties"], max_tokens=2, min_tokens=2, stop_token_ids=(1,))]
-    asked = [{"token_ids": [7]}]
-    want = [content(one) for one in engine_of(False).generate(asked, kinds)]
-    monkeypatch.setenv("QVL_KERNELS", "triton")
-    engine, forbidden = engine_of(True, adapters=None), [False]
-    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__"):
-        function = getattr(torch.Tensor, name)
-
-        def checked(*given: Any, _name: str = name, _function: Any = function) -> Any:
-            assert not forbidden[0], f"{_name} waits for the device"
-            return _function(*given)
-
-        monkeypatch.setattr(torch.Tensor, name, checked)
-
-    def during(function: Any, value: bool) -> Any:
-        def run(*given: Any, **named: Any) -> Any:
-            before, forbidden[0] = forbidden[0], value
-            try:
-                return function(*given, **named)
-            finally:
-                forbidden[0] = before
-
-        return run
-
-    monkeypatch.setattr(Launch, "run", during(Launch.run, False))  # the interpreter itself
-    monkeypatch.setattr(Computing, "sample", during(Computing.sample, True))
-    monkeypatch.setattr(Overlap, "launch_next", during(Overlap.launch_next, True))
-    found = [content(one) for one in engine.generate(asked, kinds)]
-    assert [[answer[1] for answer in one] for one in found] == [[answer[1] for answer in one] for one in want]
-    assert engine.core.overlap is not None and engine.core.overlap.steps == 1
