@@ -22,8 +22,10 @@ class UnsupportedError(RuntimeError):
     """The kernels of a device cannot run; the message says why and what to do about it."""
 
 
-def ops_for(device: torch.device) -> Ops:
+def ops_for(device: torch.device, batch_invariant: bool = False) -> Ops:
     """Choose the implementation of the ops for a device. No other code makes this choice.
+
+    batch_invariant: one in which a row's bits do not depend on the other rows; the CPU's always is one.
 
     `QVL_KERNELS=reference` selects plain torch on every device; `QVL_KERNELS=triton` selects the GPU kernels on a CPU
     too, in Triton's interpreter. Raises `UnsupportedError` if a GPU's kernels cannot run: plain torch must be requested
@@ -36,6 +38,10 @@ def ops_for(device: torch.device) -> Ops:
         return reference
     if requested == "triton" or device.type == "cuda":
         _require_triton(device)
+        if batch_invariant:
+            from qvl_kernels.triton import invariant
+
+            return invariant
         from qvl_kernels import triton
 
         return triton

@@ -107,6 +107,14 @@ class ModelOptions:
             rich_help_panel=MODEL,
         ),
     ] = "exact"
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="On a GPU: the same bits alone and in any batch, at a cost. A CPU gives them always.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False
     tensor_parallel: Annotated[
         int,
         typer.Option(

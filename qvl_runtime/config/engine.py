@@ -53,6 +53,7 @@ class EngineConfig:
     max_step_tokens: int = 1024  # prefill and decode together; longer prompts are prefilled in chunks
     graphs: bool = True  # capture decode steps once for each batch size and replay them without Python's overhead
     overlap: bool | None = None  # launch decode steps before the last one's tokens are read; None: on a GPU
+    batch_invariant: bool = False  # on a GPU: the same bits alone and in any batch, at a cost; a CPU gives them always
     tensor_parallel: int = 1  # processes that the decoder is split among, each on a device of its own
     speculative_tokens: int = 0  # draft tokens from prompt lookup, verified in one step; 0: off
 

@@ -83,7 +83,8 @@ def capture_graphs(runner: Runner, config: EngineConfig, context: int) -> None:
     if model.device.type == "cuda":
         capture = CudaCapture(model.device)  # one, whose graphs share their memory
         runner.capture(capture, config.max_running, max_seq_len)
-        runner.capture_prefill(capture, config.max_step_tokens, max_seq_len)
+        if not config.batch_invariant:  # their attention is that of prompts
+            runner.capture_prefill(capture, config.max_step_tokens, max_seq_len)
     elif model.ops is cpu:
         runner.capture(CpuCapture(), config.max_running, max_seq_len, cpu_graphs.BUCKETS)
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from qvl_kernels import cpu, reference
+from qvl_kernels.util import dtype_name
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
 from qvl_runtime.engine.parallel_loading import load_parallel_runner
+from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.adapter import Adapter
 from qvl_runtime.formats.host_memory import trim_heap
 from qvl_runtime.host import choose_device, choose_dtype, free_memory
@@ -52,8 +55,17 @@ def load_runner(
     else:
         weights = synthetic_weights(config, dtype, device, engine_config.repeat_blocks)
     notes = weights.notes
-    model = QwenVL(config, weights.state, engine_config.precision, weights.packed, embedding_on_host=on_host)
+    model = QwenVL(
+        config,
+        weights.state,
+        engine_config.precision,
+        weights.packed,
+        embedding_on_host=on_host,
+        batch_invariant=engine_config.batch_invariant,
+    )
     del weights
+    if engine_config.batch_invariant:
+        _check_invariant(model)
     if adapters:  # before the KV cache takes what is left
         model.adapters = load_adapters(adapters, model)
         free = None if free is None else free - model.adapters.nbytes
@@ -67,6 +79,15 @@ def load_runner(
     runner = Runner(model, cache, ImageCache(engine_config.image_cache_bytes), notes)
     capture_graphs(runner, engine_config, max_model_len)
     return runner
+
+
+def _check_invariant(model: QwenVL) -> None:
+    """Raise `ConfigError` where `batch_invariant` is asked of plain torch, or of float32 on a GPU, which is torch's."""
+    if model.ops is reference or (model.ops is not cpu and model.dtype == torch.float32):
+        raise ConfigError(
+            f"batch_invariant needs kernels, and torch multiplies {dtype_name(model.dtype)} here, in an order that "
+            "depends on the other rows: use bfloat16 or float16, and leave QVL_KERNELS unset"
+        )
 
 
 def load_adapters(adapters: Mapping[str, str | Path | Adapter], model: QwenVL) -> Adapters:

@@ -51,6 +51,8 @@ def _check(engine_config: EngineConfig, device: torch.device, has_more: bool) ->
     """Raise `ConfigError` for options that do not go together with `tensor_parallel`."""
     if engine_config.synthetic is not None:
         raise ConfigError("tensor_parallel reads a checkpoint; write one by `python -m tools.make_synthetic`")
+    if engine_config.batch_invariant and device.type == "cuda":
+        raise ConfigError("tensor_parallel has no batch_invariant on a GPU: use one of the two")
     if has_more:
         raise ConfigError(
             "tensor_parallel has neither adapters nor weights of its own: merge them first, by `qvl merge`"

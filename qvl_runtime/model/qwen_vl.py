@@ -47,17 +47,19 @@ class QwenVL:
         packed: Mapping[str, Packed] | None = None,
         embedding_on_host: bool = False,
         ranks: Ranks | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         """Build the model from the weights that `weights.loader` returns, on one device and in one dtype.
 
         state: dense tensors by published name, emptied here. packed: linears in the layout of their kernels, by the
         model's name. embedding_on_host: the table stays in host memory, and embeddings are copied to the device. ranks:
-        the decoder's weights are the share of the first of these.
+        the decoder's weights are the share of the first of these. batch_invariant: see `ops_for`.
         Raises `ConfigError` if the head is tied to that table.
         """
         norm = state["transformer.ln_f.weight"]
         self.config, self.device, self.dtype, self.precision = config, norm.device, norm.dtype, precision
-        self.ops, self.embedding_on_host = ops_for(self.device), embedding_on_host
+        self.ops, self.embedding_on_host = ops_for(self.device, batch_invariant), embedding_on_host
+        self.batch_invariant = batch_invariant
         self.adapters: Adapters | None = None  # set after loading
         linears = LinearBuilder(self.ops, state, precision, packed or {}, ranks=ranks)
         tied = config.tie_word_embeddings and precision == "exact" and "lm_head" not in linears.packed

@@ -87,7 +87,8 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
         self._frequencies = Frequencies(model.config, model.device)
-        self.images_at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
+        at_once = images_at_once(model.config.visual, model.dtype.itemsize, model.device.type)
+        self.images_at_once = 1 if model.batch_invariant else at_once
         self._passes = 0
         self._computed: Computed | None = None  # the latest
 

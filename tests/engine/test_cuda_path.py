@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -214,3 +215,20 @@ def test_no_graphs_on_a_cpu_for_plain_torch_or_where_refused(monkeypatch: pytest
     assert captured == []
     capacity.capture_graphs(runner(GPU, "kernels"), EngineConfig(max_running=48, max_step_tokens=1024), 8192)
     assert captured == [(48, 4096), (1024, 4096)], "a table is no wider than the cache"
+
+
+def test_batch_invariant_takes_its_ops_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"batch_invariant": True, "max_model_len": 256}
+    assert Engine(**options).core.runner.model.ops is ops_for(CPU), "a CPU needs no option"
+    monkeypatch.setenv("QVL_KERNELS", "reference")
+    with pytest.raises(ConfigError, match="torch multiplies bfloat16 here"):
+        Engine(dtype="bfloat16", **options)
+    if importlib.util.find_spec("triton") is None:
+        return
+    monkeypatch.setenv("QVL_KERNELS", "triton")
+    from qvl_kernels.triton import invariant
+
+    runner = Engine(dtype="float16", **options).core.runner
+    assert runner.model.ops is invariant and runner.images_at_once == 1 and runner.prefill_graphs is None
+    with pytest.raises(ConfigError, match="torch multiplies float32 here"):
+        Engine(dtype="float32", **options)

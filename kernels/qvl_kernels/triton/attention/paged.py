@@ -26,6 +26,7 @@ def paged_attention(
     block_tables: Tensor,
     query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
+    most_decoded: int = DECODE_MAX_ROWS,
 ) -> Tensor:
     """`reference.paged_attention`: q [n, H, d]; caches [blocks, H, block_size, width]; block_tables [R, most blocks].
 
@@ -36,6 +37,8 @@ def paged_attention(
     request has one row, and `query_starts` is ignored; a row of length 0 is padding: it reads nothing and returns
     zeros. With R < n lengths `query_starts` is a tensor [R + 1], too, and every request is a prefill; rows that belong
     to no request are padding, and what they return is undefined.
+
+    most_decoded: rows of a request up to which they are decoded one by one.
     """
     op, (rows, heads, head_dim) = "paged_attention", q.shape
     checks.tensor(op, "q", q, (rows, heads, head_dim))
@@ -66,23 +69,25 @@ def paged_attention(
     starts, lengths = tuple(map(int, query_starts)), tuple(map(int, context_lens))
     _check_rows(starts, lengths, rows, block_tables, k_cache.shape[2])
     counts = [end - start for start, end in pairwise(starts)]
-    queries = queries_of(starts, lengths, q.device)
+    queries = queries_of(starts, lengths, q.device, most_decoded)
     if len(queries):
         decode(*same, queries, None, out, capability(q.device)).run()
-    prefilled = [r for r, count in enumerate(counts) if count > DECODE_MAX_ROWS]
+    prefilled = [r for r, count in enumerate(counts) if count > most_decoded]
     if prefilled:
         prefill(*same, prefilled, starts, lengths, capability(q.device), out).run()
     return out.flatten(1)
 
 
 @lru_cache(maxsize=16)
-def queries_of(query_starts: tuple[int, ...], context_lens: tuple[int, ...], device: torch.device) -> Tensor:
+def queries_of(
+    query_starts: tuple[int, ...], context_lens: tuple[int, ...], device: torch.device, most_rows: int = DECODE_MAX_ROWS
+) -> Tensor:
     """int32 [m, 3]: row, request and visible keys of each row of the requests with few rows. Cached by value."""
     queries = [
         (row, r, length - (query_starts[r + 1] - 1 - row))
         for r, length in enumerate(context_lens)
         for row in range(query_starts[r], query_starts[r + 1])
-        if query_starts[r + 1] - query_starts[r] <= DECODE_MAX_ROWS
+        if query_starts[r + 1] - query_starts[r] <= most_rows
     ]
     made = torch.tensor(queries, dtype=torch.int32).view(-1, 3)
     # pinned: a copy from other memory would wait for all that is queued on the device
