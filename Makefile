@@ -89,10 +89,11 @@ browser: $(STAMP) ## install what the tests of the page need besides a Chromium:
 demo: $(STAMP) ## caption an image, answer a question, box an object: about a minute
 	$(BIN)/qvl demo
 
-# Each test computes in one thread, so a process a core, up to four, halves the time. TEST_JOBS=0: in one process.
+# Each test computes in one thread, so a process a core, up to four, halves the time; files in order, as the first ones
+# take longest. TEST_JOBS=0: in one process.
 TEST_JOBS ?= auto
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # A sanitizer's library must be loaded before Python; its flags reach every kernel source through QVL_CXXFLAGS.
 # QVL_CHECKED: kernels compare sizes and indices at their entry, also where a wrong address is one of another tensor.

@@ -151,7 +151,7 @@ def _own_dense(weight: PackedInt4) -> Product:
     from qvl_kernels.layouts.repack import dequantize
     from qvl_kernels.triton.linear.dense_linear import DenseLinear
 
-    return DenseLinear(dequantize(weight).to(torch.bfloat16), None).forward_partial_sums
+    return DenseLinear(dequantize(weight).to(torch.bfloat16).contiguous(), None).forward_partial_sums
 
 
 def _tinygemm(weight: PackedInt4) -> Product:

@@ -41,7 +41,8 @@ def inverse_frequencies(base: float, dim: int, alpha: float) -> Tensor:
     differently, which changes logits by 3e-4 at position 600.
     """
     base = base * alpha ** (dim / (dim - 2))
-    return 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+    numbers = torch.arange(0, dim, 2, device="cpu")  # cached, so whatever the device of the moment is
+    return 1.0 / base ** (numbers.float() / dim)
 
 
 class Frequencies:
