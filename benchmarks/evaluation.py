@@ -3,6 +3,8 @@
 DATA is a folder that `python -m tools.nano.datasets` writes. Each kind is asked three ways, in turns, on engines of
 their own: all together, as `qvl evaluate` asks; one call after another on an engine with the same caches of images and
 prefixes; and one after another without caches. Prints JSON lines.
+
+`--synthetic qwen-vl-chat-int4 --samples 4` asks a model of the published size, whose answers are noise, once, together.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from statistics import median
 
 from benchmarks.timing import others, say, setting
 from qvl_runtime import Engine
-from qvl_runtime.config.engine import EngineConfig
+from qvl_runtime.config.engine import PRECISIONS, EngineConfig
 from qvl_runtime.evaluate.asking import EngineAsker, Numbered
 from qvl_runtime.evaluate.loading import load
 from qvl_runtime.evaluate.prompts import Style
@@ -85,18 +87,36 @@ def measure(model: str | None, data: Path, kind: str, samples: int) -> None:
     )
 
 
+def measure_full_size(engine: Engine, data: Path, kind: str, samples: int) -> None:
+    """Ask a large model all questions of a kind together, once, and print it. Nothing of them is cached before."""
+    task, style = KINDS[kind]
+    asked, watch, found = questions(data, task, style, samples), others(), list[float]()
+    with timed(found, len(asked)):
+        answers = list(EngineAsker(engine, "").answers(asked))
+    if len(answers) != len(asked):
+        raise RuntimeError(f"{len(answers)} of {len(asked)} were answered")
+    say(kind=kind, task=task, samples=len(asked), samples_s=found[0], other_cores=watch())
+
+
 def main() -> None:
     """Measure all kinds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder that tools.nano.datasets writes")
     parser.add_argument("--model", help="checkpoint folder (default: nano)")
+    parser.add_argument("--synthetic", metavar="NAME", help="qwen-vl-chat or qwen-vl-chat-int4, of random weights")
+    parser.add_argument("--precision", default="fast", choices=PRECISIONS, help="of --synthetic; default: %(default)s")
     parser.add_argument("--samples", type=int, default=200, help="of each kind; default: %(default)s")
     tasks = [task for task, _ in KINDS.values()]
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, help="default: one of each kind")
     args = parser.parse_args()
     say(**setting())
+    engine = Engine(synthetic=args.synthetic, precision=args.precision) if args.synthetic else None
     for kind, (task, _) in KINDS.items():
-        if task in args.tasks:
+        if task not in args.tasks:
+            continue
+        if engine is not None:
+            measure_full_size(engine, args.data, kind, args.samples)
+        else:
             measure(args.model, args.data, kind, args.samples)
 
 

@@ -17,7 +17,7 @@ from qvl_runtime.errors import GroupError, QVLError
 from qvl_runtime.model.language import Decoder, Layout
 from qvl_runtime.model.linear import LinearBuilder
 from qvl_runtime.model.rotary import positions_of
-from qvl_runtime.parallel.group import Group, meeting_place
+from qvl_runtime.parallel.group import Group, arrival, meeting_place
 from qvl_runtime.parallel.leader import CopyBlock, Forward, Logits, MakeCache, Settings
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.weights.loader import load_weights, model_config
@@ -82,6 +82,7 @@ def main() -> NoReturn:
         torch.cuda.set_device(device)
     try:
         store = meeting_place(settings.ranks, settings.port)
+        store.set(arrival(settings.rank), "")
         group = Group(store, settings.rank, settings.ranks, device)
         follower = Follower(model_config(Path(settings.folder)), settings, group)
         while True:

@@ -27,6 +27,11 @@ def meeting_place(ranks: int, port: int | None = None) -> Any:
     return store(HOST, port or 0, ranks, is_master=port is None, wait_for_workers=False, timeout=START)
 
 
+def arrival(rank: int) -> str:
+    """The key by which a rank says at the meeting place that it is there."""
+    return f"rank {rank} is here"
+
+
 def check_free() -> None:
     """Raise `ConfigError` where this process is in a process group already."""
     if dist.is_initialized():

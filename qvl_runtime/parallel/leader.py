@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError, GroupError, QVLError
 from qvl_runtime.model.language import LayerCache, Observer, unobserved
 from qvl_runtime.model.qwen_vl import QwenVL, Step
-from qvl_runtime.parallel.group import Group, check_free, leave, meeting_place
+from qvl_runtime.parallel.group import START, Group, arrival, check_free, leave, meeting_place
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.weights.shares import Share
 
@@ -93,6 +94,7 @@ class Ranks:
             settings = Settings(str(folder), rank, ranks, store.port, where, dtype, precision, threads)
             self._processes.append(_start(settings))
         try:
+            self._wait_for_all(store)
             self.group = Group(store, 0, ranks, device)
         except BaseException:
             self._end()
@@ -125,6 +127,17 @@ class Ranks:
         if not self.ended:
             self.ended = why
             self._end()
+
+    def _wait_for_all(self, store: Any) -> None:
+        """Wait until every rank has come to the store. Raises `GroupError` if one ends before, or takes too long."""
+        keys = [arrival(rank) for rank in range(1, self.share.ranks)]
+        deadline = time.monotonic() + START.total_seconds()
+        while not store.check(keys):
+            ended = any(process.poll() is not None for process in self._processes)
+            if ended or time.monotonic() > deadline:
+                what = "has ended as it started" if ended else f"has not come within {START.total_seconds():.0f} s"
+                raise GroupError(f"one of the {self.share.ranks} processes of this model {what}: see above why")
+            time.sleep(0.02)
 
     def _reported(self) -> QVLError | None:
         for process in self._processes:

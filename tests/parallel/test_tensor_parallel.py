@@ -17,6 +17,7 @@ import pytest
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import ConfigError, GroupError
+from qvl_runtime.parallel import leader
 from qvl_runtime.parallel.leader import ParallelModel
 
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(sys.platform == "win32", reason="gloo and signals of POSIX")]
@@ -92,7 +93,17 @@ def test_a_process_that_dies_is_named_and_the_next_engine_works(monkeypatch: pyt
         monkeypatch.undo()
         with pytest.raises(GroupError, match="ended by ZeroDivisionError in a step: make it again"):
             engine.generate([{"token_ids": [5]}], GREEDY)
-        assert not any(is_running(pid) for pid in own)
+        assert all_end(own)
+
+
+def test_a_process_that_cannot_start_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "PROGRAM", "raise SystemExit(3)")
+    began = time.monotonic()
+    with pytest.raises(GroupError, match="has ended as it started"):
+        Engine(tensor_parallel=2)
+    assert time.monotonic() - began < 20
+    with pytest.raises(GroupError, match="has ended as it started"):  # and no process group is left
+        Engine(tensor_parallel=2)
 
 
 def test_nothing_is_left_when_the_first_is_killed() -> None:
@@ -108,10 +119,7 @@ time.sleep(60)
         others = [int(pid) for pid in first.stdout.readline().split()]
         assert others and all(map(is_running, others))
         first.kill()
-    deadline = time.monotonic() + 10
-    while any(map(is_running, others)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(is_running, others))
+    assert all_end(others)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,14 @@ time.sleep(60)
 def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Engine(**options)
+
+
+def all_end(others: list[int]) -> bool:
+    """Wait, at most 10 seconds, until these processes have ended."""
+    deadline = time.monotonic() + 10
+    while any(map(is_running, others)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(is_running, others))
 
 
 def is_running(pid: int) -> bool:
