@@ -19,8 +19,9 @@ def implementations() -> list[ModuleType]:
     if find_spec("triton") is None:
         return [reference, cpu]
     from qvl_kernels import triton
+    from qvl_kernels.triton import invariant
 
-    return [reference, cpu, triton]
+    return [reference, cpu, triton, invariant]
 
 
 def parameters(function: object) -> list[tuple[str, object]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ from qvl_kernels.triton import (
     unpack_to_qweight,
     vision_attention,
 )
+from qvl_kernels.triton.attention.paged import attend
 from qvl_kernels.triton.linear.configs import SMALL_M
 from qvl_kernels.triton.linear.dense_linear import DenseLinear
 from qvl_kernels.triton.linear.linears import PackedLinear
@@ -93,7 +93,17 @@ __all__ = [
 
 EVERY_ROW = 1 << 31
 
-paged_attention = partial(triton.paged_attention, most_decoded=EVERY_ROW)
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
+) -> Tensor:
+    """`triton.paged_attention`, with every row as if it were decoded."""
+    return attend(q, k_cache, v_cache, block_tables, query_starts, context_lens, EVERY_ROW)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

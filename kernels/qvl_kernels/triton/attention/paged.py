@@ -26,7 +26,6 @@ def paged_attention(
     block_tables: Tensor,
     query_starts: Sequence[int] | Tensor,
     context_lens: Sequence[int] | Tensor,
-    most_decoded: int = DECODE_MAX_ROWS,
 ) -> Tensor:
     """`reference.paged_attention`: q [n, H, d]; caches [blocks, H, block_size, width]; block_tables [R, most blocks].
 
@@ -37,9 +36,20 @@ def paged_attention(
     request has one row, and `query_starts` is ignored; a row of length 0 is padding: it reads nothing and returns
     zeros. With R < n lengths `query_starts` is a tensor [R + 1], too, and every request is a prefill; rows that belong
     to no request are padding, and what they return is undefined.
-
-    most_decoded: rows of a request up to which they are decoded one by one.
     """
+    return attend(q, k_cache, v_cache, block_tables, query_starts, context_lens, DECODE_MAX_ROWS)
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_starts: Sequence[int] | Tensor,
+    context_lens: Sequence[int] | Tensor,
+    most_decoded: int,
+) -> Tensor:
+    """`paged_attention`; requests of up to `most_decoded` rows decode them one by one."""
     op, (rows, heads, head_dim) = "paged_attention", q.shape
     checks.tensor(op, "q", q, (rows, heads, head_dim))
     if head_dim > MAX_HEAD_DIM:
