@@ -88,7 +88,7 @@ def measure(model: str | None, data: Path, kind: str, samples: int) -> None:
 
 
 def measure_full_size(engine: Engine, data: Path, kind: str, samples: int) -> None:
-    """Ask a large model all questions of a kind together, once, and print it. Nothing of them is cached before."""
+    """Ask a large model all questions of a kind together, once, and print it. Pictures of earlier kinds are cached."""
     task, style = KINDS[kind]
     asked, watch, found = questions(data, task, style, samples), others(), list[float]()
     with timed(found, len(asked)):
