@@ -17,7 +17,7 @@ FIND_PYTHON = for candidate in python3.11 python3.14 python3.13 python3.12 pytho
 	&& { echo $$candidate; break; }; done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser ray npm-client schemathesis lm-eval lmms-eval demo test asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
+.PHONY: help setup format docs examples wheel kernel-report ttsem interop browser ray npm-client schemathesis lm-eval lmms-eval demo test arm asan ubsan tsan fuzz lint nano eval-nano report report-quick clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -109,6 +109,11 @@ asan: $(STAMP) ## build the CPU kernels with AddressSanitizer and run their test
 
 ubsan: $(STAMP) ## the same with UndefinedBehaviorSanitizer
 	$(call SANITIZED,undefined -fno-sanitize-recover=all,libubsan.so)
+
+# On Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static
+ARM_FLAGS ?=
+arm: $(STAMP) ## build the CPU kernels for 64-bit ARM and compare its variants in an emulator: three minutes
+	$(BIN)/python -m tools.cross_arm $(ARM_FLAGS)
 
 FUZZ_SECONDS ?= 600
 FUZZ_FLAGS ?=

@@ -12,10 +12,10 @@ compiler the package still installs, and runs on plain torch. The build prints a
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from sysconfig import get_platform
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -41,14 +41,22 @@ SHARED = {
 }
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-VARIANTS = {  # x86 only; a compiler may not support one, and library.cpp is then built with QVL_NO_AMX and so on
+VARIANTS_X86 = {  # a compiler may not support one, and library.cpp is then built with QVL_NO_AMX and so on
     "variant_amx.cpp": ["-O3", *AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
     "variant_avx512.cpp": ["-O3", *AVX512],
     "variant_avxvnni.cpp": ["-O2", *AVX2],
     "variant_avx2.cpp": ["-O2", *AVX2],
 }
+VARIANTS_ARM = {
+    "variant_i8mm.cpp": ["-O2", "-march=armv8.2-a+dotprod+i8mm+bf16"],
+    "variant_dotprod.cpp": ["-O2", "-march=armv8.2-a+dotprod"],
+    "variant_neon.cpp": ["-O2"],
+}
 LIBRARY = "library.cpp"
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The machine that is built for, which a cross build names: "linux-x86_64", "macosx-11.0-arm64", "win-amd64".
+MACHINE = get_platform().rpartition("-")[2].lower()
+ON_X86, ON_ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
+VARIANTS = VARIANTS_X86 if ON_X86 else VARIANTS_ARM if ON_ARM else {}
 
 
 class BuildKernels(build_ext):
@@ -69,7 +77,7 @@ class BuildKernels(build_ext):
     def _build(self, ext: Extension) -> None:
         self.mkpath(self.build_temp)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            variants = {n: pool.submit(self._compile, ext, n, flags) for n, flags in VARIANTS.items() if ON_X86}
+            variants = {n: pool.submit(self._compile, ext, n, flags) for n, flags in VARIANTS.items()}
             shared = [pool.submit(self._compile, ext, name, flags) for name, flags in SHARED.items()]
         objects, missing = [objects for future in shared for objects in future.result()], []
         for name, future in variants.items():

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace {
@@ -39,6 +43,26 @@ bool has_amx() {
 #endif
 #endif
 
+#if defined(__aarch64__)
+// Features as Linux names them in the auxiliary vector (arch/arm64/include/uapi/asm/hwcap.h), or macOS as settings.
+// Elsewhere (Windows) they are not asked for, and NEON runs.
+[[maybe_unused]] bool has_arm([[maybe_unused]] int word, [[maybe_unused]] int bit, [[maybe_unused]] const char* setting) {
+#if defined(__linux__)
+  return getauxval(word == 2 ? AT_HWCAP2 : AT_HWCAP) >> bit & 1;
+#elif defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(setting, &value, &size, nullptr, 0) == 0 && value;
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] bool has_dotprod() { return has_arm(1, 20, "hw.optional.arm.FEAT_DotProd"); }
+[[maybe_unused]] bool has_i8mm() {
+  return has_dotprod() && has_arm(2, 13, "hw.optional.arm.FEAT_I8MM") && has_arm(2, 14, "hw.optional.arm.FEAT_BF16");
+}
+#endif
+
 const Variant* variants() {
   static const Variant all[] = {
 #if defined(__x86_64__)
@@ -53,6 +77,16 @@ const Variant* variants() {
 #endif
 #if !defined(QVL_NO_AVX2)
       {"avx2", has_avx2(), entries_avx2},
+#endif
+#elif defined(__aarch64__)
+#if !defined(QVL_NO_I8MM)
+      {"i8mm", has_i8mm(), entries_i8mm},
+#endif
+#if !defined(QVL_NO_DOTPROD)
+      {"dotprod", has_dotprod(), entries_dotprod},
+#endif
+#if !defined(QVL_NO_NEON)
+      {"neon", true, entries_neon},
 #endif
 #endif
       {"portable", true, entries_portable},

@@ -6,7 +6,7 @@
 #include <utility>  // for types alone: see common.h
 
 // Increase it when the meaning of a kernel's arguments changes: a layout, or their order. Python checks it.
-constexpr int64_t kAbi = 4;
+constexpr int64_t kAbi = 5;
 
 // One argument of a recorded call (replay.cpp).
 union Argument {
@@ -56,11 +56,14 @@ template <class... Arguments, void (*KERNEL)(Arguments...)> struct Recorded<KERN
 #define QVL_END {nullptr, nullptr, nullptr, nullptr}
 
 // One list for each variant that was compiled, ended by a null name. If the compiler cannot build a variant, setup.py
-// leaves it out and tells library.cpp with QVL_NO_AMX, QVL_NO_AVX512, QVL_NO_AVXVNNI or QVL_NO_AVX2.
+// leaves it out and tells library.cpp with QVL_NO_AMX, QVL_NO_I8MM and so on.
 const Entry* entries_amx();  // null if the system does not grant the tile registers
 const Entry* entries_avx512();
 const Entry* entries_avxvnni();
 const Entry* entries_avx2();
+const Entry* entries_i8mm();
+const Entry* entries_dotprod();
+const Entry* entries_neon();
 const Entry* entries_portable();
 const Entry* entries_pack();  // these two are not compute-bound: compiled once
 const Entry* entries_embed();

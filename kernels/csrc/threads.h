@@ -12,6 +12,9 @@ int64_t qvl_nanoseconds();  // of a steady clock
 // Whether AVX-512 multiplies bfloat16 in pairs where the CPU can: 1, 0, or -1 for what is faster on it, the default.
 int64_t qvl_bf16_pairs();
 __attribute__((visibility("default"))) void qvl_set_bf16_pairs(int64_t choice);
+// From now on chunks of this thread's calls run one after the other, and `log` gets their number and the nanoseconds of
+// each, up to `capacity` numbers; null ends it. Returns how many numbers the log that ends here would have had.
+__attribute__((visibility("default"))) int64_t qvl_log_chunks(int64_t* log, int64_t capacity);
 // Sets how many threads work on a call, the caller included: the number that torch uses.
 __attribute__((visibility("default"))) void qvl_set_threads(int64_t count);
 }

@@ -3,15 +3,15 @@
 
 #include "common.h"
 
-#include "linear/quantize.inl"
-
 #include "linear/trial.inl"
 
 #include "linear/dots.inl"
 
 #if defined(QVL_OWN_DOTS)
-#include "linear/dots_avx2.inl"
+#include QVL_OWN_DOTS
 #endif
+
+#include "linear/quantize.inl"
 
 #include "linear/int8.inl"
 

@@ -11,6 +11,7 @@ from qvl_kernels import cpu, reference
 from qvl_kernels.util import dtype_name
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.model import ModelConfig
+from qvl_runtime.cores import settle_threads
 from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
 from qvl_runtime.engine.parallel_loading import load_parallel_runner
 from qvl_runtime.errors import ConfigError
@@ -45,6 +46,8 @@ def load_runner(
     if engine_config.tensor_parallel > 1:
         return load_parallel_runner(engine_config, config, folder, max_model_len, bool(adapters or weights))
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
+    if device.type == "cpu":
+        settle_threads()
     on_host = engine_config.embedding_on_host
     free: int | None = None
     if weights is not None:

@@ -10,6 +10,7 @@ import torch
 from qvl_kernels import report as kernel_report
 from qvl_kernels.util import dtype_name
 from qvl_runtime.config.generation import GenerationDefaults
+from qvl_runtime.cores import usable_cores
 from qvl_runtime.host import device_name
 from qvl_runtime.schedule.api import SamplingParams
 from qvl_runtime.schedule.core import EngineCore
@@ -37,6 +38,7 @@ def describe(folder: Path, core: EngineCore, load_s: float) -> dict[str, Any]:
         "device": device_name(model.device),
         "dtype": dtype_name(model.dtype),
         "threads": torch.get_num_threads(),
+        "cores": usable_cores()._asdict() if model.device.type == "cpu" else None,
         "precision": model.precision,
         "kernels": kernel_report(model.device) | model.kernels,
         "memory": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,11 @@ except cpu_library.LibraryError:
     AVAILABLE = ()
 
 
-@pytest.fixture(params=["amx", "avx512", "avxvnni", "avx2", "portable"])
+ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
+COMPILED = ["i8mm", "dotprod", "neon", "portable"] if ON_ARM else ["amx", "avx512", "avxvnni", "avx2", "portable"]
+
+
+@pytest.fixture(params=COMPILED)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with the kernels of one instruction set; skip it if the build or the CPU lacks them."""
     if request.param not in AVAILABLE:

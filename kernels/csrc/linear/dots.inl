@@ -1,5 +1,5 @@
 // Products of packed weights and int8 activations, added up as integers: the innermost loops of linear/int8.inl. Where
-// simd/avx2.h is used (QVL_OWN_DOTS), dots_avx2.inl has others.
+// simd/avx2.h or simd/neon.h is used (QVL_OWN_DOTS), dots_avx2.inl or dots_neon.inl has others.
 //
 // x: words of four inputs of M rows, [..][M], as linear/quantize.inl writes them. Weights: NB blocks, `stride` bytes apart.
 namespace {

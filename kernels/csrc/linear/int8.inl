@@ -71,11 +71,10 @@ QVL_UNROLL
   }
 };
 
-// The rows of a tile; those of a row's planes are added up, the highest first.
-template <int M, int NB>
-inline void put_tile(const Activations& a, const Output& out, int64_t tile, int64_t block, const float (&acc)[M][NB][16]) {
+// The rows of a tile, sums [M][NB][16]; those of a row's planes are added up, the highest first.
+template <int NB>
+inline void put_tile(const Activations& a, const Output& out, int64_t tile, int64_t block, const float* sums) {
   const int64_t each = a.rows_of_tile(), first = tile * each, planes = a.planes;
-  const float* sums = acc[0][0];
   for (int64_t m = 0; m < each && first + m < a.rows; m++)
     for (int n = 0; n < NB; n++) {
       F value = load(sums + ((m * planes + planes - 1) * NB + n) * 16);
@@ -120,18 +119,34 @@ QVL_UNROLL
   for (int m = 0; m < M; m++)
 QVL_UNROLL
     for (int n = 0; n < NB; n++) store(done[m][n], acc[m][n]);
-  put_tile(a, out, tile, block, done);
+  put_tile<NB>(a, out, tile, block, done[0][0]);
 }
 
+// Blocks [begin, end): NB at a time, and what is left of one such step in smaller ones.
+template <int BITS, int M, int NB>
+void blocks_in_turn(const Packed& w, const Activations& a, const Output& out, int64_t begin, int64_t end, bool ahead) {
+  constexpr int kHalf = M == 1 && NB > 2 ? NB / 2 : 1;
+  int64_t block = begin;
+  for (; end - block >= NB; block += NB)
+    for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, NB>(w, a, out, tile, block, ahead);
+  for (; kHalf > 1 && end - block >= kHalf; block += kHalf)
+    for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, kHalf>(w, a, out, tile, block, ahead);
+  for (; block < end; block++)
+    for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, 1>(w, a, out, tile, block, ahead);
+}
+
+// Chunks of at least 128 KiB for as many rounds as all threads have one in, and the rest in as many chunks as there are
+// threads: 4096 outputs are 32 chunks of eight blocks, which kept 24 threads busy for two thirds of two rounds. The last
+// ones, smaller, also even out what other work takes of a core.
 template <int BITS, int M, int NB> void all_blocks(const Packed& w, const Activations& a, const Output& out, bool ahead) {
-  const int64_t per_chunk = 1 + (128 << 10) / (NB * w.block_bytes());
-  const int64_t whole = w.blocks() / NB, rest = w.blocks() % NB;
-  parallel_ranges(whole, per_chunk, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++)
-      for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, NB>(w, a, out, tile, b * NB, ahead);
+  const int64_t threads = qvl_threads(), blocks = w.blocks(), least = (64 << 10) / w.block_bytes();
+  const int64_t wide = NB * (1 + (128 << 10) / (NB * w.block_bytes()));
+  const int64_t whole = blocks / (wide * threads) * threads, left = blocks - whole * wide;
+  const int64_t each = (left + threads - 1) / threads, part = each > least ? each : least > 1 ? least : 1;
+  parallel(whole + (left + part - 1) / part, [&](int64_t i) {
+    const int64_t begin = i < whole ? i * wide : whole * wide + (i - whole) * part, end = begin + (i < whole ? wide : part);
+    blocks_in_turn<BITS, M, NB>(w, a, out, begin, end < blocks ? end : blocks, ahead);
   });
-  for (int64_t b = whole * NB; b < whole * NB + rest; b++)
-    for (int64_t tile = 0; tile < a.tiles; tile++) few_rows<BITS, M, 1>(w, a, out, tile, b, ahead);
 }
 
 // A few rows are bound by memory. Whether to prefetch, and how many streams one row reads at once, is measured on the first

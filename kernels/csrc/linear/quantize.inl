@@ -7,7 +7,7 @@
 
 namespace {
 
-// Tiles of M rows: words of four inputs [tiles][padded / 4][M], scales and sums of q [tiles][groups][M].
+// Tiles of M rows: words of four inputs [tiles][padded / 4][M], or of eight (inputs_together), scales and sums of q [tiles][groups][M].
 struct Activations {
   int64_t rows, planes, tiles, M, padded, groups;  // rows of the result, each `planes` rows of a tile
   int8_t* q;
@@ -17,6 +17,11 @@ struct Activations {
 };
 
 constexpr int64_t kMostGroup = 128;
+
+#if !defined(QVL_OWN_PANELS)
+// Inputs of a row that are next to each other in a tile of M rows.
+constexpr int64_t inputs_together(int64_t) { return 4; }
+#endif
 
 // A row as floats, in the order of the packed weights (permuted if perm is set) and padded with zeros.
 void gather_row(const void* x, int64_t dtype, int64_t inputs, int64_t padded, const int32_t* perm, float* out) {
@@ -100,14 +105,18 @@ void put_row(const float* x, int64_t group, const Activations& a, int64_t tile, 
   alignas(64) int8_t q[4 * kMostGroup] = {0};
   float scale[4] = {0};
   int32_t sums[4] = {0};
+  const int64_t together = inputs_together(a.M);
   for (int64_t g = 0; g < a.groups; g++) {
     if (x) {
       if (a.planes == 1) round_group(x + g * group, group, q, scale, sums);
       else split_group(x + g * group, group, (int)a.planes, q, scale, sums);
     }
-    int8_t* to = a.q + ((tile * a.padded + g * group) * a.M + m * 4);
-    for (int64_t p = 0; p < a.planes; p++, to += 4) {
-      for (int64_t k = 0; k < group; k += 4) memcpy(to + k * a.M, q + p * group + k, 4);
+    int8_t* to = a.q + ((tile * a.padded + g * group) * a.M + m * together);
+    for (int64_t p = 0; p < a.planes; p++, to += together) {
+      if (together == 8)
+        for (int64_t k = 0; k < group; k += 8) memcpy(to + k * a.M, q + p * group + k, 8);
+      else
+        for (int64_t k = 0; k < group; k += 4) memcpy(to + k * a.M, q + p * group + k, 4);
       a.scale[(tile * a.groups + g) * a.M + m + p] = scale[p];
       a.sum[(tile * a.groups + g) * a.M + m + p] = sums[p];
     }

@@ -19,7 +19,7 @@ constexpr int kFewSums = 8;        // few rows times blocks
 constexpr int kTileRows = 12, kTileBlocks = 1;  // of a GEMM tile: for one half of the outputs after the other
 // vpmaddubsw saturates at 16 bits, so that high nibbles must be shifted down first.
 constexpr int kHighNibbleShift = 0;
-#define QVL_OWN_DOTS  // see linear/dots.inl
+#define QVL_OWN_DOTS "linear/dots_avx2.inl"  // see linear/dots.inl
 
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };

@@ -19,7 +19,7 @@ from torch import Tensor
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-ABI = 4  # the ABI of csrc/library.h, which the library must have been built with
+ABI = 5  # the ABI of csrc/library.h, which the library must have been built with
 _REBUILD = "rebuild it: pip install -e . (or python setup.py build_ext --inplace in a checkout)"
 
 _KINDS = {"P": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
@@ -63,7 +63,7 @@ class Library:
     """The kernels for one instruction set, as attributes of `kernels`; `threads` follows torch's setting."""
 
     def __init__(self, instruction_set: str | None = None) -> None:
-        """Load the kernels for "amx", "avx512", "avxvnni", "avx2" or "portable"; None selects this CPU's best.
+        """Load the kernels for an instruction set, such as "avx2" or "portable"; None selects this CPU's best.
 
         Raises `LibraryError` if the library was not built or does not support the instruction set.
         """
@@ -85,6 +85,11 @@ class Library:
         self.kernels = SimpleNamespace(**{name: self._kernel(handle, name) for name in SIGNATURES})
         self._set_threads: Callable[[int], None] = handle.qvl_set_threads
         handle.qvl_set_threads.argtypes = (ctypes.c_int64,)
+        self._log_chunks: Callable[[object, int], int] = handle.qvl_log_chunks
+        handle.qvl_log_chunks.argtypes, handle.qvl_log_chunks.restype = (
+            (ctypes.c_void_p, ctypes.c_int64),
+            ctypes.c_int64,
+        )
         self.threads = 0  # the number last passed to the thread pool
         self.replay: Callable[[ctypes.Array[Any], int], None] = (
             handle.qvl_replay
@@ -113,6 +118,27 @@ class Library:
             yield
         finally:
             del self._recorders[get_ident()]
+
+    def chunks(self, call: Callable[[], object], threads: int, capacity: int = 1 << 16) -> list[list[int]]:
+        """Run kernels in `call` as `threads` threads would split them, but on this one; return ns of each chunk.
+
+        A list for each part that the threads would share, in order; between two parts all threads wait for the last.
+        """
+        before, log = torch.get_num_threads(), (ctypes.c_int64 * capacity)()
+        torch.set_num_threads(threads)
+        self._log_chunks(log, capacity)
+        try:
+            call()
+        finally:
+            used = self._log_chunks(None, 0)
+            torch.set_num_threads(before)
+        if used > capacity:
+            raise ValueError(f"the calls have {used} chunks and parts, and the log holds {capacity}: raise capacity")
+        parts, at = [], 0
+        while at < used:
+            parts.append(log[at + 1 : at + 1 + log[at]])
+            at += 1 + log[at]
+        return parts
 
     def entry(self, name: str) -> int:
         """Return the address of a kernel's entry, which identifies it in recorded calls."""
