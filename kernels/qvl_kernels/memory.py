@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 from contextlib import suppress
 
 import torch
@@ -13,6 +15,7 @@ from qvl_kernels.util import cdiv
 
 HUGE_PAGE = 2 << 20  # bytes; smaller buffers gain nothing from huge pages
 LINE = 64
+_MAP_FIXED = 0x10  # of mmap(2) on Linux, which Python's module does not name
 PIECE = 32 << 10  # bytes written at a time; with pieces this large a huge page fills up soon
 
 
@@ -48,6 +51,38 @@ def touched_bytes(nbytes: int, piece: int) -> int:
 def mapping(nbytes: int) -> Tensor:
     """Allocate zeros, uint8 [nbytes], in pages of the OS's default size."""
     return torch.frombuffer(_anonymous(nbytes), dtype=torch.uint8)
+
+
+def repeated(tile: Tensor, nbytes: int) -> Tensor | None:
+    """Map the bytes of a tile over and over, uint8 [nbytes]: pages are resident only once they are read or written.
+
+    Like a mapped file, whose content is in memory once. Returns None where the tile is not whole pages, and where the
+    OS cannot do it.
+    """
+    data = tile.contiguous().view(-1).view(torch.uint8)
+    if not hasattr(os, "memfd_create") or len(data) % mmap.PAGESIZE or nbytes < len(data):
+        return None
+    memory = _anonymous(cdiv(nbytes, len(data)) * len(data))
+    raw = torch.frombuffer(memory, dtype=torch.uint8)
+    file = os.memfd_create("qvl_tile")
+    try:
+        with open(file, "wb", closefd=False) as stream:
+            stream.write(data.numpy().data)
+        return raw[:nbytes] if _map_over(raw, file, len(data)) else None
+    finally:
+        os.close(file)  # the mappings hold it
+
+
+def _map_over(memory: Tensor, file: int, length: int) -> bool:
+    """Replace each `length` bytes of a mapping by a private one of a file's first bytes."""
+    call = ctypes.CDLL(None, use_errno=True).mmap
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    call.restype = ctypes.c_void_p
+    how = (mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED, file, 0)
+    return all(
+        call(address, length, *how) == address
+        for address in range(memory.data_ptr(), memory.data_ptr() + len(memory), length)
+    )
 
 
 def _anonymous(nbytes: int) -> mmap.mmap:

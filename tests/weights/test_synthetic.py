@@ -10,11 +10,12 @@ import torch
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.formats.layout import expected_tensors
+from qvl_runtime.host import resident_memory
 from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.schedule.image_cache import ImageCache
 from qvl_runtime.schedule.kv_cache import KVCache
 from qvl_runtime.schedule.runner import Chunk, Runner
-from qvl_runtime.weights.synthetic import SyntheticState, synthetic_config, synthetic_weights
+from qvl_runtime.weights.synthetic import SyntheticState, _mapped, _tiled, synthetic_config, synthetic_weights
 
 NANO = Path(__file__).resolve().parents[2] / "qvl_runtime" / "nano_int4"
 
@@ -47,6 +48,19 @@ def test_blocks_that_are_repeated_share_their_memory(small: ModelConfig) -> None
     first, second = (state[f"transformer.h.{i}.attn.c_attn.qweight"] for i in (0, 1))
     assert first is second
     assert state["transformer.wte.weight"] is not state["lm_head.weight"]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("shape", [(24576, 1024), (6000, 1024), (3, 1024)])
+def test_a_table_in_memory_like_a_mapped_file(shape: tuple[int, int]) -> None:
+    """The same numbers as a filled one, of which only what is read or written is resident."""
+    noise = torch.randn(1 << 22)
+    table, filled = _mapped(noise, shape, torch.bfloat16), _tiled(noise, shape, torch.bfloat16)
+    before = resident_memory()
+    assert torch.equal(table[shape[0] - 3 :], filled[shape[0] - 3 :])
+    assert resident_memory() - before < 4 << 20
+    table[0] = 0
+    assert torch.equal(table[1:], filled[1:])
 
 
 @pytest.mark.cpu
