@@ -10,10 +10,40 @@ from __future__ import annotations
 from qvl_kernels.triton.launch import interpreted
 
 if interpreted():
-    from qvl_kernels.triton.interpreted_gluon import gl, gluon, mma
+    from qvl_kernels.triton.interpreted_gluon import (
+        async_load,
+        commit_group,
+        fence_async_shared,
+        gl,
+        gluon,
+        mma,
+        wait_group,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
 else:
     from triton.experimental import gluon  # type: ignore[no-redef]
     from triton.experimental.gluon import language as gl  # type: ignore[no-redef]
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2 as mma  # type: ignore[no-redef]
+    from triton.experimental.gluon.language.nvidia.hopper import (  # type: ignore[no-redef]
+        fence_async_shared,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
 
-__all__ = ["gl", "gluon", "mma"]
+    # renamed in Triton 3.8
+    async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+    commit_group, wait_group = async_copy.commit_group, async_copy.wait_group
+
+__all__ = [
+    "async_load",
+    "commit_group",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mma",
+    "wait_group",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]

@@ -24,6 +24,64 @@ def mma(a: Any, b: Any, accumulator: Any) -> Any:
     return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
 
 
+class Shared:
+    """Buffers in shared memory, [buffers, ..]; what is copied to one is there at once."""
+
+    def __init__(self, dtype: Any, shape: Any, layout: Any) -> None:
+        self._parts: dict[int, Any] = {}
+
+    def index(self, at: Any) -> Buffer:
+        """One of the buffers."""
+        return Buffer(self._parts, int(at.handle.data.item()) if hasattr(at, "handle") else int(at))
+
+
+class Buffer:
+    """A buffer, or its transpose."""
+
+    def __init__(self, parts: dict[int, Any], at: int, turned: bool = False) -> None:
+        self._parts, self._at, self._turned = parts, at, turned
+
+    def permute(self, order: Any) -> Buffer:
+        """The transpose."""
+        return Buffer(self._parts, self._at, not self._turned)
+
+    def load(self, layout: Any) -> Any:
+        """What was copied to it last."""
+        part = self._parts[self._at]
+        return tl.trans(part) if self._turned else part
+
+    def copy(self, value: Any) -> None:
+        """Overwrite it."""
+        self._parts[self._at] = value
+
+
+def async_load(to: Buffer, at: Any, inside: Any) -> None:
+    """A copy to shared memory: zeros where not `inside`."""
+    to.copy(tl.load(at, tl.broadcast_to(tl.core._unwrap_if_constexpr(inside), at.shape), 0))
+
+
+def commit_group() -> None:
+    """Nothing: no copy is under way."""
+
+
+def wait_group(outstanding: int) -> None:
+    """Nothing."""
+
+
+def fence_async_shared() -> None:
+    """Nothing."""
+
+
+def warpgroup_mma(a: Any, b: Buffer, accumulator: Any, is_async: bool) -> Any:
+    """a b + accumulator, in float32."""
+    return mma(a, b.load(None), accumulator)
+
+
+def warpgroup_mma_wait(outstanding: int, values: Any) -> Any:
+    """The values."""
+    return tuple(values)
+
+
 # The interpreter replaces the functions of `tl` while a kernel runs, so each is looked up when it is called.
 gl = SimpleNamespace(
     float16=tl.float16,
@@ -32,10 +90,14 @@ gl = SimpleNamespace(
     int16=tl.int16,
     int32=tl.int32,
     int64=tl.int64,
+    BlockedLayout=_no_layout,
     DistributedLinearLayout=_no_layout,
     DotOperandLayout=_no_layout,
     NVMMADistributedLayout=_no_layout,
+    NVMMASharedLayout=_no_layout,
     SliceLayout=_no_layout,
+    SwizzledSharedLayout=_no_layout,
+    allocate_shared_memory=Shared,
     arange=lambda start, end, layout: tl.arange(start, end),
     broadcast=lambda x, like: (tl.broadcast_to(x, like.shape), like),
     convert_layout=lambda x, layout: x,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,13 +21,24 @@ from qvl_kernels.layouts.gpu import OUTPUTS, TILE, TILE_INT8
 from qvl_kernels.triton.launch import CAPABILITIES
 from qvl_kernels.util import cdiv
 
-Regime = Literal["small_m", "gemm", "dequantize", "dense"]
+Regime = Literal["small_m", "gemm", "wgmma", "dequantize", "dense"]
 # By bits. Rows up to which a weight is multiplied as it is unpacked, from registers: beyond, an int4 weight meets tiles
 # of many rows, and an int8 weight is dequantized once for torch's product, three passes over what the kernel reads.
 # A dense weight is torch's own product beyond.
 SMALL_M = {4: 32, 8: 64, 16: 16}
 # Rows from which dequantizing an int4 weight once, 1.3 passes over it in 16 bits, costs less than in each tile.
 DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
+# Rows of an int4 weight whose tiles are dequantized in registers for wgmma, instead of on their way through shared
+# memory. By the kernel report, not measured; QVL_INT4_WGMMA names others, "65-4095", or "0": none.
+WGMMA_M = (65, 1023)
+WGMMA_CAPABILITY = 90  # the only one that has it: 10.0 has other instructions instead
+WGMMA = (
+    128,
+    128,
+    8,
+    4,
+)  # rows, columns, warps and buffers of a program: 160 KB of shared memory, so one a multiprocessor
+LEAST_BUFFERS = 3
 # Columns and warps of a program with few rows. Dense: 16 outputs of 8 warps have 16 KB under way, and leave the last
 # wave of a layer's linears enough programs to fill the memory; not measured.
 FEW = {"small_m": (32, 4), "dense": (16, 8)}
@@ -46,7 +58,9 @@ LEAST_TILES = {
     "dense": 32,
 }  # a program: with fewer, filling the pipeline takes longer than running it
 FEW_TILES = "rows of 8, 16 or 32, columns of 32, 64 or (not dense) 128, or (dense) 16"
-LARGE_TILES = "rows that are a power of two from 16 to 256, columns of 128 or 256"
+LARGE_TILES = (
+    "rows that are a power of two from 16 to 256, columns of 128 or 256 (wgmma: 3 stages or more, 4 or 8 warps)"
+)
 
 
 class Config(NamedTuple):
@@ -59,11 +73,32 @@ class Config(NamedTuple):
     splits: int = 1  # of K; each returns float32 partial sums
 
 
-def regime(bits: int, rows: int, dtype: torch.dtype) -> Regime:
-    """The kernel that a packed linear runs for x [rows, K]; the one place where that is decided."""
-    if dtype == torch.float32 or rows >= DEQUANTIZE_M[bits]:
+def regime(bits: int, rows: int, dtype: torch.dtype, wgmma: bool = False) -> Regime:
+    """The kernel that a packed linear runs for x [rows, K]; the one place where that is decided.
+
+    wgmma: the GPU has it, and its kernel takes the weight.
+    """
+    if dtype == torch.float32:
         return "dequantize"
-    return "small_m" if rows <= SMALL_M[bits] else "gemm"
+    if rows <= SMALL_M[bits]:
+        return "small_m"
+    if wgmma and wgmma_rows()[0] <= rows <= wgmma_rows()[1]:
+        return "wgmma"
+    return "dequantize" if rows >= DEQUANTIZE_M[bits] else "gemm"
+
+
+@cache
+def wgmma_rows() -> tuple[int, int]:
+    """First and last number of rows for wgmma; raises ValueError if QVL_INT4_WGMMA names no such range."""
+    asked = os.environ.get("QVL_INT4_WGMMA")
+    if not asked:
+        return WGMMA_M
+    if asked == "0":
+        return 1, 0
+    found = re.fullmatch(r"(\d{1,6})-(\d{1,6})", asked)
+    if found is None:
+        raise ValueError(f"QVL_INT4_WGMMA is {asked[:40]!r}; expected rows such as '65-1023', or '0' for none")
+    return int(found[1]), int(found[2])
 
 
 def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, bits: int = 4) -> Config:
@@ -81,6 +116,10 @@ def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, 
     if kind in FEW:
         made = Config(_tile_rows(rows), *FEW[kind], 1)
         return made._replace(splits=_splits(here, kind, cdiv(outputs, made.columns), tiles))
+    if kind == "wgmma":
+        made = Config(*WGMMA)
+        programs = cdiv(rows, made.rows) * (outputs // made.columns)
+        return made._replace(splits=max(1, min(MULTIPROCESSORS[here] // programs, tiles // LEAST_TILES["gemm"])))
     made = _gemm(here, rows, outputs)
     splits = _splits(here, kind, cdiv(rows, made.rows) * (outputs // made.columns), tiles)
     # its splits have the same number of tiles
@@ -142,4 +181,6 @@ def _valid(key: str, numbers: object) -> bool:
         fits = rows in SMALL_M_TILES and columns in ((16, 32, 64) if key.startswith("dense") else (32, 64, 128))
     else:
         fits = rows in (16, 32, 64, 128, 256) and columns in (128, 256)
+        if key.startswith("wgmma"):
+            fits = fits and warps in (4, 8) and others[0] >= LEAST_BUFFERS
     return fits and warps in (1, 2, 4, 8) and all(1 <= n <= 64 for n in others)

@@ -12,13 +12,14 @@ from qvl_kernels.layouts.repack import pack_gptq, unpack_to_qweight, unsupported
 from qvl_kernels.reference import BoundLinear, Packed, Precision, linear
 from qvl_kernels.triton.activations import swiglu
 from qvl_kernels.triton.launch import capability
-from qvl_kernels.triton.linear.configs import regime
+from qvl_kernels.triton.linear.configs import WGMMA_CAPABILITY, Regime, regime
 from qvl_kernels.triton.linear.dense_linear import prepare_linear
 from qvl_kernels.triton.linear.gemm import plan_gemm
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.small_m import gates_in_one_split, plan_small_m
 from qvl_kernels.triton.linear.split_sum import sum_partials
 from qvl_kernels.triton.linear.unpacked import Unpacked
+from qvl_kernels.triton.linear.wgmma import plan_wgmma, takes
 from qvl_kernels.util import cdiv
 
 __all__ = ["LAYOUTS", "bind", "linear", "pack_gptq", "prepare_gptq", "prepare_linear", "unpack_to_qweight"]
@@ -52,7 +53,7 @@ class PackedLinear:
         x = x.contiguous()
         if not len(x):
             return x.new_empty(0, weight.outputs)
-        kind = regime(weight.BITS, len(x), x.dtype)
+        kind = self._kind(x)
         if kind == "dequantize":
             return self._unpacked(x)
         return self._plan(kind, x)(x)
@@ -60,7 +61,7 @@ class PackedLinear:
     def forward_gated(self, x: Tensor) -> Tensor:
         """x [n, in] to the SwiGLU [n, out / 2] of its outputs up | gate, without all of these in memory if it can."""
         weight = self.weight
-        kind = regime(weight.BITS, len(x), x.dtype)
+        kind = self._kind(x)
         few = kind == "small_m" and len(x) > 0 and gates_in_one_split(weight, capability(x.device))
         if not few and not (kind == "dequantize" and self._unpacked.gates()):
             return swiglu(self.forward_partial_sums(x), x.dtype)
@@ -69,6 +70,10 @@ class PackedLinear:
         x = x.contiguous()
         return self._plan("gated", x)(x) if few else self._unpacked.gated(x)
 
+    def _kind(self, x: Tensor) -> Regime:
+        wgmma = takes(self.weight) and capability(x.device) == WGMMA_CAPABILITY
+        return regime(self.weight.BITS, len(x), x.dtype, wgmma)
+
     def _plan(self, kind: str, x: Tensor) -> MatmulPlan:
         # The key holds all that the checks look at, so that an x with a plan needs none.
         key = (kind, cdiv(len(x), BUCKET), x.dtype, x.device, x.shape[1:])
@@ -76,6 +81,8 @@ class PackedLinear:
         if plan is None:
             if kind == "gemm":
                 plan = plan_gemm(x, self.weight, self.bias)  # type: ignore[arg-type]  # int8 has no gemm
+            elif kind == "wgmma":
+                plan = plan_wgmma(x, self.weight, self.bias)
             else:
                 plan = plan_small_m(x, self.weight, self.bias, gated=kind == "gated")
             self._plans[key] = plan

@@ -1,0 +1,252 @@
+"""Int4 linears with many rows, on capability 9.0: each tile of the weight is dequantized in registers, for wgmma.
+
+out^T = W x^T with the weight as operand A, from the registers that it is dequantized in, and x as operand B, from
+shared memory; no dequantized weight passes through shared memory. Words and x arrive by asynchronous copies, two tiles
+ahead. While the tensor cores multiply a tile, the next one is dequantized.
+
+A thread needs words t, t + 4, t + 8 and t + 12 of its outputs: their pairs of inputs are what thread t of wgmma's
+operand A has, in the order in which x is stored. Each weight is rounded once to x's dtype, as in the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
+from qvl_kernels.triton import checks
+from qvl_kernels.triton.gluon import (
+    async_load,
+    commit_group,
+    fence_async_shared,
+    gl,
+    gluon,
+    wait_group,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from qvl_kernels.triton.launch import Launch, Spec, capability, interpreted
+from qvl_kernels.triton.linear.configs import WGMMA_CAPABILITY, Config, config
+from qvl_kernels.triton.linear.int4_tile import BASE_BF16, BASE_FP16, EXPONENT_BF16, EXPONENT_FP16, TILE_INT4
+from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
+from qvl_kernels.triton.linear.mma_operands import powers_of_two
+from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
+from qvl_kernels.util import cdiv
+
+
+@gluon.constexpr_function
+def a_words_layout(W: int, BN: int) -> object:
+    """[BN, 16]: a thread has every fourth word of two outputs of each 64, as wgmma's operand A has their inputs."""
+    registers = [[0, 4], [0, 8], [8, 0], *([b, 0] for b in powers_of_two(16 * W, BN))]
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16 << b, 0] for b in range(W.bit_length() - 1)], [], [BN, 16])
+
+
+@triton.constexpr_function
+def scaled_ptx(half: bool, chunk: int) -> str:
+    """PTX from a word ($2), the exponents ($3), two zero points with their base ($4) and two scales ($5) to two floats.
+
+    They are those of codes `chunk` and `chunk + 4`, $0 and $1.
+    """
+    kind = "f16x2" if half else "bf16x2"
+    rotate = f"shf.r.wrap.b32 t, $2, $2, {4 * chunk};" if chunk else "mov.b32 t, $2;"
+    level = f"{rotate} lop3.b32 t, t, 0x00780078, $3, 0xEA; sub.{kind} t, t, $4; mul.{kind} t, t, $5;"
+    return "{.reg .b32 t; " + level + " mov.b32 {$0, $1}, t;}"
+
+
+if interpreted():
+
+    @triton.jit
+    def scaled_pair(words, exponent, zero, scale, FLOAT: tl.constexpr, CHUNK: tl.constexpr):
+        """Both weights of codes CHUNK of the words [BN, 16], as two tensors of FLOAT."""
+        word = words.to(tl.uint32, bitcast=True)
+        word = ((word >> (4 * CHUNK)) | (word << ((32 - 4 * CHUNK) & 31))) & 0x00780078
+        word = word | exponent
+        low = (word & 0xFFFF).to(tl.uint16).to(FLOAT, bitcast=True).to(tl.float32)
+        high = (word >> 16).to(tl.uint16).to(FLOAT, bitcast=True).to(tl.float32)
+        zero, scale = zero.to(tl.float32), scale.to(tl.float32)
+        return ((low - zero) * scale).to(FLOAT), ((high - zero) * scale).to(FLOAT)
+
+else:
+
+    @gluon.jit
+    def scaled_pair(words, exponent, zero, scale, FLOAT: tl.constexpr, CHUNK: tl.constexpr):
+        """Both weights of codes CHUNK of the words [BN, 16], as two tensors of FLOAT."""
+        PTX: tl.constexpr = scaled_ptx(FLOAT == gl.float16, CHUNK)
+        zero_bits = zero.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+        scale_bits = scale.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+        low, high = gl.inline_asm_elementwise(
+            PTX,
+            "=h,=h,r,r,r,r",
+            [words, exponent, zero_bits | (zero_bits << 16), scale_bits | (scale_bits << 16)],
+            (gl.int16, gl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        return low.to(FLOAT, bitcast=True), high.to(FLOAT, bitcast=True)
+
+
+@gluon.jit
+def weights_of(words, exponent, zero, scale, FLOAT: tl.constexpr, A: tl.constexpr):
+    """Words [BN, 16] of a tile, zero points with their base and scales [BN, 1], to weights [BN, 128] as operand A."""
+    BN: tl.constexpr = words.shape[0]
+    l0, h0 = scaled_pair(words, exponent, zero, scale, FLOAT, 0)
+    l1, h1 = scaled_pair(words, exponent, zero, scale, FLOAT, 1)
+    l2, h2 = scaled_pair(words, exponent, zero, scale, FLOAT, 2)
+    l3, h3 = scaled_pair(words, exponent, zero, scale, FLOAT, 3)
+    even = gl.join(gl.join(l0, h0), gl.join(l2, h2))  # [BN, 16, high, chunk / 2]
+    odd = gl.join(gl.join(l1, h1), gl.join(l3, h3))
+    all_of = gl.join(even, odd).permute(0, 3, 4, 1, 2)  # [BN, chunk / 2, chunk % 2, 16, high]
+    return gl.convert_layout(all_of.reshape(BN, 128), A)
+
+
+@gluon.jit(do_not_specialize=["rows"])  # one binary for every number of rows
+def int4_wgmma_kernel(
+    x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
+    rows,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """out[s, m, n] = sum over the inputs k of split s: x[m, k] * round(scale[g, n] * (q[k, n] - zero[g, n])).
+
+    x [rows, INPUTS]; words int32 [tiles, PADDED, 16]; scales, zeros [groups, PADDED] (zeros None: 8), groups of whole
+    tiles; bias [OUTPUTS] or None, added by split 0; out [splits, rows, OUTPUTS]. A program: BM rows, BN outputs, W
+    warps, S buffers. Scales of another dtype than x's are rounded to it first. Neighboring programs share words.
+    """
+    FLOAT: tl.constexpr = x_ptr.dtype.element_ty
+    BASE: tl.constexpr = BASE_FP16 if FLOAT == gl.float16 else BASE_BF16
+    EXPONENT: tl.constexpr = EXPONENT_FP16 if FLOAT == gl.float16 else EXPONENT_BF16
+    TILES: tl.constexpr = (INPUTS + TILE_INT4 - 1) // TILE_INT4
+    RAGGED: tl.constexpr = TILES * TILE_INT4 != INPUTS
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, BM, 16])
+    A: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    WORDS: tl.constexpr = a_words_layout(W, BN)
+    ROW: tl.constexpr = gl.SliceLayout(1, WORDS)
+    X: tl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [W, 1], [1, 0])
+    COPY: tl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [W, 1], [1, 0])
+    n0, m0 = gl.program_id(1) * BN, gl.program_id(0) * BM
+    split, splits = gl.program_id(2), gl.num_programs(2)
+    first, last = split * TILES // splits, (split + 1) * TILES // splits
+    x_to = gl.allocate_shared_memory(FLOAT, [S, BM, 128], gl.NVMMASharedLayout(128, 16, 2))
+    words_to = gl.allocate_shared_memory(gl.int32, [S, BN, 16], gl.SwizzledSharedLayout(4, 1, 4, [1, 0]))
+    m = gl.expand_dims(gl.minimum(m0 + gl.arange(0, BM, gl.SliceLayout(1, X)), rows - 1), 1)  # past the last: the last
+    k = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, X)), 0)
+    x_at = x_ptr + (m * INPUTS + k)
+    n_copy = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(1, COPY)), 1)
+    words_at = words_ptr + (n_copy * 16 + gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COPY)), 0))
+    n = n0 + gl.arange(0, BN, ROW)
+    for tile in range(S - 1):
+        copy_tile(x_to, words_to, x_at, words_at, k, first + tile, tile, last, INPUTS, PADDED, RAGGED)
+    wait_group(S - 2)
+    exponent = gl.load(words_ptr, rows < 0, EXPONENT)  # never loaded: a constant that stays in a register
+    scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, first, INPUTS, PADDED, GROUP, BASE, FLOAT)
+    weights = weights_of(words_to.index(0).load(WORDS), exponent, zero, scale, FLOAT, A)
+    acc = gl.zeros([BN, BM], gl.float32, MMA)
+    for i in range(0, last - first):
+        wait_group(S - 3)  # x of this tile and the words of the next are there
+        fence_async_shared()
+        scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, first + i + 1, INPUTS, PADDED, GROUP, BASE, FLOAT)
+        sums = warpgroup_mma(weights, x_to.index(i % S).permute([1, 0]), acc, is_async=True)
+        ahead = i + S - 1
+        copy_tile(x_to, words_to, x_at, words_at, k, first + ahead, ahead % S, last, INPUTS, PADDED, RAGGED)
+        following = weights_of(words_to.index((i + 1) % S).load(WORDS), exponent, zero, scale, FLOAT, A)
+        acc, weights = warpgroup_mma_wait(0, [sums, weights])
+        weights = following
+    wait_group(0)
+    if bias_ptr is not None and split == 0:
+        at = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, MMA)), 1)
+        acc += gl.load(bias_ptr + at, at < OUTPUTS, 0.0).to(gl.float32)
+    OUT: tl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, W], [0, 1])  # turned in shared memory, 128 bits at a time
+    y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
+    n = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, OUT)), 1)
+    m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, OUT)), 0)
+    gl.store(out_ptr + ((split * rows + m) * OUTPUTS + n), y, (n < OUTPUTS) & (m < rows))
+
+
+@gluon.jit
+def copy_tile(
+    x_to, words_to, x_at, words_at, k, tile, slot, last,
+    INPUTS: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Start the copies of a tile of x and words into buffer `slot`; from tile `last` on nothing is copied."""
+    start = tile * TILE_INT4
+    if RAGGED:
+        async_load(x_to.index(slot), x_at + start, (start + k < INPUTS) & (tile < last))
+    else:
+        async_load(x_to.index(slot), x_at + start, tile < last)
+    async_load(words_to.index(slot), words_at + tile * (PADDED * 16), tile < last)
+    commit_group()
+
+
+@gluon.jit
+def scale_and_zero(
+    scales_ptr, zeros_ptr, n, tile,
+    INPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, BASE: tl.constexpr, FLOAT: tl.constexpr,
+):  # fmt: skip
+    """Scales, and zero points with their base, of the outputs in a tile, [BN, 1]; past the end those of the last."""
+    group = gl.minimum(tile * TILE_INT4, INPUTS - 1) // GROUP * PADDED + n
+    scale = gl.load(scales_ptr + group).to(FLOAT)
+    if zeros_ptr is None:
+        zero = gl.full([n.shape[0]], BASE + 8, FLOAT, n.type.layout)
+    else:
+        zero = (gl.load(zeros_ptr + group).to(gl.float32) + BASE).to(FLOAT)
+    return gl.expand_dims(scale, 1), gl.expand_dims(zero, 1)
+
+
+def wgmma(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
+    """x [rows, K] to [rows, N] in x's dtype, or split-K partial sums [S, rows, N] if M is too small to fill the GPU."""
+    return plan_wgmma(x, weight, bias)(x)
+
+
+def takes(weight: PackedInt4 | PackedInt8) -> bool:
+    """Whether the kernel multiplies by a weight: int4, with groups of whole tiles."""
+    return weight.BITS == 4 and (weight.group % weight.TILE == 0 or weight.group >= weight.inputs)
+
+
+def plan_wgmma(x: Tensor, weight: PackedInt4 | PackedInt8, bias: Tensor | None = None) -> MatmulPlan:
+    """Check the tensors and resolve the launch for x and every other x of its dtype and number of 8-row blocks."""
+    checks.tensor("int4_wgmma", "x", x, (None, weight.inputs), torch.float16, torch.bfloat16)
+    checks.device("int4_wgmma", x, bias, *weight.tensors().values())
+    if not takes(weight):
+        raise ValueError(f"int4_wgmma: int{weight.BITS} in groups of {weight.group}; expected int4 in whole tiles")
+    rows, padded = len(x), weight.words.shape[1]
+    return _plan(rows, weight, bias, config(capability(x.device), "wgmma", rows, weight.inputs, padded))
+
+
+def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
+    padded = weight.words.shape[1]
+    launch = Launch(
+        int4_wgmma_kernel,
+        (cdiv(rows, chosen.rows), cdiv(padded, chosen.columns), chosen.splits),
+        {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
+        {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
+         "BM": chosen.rows, "BN": chosen.columns, "W": chosen.warps, "S": chosen.stages},
+        chosen.warps,
+        1,
+    )  # fmt: skip
+    return MatmulPlan(launch, chosen.splits, weight.outputs)
+
+
+def aot_specs(capability: int) -> list[Spec]:
+    """The four linears of a decoder layer at 128 and 512 rows, one in bfloat16, one with zero points; for 9.0 alone."""
+    fp16, bf16 = torch.float16, torch.bfloat16
+    cases = [(name, rows, fp16, True) for name in DECODER for rows in (128, 512)]
+    cases += [("qkv", 512, bf16, True), ("qkv", 512, fp16, False)]
+    return [_spec(capability, *case) for case in cases] if capability == WGMMA_CAPABILITY else []
+
+
+def _spec(capability: int, name: str, rows: int, dtype: torch.dtype, symmetric: bool) -> Spec:
+    x, weight, bias = example(4, name, rows, dtype, symmetric)
+    chosen = config(capability, "wgmma", rows, weight.inputs, weight.words.shape[1])
+    launch, out = _plan(rows, weight, bias, chosen).prepare(x)
+    label = f"int4_wgmma {name}, {rows} rows{'' if dtype == torch.float16 else ', bf16'}"
+    return Spec(
+        label + ("" if symmetric else ", zero points"),
+        launch,
+        x.nbytes + weight_bytes(weight, bias) + out.nbytes,
+        from_registers=True,
+        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
+        flops=2 * rows * weight.inputs * weight.outputs,
+    )
