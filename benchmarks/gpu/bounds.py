@@ -16,6 +16,13 @@ from qvl_runtime.weights.synthetic import SYNTHETIC, synthetic_config
 
 MACHINES = ("A100-SXM4-80GB", "H100 80GB HBM3")
 CONTEXTS = (2048, 8192)
+# Tokens a second on an H100 on 2026-11-26: commit 49678f5, before the kernels and graphs that came since (docs/gpu.md).
+MEASURED = {
+    ("qwen-vl-chat-int4", 2048): "172 to 177",
+    ("qwen-vl-chat-int4", 8192): "156 to 159",
+    ("qwen-vl-chat", 2048): "158.6",
+    ("qwen-vl-chat", 8192): "146.1",
+}
 UNREAD = ("transformer.wte.weight",)
 
 

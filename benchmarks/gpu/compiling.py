@@ -1,4 +1,4 @@
-"""Compile every kernel that the suite runs, in processes: its cases, the linears of a layer, and models of two layers.
+"""Compile every kernel that the suite runs, in processes: its cases, linears, small kernels, and models of two layers.
 
 A job runs what the suite will run, once, at the same shapes, so that the same binaries land in Triton's cache. One
 after another 456 kernels would take minutes; 14 processes compiled them in 29 s.
@@ -14,15 +14,18 @@ from benchmarks.gpu.place import Place
 from benchmarks.gpu.processes import do_all
 
 Row = dict[str, Any]
-SHARES = 6  # jobs for the cases of a dtype, and for a model
+SHARES = 6  # jobs for the cases of a dtype, and for linears
+MODEL_SHARES = 4  # jobs for a model: each holds 3 to 6 GB of the GPU, and all of them run at once
 TINY_SHARES = 40
+VARIANT = "variant"
+VARIANTS = ((0, 1), (3, 1), (4, 1), (4, 2), (5, 1))  # question and way: those that launch other kernels
 
 
 class Job(NamedTuple):
-    """A share of something to run: `what` is a kind of engine, "cases" or "linears"."""
+    """A share of something to run: `what` is a kind of engine, a way of `variants`, or a part of the suite."""
 
     what: str
-    dtype: int  # index into the place's dtypes; 0 for an engine
+    number: int  # of a dtype or variant; 0 for others
     share: int
     shares: int
 
@@ -33,14 +36,11 @@ def jobs(place: Place) -> list[Job]:
 
     if place.tiny:
         return [Job("cases", 0, TINY_SHARES - 1, TINY_SHARES)]
-    found = [Job(kind, 0, share, SHARES) for kind in KINDS for share in range(SHARES)]
-    found += [
-        Job(what, i, share, SHARES)
-        for i in range(len(place.dtypes))
-        for what in ("cases", "linears")
-        for share in range(SHARES)
-    ]
-    return found
+    found = [Job(kind, 0, share, MODEL_SHARES) for kind in KINDS for share in range(MODEL_SHARES)]
+    found += [Job(VARIANT, i, 0, 1) for i in range(len(VARIANTS))]
+    found += [Job("cases", i, share, SHARES) for i in range(len(place.dtypes)) for share in range(SHARES)]
+    found += [Job(what, 0, share, SHARES) for what in ("linears", "head") for share in range(SHARES)]
+    return [*found, Job("small", 0, 0, 1)]
 
 
 def compiled(place: Place) -> Iterator[Row]:
@@ -55,8 +55,12 @@ def work(job: Job) -> None:
     place = Place.find()
     if job.what == "cases":
         _cases(place, job)
-    elif job.what == "linears":
+    elif job.what in ("linears", "head"):
         _linears(place, job)
+    elif job.what == "small":
+        _small(place)
+    elif job.what == VARIANT:
+        _variant(place, VARIANTS[job.number])
     else:
         _model(place, job)
     place.wait()
@@ -66,23 +70,45 @@ def _cases(place: Place, job: Job) -> None:
     from benchmarks.gpu.cases import Maker, cases
     from benchmarks.gpu.kernels import as_gpu_reads
 
-    for i, case in enumerate(cases(Maker(place.device, place.dtypes[job.dtype]), place.tiny)):
+    for i, case in enumerate(cases(Maker(place.device, place.dtypes[job.number]), place.tiny)):
         if i % job.shares == job.share:
             case.bind(place.ops, as_gpu_reads(case.inputs))()
 
 
 def _linears(place: Place, job: Job) -> None:
+    """Products with up to 64 rows and a prompt's, of each contender that has kernels of the package."""
     import torch
 
-    from benchmarks.gpu.linears import ROWS, random_weight
-    from qvl_kernels.triton.linear.linears import PackedLinear
+    from benchmarks.gpu.linears import HEAD_ROWS, ROWS, contenders, heads, own, random_weight
     from qvl_kernels.triton.linear.published_shapes import DECODER, SHAPES
 
-    pairs = [(name, rows) for name in DECODER for rows in ROWS]
-    for name, rows in pairs[job.share :: job.shares]:
+    head = job.what == "head"
+    names, all_rows, found = (("head",), HEAD_ROWS, heads(place)) if head else (DECODER, ROWS, contenders(place))
+    pairs = [(one, name) for one in found if own(one) for name in names]
+    for contender, name in pairs[job.share :: job.shares]:
         inputs, outputs = SHAPES[name]
-        x = torch.randn(rows, inputs, device=place.device, dtype=place.dtypes[job.dtype])
-        PackedLinear(random_weight(inputs, outputs, place.device), None).forward_partial_sums(x)
+        multiply = contender.make(random_weight(inputs, outputs, place.device, contender.packed))
+        for rows in [rows for rows in all_rows if rows >= contender.least]:
+            multiply(torch.randn(rows, inputs, device=place.device, dtype=contender.dtype))
+
+
+def _small(place: Place) -> None:
+    from benchmarks.gpu.small import DEPENDENT, ROWS, environment, layer
+
+    for rows in ROWS:
+        for overlapping in "10":
+            with environment(DEPENDENT, overlapping):
+                for calls in layer(place, place.dtypes[0], rows):
+                    for call in calls.values():
+                        call()
+
+
+def _variant(place: Place, variant: tuple[int, int]) -> None:
+    """What one way of a question of `variants` runs, in a model of one layer."""
+    from benchmarks.gpu.variants import exercise, questions
+
+    question = questions()[variant[0]]
+    exercise(place, question, question.ways[variant[1]], layers=1)
 
 
 def _model(place: Place, job: Job) -> None:

@@ -34,11 +34,12 @@ def kv_dtype(kind: str) -> torch.dtype:
     return torch.int8 if kind == "int4-options" else torch.bfloat16
 
 
-def make_engine(place: Place, kind: str, longest: int = LONGEST, layers: int | None = None) -> Engine:
-    """The engine of a kind. layers: of the decoder and of the vision encoder; None: as published."""
+def make_engine(place: Place, kind: str, longest: int = LONGEST, layers: int | None = None, **options: Any) -> Engine:
+    """The engine of a kind. layers: of the decoder and of the vision encoder; None: as published. options: Engine's."""
     if place.tiny:
         folder = None if kind == "bf16" else str(NANO.parent / "nano_int4")
-        return Engine(folder, device="cpu", dtype="float16", max_model_len=longest, overlap=True)
+        return Engine(folder, device="cpu", dtype="float16", max_model_len=longest, overlap=True, **options)
+    layers = place.layers or layers
     torch.cuda.reset_peak_memory_stats()
     needed = max(longest, SHORT_REQUESTS * SHORT_TOKENS) * bytes_per_token(full_config(NAMES[kind]), kv_dtype(kind))
     with _layers(layers), _int8_parts(kind == "int4-options"):
@@ -49,6 +50,7 @@ def make_engine(place: Place, kind: str, longest: int = LONGEST, layers: int | N
             max_model_len=longest,
             kv_cache_bytes=needed if layers is None else needed * layers // 32,
             **OPTIONS.get(kind, {}),
+            **options,
         )
 
 

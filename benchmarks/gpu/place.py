@@ -31,6 +31,7 @@ class Place:
 
     device: torch.device
     tiny: bool  # no GPU: kernels run in Triton's interpreter, and their times say nothing
+    layers: int | None = None  # of full-size models; None: as published, or as a measurement asks
 
     @classmethod
     def find(cls) -> Place:

@@ -23,12 +23,17 @@ class Done(NamedTuple):
     error: str | None
 
 
+def workers_here() -> int:
+    """Processes for this machine: one a core, but two."""
+    return min(MOST_WORKERS, (os.cpu_count() or 1) - 2)
+
+
 def do_all(work: Callable[[Job], None], jobs: Sequence[Job], workers: int | None = None) -> Iterator[Done]:
     """Do each job in one of some processes, as they finish; `work` is a function of a module. 0 workers: in this one.
 
-    workers: None for one a core, but two.
+    workers: None for `workers_here`.
     """
-    workers = min(MOST_WORKERS, (os.cpu_count() or 1) - 2) if workers is None else workers
+    workers = workers_here() if workers is None else workers
     if workers < 1:
         yield from (_timed(work, job) for job in jobs)
         return

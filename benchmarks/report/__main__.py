@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.bounds import CONTEXTS, bounds
+from benchmarks.gpu.bounds import CONTEXTS, MEASURED, bounds
 from benchmarks.report.gather import MODELS, QUICK
 from benchmarks.report.page import write_page
 from benchmarks.report.plots import draw
@@ -72,13 +72,20 @@ def device() -> torch.device:
 
 
 def computed() -> list[dict[str, Any]]:
-    """The computed bounds of GPUs, with the published figure of the original on one of them."""
+    """The computed bounds of GPUs, with the original's published figure on one, and ours on another."""
     published = {
         ("A100-SXM4-80GB", name, context): PUBLISHED[kind, length]
         for name, kind in zip(SYNTHETIC, ("bf16", "int4"), strict=True)
         for context, length in zip(CONTEXTS, LENGTHS, strict=True)
     }
-    return [{**b, "published": published.get((b["machine"], b["model"], b["context"]))} for b in bounds()]
+    return [
+        {
+            **b,
+            "published": published.get((b["machine"], b["model"], b["context"])),
+            "measured": MEASURED.get((b["model"], b["context"])) if b["machine"].startswith("H100") else None,
+        }
+        for b in bounds()
+    ]
 
 
 def folder_name(machine: RunInfo) -> str:

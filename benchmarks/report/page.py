@@ -152,13 +152,14 @@ def _serving(report: dict[str, Any], images: dict[str, str]) -> list[str]:
 
 def _bounds(report: dict[str, Any]) -> list[str]:
     return [
-        "## On a GPU: computed, not measured",
+        "## On a GPU: computed, and what an older version measured",
         "",
         "The most that the memory's bandwidth allows for the mean step of the published lengths, with a 16-bit cache; "
-        "the original was measured on that A100. What was measured on a GPU is in docs/gpu.md.",
+        "the original was measured on that A100. This project's figures are from one H100 on 26 November 2026, commit "
+        "49678f5, before the kernels that came since: docs/gpu.md has more of them. No later version has run on a GPU.",
         "",
         *table(
-            ("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100"),
+            ("model", "GPU", "tokens", "GB a token", "at most, tokens/s", "original, A100", "measured, older code"),
             [
                 (
                     b["model"],
@@ -167,6 +168,7 @@ def _bounds(report: dict[str, Any]) -> list[str]:
                     f"{b['gb_a_token']:.2f}",
                     f"{b['at_most_tok_s']:.0f}",
                     b["published"] or "",
+                    b.get("measured") or "",
                 )
                 for b in report["bounds"]
             ],

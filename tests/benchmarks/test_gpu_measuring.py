@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.parts import Parts, context_lost
+from benchmarks.gpu.parts import EXPECTED, Parts, context_lost, parts_of
 from benchmarks.gpu.place import COLD, MOST_CALLS, Place
 from benchmarks.gpu.processes import do_all
 from benchmarks.gpu.step import Spent, grouped, kernels_of
-from benchmarks.gpu.suite import run
+from benchmarks.gpu.suite import NOT_BY_DEFAULT, run
+from benchmarks.gpu.targets import targets
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
 SETTING = {"commit": "abc", "device": "a GPU", "torch": "2", "triton": "3"}
@@ -64,6 +65,34 @@ def test_a_part_that_fails_keeps_its_rows_and_stops_no_other(tmp_path: Path) -> 
     assert journal.rows["one"] == [{"a": 1}, {"failed": "ValueError: no", "right": False}]
     assert [*journal.done] == ["two", "late"]
     assert run({"late": parts["late"]}, 0.0, journal)[0] == ["late was skipped: the time budget is used up (--budget)"]
+
+
+def test_a_part_that_takes_much_too_long_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.suite.EXPECTED", {"one": 0.0})
+    journal = Journal(tmp_path / "suite.jsonl")
+    journal.begin(SETTING)
+    parts: Parts = {"one": lambda: [{"a": 1}, {"a": 2}], "two": lambda: [{"b": 2}]}
+    notes, _ = run(parts, float("inf"), journal, patient=False)
+    assert notes == ["one was cut off after 1 rows: 3 times its seconds"] and journal.rows["one"] == [{"a": 1}]
+    assert [*journal.done] == ["two"], "a later run does it again"
+    assert run(parts, float("inf"), journal)[0] == []
+
+
+def test_every_part_has_its_seconds() -> None:
+    assert {*parts_of(Place(torch.device("cpu"), tiny=True), None, dict)} == {*EXPECTED}
+    assert sum(seconds for name, seconds in EXPECTED.items() if name not in NOT_BY_DEFAULT) <= 250
+
+
+def test_targets_are_judged_by_what_was_measured() -> None:
+    in_a_row = {"contender": "int4, float16", "linear": "all of a layer in a row", "rows": 1, "us": 41.0}
+    speed = {"what": "speed", "model": "int4", "tokens": 2048, "tok_s": 380.0}
+    first = {"what": "first token", "prompt": "2048 tokens"}
+    parts = {"linears": [in_a_row], "int4": [speed, first | {"ms": 60.0}], "bf16": [first | {"ms": 50.0}]}
+    judged = [*targets(parts)]
+    met = [row["met"] for row in judged[:-1]]
+    assert met == [True, False, False, True, False] and judged[-1] == {"figures": 5, "met": 2}
+    assert judged[-2]["is"] == pytest.approx(1.2) and judged[-2]["wanted"] == "<= 1.15"
+    assert [*targets({})] == [{"figures": 0, "met": 0}]
 
 
 def test_what_follows_a_lost_gpu_is_left_to_a_new_process(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from benchmarks.gpu.bounds import full_config, token_bytes, weight_bytes
 from benchmarks.gpu.launches import Recorded, of_a_layer
 from benchmarks.gpu.page import page
 from benchmarks.gpu.table import MEMORY, SPEED
+from benchmarks.gpu.variants import questions
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
@@ -39,7 +40,6 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     parts = suite["parts"]
     assert [*parts] == [
         "bounds",
-        "launches",
         "compile",
         "ceiling",
         "correct",
@@ -49,9 +49,13 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
         "small",
         "int4",
         "bf16",
+        "variants",
         "int4-options",
-        "eager",
+        "head",
         "speed",
+        "eager",
+        "launches",
+        "targets",
     ]
     assert [*suite["setting"]["seconds"]] == [*parts]
     assert "no time below is a figure" in suite["notes"][0] and len(suite["notes"]) == 1
@@ -80,10 +84,17 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["right"] for row in parts["linears"] if "error" in row)
     assert {row["contender"] for row in parts["linears"]} >= {"int4, float16", "dense, bfloat16"}
     assert parts["compile"][0]["error"] is None
+    assert all(row["right"] for row in parts["head"]) and {row["linear"] for row in parts["head"]} == {"head"}
+    names = {row["kernel"] for row in parts["small"]}
+    assert names >= {"attention, merge", "merge", "norm after out", "norm after down", "all of a layer in a row"}
+    asked = {row["question"] for row in parts["variants"]}
+    assert asked == {question.asked for question in questions()}
+    assert all(row["of_default"] > 0 for row in parts["variants"])
+    assert parts["targets"][-1]["figures"] == len(parts["targets"]) - 1 > 0
     text = (tmp_path / "suite.md").read_text()
     assert "Triton kernels (interpreted)" in text and "Computed bounds" in text
     again = python("benchmarks.gpu.suite", "--out", str(tmp_path))
-    assert again.returncode == 0 and again.stderr.count("# done before: bounds, launches") == 1
+    assert again.returncode == 0 and again.stderr.count("# done before: bounds, compile") == 1
     assert json.loads((tmp_path / "suite.json").read_text())["parts"] == parts
 
 
@@ -131,4 +142,4 @@ def test_the_page() -> None:
 
 def test_an_unknown_part_is_refused() -> None:
     done = python("benchmarks.gpu.suite", "--only", "kernals")
-    assert done.returncode == 2 and "there is no part 'kernals'; there are bounds, launches" in done.stderr
+    assert done.returncode == 2 and "there is no part 'kernals'; there are bounds, compile" in done.stderr

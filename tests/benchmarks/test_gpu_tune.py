@@ -1,4 +1,4 @@
-"""The search for int4 configurations: what it tries, what it writes, and that it refuses where there is no GPU."""
+"""The search for configurations of linears: what it tries, what it writes, and where it refuses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu.linears import random_weight
+from benchmarks.gpu import tune
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.tune import candidates, fastest, main, timed, write
+from benchmarks.gpu.tune import candidates, fastest, kinds, main, timed, write
 
 pytestmark = pytest.mark.unit
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make setup`")
@@ -46,6 +47,19 @@ def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None
     assert all(_valid("small_m", [*made]) and outputs % made.columns == 0 for made in few)
     assert all(_valid("gemm", [*made]) and outputs % made.columns == 0 for made in many)
     assert all(-(-inputs // 128) % made.splits == 0 for made in many)
+    dense, wgmma = ([*candidates(kind, 90, inputs, outputs)] for kind in ("dense", "wgmma"))
+    assert dense[0] == config(90, "dense", 1, inputs, outputs, 16) and wgmma[0] == config(
+        90, "wgmma", 512, inputs, outputs
+    )
+    assert len(dense) > 8 and all(_valid("dense", [*made]) for made in dense)
+    assert len(wgmma) > 8 and all(_valid("wgmma", [*made]) for made in wgmma)
+    assert not _valid("wgmma", [128, 128, 8, 2, 1]) and not _valid("wgmma", [128, 128, 2, 4, 1])
+
+
+@needs_triton
+def test_only_a_gpu_with_wgmma_is_searched_for_it() -> None:
+    assert kinds(90) == ["small_m", "dense", "gemm", "wgmma"]
+    assert kinds(80) == ["small_m", "dense", "gemm"]
 
 
 @needs_triton
@@ -68,16 +82,22 @@ def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.
 
 @needs_triton
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind, count", [("small_m", 3), ("gemm", 2)])
-def test_costs_are_taken_of_right_numbers_only(kind: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.gpu.tune.ROWS", {"small_m": 2, "gemm": 20})
-    weight, key = random_weight(256, 256, CPU.device), (80, f"{kind} 256 256")
-    cost = timed(CPU, 1e9, kind, weight, key)
+@pytest.mark.parametrize("kind, count", [("small_m", 3), ("gemm", 2), ("dense", 2), ("wgmma", 2)])
+def test_costs_are_taken_of_right_numbers_only(kind: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "ROWS", {"small_m": 2, "gemm": 20, "dense": 2, "wgmma": 20})
+    key = (80, f"{kind} 256 256")
+    cost = timed(CPU, 1e9, kind, 256, 256, key)
     for made in islice(candidates(kind, 80, 256, 256), count):
         assert cost(made)
     from qvl_kernels.triton.linear.configs import overrides
 
     assert overrides()[key] == made, "the kernel did not run as the file would have it"
-    weight.scales.mul_(2)
+    original = tune.operands
+
+    def halved(*given: Any) -> Any:
+        x, weight, dense = original(*given)
+        return x, weight, dense / 2
+
+    monkeypatch.setattr(tune, "operands", halved)
     with pytest.raises(RuntimeError, match="computes wrong numbers as Config"):
-        cost(made)
+        timed(CPU, 1e9, kind, 256, 256, key)(made)

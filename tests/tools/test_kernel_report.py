@@ -52,6 +52,8 @@ def test_machine_code_is_read() -> None:
     assert sass.loads(loop) == [16, 2]
     assert sass.spill_share(code) == 0.0
     assert sass.spill_share(sass.parse(LISTING.replace("LDG.E.U16 R4, [R2.64]", "LDL.64 R4, [R1]"))) == 1 / 5
+    assert sass.after_wait(code.instructions) == code.instructions
+    assert sass.after_wait(["S2R R0", "ACQBULK", "EXIT"]) == ["ACQBULK", "EXIT"]
     cycles = sass.pipe_cycles(MACHINES["sm_80"], loop)
     assert cycles == {"issue": 5, "lsu": 4 + 12 + 4, "alu": 2, "mma": 8}
 

@@ -3,7 +3,8 @@
 Three lower bounds on the time of a launch: memory (bytes_moved over the published bandwidth), issue slots (all warp
 instructions over four a clock and SM) and the busiest execution pipe. They are necessary, not sufficient: latency,
 the L2, bank conflicts, the last partial wave and the launch itself are not in the model. A kernel whose ratio
-(issue or pipe over memory) is 2 cannot be bound by memory; one of 0.5 can be, and need not be.
+(issue or pipe over memory) is 2 cannot be bound by memory; one of 0.5 can be, and need not be. What a kernel does
+before it waits for the one before it (programmatic dependent launch) is not counted: it runs while that one does.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: MachineCode) -> Row:
     loop = sass.main_loop(text)
     loaded = sass.loads(loop or text.instructions)
     resident, limit = machine.occupancy(code.registers, code.shared, code.warps)
-    pipes = _pipe_times(spec, machine, text.instructions, loop, code.warps)
+    pipes = _pipe_times(spec, machine, sass.after_wait(text.instructions), loop, code.warps)
     issue = pipes.pop("issue")
     pipe = max(pipes, key=lambda name: pipes[name])
     memory = spec.bytes_moved / machine.gpu.bandwidth

@@ -42,6 +42,7 @@ CLASSES = [
         ("const", None, r"LDCU?|S2R|CS2R|ELECT|ACQBULK|NANOSLEEP"),
     )
 ]
+WAIT = "ACQBULK"  # griddepcontrol.wait
 OTHER = Class("other", "alu", re.compile(""))
 WIDTHS = ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
 
@@ -89,6 +90,12 @@ def access_bytes(instruction: str) -> int:
 def loads(instructions: Iterable[str]) -> list[int]:
     """Bytes a thread, of each load from global memory."""
     return [access_bytes(text) for text in instructions if classify(text).name == "ldg"]
+
+
+def after_wait(instructions: list[str]) -> list[str]:
+    """The instructions from the wait for the kernel before on, of a dependent launch; all of any other."""
+    first = next((at for at, text in enumerate(instructions) if text.startswith(WAIT)), 0)
+    return instructions[first:]
 
 
 def spill_share(code: Code) -> float:
