@@ -25,7 +25,7 @@ Calls = dict[str, Callable[[], object]]
 ROWS = (1, 16)
 LAYERS = 8  # in a row
 HEADS, HEAD_DIM, HIDDEN, GATED = 32, 128, 4096, 11008
-CONTEXT = 4 * BLOCK  # tokens: what attention takes at the least
+CONTEXT = 4 * BLOCK  # tokens: the least time that attention takes
 DEPENDENT = "QVL_DEPENDENT_LAUNCH"
 
 

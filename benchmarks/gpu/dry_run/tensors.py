@@ -71,7 +71,7 @@ def _faked(value: Any) -> Any:
 
 
 def _on_its_side(value: Any) -> Any:
-    """Zeros in place of a result on the host."""
+    """Zeros instead of a result on the host."""
     if isinstance(value, FakeTensor) and value.device.type == "cpu":
         return torch.zeros(value.shape, dtype=value.dtype)
     return value
@@ -91,6 +91,11 @@ def _reading(function: Any) -> Any:
 
 def _contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     return tensor if tensor.is_contiguous(memory_format=memory_format) else tensor.clone(memory_format=memory_format)
+
+
+def _nowhere(tensor: Tensor) -> Tensor:
+    """The places of values that are not zero: of none."""
+    return tensor.new_empty(0, tensor.dim(), dtype=torch.int64)
 
 
 def _address(tensor: Tensor) -> int:
@@ -140,6 +145,7 @@ def pretended_tensors() -> Iterator[None]:
         patch.object(Tensor, "to", _moving(Tensor.to)),
         patch.object(Tensor, "contiguous", _if_pretended(_contiguous, Tensor.contiguous)),
         patch.object(Tensor, "data_ptr", _if_pretended(_address, Tensor.data_ptr)),
+        patch.object(Tensor, "nonzero", _if_pretended(_nowhere, Tensor.nonzero)),
         patch.object(Tensor, "__invert__", _if_pretended(torch.bitwise_not, Tensor.__invert__)),
         patch.object(Tensor, "__getitem__", _if_pretended(get_item, Tensor.__getitem__)),
         patch.object(Tensor, "__setitem__", _if_pretended(set_item, Tensor.__setitem__)),
