@@ -81,7 +81,7 @@ def iteration(network: Network, optimizer: Optimizer, tokens: int, features: Ten
         ids = torch.randint(0, c.visual.image_start_id, (1, tokens), device=device)
         targets = Targets(torch.arange(tokens - 1, device=device), ids[0, 1:])
         slots, positions = torch.tensor([[0, 1, 0]], device=device), torch.arange(tokens, device=device)[None]
-        loss = network(ids, images, slots, positions, Documents((0, tokens)), targets)
+        loss = network(ids, images, slots, positions, Documents((0, tokens)), targets).learned
         (loss / (ACCUMULATE * tokens)).backward()
     optimizer.step(1e-5)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qvl_runtime.finetune.run import Finetuning
     from qvl_runtime.finetune.trainer import Trainer
 
-SCORES = ("loss", "held_out_loss", "exact", "box_iou")  # of the last line, in this order
+SCORES = ("loss", "divergence", "held_out_loss", "exact", "box_iou")  # of the last line, in this order
 MAX_LISTED = 100  # faults of the data that are printed
 
 
@@ -32,6 +32,14 @@ def finetune(
         Path | None,
         typer.Option(
             "--held-out", metavar="FILE", help="Conversations to evaluate on: loss, exact answers, overlap of boxes."
+        ),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            "--keep",
+            metavar="FILE",
+            help="Conversations to keep answering as before: trained towards the model's own predictions.",
         ),
     ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave faulty records out.")] = False,
@@ -66,7 +74,7 @@ def finetune(
             folder = model_folder(model, download, hub)
             chosen = options.resolve(folder)
             team = stack.enter_context(joined_team(chosen.sharding))
-            job = opened(Finetuning, folder, data, destination, chosen, held_out, skip_bad, choose_device(device))
+            job = opened(Finetuning, folder, data, destination, chosen, held_out, skip_bad, choose_device(device), keep)
         quiet = quiet or not team.leads
         if not quiet or dry_run:
             for line in outline_lines(job):
@@ -80,6 +88,11 @@ def finetune(
             if not quiet:
                 done = f", {trainer.step} of them done" if trainer.step else ""
                 say(f"{len(trainer.steps)} steps{done}; log and states are in {trainer.folder.home}")
+            if not quiet and trainer.saved_by not in (None, team.size):
+                say(
+                    f"the state was saved by {trainer.saved_by} processes and resumes in {team.size}: they share the "
+                    "same micro-batches of a step, so that its sums stay the same"
+                )
 
         try:
             entries = job.run(team, lambda done, total: show(done), on_start)
@@ -133,10 +146,12 @@ def opened(kind: type[Finetuning], *arguments: Any) -> Finetuning:
 def outline_lines(job: Finetuning) -> list[str]:
     """What the run reads and trains."""
     data, options = job.data, job.options
+    kept = sum(sample.keep for sample in data.samples)
     left_out = [f"{count} {reason}" for reason, count in data.left_out.items()]
     left_out += [f"{len(data.faults)} faulty"] if data.faults else []
     return [
-        f"{len(data.samples)} conversations of {data.path}: {data.num_tokens:,} tokens, {data.num_targets:,} of them "
-        f"learned{'; left out: ' + ', '.join(left_out) if left_out else ''}",
+        f"{len(data.samples) - kept} conversations of {data.path}{f', {kept} conversations to keep' if kept else ''}: "
+        f"{data.num_tokens:,} tokens, {data.num_targets:,} of them {'learned or kept' if kept else 'learned'}"
+        f"{'; left out: ' + ', '.join(left_out) if left_out else ''}",
         f"method {options.method}, {options.epochs} epochs, {job.num_steps} steps",
     ]

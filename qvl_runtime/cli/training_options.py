@@ -94,6 +94,10 @@ class TrainingOptions:
             rich_help_panel=TRAINING,
         ),
     ] = "decoder,embedding,head,resampler"
+    keep_weight: Annotated[
+        float,
+        typer.Option(metavar="X", help="Weight of a token of --keep; a learned one has 1.", rich_help_panel=TRAINING),
+    ] = 1.0
     seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING)] = 0
     rank: Annotated[int, typer.Option(metavar="N", rich_help_panel=LORA)] = 64
     alpha: Annotated[float, typer.Option(metavar="X", help="Scale times rank.", rich_help_panel=LORA)] = 16
@@ -163,6 +167,7 @@ class TrainingOptions:
             parts=names_of(self.train),
             lora=lora,
             seed=self.seed,
+            keep_weight=self.keep_weight,
             save_every=self.save_every,
             evaluate_every=self.evaluate_every,
             evaluate_samples=self.evaluate_samples,

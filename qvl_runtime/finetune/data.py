@@ -7,11 +7,11 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from qvl_runtime.errors import ConfigError, PromptError, QVLError, quoted
+from qvl_runtime.finetune.keeping import Predictions
 from qvl_runtime.finetune.labels import IGNORED, LabelKind, labeled
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.conversations import read_with_faults
@@ -23,13 +23,16 @@ TOO_LONG, NOTHING = "longer than the maximum length", "nothing to learn"
 _IMAGE = re.compile(r"<img>.*?</img>", re.DOTALL)
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
     """One conversation, ready to be learned: n tokens."""
 
     conversation: Conversation
     ids: array[int]  # n
     labels: array[int]  # n, `IGNORED` where a token is not learned
     images: tuple[ImageSlot, ...]  # with the index of the first pad id
+    keep: bool = False  # whether its tokens are predicted as before training, instead of learned
+    kept: Predictions | None = None  # what a sample to keep is trained towards, once that is known
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,11 +72,17 @@ class Dataset:
         """Tokens of an epoch."""
         return sum(map(len, self.samples))
 
+    def joined(self, kept: Dataset) -> Dataset:
+        """This data with that of another file, whose answers are to stay as they are."""
+        samples = [*self.samples, *(replace(sample, keep=True) for sample in kept.samples)]
+        return replace(self, samples=samples, left_out=self.left_out + kept.left_out, faults=self.faults + kept.faults)
+
     def digest(self) -> str:
         """SHA-256 of all ids, labels and image sources: what a resumed run must find again."""
         total = hashlib.sha256()
         for sample in self.samples:
             total.update(sample.ids.tobytes() + sample.labels.tobytes() + repr(sample.images).encode())
+            total.update(b"keep" * sample.keep)
         return total.hexdigest()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +13,20 @@ from torch import Tensor
 from qvl_runtime.errors import ImageError
 from qvl_runtime.finetune.data import Sample
 from qvl_runtime.finetune.features import FeatureStore
-from qvl_runtime.finetune.network import Network, Targets
-from qvl_runtime.finetune.packing import row_of
+from qvl_runtime.finetune.functions import Documents
+from qvl_runtime.finetune.labels import IGNORED
+from qvl_runtime.finetune.network import Kept, Losses, Network, Targets
+from qvl_runtime.finetune.packing import Row, row_of
+
+
+class Inputs(NamedTuple):
+    """The first arguments of the network's methods."""
+
+    ids: Tensor
+    images: Tensor
+    slots: Tensor
+    positions: Tensor
+    visible: Documents
 
 
 class Learner:
@@ -20,19 +35,45 @@ class Learner:
     def __init__(self, network: Network, features: FeatureStore) -> None:
         self.network, self.features = network, features
 
+    def losses(self, samples: Sequence[Sample]) -> Losses:
+        """The sums of the losses of all tokens of these samples that are learned or kept, computed as one row."""
+        row, device = row_of(samples), self.features.device
+        targets = Targets(row.predicting.to(device), row.targets.to(device))
+        kept = None if row.kept is None else Kept(row.keeping.to(device), row.kept.to(device))
+        losses: Losses = self.network(*self._inputs(row, samples), targets, kept)
+        return losses
+
     def loss_sum(self, samples: Sequence[Sample]) -> Tensor:
-        """The sum of the losses of all learned tokens of these samples, computed as one row."""
-        network, row = self.network, row_of(samples)
+        """The sum of the losses of all learned tokens of these samples."""
+        return self.losses(samples).learned
+
+    def remember(self, samples: list[Sample], progress: Callable[[], None] = lambda: None) -> None:
+        """Give the samples to keep, in place, what the network predicts as it is; before any of it is trained.
+
+        One whose image cannot be read any more has nothing to keep. Every process must call it.
+        """
+        self.network.eval()
+        for index, sample in enumerate(samples):
+            if not sample.keep:
+                continue
+            if self.readable([sample]):
+                row = row_of([sample])
+                predicting = row.keeping.to(self.features.device)
+                samples[index] = replace(sample, kept=self.network.predict(*self._inputs(row, [sample]), predicting))
+            else:
+                samples[index] = replace(sample, labels=array("q", [IGNORED] * len(sample)))
+            progress()
+        self.network.train()
+
+    def _inputs(self, row: Row, samples: Sequence[Sample]) -> Inputs:
         device = self.features.device
         sources = [slot.source for sample in samples for slot in sample.images]
         images = self.features(sources) if sources else torch.empty(0)
         slots = torch.stack(
             [torch.zeros_like(row.image_starts), row.image_starts, torch.arange(len(row.image_starts))], 1
         )
-        targets = Targets(row.predicting.to(device), row.targets.to(device))
         ids, positions = row.ids[None].to(device), row.positions[None].to(device)
-        loss: Tensor = network(ids, images, slots.to(device), positions, row.documents, targets)
-        return loss
+        return Inputs(ids, images, slots.to(device), positions, row.documents)
 
     @torch.no_grad()
     def mean_loss(self, samples: Sequence[Sample], at_once: int = 8) -> float:

@@ -177,5 +177,5 @@ def _micro_batch(network: Network, config: ModelConfig, tokens: int, images: int
         with torch.set_grad_enabled(pool):
             features = network.visual.pool(patches)
         del patches, pixels
-        loss = network(ids, features, slots, positions, Documents((0, tokens)), targets)
+        loss = network(ids, features, slots, positions, Documents((0, tokens)), targets).learned
     loss.backward()

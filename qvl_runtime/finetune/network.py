@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.finetune.functions import RMSNorm, Rotate, Visible, attend, wide
+from qvl_runtime.finetune.keeping import Predictions, predictions
 from qvl_runtime.finetune.linears import Adaptable, Embedding, Linear
-from qvl_runtime.finetune.loss import cross_entropy_sum
+from qvl_runtime.finetune.loss import chunk_rows, cross_entropy_sum, divergence_sum
 from qvl_runtime.finetune.vision import Visual
 from qvl_runtime.model.rotary import inverse_frequencies
 
@@ -27,6 +28,20 @@ class Targets(NamedTuple):
 
     predicting: Tensor  # int64 [m], the tokens whose successor is learned
     ids: Tensor  # int64 [m], those successors
+
+
+class Kept(NamedTuple):
+    """What one row must not change."""
+
+    predicting: Tensor  # int64 [m], tokens whose successor is predicted as before
+    predictions: Predictions  # of these m tokens
+
+
+class Losses(NamedTuple):
+    """The sums over one row; scalars."""
+
+    learned: Tensor  # cross-entropy of the targets
+    kept: Tensor  # divergence from what is kept
 
 
 class Attention(nn.Module):
@@ -158,14 +173,32 @@ class Network(nn.Module):
         return out
 
     def forward(
-        self, ids: Tensor, images: Tensor, slots: Tensor, positions: Tensor, visible: Visible, targets: Targets
-    ) -> Tensor:
-        """The summed loss of one row: `embed`, `decode`, and the cross-entropy of the tokens that are learned.
+        self,
+        ids: Tensor,
+        images: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        visible: Visible,
+        targets: Targets,
+        kept: Kept | None = None,
+    ) -> Losses:
+        """The summed losses of one row: `embed`, `decode`, and what its tokens predict.
 
         A call of the module, so that what shards its parameters can gather them around it.
         """
-        h = self.decode(self.embed(ids, images, slots), positions, visible)
-        return cross_entropy_sum(h[0, targets.predicting], self.head, targets.ids)
+        h = self.decode(self.embed(ids, images, slots), positions, visible)[0]
+        learned = cross_entropy_sum(h[targets.predicting], self.head, targets.ids)
+        if kept is None:
+            return Losses(learned, torch.zeros_like(learned))
+        return Losses(learned, divergence_sum(h[kept.predicting], self.head, kept.predictions))
+
+    @torch.no_grad()
+    def predict(
+        self, ids: Tensor, images: Tensor, slots: Tensor, positions: Tensor, visible: Visible, predicting: Tensor
+    ) -> Predictions:
+        """What follows the tokens `predicting`, int64 [m], of one row, by the weights as they are; on the CPU."""
+        h = self.decode(self.embed(ids, images, slots), positions, visible)[0]
+        return predictions(h[predicting], self.head, chunk_rows(self.head))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [.., D] to logits [.., vocab_size]."""

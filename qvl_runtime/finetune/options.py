@@ -48,6 +48,7 @@ class FinetuneOptions:
     keep: int = 2  # saved states
     evaluate_every: int = 0  # steps; 0: at the end alone, if there are held-out samples
     evaluate_samples: int = 16  # of them are answered by generation
+    keep_weight: float = 1.0  # of a token to keep, when a learned one has 1
     most_faults: int = 5  # steps in a row without a finite gradient before the run stops
     feature_bytes: int = 2 << 30  # host memory for what frozen parts of the vision encoder computed
     sharding: str = "none"
@@ -61,7 +62,7 @@ class FinetuneOptions:
         require_choice("sharding", self.sharding, SHARDING)
         require_choice("schedule", self.schedule, SCHEDULES)
         positive = ("epochs", "batch", "accumulate", "max_length", "rate", "clip", "save_every", "keep", "most_faults")
-        require_positive(self, "", *positive)
+        require_positive(self, "", *positive, "keep_weight")
         for name, least, below in (("warmup", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, 100)):
             if not least <= getattr(self, name) < below:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least} and below {below}")
@@ -97,6 +98,7 @@ class FinetuneOptions:
         values = {name: value for name, value in asdict(self).items() if name not in free}
         if not self.uses_lora:
             values.pop("lora")
-        if self.schedule == "cosine":  # states of before there was another have none
-            values.pop("schedule")
+        for name, usual in (("schedule", "cosine"), ("keep_weight", 1.0)):
+            if values[name] == usual:  # states of before there was another have none
+                values.pop(name)
         return values

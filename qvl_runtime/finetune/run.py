@@ -53,8 +53,13 @@ class Finetuning:
         held_out: Path | None = None,
         skip_bad: bool = False,
         device: torch.device | str = "cpu",
+        keep: Path | None = None,
     ) -> Finetuning:
-        """Read and check model and data. Raises `ConfigError`, `CheckpointError` or `FaultyDataError`."""
+        """Read and check model and data.
+
+        held_out: conversations to evaluate on; keep: conversations whose answers are to stay as they are. Raises
+        `ConfigError`, `CheckpointError` or `FaultyDataError`.
+        """
         source = Path(source)
         config = ModelConfig.from_folder(source)
         options.check_model(config)
@@ -71,7 +76,7 @@ class Finetuning:
             own,
             config,
             tokenizer,
-            read(data),
+            read(data) if keep is None else read(data).joined(read(keep)),
             None if held_out is None else read(held_out),
             torch.device(device),
         )
@@ -86,7 +91,8 @@ class Finetuning:
         files = sorted([*self.source.glob("*.safetensors"), *self.source.glob("*.bin")])
         weights = [[path.name, path.stat().st_size] for path in files]
         config = hashlib.sha256((self.source / "config.json").read_bytes()).hexdigest()
-        return self.options.key() | {"data": self.data.digest(), "weights": weights, "config": config}
+        rows = {"rows": "first fit"} if self.options.pack else {}
+        return self.options.key() | rows | {"data": self.data.digest(), "weights": weights, "config": config}
 
     def run(
         self,
@@ -110,6 +116,7 @@ class Finetuning:
             if self.held_out is not None:
                 evaluation = Evaluation(learner, self.tokenizer, self.held_out, self.source, self.options)
             trainer = Trainer(learner, optimizer, self.data, self.options, folder, team, evaluation)
+            learner.remember(self.data.samples)  # before a state is loaded: what the base predicts
             trainer.resume()
             if team.leads and (sink := tensorboard_sink(folder.home, trainer.step)) is not None:
                 trainer.add_sink(sink)

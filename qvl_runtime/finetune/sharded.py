@@ -24,7 +24,7 @@ def shard(network: Network, options: FinetuneOptions, dtype: torch.dtype) -> Non
     only optimizer state, gradients and float32 weights are divided, as by DeepSpeed's stage 2. Raises `ConfigError` for
     packed weights: data parallel training replicates them.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     if options.method == "qlora":
         raise ConfigError(
@@ -44,6 +44,7 @@ def shard(network: Network, options: FinetuneOptions, dtype: torch.dtype) -> Non
             ignored_params=replicated,
             reshard_after_forward=options.sharding == "fsdp",
         )
+    register_fsdp_forward_method(network, "predict")
 
 
 def whole(tensor: Tensor) -> Tensor:

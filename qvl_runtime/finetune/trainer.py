@@ -31,6 +31,8 @@ class Measured(NamedTuple):
 
     loss: float  # of the learned tokens
     targets: int  # learned tokens
+    divergence: float  # of the tokens to keep, from what the model said before training
+    kept: int  # tokens to keep
     rows: int  # micro-batches
     skipped: int  # samples that could not be read, or whose loss was not finite
     stops: int  # processes that were asked to stop
@@ -60,6 +62,7 @@ class Trainer:
         self.step = self.skipped = self.faults = 0
         self._sharded = any(is_sharded(parameter) for parameter in learner.network.parameters())
         self.seconds = 0.0
+        self.saved_by: int | None = None  # processes of the state that the run resumed from
         self._stop = False
         self._sinks: list[Callable[[dict[str, Any]], None]] = []
 
@@ -78,6 +81,7 @@ class Trainer:
             self.optimizer.load(state["optimizer"])
             self.step, self.skipped, self.faults = state["step"], state["skipped"], state["faults"]
             self.seconds = state["seconds"]
+            self.saved_by = state.get("processes")
         if self.team.leads:
             self.folder.cut_log(self.step)
         return self.step
@@ -119,6 +123,7 @@ class Trainer:
             "skipped": self.skipped,
             "faults": self.faults,
             "seconds": self.seconds,
+            "processes": self.team.size,
         }
         if self.team.leads:
             self.folder.save(self.step, state)
@@ -131,7 +136,8 @@ class Trainer:
         measured = self._accumulate(samples, planned)
         if self.team.size > 1:
             self._add_gradients()
-        done, whole = (measured.targets, planned) if self.options.mean == "token" else (measured.rows, len(rows))
+        tokens = measured.targets + measured.kept
+        done, whole = (tokens, planned) if self.options.mean == "token" else (measured.rows, len(rows))
         if 0 < done < whole:
             self.optimizer.scale(whole / done)  # the mean of what was learned
         rate = rate_at(self.step, len(self.steps), self.options)
@@ -154,6 +160,8 @@ class Trainer:
             "targets": measured.targets,
             "skipped": self.skipped,
         }
+        if measured.kept:
+            entry["divergence"] = measured.divergence / measured.kept
         return entry, measured.stops
 
     def _add_gradients(self) -> None:
@@ -176,14 +184,15 @@ class Trainer:
 
     def _accumulate(self, rows: list[list[Sample]], planned: int) -> Measured:
         """Add up the gradients of this process's micro-batches."""
-        loss, targets, learned, skipped = 0.0, 0, 0, 0
+        sums = [0.0, 0, 0.0, 0, 0]  # the first fields of `Measured`
+        skipped = 0
         for number, row in self._own(rows):
             if row is None:
-                (self.learner.loss_sum(rows[0]) * 0.0).backward()  # type: ignore[no-untyped-call]
+                (sum(self.learner.losses(rows[0])) * 0.0).backward()  # type: ignore[no-untyped-call]
                 continue
             torch.manual_seed(hash((self.options.seed, self.step, number)) % 2**63)
             try:
-                total, samples = self.learner.loss_sum(row), row
+                losses, samples = self.learner.losses(row), row
             except ImageError:
                 if self._sharded:
                     raise  # the other processes wait for this row
@@ -191,17 +200,19 @@ class Trainer:
                 if not samples:
                     skipped += len(row)
                     continue
-                total = self.learner.loss_sum(samples)
+                losses = self.learner.losses(samples)
             skipped += len(row) - len(samples)
-            count = sum(sample.num_targets for sample in samples)
+            counts = [sum(sample.num_targets for sample in samples if sample.keep is keep) for keep in (False, True)]
+            total = losses.learned + self.options.keep_weight * losses.kept
             if not bool(total.isfinite()) and not self._sharded:
                 skipped += len(samples)
                 continue
-            weight = 1 / planned if self.options.mean == "token" else 1 / (count * len(rows))
+            weight = 1 / planned if self.options.mean == "token" else 1 / (sum(counts) * len(rows))
             (total * weight).backward()  # type: ignore[no-untyped-call]
-            loss, targets, learned = loss + float(total.detach()), targets + count, learned + 1
-        sums = self.team.totals(loss, targets, learned, skipped, self._stop)
-        return Measured(sums[0], *(int(number) for number in sums[1:]))
+            own = (float(losses.learned.detach()), counts[0], float(losses.kept.detach()), counts[1], 1)
+            sums = [have + more for have, more in zip(sums, own, strict=True)]
+        loss, targets, divergence, *others = self.team.totals(*sums, skipped, self._stop)
+        return Measured(loss, int(targets), divergence, *(int(number) for number in others))
 
     def _own(self, rows: list[list[Sample]]) -> Iterator[tuple[int, list[Sample] | None]]:
         """This process's micro-batches with their number; None where it has none, and helps others to gather shards."""

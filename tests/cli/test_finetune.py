@@ -65,6 +65,15 @@ def test_a_dry_run_writes_nothing(source: Path, data: Path, tmp_path: Path) -> N
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_conversations_to_keep_are_counted_and_watched(source: Path, data: Path, tmp_path: Path) -> None:
+    result = finetune(source, data, tmp_path / "out", "--keep", data, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "6 conversations of" in result.stderr and "6 conversations to keep" in result.stderr
+    assert json.loads(result.stdout)["divergence"] >= 0
+    one_line(finetune(source, data, tmp_path / "second", "--keep", tmp_path / "no.json"), "no.json")
+    one_line(finetune(source, data, tmp_path / "second", "--keep", data, "--keep-weight", "0"), "--keep-weight is 0")
+
+
 def test_every_fault_of_the_data_is_listed_before_the_error(source: Path, data: Path, tmp_path: Path) -> None:
     records = json.loads(data.read_text())
     records[1]["conversations"][0]["value"] = "<img>gone.png</img>"

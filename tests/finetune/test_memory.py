@@ -1,4 +1,4 @@
-"""Memory by computation: the floors of full-size models, and what a real step on a CPU agrees with."""
+"""Memory by computation: full-size models need what their weights, moments and activations add up to, and no more."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from qvl_runtime.weights.synthetic import synthetic_config
 
 pytestmark = pytest.mark.unit
 BASE = FinetuneOptions(lora=AdapterConfig(modules_to_save=("wte", "lm_head")), masters="bfloat16")
-# Options, model, tokens, and the floor in 10^9 bytes; the published figures are 23.3, 27.3, 17.0, 19.3 and 38.7.
+FULL = FinetuneOptions(method="full")
+# Options, model, tokens, a floor added up by hand from the sizes of the model, and the most that is allowed, both in
+# 10^9 bytes. The published figures are 23.3, 27.3, 17.0, 19.3 and 38.7; there is none for full training.
 FLOORS = [
-    (FinetuneOptions(), "qwen-vl-chat", 384, 22.0),
-    (FinetuneOptions(), "qwen-vl-chat", 2048, 23.0),
-    (FinetuneOptions(method="qlora"), "qwen-vl-chat-int4", 384, 13.0),
-    (FinetuneOptions(method="qlora"), "qwen-vl-chat-int4", 2048, 14.0),
-    (BASE, "qwen-vl-chat", 2048, 32.0),
+    (FinetuneOptions(), "qwen-vl-chat", 384, 21.5, 22.0),
+    (FinetuneOptions(), "qwen-vl-chat", 2048, 22.3, 23.0),
+    (FinetuneOptions(method="qlora"), "qwen-vl-chat-int4", 384, 12.1, 13.0),
+    (FinetuneOptions(method="qlora"), "qwen-vl-chat-int4", 2048, 12.7, 14.0),
+    (BASE, "qwen-vl-chat", 2048, 29.5, 32.0),
+    (FULL, "qwen-vl-chat", 2048, 129.0, 142.0),
 ]
 
 
-@pytest.mark.parametrize(("options", "model", "tokens", "most"), FLOORS)
-def test_full_size_models_stay_below_the_floors(options: FinetuneOptions, model: str, tokens: int, most: float) -> None:
+@pytest.mark.parametrize(("options", "model", "tokens", "floor", "most"), FLOORS)
+def test_full_size_models_are_near_their_floors(
+    options: FinetuneOptions, model: str, tokens: int, floor: float, most: float
+) -> None:
     config = synthetic_config(model, ModelConfig.from_folder(NANO))
     memory = training_memory(config, options, tokens)
     assert memory.total / 1e9 <= most
+    assert memory.total / 1e9 == pytest.approx(floor, rel=0.1)
     if options.method == "lora":
         assert memory.weights == pytest.approx(19.3e9, rel=0.01)
 

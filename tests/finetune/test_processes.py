@@ -20,6 +20,7 @@ from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.parallel import joined_team
 from qvl_runtime.finetune.run import Finetuning
 from qvl_runtime.finetune.trainer import StoppedError
+from tests.finetune.test_keeping import divided
 from tests.finetune.test_trainer import LORA, data
 
 __all__ = ["data"]
@@ -29,11 +30,13 @@ BASE = FinetuneOptions(
 )
 
 
-def work(source: Path, data: Path, out: Path, options: FinetuneOptions, environment: dict[str, str]) -> None:
+def work(
+    source: Path, data: Path, out: Path, options: FinetuneOptions, keep: Path | None, environment: dict[str, str]
+) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     with joined_team(options.sharding) as team:
-        Finetuning.open(source, data, out, options).run(team)
+        Finetuning.open(source, data, out, options, keep=keep).run(team)
 
 
 def run_two(*arguments: Any, target: Callable[..., None] = work) -> None:
@@ -54,8 +57,12 @@ def run_two(*arguments: Any, target: Callable[..., None] = work) -> None:
         assert member.exitcode == 0
 
 
+def column(folder: Path, name: str) -> list[float]:
+    return [json.loads(line).get(name, 0.0) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return column(folder, "loss")
 
 
 @pytest.mark.parametrize(
@@ -65,12 +72,22 @@ def losses(folder: Path) -> list[float]:
 def test_two_processes_equal_one(method: Any, sharding: str, source: Path, data: Path, tmp_path: Path) -> None:
     options = replace(BASE, method=method)
     Finetuning.open(source, data, tmp_path / "one", options).run()
-    run_two(source, data, tmp_path / "two", replace(options, sharding=sharding))
+    run_two(source, data, tmp_path / "two", replace(options, sharding=sharding), None)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
     name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
     one, two = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharding", ["data", "fsdp"])
+def test_two_processes_keep_what_one_keeps(sharding: str, source: Path, data: Path, tmp_path: Path) -> None:
+    learn, keep = divided(data)
+    options = replace(BASE, method="full")
+    Finetuning.open(source, learn, tmp_path / "one", options, keep=keep).run()
+    run_two(source, learn, tmp_path / "two", replace(options, sharding=sharding), keep)
+    one, two = (column(tmp_path / folder, "divergence") for folder in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-6) and max(one) > 1e-4
 
 
 def stopped(source: Path, data: Path, out: Path, options: FinetuneOptions, environment: dict[str, str]) -> None:
@@ -86,8 +103,11 @@ def test_a_stop_reaches_all_and_another_number_resumes(sharding: str, source: Pa
     options = replace(BASE, method="full", save_every=100)
     run_two(source, data, tmp_path / "parts", replace(options, sharding=sharding), target=stopped)
     assert [path.name for path in (tmp_path / ".parts.partial" / "states").iterdir()] == ["step-00000001"]
+    saved_by: list[int | None] = []
     for name in ("parts", "whole"):
-        Finetuning.open(source, data, tmp_path / name, options).run()
+        job = Finetuning.open(source, data, tmp_path / name, options)
+        job.run(on_start=lambda trainer: saved_by.append(trainer.saved_by))
+    assert saved_by == [2, None]
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
 
 

@@ -20,6 +20,7 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import CheckpointError, ConfigError, NumericsError
+from qvl_runtime.finetune.network import Losses
 from qvl_runtime.finetune.optimizer import Optimizer, RandomlyRoundedAdamW, randomly_rounded, rate_at
 from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.run import Finetuning, with_defaults_of
@@ -179,13 +180,14 @@ def test_losses_that_are_not_finite_are_skipped_and_end_the_run_in_a_row(
     source: Path, data: Path, tmp_path: Path
 ) -> None:
     def poison(trainer: Trainer) -> None:
-        real, calls = trainer.learner.loss_sum, []
+        real, calls = trainer.learner.losses, []
 
-        def loss_sum(samples: Any) -> torch.Tensor:
+        def losses(samples: Any) -> Losses:
             calls.append(samples)
-            return real(samples) * (math.nan if len(calls) in poisoned else 1.0)
+            learned, kept = real(samples)
+            return Losses(learned * (math.nan if len(calls) in poisoned else 1.0), kept)
 
-        trainer.learner.loss_sum = loss_sum  # type: ignore[method-assign]
+        trainer.learner.losses = losses  # type: ignore[method-assign]
 
     poisoned = {2, 5, 6}
     entries = Finetuning.open(source, data, tmp_path / "some", QUICK).run(on_start=poison)
