@@ -42,7 +42,7 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 def predictions(hidden: Tensor, head: Tensor, rows: int) -> Predictions:
     """The predictions of hidden [m, D] times head [V, D], `rows` at a time, on the CPU."""
     found = []
-    for part in hidden.split(rows):
+    for part in torch.split(hidden, rows):
         shares = (part @ head.t()).float().softmax(-1)
         top = shares.topk(min(REMEMBERED, shares.shape[-1]))
         others = shares.scatter_(1, top.indices, 0.0).sum(-1, keepdim=True)

@@ -188,7 +188,8 @@ class Trainer:
         skipped = 0
         for number, row in self._own(rows):
             if row is None:
-                (sum(self.learner.losses(rows[0])) * 0.0).backward()  # type: ignore[no-untyped-call]
+                losses = self.learner.losses(rows[0])
+                ((losses.learned + losses.kept) * 0.0).backward()  # type: ignore[no-untyped-call]
                 continue
             torch.manual_seed(hash((self.options.seed, self.step, number)) % 2**63)
             try:

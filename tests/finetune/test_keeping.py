@@ -66,7 +66,7 @@ def test_nothing_pulls_before_the_model_has_moved(source: Path, dtype: str) -> N
     assert learned.kept is None and kept.kept is not None and len(kept.kept.ids) == kept.num_targets
     losses = one.losses([kept])
     assert float(losses.learned.detach()) == 0 and float(losses.kept.detach()) == pytest.approx(0, abs=1e-3)
-    losses.kept.backward()
+    losses.kept.backward()  # type: ignore[no-untyped-call]
     for parameter in one.network.parameters():
         if parameter.grad is not None:
             assert float(parameter.grad.norm()) < (1e-4 if dtype == "float32" else 1e-1)
