@@ -1,8 +1,8 @@
 """Int4 linears with many rows, on capability 9.0: each tile of the weight is dequantized in registers, for wgmma.
 
 out^T = W x^T with the weight as operand A, from the registers that it is dequantized in, and x as operand B, from
-shared memory; no dequantized weight passes through shared memory. Words and x arrive by asynchronous copies, two tiles
-ahead. While the tensor cores multiply a tile, the next one is dequantized.
+shared memory. Words and x arrive by asynchronous copies, two tiles ahead. The source dequantizes a tile while the one
+before is multiplied; ptxas moves that behind the wait, so the tensor cores idle meanwhile, a quarter of the time.
 
 A thread needs words t, t + 4, t + 8 and t + 12 of its outputs: their pairs of inputs are what thread t of wgmma's
 operand A has, in the order in which x is stored. Each weight is rounded once to x's dtype, as in the reference.
