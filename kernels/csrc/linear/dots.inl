@@ -54,7 +54,7 @@ QVL_UNROLL
 // The same of lines that are in a cache: bytes, or nibbles unpacked to bytes.
 template <bool NIBBLES, int M, int NB>
 inline void unpacked_lines(I (&sums)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines) {
-  byte_lines(sums, at, stride, x, lines, false);
+  byte_lines(sums, at, stride, x, lines, true);  // from the L2 cache
 }
 
 }  // namespace

@@ -25,6 +25,13 @@ inline void dot_half(__m256i& acc, __m256i w, const int8_t* x) {
   __m256i words;
   asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpbusd %1, %2, %0" : "+x"(acc), "=&x"(words) : "x"(w), "m"(word_at(x)));
 }
+inline void dot_half(__m256i& acc, __m256i w, __m256i words) { asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(words)); }
+// The same, and the four inputs for more products with them.
+inline __m256i first_dot(__m256i& acc, __m256i w, const int8_t* x) {
+  __m256i words;
+  asm("vpbroadcastd %3, %1\n\t%{vex%} vpdpbusd %1, %2, %0" : "+x"(acc), "=&x"(words) : "x"(w), "m"(word_at(x)));
+  return words;
+}
 inline __m256i widened(__m256i acc) { return acc; }
 
 struct ByteHalf {
@@ -39,6 +46,17 @@ constexpr int kNibbleLines = 4;  // of packed nibbles, 8 inputs each, whose sums
 inline void dot_half(__m256i& acc, __m256i w, const int8_t* x) {
   __m256i words;
   asm("vpbroadcastd %3, %1\n\tvpmaddubsw %1, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(words) : "x"(w), "m"(word_at(x)));
+}
+inline void dot_half(__m256i& acc, __m256i w, __m256i words) {
+  __m256i products;
+  asm("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=x"(products) : "x"(words), "x"(w));
+}
+// The same, and the four inputs for more products with them.
+inline __m256i first_dot(__m256i& acc, __m256i w, const int8_t* x) {
+  __m256i words, products;
+  asm("vpbroadcastd %4, %1\n\tvpmaddubsw %1, %3, %2\n\tvpaddw %2, %0, %0"
+      : "+x"(acc), "=&x"(words), "=&x"(products) : "x"(w), "m"(word_at(x)));
+  return words;
 }
 inline __m256i widened(__m256i acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
 
@@ -56,34 +74,45 @@ struct ByteHalf {
 };
 #endif
 
+// Columns are halves of a line of a block: one row takes both halves of four, more rows one half after the other.
 template <int M, int NB>
 inline void nibble_lines(I (&low)[M][NB], I (&)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines, bool ahead) {
+  constexpr int kHalves = M == 1 && NB <= 4 ? 2 : 1, kColumns = NB * kHalves;
   for (int64_t first = 0; first < lines; first += kNibbleLines) {
     const int64_t end = lines - first < kNibbleLines ? lines : first + kNibbleLines;
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-      __m256i acc[M][NB];
+    for (int half = 0; half < 2; half += kHalves) {
+      __m256i acc[M][kColumns];
 #pragma GCC unroll 16
-      for (int i = 0; i < M * NB; i++) acc[i / NB][i % NB] = _mm256_setzero_si256();
+      for (int i = 0; i < M * kColumns; i++) acc[i / kColumns][i % kColumns] = _mm256_setzero_si256();
 #pragma GCC unroll 1
       for (int64_t j = first; j < end; j++) {
         const uint8_t* line = at + j * 64 + half * 32;
         const int8_t* words = x + j * 8 * M;
 #pragma GCC unroll 8
-        for (int n = 0; n < NB; n++) {
-          const __m256i both = half_line(line + n * stride), one = low_half(both), other = high_half(both);
+        for (int n = 0; n < NB; n++)
           if (ahead && !half) __builtin_prefetch(line + n * stride + kLinesAhead);
+#pragma GCC unroll 2
+        for (int high = 0; high < 2; high++) {
+          __m256i levels[kColumns];
+#pragma GCC unroll 8
+          for (int c = 0; c < kColumns; c++) {
+            const __m256i both = half_line(line + c / kHalves * stride + c % kHalves * 32);
+            levels[c] = high ? high_half(both) : low_half(both);
+          }
 #pragma GCC unroll 8
           for (int m = 0; m < M; m++) {
-            dot_half(acc[m][n], one, words + 4 * m);
-            dot_half(acc[m][n], other, words + 4 * (M + m));
+            const __m256i inputs = first_dot(acc[m][0], levels[0], words + 4 * (high * M + m));
+#pragma GCC unroll 8
+            for (int c = 1; c < kColumns; c++) dot_half(acc[m][c], levels[c], inputs);
           }
         }
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < M * NB; i++) {
-        __m256i& sum = half_of(low[i / NB][i % NB], half);
-        sum = _mm256_add_epi32(sum, widened(acc[i / NB][i % NB]));
+      for (int i = 0; i < M * kColumns; i++) {
+        const int m = i / kColumns, c = i % kColumns;
+        __m256i& sum = half_of(low[m][c / kHalves], half + c % kHalves);
+        sum = _mm256_add_epi32(sum, widened(acc[m][c]));
       }
     }
   }

@@ -8,12 +8,14 @@
 
 // Put before a loop over an array of vectors. Empty here: the compiler unrolls what fits, and more costs compile time.
 #define QVL_UNROLL
+#define QVL_UNROLL_SUMS _Pragma("GCC unroll 16")  // before one over sums that must stay in registers
 
 namespace {
 
 constexpr int kDotRows = 3, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
-constexpr int kStripRows = 3;  // of attention: 3 x 2 accumulators of two registers each
+constexpr int kStripRows = 6, kStripVectors = 1;  // of attention: 6 accumulators of two registers each
+constexpr int kSumOrder[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // of `sum`: leaves of a binary tree
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kFewSums = 8;        // few rows times blocks
 constexpr int kTileRows = 12, kTileBlocks = 1;  // of a GEMM tile: for one half of the outputs after the other
@@ -35,6 +37,13 @@ inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b
 inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 inline F reciprocal(F x) { return div(set1(1.0f), x); }
 inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+// acc[0] += x * w[0]. In assembly so that x is loaded next to its products: g++ 12 moves the loads of all rows of a tile to
+// the front, and sums to memory.
+inline void fma_broadcast(F (&acc)[1], const float* x, const F (&w)[1]) {
+  __m256 wide;
+  asm("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+      : "+x"(acc[0].a), "+x"(acc[0].b), "=&x"(wide) : "m"(*x), "x"(w[0].a), "x"(w[0].b));
+}
 inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 inline F abs(F x) {
@@ -115,10 +124,24 @@ inline void load_bf16_pairs(const uint16_t* p, F& even, F& odd) {
   even = {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
   odd = {_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
 }
+// Sums of eight registers pairs, one in each lane, in the order of `sum`.
+inline __m256 eight_sums(const F* x) {
+  __m256 halves[4], quarters[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m256 one = _mm256_add_ps(x[2 * i].a, x[2 * i].b), other = _mm256_add_ps(x[2 * i + 1].a, x[2 * i + 1].b);
+    halves[i] = _mm256_add_ps(_mm256_permute2f128_ps(one, other, 0x20), _mm256_permute2f128_ps(one, other, 0x31));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const __m256d one = _mm256_castps_pd(halves[2 * i]), other = _mm256_castps_pd(halves[2 * i + 1]);
+    quarters[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(one, other)), _mm256_castpd_ps(_mm256_unpackhi_pd(one, other)));
+  }
+  const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(quarters[0], quarters[1], 0x88), _mm256_shuffle_ps(quarters[0], quarters[1], 0xdd));
+  return _mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
 inline F row_sums(const F* x) {
-  alignas(64) float sums[16];
-  for (int i = 0; i < 16; i++) sums[i] = sum(x[i]);
-  return load(sums);
+  return {eight_sums(x), eight_sums(x + 8)};
 }
 // sums [m][n] += line m of x times the line at weight(n). One half of the lanes after the other: both do not fit 16 registers.
 template <int M, int N, class At> inline void fma_lines(F (&sums)[M][N], const float* x, const At& weight) {

@@ -10,12 +10,14 @@
 
 // Put before a loop over an array of vectors: unrolled, it keeps them in registers.
 #define QVL_UNROLL _Pragma("GCC unroll 16")
+#define QVL_UNROLL_SUMS _Pragma("GCC unroll 24")  // before one over all sums of a tile, of more vectors than one has lanes
 
 namespace {
 
 constexpr int kDotRows = 6, kDotOutputs = 4;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 8;  // rows of a dense weight that one row is multiplied with at once
-constexpr int kStripRows = 12;  // of attention: 12 x 2 accumulators
+constexpr int kStripRows = 12, kStripVectors = 2;  // of attention: 12 x 2 accumulators
+constexpr int kSumOrder[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // of `sum`: leaves of a binary tree
 constexpr int kOneRowStreams = 8;  // blocks that one row is multiplied with at once: 24 accumulators
 constexpr int kFewSums = 8;        // few rows times blocks, three accumulators each
 constexpr int kTileRows = 12, kTileBlocks = 2;  // of a GEMM tile: 24 accumulators, 2 weights, an activation in 32 registers
@@ -40,6 +42,16 @@ inline F reciprocal(F a) {
   return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(a, r, _mm512_set1_ps(1.0f)), r);
 }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+// acc[n] += x * w[n]. In assembly so that x is loaded next to its products: g++ 12 moves the loads of all rows of a tile to
+// the front, and sums to memory.
+inline void fma_broadcast(F (&acc)[2], const float* x, const F (&w)[2]) {
+  F wide;
+  asm("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+      : "+v"(acc[0]), "+v"(acc[1]), "=&v"(wide) : "m"(*x), "v"(w[0]), "v"(w[1]));
+}
+inline void fma_broadcast(F (&acc)[1], const float* x, const F (&w)[1]) {
+  asm("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(acc[0]) : "m"(*x), "v"(w[0]));
+}
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F abs(F a) { return _mm512_abs_ps(a); }

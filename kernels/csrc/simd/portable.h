@@ -6,12 +6,14 @@
 
 // Put before a loop over an array of vectors. Empty here: the compiler unrolls what fits, and more costs compile time.
 #define QVL_UNROLL
+#define QVL_UNROLL_SUMS  // before one over sums that must stay in registers
 
 namespace {
 
 constexpr int kDotRows = 2, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
-constexpr int kStripRows = 2;  // of attention
+constexpr int kStripRows = 2, kStripVectors = 1;  // of attention
+constexpr int kSumOrder[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // of `sum`: leaves of a binary tree
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
 constexpr int kFewSums = 4;        // few rows times blocks
 constexpr int kTileRows = 4, kTileBlocks = 1;  // of a GEMM tile
@@ -37,6 +39,7 @@ inline F mul(F x, F y) { return lanes<F>([&](int i) { return x.v[i] * y.v[i]; })
 inline F div(F x, F y) { return lanes<F>([&](int i) { return x.v[i] / y.v[i]; }); }
 inline F reciprocal(F x) { return div(set1(1.0f), x); }
 inline F fma(F x, F y, F z) { return lanes<F>([&](int i) { return x.v[i] * y.v[i] + z.v[i]; }); }
+inline void fma_broadcast(F (&acc)[1], const float* x, const F (&w)[1]) { acc[0] = fma(set1(*x), w[0], acc[0]); }  // acc += x * w
 inline F max(F x, F y) { return lanes<F>([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F min(F x, F y) { return lanes<F>([&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F abs(F x) { return lanes<F>([&](int i) { return fabsf(x.v[i]); }); }

@@ -1,8 +1,8 @@
 """Attention on a CPU: the kernel of csrc/attention/attention.inl, and torch's fused attention for some images.
 
 The kernel's two products use AMX tiles for bfloat16, and float32 fused multiply-adds otherwise. A row is the same bits
-alone and among others, decoded and in a prompt. Torch's attention is used where it was measured to be faster and each
-image is computed separately: images (1024 patches, 16 heads of 104) up to AVX2, 124 ms against 310 ms.
+alone and among others, decoded and in a prompt. Without vector instructions torch's attention is used for images, each of
+which it computes separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qvl_kernels.cpu.memory import empty
 from qvl_kernels.cpu.ops import rotary_to_cache
 
 MAX_HEAD_DIM = 256  # channels of the widest head that the kernel supports
-TORCH_WHOLE = ("avxvnni", "avx2", "portable")  # with which torch is faster for attention without a mask
+TORCH_WHOLE = ("portable",)  # with which torch is faster for attention without a mask
 
 
 def report() -> str:
