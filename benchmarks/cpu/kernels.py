@@ -1,7 +1,7 @@
 """Time kernels and their peers on this CPU in turns, with the read ceiling of the same run. One JSON line a figure.
 
     python -m benchmarks.cpu.kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
-    python -m benchmarks.cpu.kernels gemm     # int4, 512 rows; OpenVINO and ONNX Runtime where installed
+    python -m benchmarks.cpu.kernels gemm     # 512 rows: W4A8, exact int4, W8A8; OpenVINO and ONNX Runtime where installed
     python -m benchmarks.cpu.kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
     python -m benchmarks.cpu.kernels rows     # attention of many rows and of an image's patches; torch's in turns
     python -m benchmarks.cpu.kernels vision   # a block of the vision encoder in bf16 and W8A8; torch in bf16
@@ -34,11 +34,11 @@ LAYERS = 4  # layers with weights of their own: 400 MB, more than any cache
 VISION_WIDTH, VISION_MLP, VISION_HEADS, PATCHES = 1664, 8192, 16, 1024
 
 
-def random_int4(inputs: int, outputs: int) -> cpu_linear.PackedWeight:
-    """A packed weight of random int4 values with the same scale in every group."""
-    lines = huge_pages.buffer(inputs * outputs // 2).random_()
+def random_packed(inputs: int, outputs: int, bits: int = 4) -> cpu_linear.PackedWeight:
+    """A packed weight of random values with the same scale in every group."""
+    lines = huge_pages.buffer(inputs * outputs * bits // 8).random_()
     scales = torch.full((outputs // 16, inputs // GROUP, 16), 0.002, dtype=torch.float16)
-    return cpu_linear.PackedWeight(lines, scales, None, None, None, 4, GROUP, inputs, inputs, outputs)
+    return cpu_linear.PackedWeight(lines, scales, None, None, None, bits, GROUP, inputs, inputs, outputs)
 
 
 def reader(nbytes: int) -> Callable[[], object]:
@@ -50,7 +50,7 @@ def gemv() -> None:
     """Time one row through each of the four layer shapes, with at least 400 MB of weights."""
     for inputs, outputs in SHAPES:
         copies = max(2, (400 << 20) // (inputs * outputs // 2))
-        weights = [random_int4(inputs, outputs) for _ in range(copies)]
+        weights = [random_packed(inputs, outputs) for _ in range(copies)]
         gemv_of(weights, torch.randn(1, inputs), onnxruntime_linears([(inputs, outputs)] * copies, 1))
 
 
@@ -82,9 +82,13 @@ def gemv_of(weights: list[cpu_linear.PackedWeight], x: Tensor, peers: Calls) -> 
 
 def gemm(rows: int = 512) -> None:
     """Time `rows` rows through the linears of one layer."""
-    weights = [random_int4(*shape) for shape in SHAPES]
-    inputs = [torch.randn(rows, w.inputs) for w in weights]
-    calls: Calls = {"W4A8": lambda: [w.int8(x) for w, x in zip(weights, inputs, strict=True)]}
+    weights, wider = ([random_packed(*shape, bits) for shape in SHAPES] for bits in (4, 8))
+    inputs = [torch.randn(rows, w.inputs).bfloat16() for w in weights]
+    calls: Calls = {
+        "W4A8": lambda: [w.int8(x) for w, x in zip(weights, inputs, strict=True)],
+        "exact": lambda: [w.exact(x) for w, x in zip(weights, inputs, strict=True)],
+        "W8A8": lambda: [w.int8(x) for w, x in zip(wider, inputs, strict=True)],
+    }
     calls |= onnxruntime_linears(list(SHAPES), rows) | openvino_linears(list(SHAPES), rows)
     timings = alternate(calls, min_samples=3)
     for name, timing in timings.items():
