@@ -1,7 +1,7 @@
 """Time kernels and their peers on this CPU in turns, with the read ceiling of the same run. One JSON line a figure.
 
     python -m benchmarks.cpu.kernels gemv     # int4, one row, the four layer shapes; ONNX Runtime where installed
-    python -m benchmarks.cpu.kernels gemm     # 512 rows: W4A8, exact int4, W8A8; OpenVINO and ONNX Runtime where installed
+    python -m benchmarks.cpu.kernels gemm     # 512 rows: W4A8, exact int4, W8A8; OpenVINO, ONNX Runtime if installed
     python -m benchmarks.cpu.kernels attention  # decode attention at 300 and 2000 tokens, 16-bit and int8 cache
     python -m benchmarks.cpu.kernels rows     # attention of many rows and of an image's patches; torch's in turns
     python -m benchmarks.cpu.kernels vision   # a block of the vision encoder in bf16 and W8A8; torch in bf16

@@ -1,8 +1,8 @@
 """Attention on a CPU: the kernel of csrc/attention/attention.inl, and torch's fused attention for some images.
 
 The kernel's two products use AMX tiles for bfloat16, and float32 fused multiply-adds otherwise. A row is the same bits
-alone and among others, decoded and in a prompt. Without vector instructions torch's attention is used for images, each of
-which it computes separately.
+alone and among others, decoded and in a prompt. Without vector instructions torch's attention is used for images, each
+of which it computes separately.
 """
 
 from __future__ import annotations
