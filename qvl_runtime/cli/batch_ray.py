@@ -63,6 +63,7 @@ def run_on_ray(
 ) -> int:
     """Answer a file on a cluster; returns the exit code."""
     from qvl_runtime.cluster.batch import Job
+    from qvl_runtime.cluster.connect import disconnect
 
     engine = models.values()
     settings = {"engine": _plain(engine), "params": _plain(asdict(params)), "max_line_bytes": max_line_bytes}
@@ -87,6 +88,7 @@ def run_on_ray(
         errors = _errors(after.errors - before.errors)
         say(f"wrote {after.done - before.done} answers{errors} to {answers} in {seconds:.1f} s{lost}")
         say(f"{after.tokens} tokens at {rate(after.tokens / seconds)}")
+    disconnect()
     return FAILED_RECORDS if after.errors else 0
 
 

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvl_runtime import __version__
@@ -38,7 +39,7 @@ class ActorSpec:
     params: SamplingParams  # of rows that say nothing else
     source: str  # name of the file of requests, for messages
     max_line_bytes: int
-    threads: int | None  # of torch and the kernels; None: as they are. Ray sets OMP_NUM_THREADS to 1
+    threads: int | None  # on a CPU, of torch and the kernels: Ray sets OMP_NUM_THREADS to 1; None: on a GPU
     folder: str  # where relative paths of pictures begin, if the node has it
 
 
@@ -63,10 +64,8 @@ class Versions(NamedTuple):
 
     @classmethod
     def here(cls) -> Versions:
-        """Those of this process."""
-        import torch
-
-        return cls(__version__, ".".join(platform.python_version_tuple()[:2]), torch.__version__.split("+")[0])
+        """Those of this process, without a second for importing torch."""
+        return cls(__version__, ".".join(platform.python_version_tuple()[:2]), version("torch").split("+")[0])
 
 
 class EngineActor:
@@ -124,8 +123,11 @@ class EngineActor:
                 prompt, params = asked.prompt, asked.params
             else:
                 prompt, params = parse_request(record, spec.params)
-            async with self._readers:
-                encoded = await engine.encode(prompt)
+            if spec.threads is not None and not _may_download(row):  # its cores are what the model computes on
+                encoded = await engine.encode_between_steps(prompt)
+            else:
+                async with self._readers:
+                    encoded = await engine.encode(prompt)
             completion = await engine.generate(encoded, params)
         except QVLError as error:
             if is_poisoned(error) or not engine.is_alive:
@@ -135,6 +137,11 @@ class EngineActor:
         fields = answer_record(completion) if asked is None else asked.answer(completion, encoded, engine.engine)
         tokens = sum(one.usage.completion_tokens for one in completion.answers)
         return answer._replace(record=json.dumps(fields, ensure_ascii=False), tokens=tokens)
+
+
+def _may_download(row: Row) -> bool:
+    """Whether an address may be in a row, for which steps shall not wait; JSON may escape a slash."""
+    return b":/" in row.line.data or b":\\/" in row.line.data
 
 
 def is_poisoned(error: BaseException) -> bool:

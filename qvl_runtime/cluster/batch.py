@@ -56,8 +56,9 @@ class Job:
         """
         if self.is_complete:
             return
-        dispatch = Dispatch(chunks(self.source, frozenset(self.parts.done), self.limit))
         with closing(open_pool()) as pool:
+            # read while the actors load
+            dispatch = Dispatch(chunks(self.source, frozenset(self.parts.done), self.limit))
             ready: set[str] = set()
             while not dispatch.is_over:
                 for event in pool.events():

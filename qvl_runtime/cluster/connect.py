@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from typing import Any
 
 from qvl_runtime.errors import ClusterError, quoted
@@ -39,6 +40,12 @@ def connect(address: str, cpus: int | None = None) -> Any:
     except Exception as error:  # of many kinds: ConnectionError, RuntimeError, ValueError, grpc's
         raise ClusterError(_why(address, error)) from error
     return ray
+
+
+def disconnect() -> None:
+    """End the connection, and the cluster if it was made here: at the interpreter's end Ray would sleep first."""
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
 
 
 def first_line(error: BaseException) -> str:

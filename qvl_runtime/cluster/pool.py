@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qvl_runtime.cluster.actor import ActorSpec, Answer, EngineActor, Versions
@@ -81,9 +82,12 @@ class ActorPool:
             self._check_placed()
 
     def reports(self) -> list[dict[str, Any]]:
-        """`Engine.report` of each actor that has loaded, with its process's id."""
+        """`Engine.report` of each actor that has loaded and lives, with its process's id."""
         loaded = [actor for worker, actor in self._actors.items() if (worker, "load") not in self._refs.values()]
-        found: list[dict[str, Any]] = self._ray.get([actor.report.remote() for actor in loaded])
+        found: list[dict[str, Any]] = []
+        for ref in [actor.report.remote() for actor in loaded]:
+            with suppress(self._ray.exceptions.RayActorError):  # `events` will tell of its death
+                found.append(self._ray.get(ref))
         return found
 
     def close(self) -> None:

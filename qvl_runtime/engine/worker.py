@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from qvl_runtime.engine.engine import Encoded, Engine
 from qvl_runtime.errors import QVLError
@@ -19,6 +19,7 @@ from qvl_runtime.schedule.api import SamplingParams, StreamPiece
 from qvl_runtime.schedule.request import Request
 
 Item: TypeAlias = "StreamPiece | BaseException"
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -101,22 +102,22 @@ class Worker:
         if self._end is None:
             self._send(Command(lambda: None, lambda error: None))
 
-    def report(self) -> Future[dict[str, Any]]:
-        """Have `Engine.report` made between two steps."""
-        future: Future[dict[str, Any]] = Future()
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Have a function called between two steps."""
+        future: Future[T] = Future()
 
-        def make() -> None:
+        def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(self._engine.report())
+                    future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
 
         def fail(error: BaseException) -> None:
-            if future.set_running_or_notify_cancel():
+            if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
                 future.set_exception(error)
 
-        self._send(Command(make, fail))
+        self._send(Command(run, fail))
         return future
 
     def stop(self, reason: str = "the engine is closed: make another AsyncEngine") -> None:

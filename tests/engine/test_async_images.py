@@ -137,3 +137,19 @@ def test_downloads_end_with_their_limit() -> None:
             assert await until(lambda: not reading())
 
         run(engine, body)
+
+
+def test_encoding_between_steps_gives_the_same_in_the_thread_of_the_model(engine: Engine) -> None:
+    prompt = [{"image": hostile.png(64, 64)}, "What is it?"]
+
+    async def body(served: AsyncEngine) -> None:
+        want = await served.generate(await served.encode(prompt), greedy(4))
+        long = asyncio.create_task(served.generate("Count.", greedy(200)))
+        encoded = await served.encode_between_steps(prompt)
+        assert not reading() and not long.done()
+        assert (await served.generate(encoded, greedy(4))).token_ids == want.token_ids
+        with pytest.raises(ImageError):
+            await served.encode_between_steps([{"image": b"no image"}])
+        await long
+
+    run(engine, body)
