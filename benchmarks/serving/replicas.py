@@ -1,12 +1,10 @@
 """Two replicas, simulated and measured: `python -m benchmarks.serving.replicas`. Needs simpy and some minutes.
 
-The step of a `qvl serve` with one thread is measured in closed loops of 1 to 16 clients each, and so is the time of a
-picture. From these alone a discrete-event simulation predicts throughput and latency of two servers that share random
-traffic, by the picture's affinity with a bound (qvl_runtime.cluster.affinity.choose); then the same is sent to two.
-
-A replica computes steps while it has requests. A step takes `base`, and `row` for each answer in it; a request that
-joins adds `prefill`, and `picture` if its picture is not in the replica's cache. After each step, each of its answers
-has a token more.
+What a `qvl serve` of one thread costs is measured in closed loops of 1 to 32 clients each: the processor time of its
+model's thread, of its other threads, of the processes that decode pictures and of the clients, and its steps. From
+these alone a simulation (benchmarks.serving.simulation) predicts throughput and latency of random traffic, first for
+that one server, which shows what the simulation is worth, and then for two that share the traffic by the picture's
+affinity with a bound (qvl_runtime.cluster.affinity.choose). The same traffic is sent to both.
 """
 
 from __future__ import annotations
@@ -15,105 +13,34 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import os
-import random
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.serving.http_load import Server
+from benchmarks.serving.process_times import ProcessTimes, seconds_of
+from benchmarks.serving.simulation import LONG, PICTURES, ROWS, SHORT, Arrival, Costs, simulate, traffic
 from benchmarks.timing import say, setting
 from qvl_runtime.cluster.affinity import DEFAULT_BOUND, choose
 
-PICTURES = 60
-SHORT, LONG = 16, 64  # tokens of an answer in the closed loops, and the range of those in the traffic
 
+class Spent(NamedTuple):
+    """What some requests took."""
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Seconds of a replica."""
-
-    base: float
-    row: float
-    prefill: float
-    picture: float
-
-    def rate(self, tokens: float) -> float:
-        """Requests a second of a replica with all pictures cached and 8 answers in each step."""
-        return 8 / (tokens * (self.base + 8 * self.row) + 8 * self.prefill)
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A request: when it comes, its picture, and its tokens."""
-
-    at: float
-    picture: int
-    tokens: int
-
-
-def traffic(rate: float, count: int, seed: int) -> list[Arrival]:
-    """Requests at random times, about pictures of which some are asked about more often than others."""
-    dice, now, found = random.Random(seed), 0.0, list[Arrival]()
-    weights = [1 / (1 + rank) ** 0.5 for rank in range(PICTURES)]
-    for _ in range(count):
-        now += dice.expovariate(rate)
-        found.append(Arrival(now, dice.choices(range(PICTURES), weights)[0], dice.randint(SHORT, LONG)))
-    return found
-
-
-def simulate(costs: Costs, arrivals: list[Arrival], replicas: int) -> list[float]:
-    """The seconds that each request takes, in order."""
-    import simpy
-
-    env = simpy.Environment()
-    names = [str(number) for number in range(replicas)]
-    waiting: dict[str, list[int]] = {name: [] for name in names}
-    loads = dict.fromkeys(names, 0)
-    wake = {name: env.event() for name in names}
-    took = [0.0] * len(arrivals)
-
-    def replica(name: str) -> Iterator[Any]:
-        cached: set[int] = set()
-        left: dict[int, int] = {}
-        while True:
-            if not (left or waiting[name]):
-                wake[name] = env.event()
-                yield wake[name]
-            spent, joined = 0.0, waiting[name][:]
-            waiting[name].clear()
-            for number in joined:
-                picture = arrivals[number].picture
-                spent += costs.prefill + (0.0 if picture in cached else costs.picture)
-                cached.add(picture)
-                left[number] = arrivals[number].tokens
-            yield env.timeout(spent + costs.base + costs.row * len(left))
-            for number in list(left):
-                left[number] -= 1
-                if not left[number]:
-                    del left[number]
-                    loads[name] -= 1
-                    took[number] = env.now - arrivals[number].at
-
-    def source() -> Iterator[Any]:
-        for number, arrival in enumerate(arrivals):
-            yield env.timeout(arrival.at - env.now)
-            name = choose(str(arrival.picture), dict(loads), DEFAULT_BOUND)
-            loads[name] += 1
-            waiting[name].append(number)
-            if not wake[name].triggered:
-                wake[name].succeed()
-
-    for name in names:
-        env.process(replica(name))
-    env.process(source())
-    env.run(until=arrivals[-1].at + 600)
-    return took
+    requests: int
+    steps: float
+    model: float  # seconds of a processor, in the thread of the model
+    front: float  # in the server's other threads
+    decode: float  # in the processes that decode pictures
+    client: float  # here
 
 
 def pictures(seed: int) -> list[str]:
@@ -123,7 +50,7 @@ def pictures(seed: int) -> list[str]:
     found = []
     for number in range(PICTURES):
         file = io.BytesIO()
-        noise = np.random.default_rng((seed, number)).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        noise = np.random.default_rng((1 + seed, number)).integers(0, 256, (48, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(file, "PNG")
         found.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
     return found
@@ -154,48 +81,85 @@ def serving(count: int) -> Iterator[list[Server]]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def measure(servers: list[Server], seconds: float) -> Costs:
-    """The costs of a replica, by least squares over closed loops of some clients with short and long answers.
+class Meter:
+    """Reads what a server and this process have spent."""
 
-    All replicas have as many clients at the same time: they share the machine with each other, the load and the
-    processes that decode pictures.
-    """
-    urls, numbers = pictures(1), iter(range(10**9))
+    def __init__(self, server: Server) -> None:
+        self._server, self._pid = server, server.process.pid
+        self._times = ProcessTimes({self._pid: "server"})
+        tasks = [int(path.name) for path in Path(f"/proc/{self._pid}/task").iterdir()]
+        # the thread that has worked most, but for the main one, which serves HTTP
+        self._model = max((task for task in tasks if task != self._pid), key=self._thread)
+        self._before = self._read(0)
 
-    async def closed(clients: int, tokens: int) -> float:
-        """Mean seconds of a request."""
-        taken, end = list[float](), time.perf_counter() + seconds
+    def spent(self, requests: int) -> Spent:
+        """Since the last call, or the start."""
+        before, self._before = self._before, self._read(requests)
+        return Spent(requests, *(now - then for now, then in zip(self._before[1:], before[1:], strict=True)))
 
-        async def client(server: Server) -> None:
+    def _thread(self, task: int) -> float:
+        return seconds_of(Path(f"/proc/{self._pid}/task/{task}"))
+
+    def _read(self, requests: int) -> Spent:
+        self._times.look()
+        used, model = self._times.by_kind(), self._thread(self._model)
+        steps = asyncio.run(self._server.metric("engine_steps_total"))
+        decode = used.get("picture decoders", 0.0)
+        return Spent(requests, steps, model, used["server"] - model, decode, time.process_time())
+
+
+async def warm(server: Server) -> None:
+    """Have a server compute steps of every size from 64 answers to one, twice: it records each size the first time."""
+    urls = pictures(-1)
+    for turn in range(2):
+        ends = np.linspace(SHORT, LONG, 64)
+        asked = [server.ask(body(urls[n % PICTURES], f"{turn} {n}", int(end))) for n, end in enumerate(ends)]
+        await asyncio.gather(*asked)
+
+
+def measure(server: Server, seconds: float, seed: int) -> Costs:
+    """The costs of a replica that is alone. The model's thread: least squares over closed loops of some clients."""
+    urls, number, meter = pictures(seed), 0, Meter(server)
+
+    async def closed(clients: int, tokens: int) -> int:
+        count, end = 0, time.perf_counter() + seconds
+
+        async def client() -> None:
+            nonlocal count, number
             while time.perf_counter() < end:
-                number = next(numbers)
-                began = time.perf_counter()
+                count, number = count + 1, number + 1
                 await server.ask(body(urls[number % PICTURES], f"What is it? {number}", tokens))
-                taken.append(time.perf_counter() - began)
 
-        await asyncio.gather(*(client(server) for server in servers for _ in range(clients)))
-        return sum(taken) / len(taken)
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return count
 
-    async def each(question: str) -> float:
-        async def one(server: Server) -> None:
-            for url in urls:
-                await server.ask(body(url, question, 1))
+    async def each(question: str) -> None:
+        for url in urls:
+            await server.ask(body(url, question, 1))
 
-        began = time.perf_counter()
-        await asyncio.gather(*map(one, servers))
-        return (time.perf_counter() - began) / PICTURES
-
-    new = asyncio.run(each("New?"))
-    seen = min(asyncio.run(each(f"Seen {turn}?")) for turn in range(3))
-    rows, right = [], []
-    for clients in (1, 4, 16):
+    asyncio.run(each("New?"))
+    new = meter.spent(PICTURES)
+    asyncio.run(each("Seen?"))
+    seen = meter.spent(PICTURES)
+    parts, loops = [], []
+    for clients in ROWS:
         for tokens in (SHORT, LONG):
-            found = asyncio.run(closed(clients, tokens))
-            # of each row's tokens; the other clients' prompts fall into its time as well
-            rows.append([tokens / found, tokens * clients / found, clients / found])
-            right.append(1.0)  # relative errors
-    base, row, prefill = np.linalg.lstsq(np.array(rows), np.array(right), rcond=None)[0]
-    return Costs(float(base), float(row), float(prefill), max(0.0, new - seen))
+            spent = meter.spent(asyncio.run(closed(clients, tokens)))
+            loops.append(spent)
+            rows = spent.requests * tokens / spent.steps
+            shares = [spent.steps * float(np.interp(rows, ROWS, knot)) for knot in np.eye(len(ROWS))]
+            parts.append(np.array([*shares, spent.requests]) / spent.model)  # so that errors are relative
+    *steps, prefill = map(float, np.linalg.lstsq(np.array(parts), np.ones(len(parts)), rcond=None)[0])
+    total = [sum(column) for column in zip(*loops, strict=True)]
+    front, decode, client = (seconds / total[0] for seconds in total[3:])
+    return Costs(tuple(steps), prefill, (new.model - seen.model) / PICTURES, front, decode, client)
+
+
+def mean(one: Costs, other: Costs) -> Costs:
+    """Between two."""
+    steps = tuple((a + b) / 2 for a, b in zip(one.steps, other.steps, strict=True))
+    names = [name for name in Costs.__slots__ if name != "steps"]
+    return Costs(steps, **{name: (getattr(one, name) + getattr(other, name)) / 2 for name in names})
 
 
 def replay(servers: list[Server], arrivals: list[Arrival], seed: int) -> list[float]:
@@ -237,28 +201,51 @@ def figures(arrivals: list[Arrival], took: list[float]) -> dict[str, float]:
     }
 
 
+def compare(servers: list[Server], load: float, seconds: float, calibrate: float, turn: int) -> None:
+    """Send traffic to all servers, and say what it took and what the simulation makes of it.
+
+    What one server costs is measured before and after, and the mean counts: a machine's speed moves within minutes.
+    """
+    cores = os.cpu_count() or 1
+    before = measure(servers[0], calibrate, 3 * turn)
+    rate = load * before.rate((SHORT + LONG) / 2, cores, len(servers))
+    arrivals = traffic(rate, max(20, round(rate * seconds)), turn)
+    measured = figures(arrivals, replay(servers, arrivals, 3 * turn + 1))
+    after = measure(servers[0], calibrate, 3 * turn + 2)
+    costs = mean(before, after)
+    simulated = figures(arrivals, simulate(costs, arrivals, len(servers), cores))
+    say(
+        measure="traffic",
+        replicas=len(servers),
+        load=load,
+        requests_per_s=rate,
+        requests=len(arrivals),
+        costs=asdict(costs),
+        speed_after=after.rate(40, cores, 1) / before.rate(40, cores, 1),
+        simulated=simulated,
+        measured=measured,
+        simulated_off={name: simulated[name] / value - 1 for name, value in measured.items()},
+    )
+
+
 def main() -> None:
-    """Measure one replica, predict two, and measure those."""
+    """Measure one replica, predict one and two, and measure those."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loads", default="0.5,0.8", help="parts of what two replicas can take")
-    parser.add_argument("--seconds", type=float, default=20, help="of traffic at each load")
-    parser.add_argument("--calibrate", type=float, default=5, help="seconds of each of six closed loops")
+    parser.add_argument("--loads", default="0.3,0.6,0.85", help="parts of what the replicas or the cores can take")
+    parser.add_argument("--seconds", type=float, default=15, help="of traffic at each load")
+    parser.add_argument(
+        "--calibrate", type=float, default=1.5, help="seconds of each of ten closed loops, twice a load"
+    )
+    parser.add_argument("--replicas", default="1,2")
     arguments = parser.parse_args()
     say(**setting())
+    turns = itertools.count()
     with serving(2) as servers:
-        for server in servers:  # both warm
-            asyncio.run(server.ask(body(pictures(9)[0], "?", LONG)))
-        costs = measure(servers, arguments.calibrate)
-        say(measure="costs", **{f"{name}_ms": 1000 * getattr(costs, name) for name in Costs.__slots__})
-        for turn, load in enumerate(map(float, arguments.loads.split(","))):
-            rate = 2 * load * costs.rate((SHORT + LONG) / 2)
-            arrivals = traffic(rate, max(20, round(rate * arguments.seconds)), turn)
-            found = {
-                "simulated": figures(arrivals, simulate(costs, arrivals, len(servers))),
-                "measured": figures(arrivals, replay(servers, arrivals, turn + 100)),
-            }
-            off = {name: found["simulated"][name] / value - 1 for name, value in found["measured"].items()}
-            say(measure="two replicas", load=load, requests=len(arrivals), **found, simulated_off=off)
+        for server in servers:
+            asyncio.run(warm(server))
+        for count in map(int, arguments.replicas.split(",")):
+            for load in map(float, arguments.loads.split(",")):
+                compare(servers[:count], load, arguments.seconds, arguments.calibrate, next(turns))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import openai
@@ -64,8 +65,9 @@ SUITE = (
 class Remote(Live):
     """A server on Ray, with an engine here to compare with."""
 
-    def __init__(self, port: int, engine: Engine, handle: Any) -> None:
+    def __init__(self, port: int, engine: Engine, handle: Any, deployment: Any) -> None:
         self.port, self.url, self.local, self.handle = port, f"http://127.0.0.1:{port}", engine, handle
+        self.deployment = deployment
 
     @property
     def engine(self) -> Engine:
@@ -95,7 +97,7 @@ def remote(nano: Engine) -> Iterator[Remote]:
         engine, {"model_names": ["nano", "another-name"]}, replicas=2, threads=torch.get_num_threads()
     )
     with run(ray, deployment, "127.0.0.1", port, 300, threading.Event()):
-        yield Remote(port, nano, serve.get_deployment_handle("model", NAME))
+        yield Remote(port, nano, serve.get_deployment_handle("model", NAME), deployment)
     serve.shutdown()
     ray.shutdown()
 
@@ -164,3 +166,32 @@ def test_a_killed_replica_loses_what_it_held_and_says_so_and_is_replaced(remote:
     assert len(outcomes) == 16 and set(outcomes) <= {"answered", "replica_lost"}
     assert 1 <= outcomes.count("replica_lost") <= held + 4  # and those that came between the count and the kill
     until(lambda: len(set(remote.replicas()) - {pid}) == 2, 120)
+
+
+def test_a_changed_deployment_replaces_replicas_without_a_failed_request(remote: Remote) -> None:
+    from ray import serve
+
+    from qvl_runtime.cluster.deployment import NAME, build
+
+    before, over, outcomes = set(remote.replicas()), threading.Event(), list[int]()
+
+    def ask(number: int) -> None:
+        turn = 0
+        while not over.is_set():
+            body = {"messages": say(f"{number} {turn}"), "max_tokens": 20, "ignore_eos": True}
+            outcomes.append(remote.ask("POST", "/v1/chat/completions", json.dumps(body).encode()).status)
+            turn += 1
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        changed = replace(remote.deployment, engine=remote.deployment.engine | {"max_model_len": 1024})
+        serve.run(build(asdict(changed)), name=NAME, route_prefix="/")
+        until(lambda: len(found := set(remote.replicas())) == 2 and not found & before, 120)
+        time.sleep(0.5)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert len(outcomes) > 10 and set(outcomes) == {200}
