@@ -40,7 +40,7 @@ class Mortal(EngineActor):
     def _load(self) -> Any:
         loaded = super()._load()
         engine = self._loaded()
-        encode = engine.encode
+        encode = engine.encode_between_steps
 
         async def fail(prompt: Any) -> Any:
             if "deadly" in str(prompt):
@@ -50,7 +50,7 @@ class Mortal(EngineActor):
             return await encode(prompt)
 
         assert isinstance(engine, AsyncEngine)
-        engine.encode = fail  # type: ignore[method-assign]
+        engine.encode_between_steps = fail  # type: ignore[method-assign]
         return loaded
 
 
