@@ -1,8 +1,8 @@
 """Fine-tune nano on a kind of object that it was never shown: its data, and scores before and after.
 
-`python -m tools.nano.new_kind data FOLDER` writes train.json and test.json: scenes with the new kind, and as many of
-nano's own world, without which a fine-tuned model forgets it. `... score [--adapter DIR] [MODEL]` asks about fresh
-scenes of both sorts. docs/finetuning.md has the commands of the runs and their results.
+`python -m tools.nano.new_kind data FOLDER` writes train.json with the new kind, keep.json with as many scenes of nano's
+own world, without which a fine-tuned model forgets it, and test.json. `... score [--adapter DIR] [MODEL]` asks about
+fresh scenes of both sorts. docs/finetuning.md has the commands of the runs and their results.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -18,39 +19,63 @@ from PIL import Image
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.evaluate.metrics.boxes import iou
 from qvl_runtime.prompt.boxes import parse_boxes
+from qvl_runtime.prompt.listformat import image_heading
 
 from .dialogue import BOX, EXISTS, Turn, grounded, turns
 from .scenes import SceneConfig, Thing, check_fonts, draw_scene
 from .scoring import score
 from .world import NEW_EMOJI
 
+Record: TypeAlias = dict[str, object]  # of a fine-tuning file
 DATA_SEED, SCORE_SEED = 30_000_001, 30_000_003
 TRAIN, TEST, SCORED = 1000, 32, 200  # scenes
+TOLD = ("caption", "describe", "box")  # answers that tell of objects
 
 
 def write_data(folder: Path, kind: str, train: int = TRAIN, test: int = TEST) -> None:
-    """Write train.json and test.json with their images: a chat about each scene, its questions in a drawn order.
+    """Write train.json, keep.json and test.json with their images; each record is one question about one scene.
 
-    Every second scene has a chance of the new kind. Each question may come first: one that always came after another
-    would be answered from that answer instead of the image.
+    Every second scene has a chance of the new kind, and train.json asks what that changes: whether it is there, where,
+    a caption and a description. The other scenes are nano's own: keep.json has a caption, a description, a box and
+    another question of each, and train.json asks every second one for the new kind, which is not there. test.json has
+    the questions of both for `test` more scenes.
+
+    Why not chats: nano mostly saw first turns, and answers later ones less surely, so that chats teach it much that is
+    not about the new kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng, usual = np.random.default_rng(DATA_SEED), SceneConfig()
-    records = []
+    learn, keep, held_out = list[Record](), list[Record](), list[Record]()
     for number in range(train + test):
         image, things = draw_scene(rng, replace(usual, new=0.5, new_kind=kind) if number % 2 else usual)
         Image.fromarray(image).save(folder / f"{number}.png")
-        asked = [*_about_new(rng, things, kind), *turns(rng, things, chinese=number % 8 == 0)]
-        messages: list[dict[str, str]] = []
-        for i in rng.permutation(len(asked)):
-            heading = "" if messages else f"Picture 1: <img>{number}.png</img>\n"
-            messages += [
-                {"from": "user", "value": heading + asked[i].question},
-                {"from": "assistant", "value": asked[i].answer},
-            ]
-        records.append({"id": f"scene_{number}", "conversations": messages})
-    for name, part in (("train.json", records[:train]), ("test.json", records[train:])):
-        (folder / name).write_text(json.dumps(part, ensure_ascii=False, indent=1), encoding="utf-8")
+        own, new = turns(rng, things, chinese=number % 8 < 2), _about_new(rng, things, kind)
+        told = [turn for turn in own if turn.sort in TOLD]
+        if number % 2:
+            chosen, target = [*new, *(turn for turn in told if turn.sort != "box")], learn
+        else:
+            others = [turn for turn in own if turn.sort not in TOLD]
+            chosen, target = [*told, others[int(rng.integers(len(others)))]], keep
+            if number % 4 == 0:
+                (learn if number < train else held_out).extend(_records(number, new))
+        (target if number < train else held_out).extend(_records(number, chosen))
+    for name, records in (("train.json", learn), ("keep.json", keep), ("test.json", held_out)):
+        (folder / name).write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _records(number: int, asked: list[Turn]) -> list[Record]:
+    """A record of each question; the image's heading is that of the engine's own prompts."""
+    heading = f"{image_heading(1)}<img>{number}.png</img>\n"
+    return [
+        {
+            "id": f"scene_{number}_{turn.sort}",
+            "conversations": [
+                {"from": "user", "value": heading + turn.question},
+                {"from": "assistant", "value": turn.answer},
+            ],
+        }
+        for turn in asked
+    ]
 
 
 def _about_new(rng: np.random.Generator, things: list[Thing], kind: str) -> list[Turn]:
@@ -109,9 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default=next(iter(NEW_EMOJI)), choices=list(NEW_EMOJI), help="default: %(default)s")
     commands = parser.add_subparsers(required=True, dest="command")
-    data = commands.add_parser("data", help="write train.json and test.json")
+    data = commands.add_parser("data", help="write train.json, keep.json and test.json")
     data.add_argument("folder", type=Path)
-    data.add_argument("--scenes", type=int, default=TRAIN, help="to train on (default: %(default)s)")
+    data.add_argument(
+        "--scenes", type=int, default=TRAIN, help="of train.json and keep.json together (default: %(default)s)"
+    )
     scoring = commands.add_parser("score", help="score a model or an adapter")
     scoring.add_argument("model", type=Path, nargs="?", help="default: the shipped checkpoint")
     scoring.add_argument("--adapter", type=Path, help="a LoRA adapter for it")
