@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,9 +55,9 @@ def dealt(parts: list[list[int]], threads: int) -> Shares:
     return Shares(float(sum(map(sum, parts))), longest)
 
 
-def smoothed(runs: list[list[list[int]]]) -> list[list[int]]:
-    """The median of each chunk over several runs of an op, which have the same chunks."""
-    return [[int(statistics.median(times)) for times in zip(*part, strict=True)] for part in zip(*runs, strict=True)]
+def undisturbed(runs: list[list[list[int]]]) -> list[list[int]]:
+    """The least time of each chunk over several runs of an op, which have the same chunks."""
+    return [[min(times) for times in zip(*part, strict=True)] for part in zip(*runs, strict=True)]
 
 
 def int4(outputs: int, inputs: int, precision: Precision) -> BoundLinear:
@@ -113,8 +112,8 @@ def settle(precision: Precision) -> None:
 
 
 def measure(kernels: Library, op: Op, threads: int, runs: int) -> list[list[int]]:
-    """Chunks of an op, each in the median of its runs."""
-    return smoothed([kernels.chunks(op, threads) for _ in range(runs)])
+    """Chunks of an op, each in the run that was disturbed the least."""
+    return undisturbed([kernels.chunks(op, threads) for _ in range(runs)])
 
 
 @contextmanager
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--threads", default=",".join(map(str, THREADS)), help="default: %(default)s")
     parser.add_argument("--context", type=int, default=2000, help="tokens in the cache; default: %(default)s")
     parser.add_argument("--precision", choices=["fast", "exact"], default="fast")
-    parser.add_argument("--runs", type=int, default=5, help="of which each chunk's median counts; default: %(default)s")
+    parser.add_argument("--runs", type=int, default=5, help="each chunk counts at its best; default: %(default)s")
     args = parser.parse_args()
     torch.manual_seed(0)
     say(**setting(), computed="shares of simulated threads", precision=args.precision, context=args.context)
