@@ -49,7 +49,8 @@ class FaultyDataError(PromptError):
     def __init__(self, path: Path, faults: Sequence[QVLError]) -> None:
         listed = "; ".join(str(fault) for fault in faults[:2])
         more = f" (and {len(faults) - 2} more)" if len(faults) > 2 else ""
-        super().__init__(f"{path} has {len(faults)} faulty records: {listed}{more}: correct them, or use skip_bad")
+        count, them = ("1 faulty record", "it") if len(faults) == 1 else (f"{len(faults)} faulty records", "them")
+        super().__init__(f"{path} has {count}: {listed}{more}: correct {them}, or use skip_bad")
         self.faults = tuple(faults)
 
 
@@ -119,7 +120,9 @@ def read_dataset(
     if faults and not skip_bad:
         raise FaultyDataError(path, faults)
     if not samples:
-        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "no record"
+        if not left_out and not faults:
+            raise ConfigError(f"{path} has no records; expected conversations")
+        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none too long"
         raise ConfigError(
             f"{path} leaves nothing to train on ({counts}, {len(faults)} faulty): raise the maximum length of "
             f"{max_length} tokens, or correct the records"

@@ -79,6 +79,13 @@ def test_what_is_too_long_or_teaches_nothing_is_left_out_whole_and_counted(tmp_p
         read_dataset(path, TOKENS, 10, "answers")
 
 
+def test_a_file_without_records_and_one_with_a_single_fault_say_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no records"):
+        read_dataset(write(tmp_path, []), TOKENS, 60)
+    with pytest.raises(FaultyDataError, match=r"1 faulty record: .*: correct it, or use skip_bad"):
+        read_dataset(write(tmp_path, [record("a"), record("<img>gone.png</img>")]), TOKENS, 60)
+
+
 def test_a_row_joins_samples_and_restarts_their_positions(tmp_path: Path) -> None:
     data = read_dataset(write(tmp_path, [record("a<img>dog.png</img>"), record("bb", "no")]), TOKENS, 500)
     row = row_of(data.samples)
