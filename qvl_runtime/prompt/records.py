@@ -5,7 +5,7 @@
 
 A turn from "system" may come first, or be the key `system` of the record. TEXT has images as <img>path</img>, as
 Qwen-VL's own files do, or as <image>, and then `image` or `images` of the record lists their paths, as LLaVA,
-LLaMA-Factory and ms-swift do.
+LLaMA-Factory and ms-swift do; each gets the heading that the engine writes before an image, `Picture 1:`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvl_runtime.errors import PromptError, quoted
+from qvl_runtime.prompt.listformat import image_heading
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 _FORMS = (("conversations", "from", "value"), ("messages", "role", "content"))
@@ -70,7 +71,7 @@ def read_record(raw: Any, where: str, folder: Path) -> Conversation:
             continue
         while _PLACEHOLDER in text and taken < len(images):
             taken += 1
-            text = text.replace(_PLACEHOLDER, f"Picture {taken}: <img>{images[taken - 1]}</img>", 1)
+            text = text.replace(_PLACEHOLDER, f"{image_heading(taken)}<img>{images[taken - 1]}</img>", 1)
         messages.append(Message(role, _with_paths(text, where, folder)))
     waiting = sum(message.text.count(_PLACEHOLDER) for message in messages)
     if images and (waiting or taken < len(images)):

@@ -55,15 +55,15 @@ def test_one_record_a_line(folder: Path, text: str) -> None:
 
 def test_images_beside_the_texts(folder: Path) -> None:
     """LLaVA has one `image`, LLaMA-Factory and ms-swift have `images`; <image> stands where each is."""
-    expected = [[("user", f"Picture 1: <img>{folder / 'a.png'}</img>\nWhat?"), ("assistant", "That.")]]
+    expected = [[("user", f"Picture 1:<img>{folder / 'a.png'}</img>\nWhat?"), ("assistant", "That.")]]
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     for beside in ({"image": "a.png"}, {"images": ["a.png"]}, {"images": "a.png"}):
         assert [list(map(tuple, m)) for m in read(folder, json.dumps([{**beside, "conversations": turns}]))] == expected
     several = [{"from": "human", "value": "<image><image> same?"}, {"from": "gpt", "value": "No, <image> is."}]
     record = {"images": ["a.png", "b.png", "https://example.org/c.png"], "conversations": several}
     ((user, assistant),) = read(folder, json.dumps([record]))
-    assert user.text == f"Picture 1: <img>{folder / 'a.png'}</img>Picture 2: <img>{folder / 'b.png'}</img> same?"
-    assert assistant.text == "No, Picture 3: <img>https://example.org/c.png</img> is."
+    assert user.text == f"Picture 1:<img>{folder / 'a.png'}</img>Picture 2:<img>{folder / 'b.png'}</img> same?"
+    assert assistant.text == "No, Picture 3:<img>https://example.org/c.png</img> is."
     assert len(conversation_segment(TOKENIZER, read_conversations(folder / "data.json")[0]).slots) == 3
 
 
