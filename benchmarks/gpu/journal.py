@@ -26,8 +26,10 @@ class Journal:
                 continue
 
     def begin(self, setting: Mapping[str, Any]) -> bool:
-        """Note what runs where; forget and overwrite the rows of another commit, device or version. True: going on."""
-        same = all(self.setting.get(key) == setting.get(key) for key in ("commit", "device", "torch", "triton"))
+        """Note what runs where; forget and overwrite the rows of another commit, device or version, or kind of run. True: going on."""
+        same = all(
+            self.setting.get(key) == setting.get(key) for key in ("commit", "device", "torch", "triton", "dry_run")
+        )
         if self.setting and same:
             return True
         self.rows, self.done = {}, {}

@@ -106,14 +106,16 @@ def environment(place: Place) -> Row:
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line, and its parser for errors that are found later."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    parser.add_argument("--out", type=Path, help="folder of the results (default: out/gpu; of a dry run, out/dry)")
     parser.add_argument("--golden", type=Path, help="what the original computes: tiny/, lm_*.safetensors")
     parser.add_argument("--only", help="parts, separated by commas")
     parser.add_argument("--budget", type=float, default=230, help="start no part after this many seconds")
     parser.add_argument("--resume", type=Path, help="go on from this suite.jsonl (default: the one in --out)")
     parser.add_argument("--dry-run", choices=("bind", "compile"), help="pretend a GPU: shapes but no numbers, no times")
     parser.add_argument("--again", action="store_true", help="run parts that are done, too")
-    return parser, parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.out = options.out or Path("out/gpu" if options.dry_run is None else "out/dry")
+    return parser, options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace, place: Place, parts: Parts, selected: list[str], journal: Journal) -> int:
     """Run the selected parts, those that are left; returns the exit status."""
-    going_on = journal.begin(environment(place))
+    going_on = journal.begin(environment(place) | {"dry_run": options.dry_run})
     left = [name for name in selected if options.again or name not in journal.done or name in ALWAYS]
     if going_on and len(left) < len(selected):
         print(f"# done before: {', '.join(name for name in selected if name not in left)}", file=sys.stderr)

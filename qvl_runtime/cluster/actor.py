@@ -75,6 +75,7 @@ class EngineActor:
         self._spec = spec
         self._engine: AsyncEngine | None = None
         self._readers = asyncio.Semaphore(READERS)
+        self._between_steps = False  # whether pictures of files are read where the model computes on its one core
 
     async def load(self) -> Versions | str:
         """Build the engine. Returns the versions here, or what keeps it from running."""
@@ -103,6 +104,7 @@ class EngineActor:
         except (QVLError, OSError) as error:
             return str(error)
         # Two engines' worth of rows are under way: those that run, and those that wait to take their places.
+        self._between_steps = engine.core.runner.model.device.type == "cpu" and torch.get_num_threads() == 1
         self._engine = AsyncEngine(engine, max_pending=2 * engine.engine_config.max_running, max_parallel=None)
         return Versions.here()
 
@@ -123,7 +125,7 @@ class EngineActor:
                 prompt, params = asked.prompt, asked.params
             else:
                 prompt, params = parse_request(record, spec.params)
-            if spec.threads is not None and not _may_download(row):  # its cores are what the model computes on
+            if self._between_steps and not _may_download(row):
                 encoded = await engine.encode_between_steps(prompt)
             else:
                 async with self._readers:

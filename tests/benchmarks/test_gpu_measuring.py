@@ -42,7 +42,7 @@ def test_a_later_run_goes_on(tmp_path: Path) -> None:
     assert second.rows["two"] == [] and Journal(path).done == {"one": 2.5}
 
 
-@pytest.mark.parametrize("key", ["commit", "device", "torch", "triton"])
+@pytest.mark.parametrize("key", ["commit", "device", "torch", "triton", "dry_run"])
 def test_rows_of_other_code_or_hardware_are_forgotten(key: str, tmp_path: Path) -> None:
     first = Journal(tmp_path / "suite.jsonl")
     first.begin(SETTING)
