@@ -114,14 +114,15 @@ def test_boxes_come_with_the_text_that_closes_them(engine: Engine) -> None:
 
 def test_a_reader_that_lags_is_held_and_others_go_on(engine: Engine) -> None:
     async def body(served: AsyncEngine) -> None:
-        slow = served.stream(PROMPT, greedy(60))
+        slow = served.stream_batches(PROMPT, greedy(60))
         first = await anext(slow)
         assert (await served.generate({"token_ids": [7]}, greedy(100))).usage.completion_tokens == 100
         (request,) = [branch.request for branch in engine.core.scheduler.running]
         made = len(request.branches[0].output.token_ids)
-        assert request.paused and made <= 8 + 2, "the limit, and what was on its way"
-        rest = [piece async for piece in slow]
-        assert sum(len(piece.token_ids) for piece in [first, *rest]) == 60
+        taken = sum(len(piece.token_ids) for piece in first)  # several on a busy machine
+        assert request.paused and made <= taken + 8 + 1, "the limit, and what was on its way"
+        rest = [piece async for pieces in slow for piece in pieces]
+        assert sum(len(piece.token_ids) for piece in [*first, *rest]) == 60
 
     run(engine, body, max_unread=8)
 
