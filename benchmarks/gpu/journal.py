@@ -26,7 +26,7 @@ class Journal:
                 continue
 
     def begin(self, setting: Mapping[str, Any]) -> bool:
-        """Note what runs where; forget and overwrite the rows of another commit, device or version, or kind of run. True: going on."""
+        """Note what runs where; forget the rows of other code, hardware or kind of run. True: going on."""
         same = all(
             self.setting.get(key) == setting.get(key) for key in ("commit", "device", "torch", "triton", "dry_run")
         )
