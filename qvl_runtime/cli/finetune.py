@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvl_runtime.cli.options import AsJson, Debug, Download, Hub, Quiet, model_folder
-from qvl_runtime.cli.terminal import print_json, progress_bar, say, say_warning, working
+from qvl_runtime.cli.terminal import print_json, progress_bar, say, say_warning, size, working
 from qvl_runtime.cli.training_options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -81,10 +81,14 @@ def finetune(
                 say(line)
         if dry_run:
             return 0
-        show = stack.enter_context(progress_bar("steps", None if dry_run else job.num_steps, shown=not quiet))
+        bars = stack.enter_context(Bars(job, shown=not quiet))
 
         def on_start(trainer: Trainer) -> None:
+            bars.start_steps(trainer.step)
             stack.enter_context(stopping(trainer))
+            if trainer.left_out and not quiet:
+                count = len(trainer.left_out)
+                say_warning(f"{count} conversations to keep are left out: their images could not be read at the start")
             if not quiet:
                 done = f", {trainer.step} of them done" if trainer.step else ""
                 say(f"{len(trainer.steps)} steps{done}; log and states are in {trainer.folder.home}")
@@ -95,7 +99,7 @@ def finetune(
                 )
 
         try:
-            entries = job.run(team, lambda done, total: show(done), on_start)
+            entries = job.run(team, bars.show_steps, on_start, bars.count_kept)
         except StoppedError as stopped:
             if team.leads:
                 say(f"{stopped}, which is saved: run the same command again to resume")
@@ -110,6 +114,38 @@ def finetune(
         if last["skipped"]:
             say_warning(f"{last['skipped']} samples were skipped: unreadable images, or a loss that is not finite")
     return 0
+
+
+class Bars:
+    """The progress of a run: the predictions of what is kept, then its steps, in one bar after the other."""
+
+    def __init__(self, job: Finetuning, shown: bool) -> None:
+        self._steps, self._shown, self._stack, self._done = job.num_steps, shown, ExitStack(), 0
+        self._kept = sum(sample.keep for sample in job.data.samples)
+
+    def __enter__(self) -> Bars:
+        shown = self._shown and self._kept > 0
+        self._show = self._stack.enter_context(progress_bar("predictions to keep", self._kept, shown=shown))
+        if self._shown and not self._kept:
+            self._stack.enter_context(working("opening the model"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def count_kept(self) -> None:
+        """One conversation more is predicted."""
+        self._done += 1
+        self._show(self._done)
+
+    def start_steps(self, done: int) -> None:
+        """Show the steps from now on."""
+        self._stack.close()
+        self._show = self._stack.enter_context(progress_bar("steps", self._steps, done, self._shown))
+
+    def show_steps(self, done: int, total: int) -> None:
+        """`done` steps are taken."""
+        self._show(done)
 
 
 @contextmanager
@@ -145,13 +181,17 @@ def opened(kind: type[Finetuning], *arguments: Any) -> Finetuning:
 
 def outline_lines(job: Finetuning) -> list[str]:
     """What the run reads and trains."""
+    from qvl_runtime.finetune.keeping import BYTES
+
     data, options = job.data, job.options
     kept = sum(sample.keep for sample in data.samples)
     left_out = [f"{count} {reason}" for reason, count in data.left_out.items()]
     left_out += [f"{len(data.faults)} faulty"] if data.faults else []
+    remembered = f"predictions of {data.num_kept:,} tokens to keep: {size(BYTES * data.num_kept)} in host memory"
     return [
         f"{len(data.samples) - kept} conversations of {data.path}{f', {kept} conversations to keep' if kept else ''}: "
         f"{data.num_tokens:,} tokens, {data.num_targets:,} of them {'learned or kept' if kept else 'learned'}"
         f"{'; left out: ' + ', '.join(left_out) if left_out else ''}",
         f"method {options.method}, {options.epochs} epochs, {job.num_steps} steps",
+        *([f"{remembered}{', in each process' if options.sharding != 'none' else ''}"] if kept else []),
     ]

@@ -69,6 +69,11 @@ class Dataset:
         return sum(sample.num_targets for sample in self.samples)
 
     @property
+    def num_kept(self) -> int:
+        """Those of them that are predicted as before training."""
+        return sum(sample.num_targets for sample in self.samples if sample.keep)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of an epoch."""
         return sum(map(len, self.samples))

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REMEMBERED = 64  # tokens of a distribution: 512 bytes
+REMEMBERED = 64  # tokens of a distribution
+BYTES = 8 * REMEMBERED + 4  # of a distribution: int32 ids, float32 probabilities, and that of another token
 
 
 class Predictions(NamedTuple):
     """What m tokens are followed by, in a model's opinion."""
 
-    ids: Tensor  # int64 [m, k], the likeliest
+    ids: Tensor  # int32 [m, k], the likeliest
     shares: Tensor  # float32 [m, k], their probabilities
     others: Tensor  # float32 [m, 1], the probability of another one
 
@@ -46,7 +47,7 @@ def predictions(hidden: Tensor, head: Tensor, rows: int) -> Predictions:
         shares = (part @ head.t()).float().softmax(-1)
         top = shares.topk(min(REMEMBERED, shares.shape[-1]))
         others = shares.scatter_(1, top.indices, 0.0).sum(-1, keepdim=True)
-        found.append(Predictions(top.indices, top.values, others).to(torch.device("cpu")))
+        found.append(Predictions(top.indices.int(), top.values, others).to(torch.device("cpu")))
     return joined(found)
 
 
@@ -57,13 +58,13 @@ def divergences(logits: Tensor, kept: Predictions) -> tuple[Tensor, Tensor]:
     remembered token, and q (1 - p' / q') for another, with p' and q' the probabilities of "another one". It overwrites
     the logits.
     """
-    p, other_p = kept.shares.to(logits.dtype), kept.others.to(logits.dtype)
+    ids, p, other_p = kept.ids.long(), kept.shares.to(logits.dtype), kept.others.to(logits.dtype)
     q = logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_()
-    own_q = q.gather(1, kept.ids)
-    other_q = q.scatter_(1, kept.ids, 0.0).sum(-1, keepdim=True)
+    own_q = q.gather(1, ids)
+    other_q = q.scatter_(1, ids, 0.0).sum(-1, keepdim=True)
     tiny = torch.finfo(q.dtype).tiny
     loss = sum(_divergence(*pair, tiny) for pair in ((p, own_q), (other_p, other_q)))
-    grad = q.mul_(1 - other_p / other_q.clamp_min(tiny)).scatter_(1, kept.ids, own_q - p)
+    grad = q.mul_(1 - other_p / other_q.clamp_min(tiny)).scatter_(1, ids, own_q - p)
     return torch.as_tensor(loss), grad
 
 

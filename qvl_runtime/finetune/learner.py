@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qvl_runtime.errors import ImageError
+from qvl_runtime.errors import DownloadError, ImageError
 from qvl_runtime.finetune.data import Sample
 from qvl_runtime.finetune.features import FeatureStore
 from qvl_runtime.finetune.functions import Documents
-from qvl_runtime.finetune.labels import IGNORED
 from qvl_runtime.finetune.network import Kept, Losses, Network, Targets
 from qvl_runtime.finetune.packing import Row, row_of
+from qvl_runtime.finetune.sharded import is_sharded
+
+UNREADABLE = (ImageError, DownloadError)  # what an image that cannot be read raises
 
 
 class Inputs(NamedTuple):
@@ -50,18 +51,19 @@ class Learner:
     def remember(self, samples: list[Sample], progress: Callable[[], None] = lambda: None) -> None:
         """Give the samples to keep, in place, what the network predicts as it is; before any of it is trained.
 
-        One whose image cannot be read any more has nothing to keep. Every process must call it.
+        One whose image cannot be read gets nothing, and the run leaves it out; with sharded weights, whose other
+        processes wait for it, that raises `ImageError` or `DownloadError`. progress: called after each. Every process
+        must call it.
         """
+        sharded = any(is_sharded(parameter) for parameter in self.network.parameters())
         self.network.eval()
         for index, sample in enumerate(samples):
             if not sample.keep:
                 continue
-            if self.readable([sample]):
+            if sharded or self.readable([sample]):
                 row = row_of([sample])
                 predicting = row.keeping.to(self.features.device)
                 samples[index] = replace(sample, kept=self.network.predict(*self._inputs(row, [sample]), predicting))
-            else:
-                samples[index] = replace(sample, labels=array("q", [IGNORED] * len(sample)))
             progress()
         self.network.train()
 
@@ -96,6 +98,6 @@ class Learner:
             with torch.no_grad():
                 for slot in sample.images:
                     self.features([slot.source])
-        except ImageError:
+        except UNREADABLE:
             return False
         return True

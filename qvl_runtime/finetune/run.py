@@ -99,10 +99,12 @@ class Finetuning:
         team: Team | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
         on_start: Callable[[Trainer], None] = lambda trainer: None,
+        on_kept: Callable[[], None] = lambda: None,
     ) -> list[dict[str, Any]]:
         """Train, or continue, and publish the result; returns the log.
 
         progress: called with the steps that are done and their total. on_start: called before the first step.
+        on_kept: called after each conversation to keep whose predictions are made, before that.
         """
         team = team or Team()
         with RunFolder(self.destination, self.key(), self.options.keep, team.leads) as folder:
@@ -116,7 +118,7 @@ class Finetuning:
             if self.held_out is not None:
                 evaluation = Evaluation(learner, self.tokenizer, self.held_out, self.source, self.options)
             trainer = Trainer(learner, optimizer, self.data, self.options, folder, team, evaluation)
-            learner.remember(self.data.samples)  # before a state is loaded: what the base predicts
+            learner.remember(self.data.samples, on_kept)  # before a state is loaded: what the base predicts
             trainer.resume()
             if team.leads and (sink := tensorboard_sink(folder.home, trainer.step)) is not None:
                 trainer.add_sink(sink)

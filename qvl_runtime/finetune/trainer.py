@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from qvl_kernels.util import cdiv
-from qvl_runtime.errors import ImageError, NumericsError
+from qvl_runtime.errors import NumericsError
 from qvl_runtime.finetune.data import Dataset, Sample
-from qvl_runtime.finetune.learner import Learner
+from qvl_runtime.finetune.learner import UNREADABLE, Learner
+from qvl_runtime.finetune.network import Losses
 from qvl_runtime.finetune.optimizer import Optimizer, rate_at
 from qvl_runtime.finetune.options import FinetuneOptions
 from qvl_runtime.finetune.packing import Schedule
@@ -82,9 +84,24 @@ class Trainer:
             self.step, self.skipped, self.faults = state["step"], state["skipped"], state["faults"]
             self.seconds = state["seconds"]
             self.saved_by = state.get("processes")
+        if not self._sharded:  # a sharded run has read all, or ended
+            self._leave_out({*self.left_out, *(state or {}).get("left_out", ())})
         if self.team.leads:
             self.folder.cut_log(self.step)
         return self.step
+
+    def _leave_out(self, indices: set[int]) -> None:
+        """Leave out samples to keep that some process or an earlier part of the run could not read."""
+        samples = self.dataset.samples
+        if any(sample.keep for sample in samples):
+            for index, flag in enumerate(self.team.totals(*(index in indices for index in range(len(samples))))):
+                if flag:
+                    samples[index] = replace(samples[index], kept=None)
+
+    @property
+    def left_out(self) -> list[int]:
+        """The samples to keep without predictions, as their images could not be read before the first step."""
+        return [i for i, sample in enumerate(self.dataset.samples) if sample.keep and sample.kept is None]
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> None:
         """Take all steps that are left.
@@ -124,6 +141,7 @@ class Trainer:
             "faults": self.faults,
             "seconds": self.seconds,
             "processes": self.team.size,
+            "left_out": self.left_out,
         }
         if self.team.leads:
             self.folder.save(self.step, state)
@@ -188,21 +206,14 @@ class Trainer:
         skipped = 0
         for number, row in self._own(rows):
             if row is None:
-                losses = self.learner.losses(rows[0])
-                ((losses.learned + losses.kept) * 0.0).backward()  # type: ignore[no-untyped-call]
+                idle = self.learner.losses(rows[0])
+                ((idle.learned + idle.kept) * 0.0).backward()  # type: ignore[no-untyped-call]
                 continue
             torch.manual_seed(hash((self.options.seed, self.step, number)) % 2**63)
-            try:
-                losses, samples = self.learner.losses(row), row
-            except ImageError:
-                if self._sharded:
-                    raise  # the other processes wait for this row
-                samples = self.learner.readable(row)
-                if not samples:
-                    skipped += len(row)
-                    continue
-                losses = self.learner.losses(samples)
+            samples, losses = self._losses(row)
             skipped += len(row) - len(samples)
+            if losses is None:
+                continue
             counts = [sum(sample.num_targets for sample in samples if sample.keep is keep) for keep in (False, True)]
             total = losses.learned + self.options.keep_weight * losses.kept
             if not bool(total.isfinite()) and not self._sharded:
@@ -214,6 +225,17 @@ class Trainer:
             sums = [have + more for have, more in zip(sums, own, strict=True)]
         loss, targets, divergence, *others = self.team.totals(*sums, skipped, self._stop)
         return Measured(loss, int(targets), divergence, *(int(number) for number in others))
+
+    def _losses(self, row: list[Sample]) -> tuple[list[Sample], Losses | None]:
+        """The samples of a micro-batch that can be computed, and their losses: None if there are none."""
+        samples = [sample for sample in row if sample.kept is not None or not sample.keep]
+        try:
+            return samples, self.learner.losses(samples) if samples else None
+        except UNREADABLE:
+            if self._sharded:
+                raise  # the other processes wait for this row
+        samples = self.learner.readable(samples)
+        return samples, self.learner.losses(samples) if samples else None
 
     def _own(self, rows: list[list[Sample]]) -> Iterator[tuple[int, list[Sample] | None]]:
         """This process's micro-batches with their number; None where it has none, and helps others to gather shards."""

@@ -69,6 +69,7 @@ def test_conversations_to_keep_are_counted_and_watched(source: Path, data: Path,
     result = finetune(source, data, tmp_path / "out", "--keep", data, "--json")
     assert result.exit_code == 0, result.stderr
     assert "6 conversations of" in result.stderr and "6 conversations to keep" in result.stderr
+    assert "tokens to keep: " in result.stderr and "KiB in host memory" in result.stderr
     assert json.loads(result.stdout)["divergence"] >= 0
     one_line(finetune(source, data, tmp_path / "second", "--keep", tmp_path / "no.json"), "no.json")
     one_line(finetune(source, data, tmp_path / "second", "--keep", data, "--keep-weight", "0"), "--keep-weight is 0")

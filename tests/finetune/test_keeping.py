@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qvl_runtime.finetune.keeping import REMEMBERED, Predictions, predictions
-from qvl_runtime.finetune.labels import IGNORED
+from qvl_runtime.errors import DownloadError, ImageError
+from qvl_runtime.finetune.keeping import BYTES, REMEMBERED, Predictions, predictions
 from qvl_runtime.finetune.loss import divergence_sum
 from qvl_runtime.finetune.packing import row_of
 from qvl_runtime.finetune.run import Finetuning
+from qvl_runtime.finetune.trainer import Trainer
 from tests.finetune.small import learner, sample
 from tests.finetune.test_trainer import QUICK, StopError, data, stop_after, weights
 
@@ -29,12 +30,12 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 def divergence(logits: Tensor, before: Tensor, kept: Predictions) -> Tensor:
     """Kullback and Leibler's sum over the remembered tokens and one outcome for all others."""
-    remembered = torch.zeros_like(before, dtype=torch.bool).scatter(1, kept.ids, True)
+    remembered = torch.zeros_like(before, dtype=torch.bool).scatter(1, kept.ids.long(), True)
     pairs = []
     for scores in (before, logits):
         shares = scores.softmax(-1)
         others = shares.masked_fill(remembered, 0).sum(-1, keepdim=True)
-        pairs.append(torch.cat([shares.gather(1, kept.ids), others], -1))
+        pairs.append(torch.cat([shares.gather(1, kept.ids.long()), others], -1))
     p, q = pairs
     return torch.xlogy(p, p / q.clamp_min(1e-300)).sum()
 
@@ -45,6 +46,8 @@ def test_the_divergence_and_its_gradient_are_autograds(vocabulary: int, rows: in
     head, before, hidden = normal(1, vocabulary, 5), normal(2, 7, 5), normal(3, 7, 5)
     kept = predictions(before, head, rows)
     assert kept.ids.shape == (7, min(vocabulary, REMEMBERED))
+    if vocabulary >= REMEMBERED:
+        assert sum(tensor.nbytes for tensor in kept) == 7 * BYTES
     torch.testing.assert_close(kept.shares.sum(-1, keepdim=True) + kept.others, torch.ones(7, 1))
     results = []
     for ours in (True, False):
@@ -87,12 +90,26 @@ def test_a_row_tells_what_is_learned_from_what_is_kept(source: Path) -> None:
     assert row.targets.tolist() == plain.targets.tolist()[first:]
 
 
-def test_an_image_that_vanished_leaves_nothing_to_keep(source: Path) -> None:
+@pytest.mark.parametrize("error", [ImageError, DownloadError])
+def test_an_image_that_cannot_be_read_leaves_nothing_to_keep(
+    error: type[Exception], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = learner(source)
-    gone = replace(sample(one.network.c, 1), keep=True)
-    samples = [replace(gone, images=(gone.images[0]._replace(source="gone.png"),))]
-    one.remember(samples)
-    assert samples[0].kept is None and set(samples[0].labels) == {IGNORED}
+    gone, there = (replace(sample(one.network.c, seed), keep=True) for seed in (1, 2))
+    read, seen = one.features._load, list[None]()
+
+    def load(image: Any) -> Any:
+        if image is gone.images[0].source:
+            raise error("gone")
+        return read(image)
+
+    monkeypatch.setattr(one.features, "_load", load)
+    samples = [gone, there]
+    one.remember(samples, lambda: seen.append(None))
+    assert samples[0] is gone and samples[1].kept is not None and len(seen) == 2
+    monkeypatch.setattr("qvl_runtime.finetune.learner.is_sharded", lambda parameter: True)
+    with pytest.raises(error):  # the other processes would wait
+        one.remember([gone])
 
 
 def divided(data: Path) -> tuple[Path, Path]:
@@ -120,6 +137,34 @@ def test_what_is_kept_stays_near_and_a_resumed_run_is_the_same(source: Path, dat
         job("parts", 4.0).run(progress=stop_after(7))
     job("parts", 4.0).run()
     assert weights(tmp_path / "parts") == weights(tmp_path / "held")
+
+
+@pytest.mark.parametrize("mean", ["token", "batch"])
+def test_an_image_that_comes_back_changes_neither_a_run_nor_its_resume(
+    mean: Any, source: Path, data: Path, tmp_path: Path
+) -> None:
+    learn, keep = divided(data)
+    image, options = tmp_path / "3.png", replace(QUICK, mean=mean, accumulate=1)
+    whole = image.read_bytes()
+
+    def job(out: str) -> Finetuning:
+        return Finetuning.open(source, learn, tmp_path / out, options, keep=keep)
+
+    def come_back(trainer: Trainer) -> None:
+        assert len(trainer.left_out) == 1
+        image.write_bytes(whole)
+
+    runs = [job(out) for out in ("whole", "parts")]
+    image.write_bytes(b"not there for a moment")
+    entries = runs[0].run(on_start=come_back)
+    assert [entry["skipped"] for entry in entries][-1] == 2, "its turn comes once an epoch"
+    assert sum(entry["norm"] is None for entry in entries) == 2
+    image.write_bytes(b"not there for a moment")
+    with pytest.raises(StopError):
+        runs[1].run(on_start=come_back, progress=stop_after(7))
+    resumed: list[int] = []
+    job("parts").run(on_start=lambda trainer: resumed.extend(trainer.left_out))
+    assert len(resumed) == 1 and weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 def test_other_conversations_to_keep_are_another_run(source: Path, data: Path, tmp_path: Path) -> None:
