@@ -43,11 +43,21 @@ class Difference(NamedTuple):
 
 def difference(one: Ratio, other: Ratio, seed: int = 0) -> Difference:
     """How much higher the rate of `one` is than that of `other`, both of the same scenes."""
+    low, high = np.percentile(_drawn(one, other, seed), (2.5, 97.5))
+    return Difference(one.value - other.value, float(low), float(high))
+
+
+def standard_error(one: Ratio, other: Ratio, seed: int = 0) -> float:
+    """The standard error of that difference over draws of the scenes."""
+    return float(_drawn(one, other, seed).std())
+
+
+def _drawn(one: Ratio, other: Ratio, seed: int) -> NDArray[np.float64]:
+    """The difference of the rates in each draw of the scenes."""
     rng, scenes = np.random.default_rng(seed), len(one.counts)
     drawn = []
     for _ in range(0, DRAWS, AT_ONCE):
         at = rng.integers(scenes, size=(AT_ONCE, scenes))
         rates = (r.amounts[at].sum(1) / r.counts[at].sum(1) for r in (one, other))
         drawn.append(next(rates) - next(rates))
-    low, high = np.percentile(np.concatenate(drawn), (2.5, 97.5))
-    return Difference(one.value - other.value, float(low), float(high))
+    return np.concatenate(drawn)

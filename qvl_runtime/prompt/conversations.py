@@ -1,11 +1,12 @@
 """Read conversations from a fine-tuning file: a JSON list of records, or one record on each line (JSONL).
 
     [{"id": "1", "conversations": [
-        {"from": "user", "value": "Picture 1: <img>dog.jpg</img>\\nBox the dog."},
+        {"from": "user", "value": "Picture 1:<img>dog.jpg</img>\\nBox the dog."},
         {"from": "assistant", "value": "<ref>The dog</ref><box>(221,425),(511,889)</box>"}]}]
 
-Source: the published code's TUTORIAL, "Fine-tuning"; docs/model.md section 8 for the template. `records` has the forms
-of a record.
+Published files have a space before <img>. The text is taken as it is, and the engine's prompts have none
+(`listformat.image_heading`). Source: the published code's TUTORIAL, "Fine-tuning"; docs/model.md section 8 for
+the template. `records` has the forms of a record.
 """
 
 from __future__ import annotations

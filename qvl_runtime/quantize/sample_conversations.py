@@ -87,6 +87,7 @@ def _about_an_image(rng: random.Random, chinese: bool) -> list[Message]:
     chosen = rng.sample([task for task in tasks if tasks[task][2]], 3)
     turns = []
     for number, task in enumerate(chosen):
+        # With the space of published files: calibrations that are cited or saved have this text.
         heading = f"Picture 1: <img>{url}</img>\n" if number == 0 else ""
         turns += [Message("user", heading + tasks[task][chinese]), Message("assistant", tasks[task][2])]
     return turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.paired import Ratio, difference
+from tools.paired import Ratio, difference, standard_error
 
 pytestmark = pytest.mark.unit
 
@@ -33,3 +33,4 @@ def test_the_interval_is_that_of_theory() -> None:
     found, half = difference(one, other), 1.96 * one.amounts.std() / 400**0.5
     assert found.value - found.low == pytest.approx(half, rel=0.1)
     assert found.high - found.value == pytest.approx(half, rel=0.1)
+    assert 1.96 * standard_error(one, other) == pytest.approx(half, rel=0.1)

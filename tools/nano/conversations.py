@@ -29,6 +29,7 @@ def write_conversations(folder: Path, scenes: int, side: int) -> Path:
         Image.fromarray(image).save(folder / f"{number}.png")
         messages: list[dict[str, str]] = []
         for turn in turns(rng, things, chinese=number % 3 == 2):
+            # With the space of published files: the shipped Int4 sibling and cited comparisons are of this text.
             heading = "" if messages else f"Picture 1: <img>{number}.png</img>\n"
             messages += [
                 {"from": "user", "value": heading + turn.question},

@@ -2,13 +2,15 @@
 
 `python -m tools.nano.new_kind data FOLDER` writes train.json with the new kind, keep.json with as many scenes of nano's
 own world, without which a fine-tuned model forgets it, and test.json. `... score [--adapter DIR] [MODEL]` asks about
-fresh scenes of both sorts. docs/finetuning.md has the commands of the runs and their results.
+fresh scenes of both sorts; with `--before FILE`, which `--save FILE` wrote for the model before training, it compares
+the two on the same scenes. docs/finetuning.md has the commands of the runs and their results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -20,15 +22,17 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.evaluate.metrics.boxes import iou
 from qvl_runtime.prompt.boxes import parse_boxes
 from qvl_runtime.prompt.listformat import image_heading
+from tools.paired import Ratio, difference, standard_error
 
 from .dialogue import BOX, EXISTS, Turn, grounded, turns
 from .scenes import SceneConfig, Thing, check_fonts, draw_scene
-from .scoring import score
+from .scoring import Tally, score_each
 from .world import NEW_EMOJI
 
 Record: TypeAlias = dict[str, object]  # of a fine-tuning file
 DATA_SEED, SCORE_SEED = 30_000_001, 30_000_003
-TRAIN, TEST, SCORED = 1000, 32, 200  # scenes
+TRAIN, TEST, SCORED, OWN = 1000, 32, 200, 300  # scenes
+BOXES = ("box: box IoU >= 0.9", "caption: box IoU >= 0.9")
 TOLD = ("caption", "describe", "box")  # answers that tell of objects
 
 
@@ -116,21 +120,70 @@ def score_new(engine: Engine, params: SamplingParams, kind: str, scenes: int = S
     return {name: sum(own) / len(own) for name, own in counts.items()}
 
 
-def score_rest(engine: Engine, params: SamplingParams, scenes: int = SCORED) -> dict[str, float]:
-    """Nano's usual scores on scenes without the new kind."""
+def score_own(engine: Engine, params: SamplingParams, scenes: int = OWN) -> list[Tally]:
+    """What is right of the answers about each scene of nano's own world, without the new kind."""
 
     def ask(images: np.ndarray, which: object, questions: object) -> list[str]:
         pairs = list(zip(which, questions, strict=True))  # type: ignore[call-overload]
         prompts = [[{"role": "user", "content": [{"image": images[i]}, {"text": q}]}] for i, q in pairs]
         return [c.text for at in range(0, len(prompts), 60) for c in engine.generate(prompts[at : at + 60], params)]
 
-    tally = score(ask, SceneConfig(), scenes)
-    right, size = sum(tally.right.values()), sum(tally.sizes.values())
-    return {"all answers": right / size, **tally.rates}
+    return score_each(ask, SceneConfig(), scenes)
+
+
+def compare(tallies: Sequence[Tally], before: Sequence[Tally] | None = None) -> dict[str, dict[str, float]]:
+    """Percent right by name; with `before`, of the same scenes, the difference from it and its standard error."""
+    names = sorted({name for tally in tallies for name in tally.sizes})
+    sums = {"all answers": names, "boxes at IoU 0.9, both sorts": BOXES, **{name: [name] for name in names}}
+    found = {}
+    for label, parts in sums.items():
+        one = _ratio(tallies, parts)
+        if not one.counts.any():
+            continue
+        found[label] = {"percent": 100 * one.value}
+        if before is not None:
+            other = _ratio(before, parts)
+            value, error = difference(one, other).value, standard_error(one, other)
+            found[label] |= {"difference": 100 * value, "error": 100 * error}
+    return found
+
+
+def _ratio(tallies: Sequence[Tally], names: Sequence[str]) -> Ratio:
+    rows = [[sum(part.get(name, 0) for name in names) for part in (tally.right, tally.sizes)] for tally in tallies]
+    right, sizes = np.array(rows, float).T
+    return Ratio(right, sizes)
+
+
+def save_tallies(tallies: Sequence[Tally], path: Path) -> None:
+    """Write the tally of each scene as JSON."""
+    rows = [{name: [tally.right[name], size] for name, size in tally.sizes.items()} for tally in tallies]
+    path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+
+
+def load_tallies(path: Path) -> list[Tally]:
+    """Read what `save_tallies` wrote."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [Tally(*({name: pair[at] for name, pair in row.items()} for at in (0, 1))) for row in rows]
+
+
+def score_model(args: argparse.Namespace) -> None:
+    """Print the scores of a model as JSON."""
+    before = None if args.before is None else load_tallies(args.before)
+    if before is not None and len(before) != args.own_scenes:
+        raise SystemExit(f"{args.before} has {len(before)} scenes: use --own-scenes {len(before)}")
+    adapters = None if args.adapter is None else {"own": args.adapter}
+    engine = Engine(args.model, adapters=adapters, max_model_len=1024)
+    params = SamplingParams(temperature=0, max_tokens=120, adapter="own" if adapters else None)
+    tallies = score_own(engine, params, args.own_scenes)
+    if args.save is not None:
+        save_tallies(tallies, args.save)
+    new = {name: 100 * share for name, share in score_new(engine, params, args.kind, args.scenes).items()}
+    own = {name: {k: round(v, 2) for k, v in each.items()} for name, each in compare(tallies, before).items()}
+    print(json.dumps({"new": {name: round(share, 1) for name, share in new.items()}, "own": own}, indent=1))
 
 
 def main() -> None:
-    """Write the data, or print the scores of a model as JSON."""
+    """Write the data, or print the scores of a model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", default=next(iter(NEW_EMOJI)), choices=list(NEW_EMOJI), help="default: %(default)s")
     commands = parser.add_subparsers(required=True, dest="command")
@@ -142,17 +195,16 @@ def main() -> None:
     scoring = commands.add_parser("score", help="score a model or an adapter")
     scoring.add_argument("model", type=Path, nargs="?", help="default: the shipped checkpoint")
     scoring.add_argument("--adapter", type=Path, help="a LoRA adapter for it")
-    scoring.add_argument("--scenes", type=int, default=SCORED, help="of each sort (default: %(default)s)")
+    scoring.add_argument("--scenes", type=int, default=SCORED, help="for the new kind (default: %(default)s)")
+    scoring.add_argument("--own-scenes", type=int, default=OWN, help="of nano's own world (default: %(default)s)")
+    scoring.add_argument("--save", type=Path, metavar="FILE", help="write what is right in each of nano's own scenes")
+    scoring.add_argument("--before", type=Path, metavar="FILE", help="compare with what --save wrote for another model")
     args = parser.parse_args()
     check_fonts()
     if args.command == "data":
         write_data(args.folder, args.kind, args.scenes)
         return
-    adapters = None if args.adapter is None else {"own": args.adapter}
-    engine = Engine(args.model, adapters=adapters, max_model_len=1024)
-    params = SamplingParams(temperature=0, max_tokens=120, adapter="own" if adapters else None)
-    scores = {"new": score_new(engine, params, args.kind, args.scenes), "rest": score_rest(engine, params, args.scenes)}
-    print(json.dumps({kind: {k: round(v, 4) for k, v in own.items()} for kind, own in scores.items()}, indent=1))
+    score_model(args)
 
 
 if __name__ == "__main__":
