@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from qvl_kernels.affinity import allowed_cpus, unbind
 from qvl_kernels.numa import cpu_list, nodes_of
 
 SYS, PROC = Path("/sys"), Path("/proc")
@@ -31,8 +32,7 @@ class Cores(NamedTuple):
 
 def usable_cores(system: Path = SYS, processes: Path = PROC, affinity: set[int] | None = None) -> Cores:
     """Count the cores that this process may use. affinity: its CPUs; None: as the OS says."""
-    if affinity is None:
-        affinity = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    affinity = allowed_cpus() if affinity is None else affinity
     cores = {_siblings(system, cpu) for cpu in affinity}
     return Cores(
         len(affinity), len(cores), _quota(system, processes), len(nodes_of(affinity, system / "devices/system/node"))
@@ -43,9 +43,11 @@ def settle_threads(cores: Cores | None = None) -> None:
     """Lower torch's number of threads, which the kernels use, to a core each, if it is still a default.
 
     A thread for each SMT sibling, or more than a container's share, makes every step wait for the slowest. A number
-    that OMP_NUM_THREADS or `torch.set_num_threads` chose is kept; of the latter, numbers that torch may have chosen
-    itself (all CPUs, all cores) cannot be told from defaults.
+    that OMP_NUM_THREADS, MKL_NUM_THREADS or `torch.set_num_threads` chose is kept; of the latter, numbers that torch
+    may have chosen itself (all CPUs, all cores) cannot be told from defaults, and are kept if set after this call.
+    A thread that OpenMP has bound to a core is released first, since the kernels' threads would inherit its mask.
     """
+    unbind()
     cores = usable_cores() if cores is None else cores
     defaults = {os.cpu_count(), cores.logical, cores.physical, _machine_cores()}
     chosen = any(os.environ.get(name) for name in SET_BY_USER) or torch.get_num_threads() not in defaults
@@ -62,9 +64,11 @@ def _siblings(system: Path, cpu: int) -> frozenset[int]:
     topology = system / "devices/system/cpu" / f"cpu{cpu}" / "topology"
     for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the name before Linux 5.3
         try:
-            return frozenset(cpu_list((topology / name).read_text()))
+            found = cpu_list((topology / name).read_text())
         except (OSError, ValueError):
             continue
+        if cpu in found:  # an empty list would make one core of all CPUs
+            return frozenset(found)
     return frozenset((cpu,))
 
 

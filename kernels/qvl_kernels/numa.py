@@ -7,11 +7,12 @@ placement by the first one that writes (the thread that packs) would have one no
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import sys
 from functools import lru_cache
 from pathlib import Path
+
+from qvl_kernels.affinity import allowed_cpus
 
 NODES = Path("/sys/devices/system/node")
 MPOL_DEFAULT, MPOL_INTERLEAVE = 0, 3  # of mbind(2)
@@ -43,7 +44,7 @@ def nodes_in_use() -> tuple[int, ...]:
     """The nodes whose CPUs this process may use; fixed when first called."""
     if not sys.platform.startswith("linux"):
         return ()
-    return tuple(nodes_of(os.sched_getaffinity(0)))
+    return tuple(nodes_of(allowed_cpus()))
 
 
 def spread(address: int, nbytes: int, nodes: tuple[int, ...] | None = None) -> bool:

@@ -43,11 +43,11 @@ def load_runner(
     ones. Raises `ConfigError` or `CapacityError` where memory does not suffice, and `CheckpointError` for a damaged
     checkpoint.
     """
-    if engine_config.tensor_parallel > 1:
-        return load_parallel_runner(engine_config, config, folder, max_model_len, bool(adapters or weights))
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
     if device.type == "cpu":
-        settle_threads()
+        settle_threads()  # of which other ranks get their parts
+    if engine_config.tensor_parallel > 1:
+        return load_parallel_runner(engine_config, config, folder, max_model_len, bool(adapters or weights))
     on_host = engine_config.embedding_on_host
     free: int | None = None
     if weights is not None:

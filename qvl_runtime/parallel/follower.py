@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qvl_kernels import ops_for
+from qvl_kernels.affinity import unbind
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import GroupError, QVLError
 from qvl_runtime.model.language import Decoder, Layout
@@ -76,8 +77,10 @@ class Follower:
 def main() -> NoReturn:
     """Load the share that a line on standard input describes, and do what comes until the first rank ends."""
     settings = Settings(**json.loads(sys.stdin.readline()))
-    torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
+    if device.type == "cpu":
+        unbind()  # before a thread of the kernels is started
+    torch.set_num_threads(settings.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from qvl_runtime import cores
+from qvl_runtime.config.engine import EngineConfig
+from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.cores import Cores, settle_threads, usable_cores
+from qvl_runtime.engine import loading
 
 pytestmark = pytest.mark.unit
 
@@ -86,6 +90,15 @@ def test_a_system_that_tells_nothing_has_a_core_for_each_cpu(tmp_path: Path) -> 
     assert usable_cores(tmp_path, tmp_path, {0, 1, 2}) == Cores(3, 3, None, 0)
 
 
+def test_a_core_that_names_no_cpu_is_that_of_its_own_cpu(tmp_path: Path) -> None:
+    for cpu in range(3):
+        write(tmp_path / f"devices/system/cpu/cpu{cpu}/topology/core_cpus_list", "")
+    write(tmp_path / "devices/system/cpu/cpu2/topology/thread_siblings_list", "1-2")
+    assert usable_cores(tmp_path, tmp_path, {0, 1, 2}).physical == 3
+    write(tmp_path / "devices/system/cpu/cpu1/topology/thread_siblings_list", "1-2")
+    assert usable_cores(tmp_path, tmp_path, {0, 1, 2}).physical == 2
+
+
 def test_this_machine_has_some() -> None:
     here = usable_cores()
     assert 1 <= here.threads <= here.physical <= here.logical
@@ -106,3 +119,12 @@ def test_only_a_default_is_lowered(
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     settle_threads(Cores(16, 8, 4.0, 1))
     assert threads == [after]
+
+
+def test_threads_are_settled_before_ranks_divide_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(loading, "settle_threads", lambda: calls.append("settle"))
+    monkeypatch.setattr(loading, "load_parallel_runner", lambda *arguments: calls.append("load"))
+    config = ModelConfig.from_dict(json.loads((Path(cores.__file__).parent / "nano" / "config.json").read_text()))
+    loading.load_runner(EngineConfig(device="cpu", tensor_parallel=2), config, tmp_path, 64)
+    assert calls == ["settle", "load"]
