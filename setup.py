@@ -56,6 +56,7 @@ LIBRARY = "library.cpp"
 # The machine that is built for, which a cross build names: "linux-x86_64", "macosx-11.0-arm64", "win-amd64".
 MACHINE = get_platform().rpartition("-")[2].lower()
 ON_X86, ON_ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
+# None for "universal2", a library of both architectures: it would need its own flags for each.
 VARIANTS = VARIANTS_X86 if ON_X86 else VARIANTS_ARM if ON_ARM else {}
 
 
@@ -79,15 +80,23 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             variants = {n: pool.submit(self._compile, ext, n, flags) for n, flags in VARIANTS.items()}
             shared = [pool.submit(self._compile, ext, name, flags) for name, flags in SHARED.items()]
-        objects, missing = [objects for future in shared for objects in future.result()], []
+        objects = [objects for future in shared for objects in future.result()]
+        missing = set(VARIANTS_X86) | set(
+            VARIANTS_ARM
+        )  # library.cpp names those of the architecture it is compiled for
+        if MACHINE == "universal2":
+            say(
+                "the CPU kernels are built as portable C++ only, for both architectures; for one at its best, set "
+                "ARCHFLAGS='-arch arm64' (or x86_64) and _PYTHON_HOST_PLATFORM=macosx-11.0-arm64 (or x86_64)"
+            )
         for name, future in variants.items():
             try:
                 objects += future.result()
+                missing.remove(name)
             except CompileError as fault:
-                kind = name.removeprefix("variant_").removesuffix(".cpp")
-                missing.append(f"-DQVL_NO_{kind.upper()}")
-                say(f"the CPU kernels are built without {kind}, which this compiler cannot build: {fault}")
-        objects += self._compile(ext, LIBRARY, ["-O2", *missing])
+                say(f"the CPU kernels are built without {kind_of(name)}, which this compiler cannot build: {fault}")
+        without = [f"-DQVL_NO_{kind_of(name).upper()}" for name in sorted(missing)]
+        objects += self._compile(ext, LIBRARY, ["-O2", *without])
         target = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(target))
         extra = os.environ.get("QVL_CXXFLAGS", "").split()
@@ -106,6 +115,11 @@ class AbiFreeWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+def kind_of(source: str) -> str:
+    """Return the instruction set of a variant's source."""
+    return source.removeprefix("variant_").removesuffix(".cpp")
 
 
 def say(line: str) -> None:

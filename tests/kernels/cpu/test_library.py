@@ -41,7 +41,7 @@ def test_a_library_without_an_abi_number_is_rejected(tmp_path: Path, monkeypatch
         cpu_library.Library()
 
 
-def build(tmp_path: Path, compiler: str) -> subprocess.CompletedProcess[str]:
+def build(tmp_path: Path, compiler: str, platform: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run setup.py in a copy with the given compiler script and the smallest sources that link."""
     shutil.copy(ROOT / "setup.py", tmp_path)
     sources = tmp_path / "kernels" / "csrc"
@@ -57,7 +57,17 @@ def build(tmp_path: Path, compiler: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = {"PATH": "/usr/bin:/bin", "CC": str(wrapper), "CXX": str(wrapper), "LDSHARED": f"{wrapper} -shared"}
     environment["LDCXXSHARED"] = environment["LDSHARED"]
+    if platform is not None:
+        environment["_PYTHON_HOST_PLATFORM"] = platform
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def instruction_sets(tmp_path: Path) -> str:
+    """What the library that was built reports, loaded with all its symbols."""
+    (built,) = (tmp_path / "kernels" / "qvl_kernels").glob("_cpu*.so")
+    code = "import ctypes, os, sys; f = ctypes.CDLL(sys.argv[1], os.RTLD_NOW).qvl_instruction_sets"
+    code += "; f.restype = ctypes.c_char_p; print(f())"
+    return subprocess.run([sys.executable, "-c", code, built], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(COMPILER is None or "amx" not in AVAILABLE, reason="no g++, or a CPU without AMX")
@@ -65,11 +75,16 @@ def test_without_amx_in_the_compiler_only_amx_is_skipped(tmp_path: Path) -> None
     done = build(tmp_path, '#!/bin/sh\ncase "$*" in *-mamx*) exit 1;; esac\nexec g++ "$@"\n')
     assert done.returncode == 0, done.stderr
     assert "built without amx" in done.stderr and "without avx512" not in done.stderr
-    (built,) = (tmp_path / "kernels" / "qvl_kernels").glob("_cpu*.so")
-    code = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).qvl_instruction_sets; f.restype = ctypes.c_char_p"
-    code += "; print(f())"
-    loaded = subprocess.run([sys.executable, "-c", code, built], capture_output=True, text=True, check=True)
-    assert loaded.stdout == "b'avx512 avxvnni avx2 portable'\n"
+    assert instruction_sets(tmp_path) == "b'avx512 avxvnni avx2 portable'\n"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("platform", ["macosx-11.0-universal2", "linux-unheard_of"])
+def test_a_platform_without_variants_gets_the_portable_kernels(tmp_path: Path, platform: str) -> None:
+    done = build(tmp_path, '#!/bin/sh\nexec g++ "$@"\n', platform)
+    assert done.returncode == 0, done.stderr
+    assert ("portable C++ only, for both architectures" in done.stderr) == platform.endswith("universal2")
+    assert instruction_sets(tmp_path) == "b'portable'\n"
 
 
 def test_without_a_compiler_the_build_succeeds_with_a_warning(tmp_path: Path) -> None:
