@@ -23,12 +23,17 @@ def test_chunks_go_to_the_thread_that_is_free_first() -> None:
 @pytest.mark.skipif(not AVAILABLE, reason="the CPU kernels were not built")
 @pytest.mark.parametrize("threads", [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
 def test_one_row_is_split_evenly(threads: int) -> None:
-    """2 MiB of weights: a chunk for each thread, of 64 KiB or more."""
+    """2 MiB of weights: rounds of 128 KiB chunks, and what is left in one of 64 KiB or more for each thread."""
     linear, x = int4(128 * 256, 128, "fast"), torch.randn(1, 128)
-    want = linear(x)
-    *_, blocks = library().chunks(lambda: linear(x), threads)
-    assert len(blocks) >= min(threads, 32)
-    assert torch.equal(linear(x), want)
+    want, split = linear(x), list[torch.Tensor]()
+    *_, blocks = library().chunks(lambda: split.append(linear(x)), threads)
+    assert torch.equal(split[0], want)
+    whole = 16 // threads * threads
+    left = len(blocks) - whole
+    sizes = [128 << 10] * whole + [(16 - whole << 17) // max(left, 1)] * left
+    assert dealt([sizes], threads).over(threads) < 1.2 * max(1, threads / 32), (
+        "16 equal chunks: 1.5 with 12 or 24 threads"
+    )
     assert library().chunks(lambda: None, threads) == []
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 
-from qvl_kernels.numa import cpu_list, nodes_in_use, nodes_of, spread
+from qvl_kernels.numa import _SYSCALLS, MPOL_DEFAULT, MPOL_INTERLEAVE, NODES, cpu_list, nodes_in_use, nodes_of, spread
 
 pytestmark = pytest.mark.unit
 
@@ -37,6 +38,17 @@ def test_memory_of_one_node_is_left_alone() -> None:
     assert not spread(0, 1 << 21, (0,)) and not spread(0, 1 << 21, ())
 
 
+def policy_of(address: int | None) -> tuple[int, set[int]]:
+    """The policy and the nodes of the memory at an address, or of the thread, as the system has them."""
+    policy, mask = ctypes.c_int(-1), (ctypes.c_uint64 * 16)()
+    by_address = 0 if address is None else 2  # MPOL_F_ADDR
+    where, bits = ctypes.c_void_p(address), ctypes.c_ulong(1024)
+    number = _SYSCALLS[platform.machine()][1]
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    assert call(number, ctypes.byref(policy), mask, bits, where, by_address) == 0, ctypes.get_errno()
+    return policy.value, {n for n in range(1024) if mask[n // 64] >> n % 64 & 1}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has these system calls")
 def test_the_system_spreads_a_mapping() -> None:
     """A node that does not exist is ignored next to one that does; a container may forbid the call."""
@@ -47,3 +59,6 @@ def test_the_system_spreads_a_mapping() -> None:
         pytest.skip("the system does not allow mbind here")
     memory[:] = b"1" * (1 << 21)
     assert memory[-1:] == b"1"
+    there = cpu_list((NODES / "has_memory").read_text()) if NODES.is_dir() else {node}
+    assert policy_of(address) == (MPOL_INTERLEAVE, {node, node + 1} & there)
+    assert policy_of(None) == (MPOL_DEFAULT, set())  # other memory of this thread

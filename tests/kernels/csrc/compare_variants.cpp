@@ -1,6 +1,7 @@
 // Compares each instruction set's kernels with the portable ones, whose results the Python tests compare with torch. It
 // needs neither Python nor torch, so that an emulator can run it: compare_variants LIBRARY [INSTRUCTION_SET, or "none"].
-// Prints a line for each instruction set and kernel; fails if a result differs by more than float32 sums in another order may.
+// Prints a line for each instruction set and kernel; fails if a result differs by more than float32 sums in another order may,
+// or if a row of a linear or of causal attention has other bits alone than among others.
 #include <dlfcn.h>
 #include <math.h>
 #include <stdint.h>
@@ -80,6 +81,13 @@ struct Pair {
   }
   ~Pair() { printf("%s %s: %d cases, largest difference %.1e of what is allowed\n", isa.c_str(), name.c_str(), cases, worst); }
 
+  // A row computed alone has the bits that it has as a row among others.
+  void same_bits(const Bytes& alone, const Bytes& others, int64_t row, const char* what) {
+    cases++;
+    if (!memcmp(alone.data(), &others[(size_t)row * alone.size()], alone.size())) return;
+    printf("FAILED: %s %s, %s: row %d has other bits alone\n", isa.c_str(), name.c_str(), what, (int)row), g_failures++;
+  }
+
   // The difference as a part of the largest number, in roundings of the dtype.
   void compare(const Bytes& a, const Bytes& b, int64_t dtype, double roundings, const char* what) {
     double largest = 1e-30, difference = 0;
@@ -115,14 +123,17 @@ void packed_linears(const std::string& isa, const char* name) {
           const Bytes x = floats(dtype, (size_t)(rows * inputs)), bias = floats(kFloat32, (size_t)outputs);
           const Bytes lines = random_bytes((size_t)(blocks * 16 * inputs * bits / 8)), zeros = random_bytes((size_t)(blocks * groups * 16));
           const Bytes scales = floats(kFloat16, (size_t)(blocks * groups * 16), 0.02f, 0.05f);
-          Bytes y[2];
-          for (int i = 0; i < 2; i++) {
-            y[i].resize((size_t)(rows * outputs) * size_of(dtype));
-            ((Linear*)(i ? pair.portable : pair.ours))(
-                x.data(), dtype, rows, inputs, inputs, nullptr, lines.data(), (const uint16_t*)scales.data(),
-                group == 64 ? nullptr : zeros.data(), bits, group, outputs, (const float*)bias.data(), y[i].data());
-          }
-          pair.compare(y[0], y[1], dtype, dtype == kFloat32 ? 16 : 1, text("%lld bits, group %lld, %lld rows, dtype %lld", bits, group, rows, dtype).c_str());
+          const auto result = [&](void* kernel, int64_t first, int64_t count) {
+            Bytes y((size_t)(count * outputs) * size_of(dtype));
+            ((Linear*)kernel)(&x[(size_t)(first * inputs) * size_of(dtype)], dtype, count, inputs, inputs, nullptr, lines.data(),
+                              (const uint16_t*)scales.data(), group == 64 ? nullptr : zeros.data(), bits, group, outputs,
+                              (const float*)bias.data(), y.data());
+            return y;
+          };
+          const Bytes y = result(pair.ours, 0, rows);
+          const std::string what = text("%lld bits, group %lld, %lld rows, dtype %lld", bits, group, rows, dtype);
+          pair.compare(y, result(pair.portable, 0, rows), dtype, dtype == kFloat32 ? 16 : 1, what.c_str());
+          for (int64_t row : {rows / 2, rows - 1}) pair.same_bits(result(pair.ours, row, 1), y, row, what.c_str());
         }
 }
 
@@ -153,12 +164,15 @@ void dense_linears(const std::string& isa) {
     for (int64_t rows : {1, 2, 4, 5, 17, 40})
       for (Dtype dtype : kFloats) {
         const Bytes x = floats(dtype, (size_t)(rows * shape[1])), w = floats(dtype, (size_t)(shape[0] * shape[1])), bias = floats(dtype, (size_t)shape[0]);
-        Bytes y[2];
-        for (int i = 0; i < 2; i++) {
-          y[i].resize((size_t)(rows * shape[0]) * size_of(dtype));
-          ((DenseLinear*)(i ? pair.portable : pair.ours))(x.data(), dtype, rows, shape[1], w.data(), shape[0], bias.data(), y[i].data());
-        }
-        pair.compare(y[0], y[1], dtype, dtype == kFloat32 ? 16 : 2, text("%lld x %lld x %lld, dtype %lld", rows, shape[1], shape[0], dtype).c_str());
+        const auto result = [&](void* kernel, int64_t first, int64_t count) {
+          Bytes y((size_t)(count * shape[0]) * size_of(dtype));
+          ((DenseLinear*)kernel)(&x[(size_t)(first * shape[1]) * size_of(dtype)], dtype, count, shape[1], w.data(), shape[0], bias.data(), y.data());
+          return y;
+        };
+        const Bytes y = result(pair.ours, 0, rows);
+        const std::string what = text("%lld x %lld x %lld, dtype %lld", rows, shape[1], shape[0], dtype);
+        pair.compare(y, result(pair.portable, 0, rows), dtype, dtype == kFloat32 ? 16 : 2, what.c_str());
+        for (int64_t row : {rows / 2, rows - 1}) pair.same_bits(result(pair.ours, row, 1), y, row, what.c_str());
       }
 }
 
@@ -231,9 +245,9 @@ void rotary_and_attention(const std::string& isa) {
         for (int r = 0; r < 3; r++)
           for (int64_t i = 0; i < blocks; i++) tables.push_back(i);
         const int64_t starts[] = {0, 1, 3, 43}, contexts[] = {kTokens, 259, 300};
-        Bytes q[2], k[2], v[2], y[2];
+        Bytes q[2], k[2], v[2];
         for (int i = 0; i < 2; i++) {
-          q[i].resize((size_t)(kTokens * kHeads * dim) * size_of(dtype)), y[i].resize((size_t)(43 * kHeads * dim) * size_of(dtype));
+          q[i].resize((size_t)(kTokens * kHeads * dim) * size_of(dtype));
           k[i].resize((size_t)(kTokens * kHeads * width) * size_of(cache_dtype)), v[i].resize(k[i].size());
           ((RotaryToCache*)(i ? rotary.portable : rotary.ours))(
               qkv.data(), dtype, kTokens, kHeads, dim, (const float*)cosines.data(), (const float*)sines.data(), dim,
@@ -243,11 +257,20 @@ void rotary_and_attention(const std::string& isa) {
         rotary.compare(q[0], q[1], dtype, dtype == kFloat32 ? 16 : 1, what.c_str());
         if (cache_dtype != kInt8) rotary.compare(k[0], k[1], dtype, dtype == kFloat32 ? 16 : 1, what.c_str());
         for (int64_t causal : {1, 0}) {
-          for (int i = 0; i < 2; i++)
-            ((Attention*)(i ? attention.portable : attention.ours))(
-                q[1].data(), dtype, kHeads * dim, dim, kHeads, dim, k[1].data(), v[1].data(), cache_dtype, blocks, kBlock,
-                kHeads * kBlock * width, kBlock * width, width, tables.data(), blocks, 3, starts, contexts, causal, y[i].data());
-          attention.compare(y[0], y[1], dtype, dtype == kFloat32 ? 32 : 2, (what + (causal ? ", causal" : "")).c_str());
+          const auto result = [&](void* kernel, int64_t first, int64_t requests, const int64_t* begins, const int64_t* lengths) {
+            Bytes y((size_t)(begins[requests] * kHeads * dim) * size_of(dtype));
+            ((Attention*)kernel)(&q[1][(size_t)(first * kHeads * dim) * size_of(dtype)], dtype, kHeads * dim, dim, kHeads, dim,
+                                 k[1].data(), v[1].data(), cache_dtype, blocks, kBlock, kHeads * kBlock * width, kBlock * width, width,
+                                 tables.data(), blocks, requests, begins, lengths, causal, y.data());
+            return y;
+          };
+          const Bytes y = result(attention.ours, 0, 3, starts, contexts);
+          const std::string how = what + (causal ? ", causal" : "");
+          attention.compare(y, result(attention.portable, 0, 3, starts, contexts), dtype, dtype == kFloat32 ? 32 : 2, how.c_str());
+          for (int64_t row = 3; causal && row < 43; row += 13) {  // of the request of 40, decoded: it sees no later tokens
+            const int64_t seen = 300 - 42 + row;
+            attention.same_bits(result(attention.ours, row, 1, starts, &seen), y, row, how.c_str());
+          }
         }
       }
 }
