@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import mmap
 import sys
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ pytestmark = [
     pytest.mark.unit,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has memfd_create"),
 ]
-TILE = torch.arange(4 * memory.mmap.PAGESIZE // 4, dtype=torch.int32)
+TILE = torch.arange(4 * mmap.PAGESIZE // 4, dtype=torch.int32)
 
 
 def test_a_tile_is_repeated() -> None:
