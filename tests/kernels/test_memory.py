@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import mmap
+import os
 import sys
 from typing import NoReturn
 
