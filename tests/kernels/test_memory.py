@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import mmap
-import mmap
 import os
 import sys
 from typing import NoReturn
