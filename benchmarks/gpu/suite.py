@@ -103,8 +103,8 @@ def environment(place: Place) -> Row:
     }
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The command line, and its parser for errors that are found later."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with the names of the parts to run as `only`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results (default: out/gpu; of a dry run, out/dry)")
     parser.add_argument("--golden", type=Path, help="what the original computes: tiny/, lm_*.safetensors")
@@ -115,12 +115,18 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--again", action="store_true", help="run parts that are done, too")
     options = parser.parse_args(arguments)
     options.out = options.out or Path("out/gpu" if options.dry_run is None else "out/dry")
-    return parser, options
+    options.only = (
+        options.only.split(",") if options.only else [name for name in EXPECTED if name not in NOT_BY_DEFAULT]
+    )
+    unknown = [name for name in options.only if name not in EXPECTED]
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(EXPECTED)}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite; returns the exit status."""
-    parser, options = parse(arguments)
+    options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     lines = options.out / "suite.jsonl"
     if options.resume is not None and not lines.exists():
@@ -137,19 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bound = stack.enter_context(pretended_gpu(options.dry_run == "compile"))
             place = replace(Place.find(), layers=1)  # more would run the same lines
             parts = counted_parts(parts_of(place, options.golden, lambda: journal.rows), bound)
-        selected = options.only.split(",") if options.only else [name for name in parts if name not in NOT_BY_DEFAULT]
-        unknown = [name for name in selected if name not in parts]
-        if unknown:
-            parser.error(f"there is no part {unknown[0]!r}; there are {', '.join(parts)}")
-        return measure(options, place, parts, selected, journal)
+        return measure(options, place, parts, journal)
 
 
-def measure(options: argparse.Namespace, place: Place, parts: Parts, selected: list[str], journal: Journal) -> int:
+def measure(options: argparse.Namespace, place: Place, parts: Parts, journal: Journal) -> int:
     """Run the selected parts, those that are left; returns the exit status."""
     going_on = journal.begin(environment(place) | {"dry_run": options.dry_run})
-    left = [name for name in selected if options.again or name not in journal.done or name in ALWAYS]
-    if going_on and len(left) < len(selected):
-        print(f"# done before: {', '.join(name for name in selected if name not in left)}", file=sys.stderr)
+    left = [name for name in options.only if options.again or name not in journal.done or name in ALWAYS]
+    if going_on and len(left) < len(options.only):
+        print(f"# done before: {', '.join(name for name in options.only if name not in left)}", file=sys.stderr)
     deadline = time.perf_counter() + options.budget
     patient = place.tiny or options.dry_run is not None
     notes, lost = run({name: parts[name] for name in left}, deadline, journal, patient)

@@ -17,6 +17,8 @@ import torch
 from benchmarks.gpu.bounds import full_config, token_bytes, weight_bytes
 from benchmarks.gpu.launches import Recorded, of_a_layer
 from benchmarks.gpu.page import page
+from benchmarks.gpu.parts import EXPECTED, parts_of
+from benchmarks.gpu.place import Place
 from benchmarks.gpu.table import MEMORY, SPEED
 from benchmarks.gpu.variants import questions
 
@@ -140,6 +142,11 @@ def test_the_page() -> None:
     assert re.search(r"\| a \| right \|\n\|---\|---\|\n\| 1\.235 \| yes \|\n\n\| b \|\n\|---\|\n\|  \|", text)
 
 
-def test_an_unknown_part_is_refused() -> None:
-    done = python("benchmarks.gpu.suite", "--only", "kernals")
+def test_an_unknown_part_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    done = python("benchmarks.gpu.suite", "--only", "kernals", "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and "there is no part 'kernals'; there are bounds, compile" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_has_its_seconds() -> None:
+    assert [*parts_of(Place(torch.device("cpu"), True), None, dict)] == [*EXPECTED]
