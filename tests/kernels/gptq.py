@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qvl_kernels import reference
+from tests.kernels.compare import as_good_as_torch
+
 
 def checkpoint(
     inputs: int,
@@ -37,3 +40,18 @@ def checkpoint(
     if act_order:
         g_idx = g_idx[torch.randperm(inputs, generator=rng)]
     return random_int32(inputs * bits // 32, outputs), qzeros, scales, g_idx if act_order or inputs % group else None
+
+
+def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Random x [rows, inputs]."""
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+def check_product(
+    got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None, bits: int = 4
+) -> None:
+    """As near to float64 as torch's own product with the weight rounded to x's dtype, twice over."""
+    exact = reference.gptq_dequantize(*tensors, bits, 1)
+    want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
+    plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    as_good_as_torch(got, plain, want)

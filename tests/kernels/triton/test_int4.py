@@ -14,7 +14,8 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.layouts import repack
 from tests.kernels.compare import as_good_as_torch
-from tests.kernels.gptq import checkpoint
+from tests.kernels.gptq import activations, checkpoint
+from tests.kernels.gptq import check_product as check
 
 pytest.importorskip("triton", reason="triton is not installed: `make setup`")
 pytestmark = pytest.mark.interpreter
@@ -33,18 +34,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() else out  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Tensor, "new_empty", filled)
-
-
-def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
-
-
-def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> None:
-    """As near to float64 as torch's own product with the weight rounded to x's dtype, twice over."""
-    exact = reference.gptq_dequantize(*tensors, 4, 1)
-    want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
-    plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    as_good_as_torch(got, plain, want)
 
 
 SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial tile; a partial group; one group for all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -13,8 +14,7 @@ from torch import Tensor
 from qvl_kernels import reference
 from qvl_kernels.layouts import gpu as gpu_layout
 from qvl_kernels.layouts import repack
-from tests.kernels.compare import as_good_as_torch
-from tests.kernels.gptq import checkpoint
+from tests.kernels.gptq import activations, check_product, checkpoint
 
 pytest.importorskip("triton", reason="triton is not installed: `make setup`")
 pytestmark = pytest.mark.interpreter
@@ -32,16 +32,7 @@ SHAPES = [  # inputs, outputs, group: one tile; outputs no multiple; a partial t
 ]
 
 
-def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
-
-
-def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> None:
-    """As near to float64 as torch's own product with the weight rounded to x's dtype, twice over."""
-    exact = reference.gptq_dequantize(*tensors, 8, 1)
-    want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
-    plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    as_good_as_torch(got, plain, want)
+check = partial(check_product, bits=8)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, configs.SMALL_M[8]])

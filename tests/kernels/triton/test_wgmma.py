@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from qvl_kernels import reference
 from qvl_kernels.layouts import repack
-from tests.kernels.compare import as_good_as_torch
-from tests.kernels.gptq import checkpoint
+from tests.kernels.gptq import activations, checkpoint
+from tests.kernels.gptq import check_product as check
 
 pytest.importorskip("triton", reason="triton is not installed: `make setup`")
 pytestmark = pytest.mark.interpreter
@@ -19,17 +17,6 @@ from qvl_kernels.triton.linear import configs, gemm, linears, wgmma  # noqa: E40
 
 # inputs, outputs, group: one tile; one group for all; a partial tile and group; groups of two tiles
 SHAPES = [(128, 128, 128), (320, 264, 320), (192, 136, 128), (512, 256, 256)]
-
-
-def activations(rows: int, inputs: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
-
-
-def check(got: Tensor, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None = None) -> None:
-    exact = reference.gptq_dequantize(*tensors, 4, 1)
-    want = x.double() @ exact.double().t() + (0 if bias is None else bias.double())
-    plain = torch.nn.functional.linear(x, exact.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    as_good_as_torch(got, plain, want)
 
 
 @pytest.mark.parametrize("rows", [1, 65, 130])
