@@ -81,9 +81,7 @@ class BuildKernels(build_ext):
             variants = {n: pool.submit(self._compile, ext, n, flags) for n, flags in VARIANTS.items()}
             shared = [pool.submit(self._compile, ext, name, flags) for name, flags in SHARED.items()]
         objects = [objects for future in shared for objects in future.result()]
-        missing = set(VARIANTS_X86) | set(
-            VARIANTS_ARM
-        )  # library.cpp names those of the architecture it is compiled for
+        missing = {*VARIANTS_X86, *VARIANTS_ARM}  # library.cpp names those of the architecture that it is compiled for
         if MACHINE == "universal2":
             say(
                 "the CPU kernels are built as portable C++ only, for both architectures; for one at its best, set "

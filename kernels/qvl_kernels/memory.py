@@ -25,8 +25,8 @@ def buffer(nbytes: int, huge: int | None = None) -> Tensor:
     A page of the mapping becomes resident when it is first written. `huge` limits huge pages to that many bytes at the
     start; None: all. Torch's allocator would place the same bytes in the heap that held the checkpoint's tensors: up to
     2 MiB around each aligned buffer stayed resident, and the hole that one tensor left was too small for the next,
-    together 0.7 GB at full size. On several NUMA nodes the pages are spread over them. Two
-    cores read huge pages at 58 GB/s and pages of 4 KiB at 47 GB/s, in one stream.
+    together 0.7 GB at full size. Two cores read huge pages at 58 GB/s and pages of 4 KiB at 47 GB/s, in one stream. On
+    several NUMA nodes the pages are spread over them.
     """
     if nbytes < HUGE_PAGE:
         raw = torch.empty(nbytes + LINE, dtype=torch.uint8)

@@ -32,12 +32,8 @@ DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
 # memory. By the kernel report, not measured; QVL_INT4_WGMMA names others, "65-4095", or "0": none.
 WGMMA_M = (65, 1023)
 WGMMA_CAPABILITY = 90  # the only one that has it: 10.0 has other instructions instead
-WGMMA = (
-    128,
-    128,
-    8,
-    4,
-)  # rows, columns, warps and buffers of a program: 160 KB of shared memory, so one a multiprocessor
+# Rows, columns, warps and buffers of a program: 160 KB of shared memory, so one a multiprocessor.
+WGMMA = (128, 128, 8, 4)
 LEAST_BUFFERS = 3
 # Columns and warps of a program with few rows. Dense: 16 outputs of 8 warps have 16 KB under way, and leave the last
 # wave of a layer's linears enough programs to fill the memory; not measured.
@@ -58,9 +54,7 @@ LEAST_TILES = {
     "dense": 32,
 }  # a program: with fewer, filling the pipeline takes longer than running it
 FEW_TILES = "rows of 8, 16 or 32, columns of 32, 64 or (not dense) 128, or (dense) 16"
-LARGE_TILES = (
-    "rows that are a power of two from 16 to 256, columns of 128 or 256 (wgmma: 3 stages or more, 4 or 8 warps)"
-)
+LARGE_TILES = "rows of 16, 32, 64, 128 or 256, columns of 128 or 256 (wgmma: 3 stages or more, 4 or 8 warps)"
 
 
 class Config(NamedTuple):
