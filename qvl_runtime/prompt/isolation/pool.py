@@ -62,11 +62,13 @@ class Pool:
             turn.end()
 
     def close(self) -> None:
-        """Kill all workers."""
+        """Kill all workers, and wait for their end."""
         with self._lock:
             workers, self._workers, self._idle, self._since = self._workers, set(), [], {}
         for worker in workers:
             worker.kill()
+        for worker in workers:
+            worker.join()
 
     def disown(self) -> None:
         """In a forked child: forget the workers, which are the parent's."""

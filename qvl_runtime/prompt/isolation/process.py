@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -30,6 +31,7 @@ _SLOW_NICENESS = 10
 _GLANCE_S = 0.02
 _STARVED = 3  # a process that gets less than a third of a core is one of too many
 _START_S = 60.0  # on a machine that is overloaded; 0.1 s otherwise
+_LAST_S = 5.0  # the same of its end
 
 
 class Job(NamedTuple):
@@ -156,6 +158,11 @@ class Worker:
         """End the process; the thread that waits for its answer gets `Disconnected`. Does not wait."""
         self._is_killed = True
         self._process.kill()
+
+    def join(self) -> None:
+        """Wait for the end of a killed process, which takes some ms; not for one that the system cannot end now."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=_LAST_S)
 
     def close(self) -> None:
         """Kill the process, wait for its end, and close the connection."""
