@@ -78,13 +78,17 @@ def packing_for(target: str) -> Packer:
 def report(device: torch.device) -> dict[str, str]:
     """Describe which kernels run on a device and why, one line each, for `Engine.report()` and the first log line.
 
-    Raises as `ops_for` does.
+    Raises as `ops_for` does, and `ValueError` for a setting of the kernels that cannot be followed.
     """
     requested = _requested_ops()
     if requested == "reference":
         return _reference_report("QVL_KERNELS=reference requests it")
     if requested == "triton" or device.type == "cuda":
-        return _require_triton(device)
+        lines = _require_triton(device)
+        from qvl_kernels.triton_settings import asked_wgmma_rows
+
+        asked_wgmma_rows()
+        return lines
     if device.type != "cpu":
         return _reference_report(f"this version has no kernels for {device.type}")
     fault = _cpu_fault()

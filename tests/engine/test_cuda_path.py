@@ -94,6 +94,14 @@ def test_plain_torch_on_a_gpu_is_had_by_asking(machine: Machine) -> None:
     assert report(GPU)["ops"] == "reference (plain torch)"
 
 
+def test_a_setting_of_the_gpu_kernels_is_checked_first(machine: Machine) -> None:
+    machine((9, 0), QVL_INT4_WGMMA="many")
+    with pytest.raises(
+        ConfigError, match=r"QVL_INT4_WGMMA is 'many'; expected rows such as '65-1023', or '0' for none"
+    ):
+        Engine(device="cuda")
+
+
 def test_without_a_gpu_cuda_is_refused() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -52,8 +52,7 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
     signature, constants, attributes = specialize(launch)
     source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = source_type(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options())
     registers, stack, sass = disassemble(made.asm["cubin"])
     return MachineCode(sass, registers, stack, made.metadata.shared, made.metadata.num_warps)
 

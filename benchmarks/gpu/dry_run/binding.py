@@ -125,7 +125,7 @@ def bound_launches(compiles: bool) -> Iterator[Bound]:
             if isinstance(value, Tensor) and value.device.type != "cuda":
                 raise ValueError(f"Pointer argument {name!r} cannot be accessed from Triton (cpu tensor?)")
         with _disable_current_modes():
-            original(Launch(launch.kernel, launch.grid, arguments, launch.constants, launch.warps, launch.stages))
+            original(launch.with_arguments(**arguments))
         bound.launch(launch.kernel.fn.__name__)
 
     original = Launch.run

@@ -24,23 +24,34 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 3  # of the software pipeline
+    registers: int | None = None  # at most, a thread; None: the assembler weighs them against occupancy
 
     def with_arguments(self, **arguments: Tensor | int | float | None) -> Launch:
         """The same launch with further arguments."""
-        return Launch(self.kernel, self.grid, {**self.arguments, **arguments}, self.constants, self.warps, self.stages)
+        return self._with(self.grid, {**self.arguments, **arguments}, self.constants)
 
     def with_constants(self, **constants: Any) -> Launch:
         """The same launch with further constants, or others."""
-        return Launch(self.kernel, self.grid, self.arguments, {**self.constants, **constants}, self.warps, self.stages)
+        return self._with(self.grid, self.arguments, {**self.constants, **constants})
 
     def with_grid(self, grid: tuple[int, ...]) -> Launch:
         """The same launch of another number of programs."""
-        return Launch(self.kernel, grid, self.arguments, self.constants, self.warps, self.stages)
+        return self._with(grid, self.arguments, self.constants)
+
+    def _with(self, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any]) -> Launch:
+        return Launch(self.kernel, grid, arguments, constants, self.warps, self.stages, self.registers)
+
+    def options(self) -> dict[str, int]:
+        """Options of Triton's compiler by name."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
     def run(self) -> None:
         """Queue it on the current stream of the current device; an empty grid launches nothing."""
         if all(self.grid):
-            options = {"num_warps": self.warps, "num_stages": self.stages}
+            options: dict[str, Any] = self.options()
+            if interpreted():
+                options.pop("maxnreg", None)
             if self.constants.get("PDL"):  # set where the capability has it: `dependent`
                 options["launch_pdl"] = True
             self.kernel[self.grid](**self.arguments, **self.constants, **options)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from qvl_kernels.gpus import gpu_named
 from qvl_kernels.layouts.gpu import OUTPUTS, TILE, TILE_INT8
 from qvl_kernels.triton.launch import CAPABILITIES
+from qvl_kernels.triton_settings import asked_wgmma_rows
 from qvl_kernels.util import cdiv
 
 Regime = Literal["small_m", "gemm", "wgmma", "dequantize", "dense"]
@@ -28,9 +28,6 @@ Regime = Literal["small_m", "gemm", "wgmma", "dequantize", "dense"]
 SMALL_M = {4: 32, 8: 64, 16: 16}
 # Rows from which dequantizing an int4 weight once, 1.3 passes over it in 16 bits, costs less than in each tile.
 DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
-# Rows of an int4 weight whose tiles are dequantized in registers for wgmma, instead of on their way through shared
-# memory. By the kernel report, not measured; QVL_INT4_WGMMA names others, "65-4095", or "0": none.
-WGMMA_M = (65, 1023)
 WGMMA_CAPABILITY = 90  # the only one that has it: 10.0 has other instructions instead
 # Rows, columns, warps and buffers of a program: 160 KB of shared memory, so one a multiprocessor.
 WGMMA = (128, 128, 8, 4)
@@ -38,6 +35,9 @@ LEAST_BUFFERS = 3
 # Columns and warps of a program with few rows. Dense: 16 outputs of 8 warps have 16 KB under way, and leave the last
 # wave of a layer's linears enough programs to fill the memory; not measured.
 FEW = {"small_m": (32, 4), "dense": (16, 8)}
+# A thread's, by rows of a dense program as above: with 64, four programs fit a multiprocessor, as with the 52 to 58
+# that most versions of Triton take; 3.8.0 takes 48 on sm_80 instead, and spills a pointer in the loop.
+DENSE_REGISTERS = {16: 64}
 SMALL_M_TILES = (8, 16, 32)  # rows of a program with few rows: the registers of a tile of 64 would spill
 
 TILES = {4: TILE, 8: TILE_INT8, 16: 64}  # inputs of a tile, by bits
@@ -81,18 +81,7 @@ def regime(bits: int, rows: int, dtype: torch.dtype, wgmma: bool = False) -> Reg
     return "dequantize" if rows >= DEQUANTIZE_M[bits] else "gemm"
 
 
-@cache
-def wgmma_rows() -> tuple[int, int]:
-    """First and last number of rows for wgmma; raises ValueError if QVL_INT4_WGMMA names no such range."""
-    asked = os.environ.get("QVL_INT4_WGMMA")
-    if not asked:
-        return WGMMA_M
-    if asked == "0":
-        return 1, 0
-    found = re.fullmatch(r"(\d{1,6})-(\d{1,6})", asked)
-    if found is None:
-        raise ValueError(f"QVL_INT4_WGMMA is {asked[:40]!r}; expected rows such as '65-1023', or '0' for none")
-    return int(found[1]), int(found[2])
+wgmma_rows = cache(asked_wgmma_rows)  # asked for at each product
 
 
 def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, bits: int = 4) -> Config:

@@ -16,7 +16,7 @@ from qvl_kernels.triton import checks
 from qvl_kernels.triton.dependent import announce, dependent, prefetch, wait
 from qvl_kernels.triton.gluon import gl, gluon, mma
 from qvl_kernels.triton.launch import Launch, Spec, capability, counted
-from qvl_kernels.triton.linear.configs import SMALL_M, TILES, Config, config
+from qvl_kernels.triton.linear.configs import DENSE_REGISTERS, FEW, SMALL_M, TILES, Config, config
 from qvl_kernels.triton.linear.epilogue import PREFETCHED, gated, lanes_layout, output_of
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.mma_operands import dense_layout, dense_operand, index, x_layout, x_operand
@@ -146,6 +146,7 @@ def _plan(rows: int, weight: Tensor, bias: Tensor | None, chosen: Config, gated:
          "GATED": gated, "PDL": pdl},
         chosen.warps,
         chosen.stages,
+        DENSE_REGISTERS.get(chosen.rows) if chosen[1:3] == FEW["dense"] else None,
     )  # fmt: skip
     return MatmulPlan(launch, chosen.splits, outputs // 2 if gated else outputs)
 

@@ -40,7 +40,7 @@ from qvl_kernels.util import cdiv
 # qkv, whose weight it reads in 8.5, at a ratio of 0.65, and no configuration of a lower ratio was faster.
 MOST_RATIO, MOST_RATIO_16, LEAST_WIDE = 0.6, 0.7, 0.9
 SHORT_LOOP, ENDS = 4, 0.02  # up to this many trips, the code around the loop adds this to a ratio
-ZERO_POINTS, OTHER_TRITONS = 0.02, 0.03  # and they do, and a Triton besides 3.7.1 may on sm_90: not compared since
+ZERO_POINTS = 0.02  # and they do
 
 
 @gluon.jit(do_not_specialize=["rows"])  # one binary for every batch size of a tile
@@ -221,7 +221,6 @@ def _spec(capability: int, bits: int, name: str, rows: int, dtype: torch.dtype, 
     launch, out = _plan(rows, weight, bias, chosen, gated, capability >= 90).prepare(x)
     trips = cdiv(weight.inputs, weight.TILE) / chosen.splits / chosen.warps
     around = (ENDS if trips <= SHORT_LOOP else 0.0) + (0.0 if symmetric else ZERO_POINTS)
-    around += OTHER_TRITONS if capability >= 90 else 0.0
     bar = MOST_RATIO if rows <= 8 or bits == 8 else MOST_RATIO_16
     name += " swiglu" if gated else ""
     label = f"int{bits}_small_m {name}, {counted(rows, 'row')}{'' if dtype == torch.float16 else ', bf16'}"
