@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
     return MachineCode(sass, registers, stack, made.metadata.shared, made.metadata.num_warps)
 
 
+def binary_of(launch: Launch) -> str:
+    """The same text for launches that share a binary."""
+    return repr((launch.kernel.__name__, specialize(launch), launch.options()))
+
+
 def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
     """Signature, constants and attributes by Triton's rules: 1 is a constant, multiples of 16 are marked."""
     signature: dict[str, str] = {}
@@ -84,6 +90,7 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return signature, constants, attributes
 
 
+@lru_cache(maxsize=64)  # kernels that differ in their grid alone have one binary; a disassembly takes half a second
 def disassemble(cubin: bytes) -> tuple[int, int, str]:
     """Registers, stack bytes and the text of a binary."""
     import triton

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from tools.kernel_report.compile import binary_of
 from tools.kernel_report.judge import Row, judge
 from tools.kernel_report.machines import MACHINES
 
@@ -26,16 +27,17 @@ def report(targets: Sequence[str], pattern: str = "", sass: str | None = None, j
 
 
 def _judge_share(job: int, targets: Sequence[str], pattern: str, sass: str | None, jobs: int) -> list[tuple[int, Row]]:
-    """Judge every `jobs`-th kernel, from number `job` on; returns them with their numbers."""
+    """Judge the kernels of every `jobs`-th binary, from number `job` on; returns them with their numbers."""
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions cannot be compiled
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # pins what Triton 3.9 only warns about
     from qvl_kernels.aot import aot_specs  # imports Triton
 
     wanted = [(spec, target) for target in targets for spec in aot_specs(MACHINES[target].gpu.capability)]
     wanted = [(spec, target) for spec, target in wanted if re.search(pattern, spec.name)]
+    binaries: dict[tuple[str, str], int] = {}  # each is compiled and read in one process
     rows = []
     for number, (spec, target) in enumerate(wanted):
-        if number % jobs != job:
+        if binaries.setdefault((binary_of(spec.launch), target), len(binaries)) % jobs != job:
             continue
         row, code = judge(spec, target)
         rows.append((number, row))

@@ -12,7 +12,7 @@ Each swap is six operations on two rows of words, for all of their nibbles at on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from qvl_kernels.util import cdiv
 
 WORDS = 16  # words of a tile for each output, and rows of qweight in a tile
 ROTATION = {4: 3, 8: 0}  # bits that a word is rotated left by, for each number of bits of a code
-_OUTPUTS_AT_ONCE = 4096  # 256 KiB of words in a tile, and temporaries of half that size, fit a core's cache
+# Words in a piece: on a CPU half a MiB, which with temporaries of half that size fit a core's cache; on a GPU, where
+# each of some ten operations is a launch of microseconds, 16 MiB: a linear of the model takes 50 launches, not 2,000.
+_WORDS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 22}
 # The digits to swap: a dimension of rows [rest, 2, 2, outputs] (at 8 bits [rest, 2, outputs]), and the distance in bits
 # between two fields of a word whose numbers differ only in the other digit.
 _SWAPS = {4: ((1, 4), (2, 8), (1, 16)), 8: ((1, 8), (1, 16))}
@@ -34,27 +36,26 @@ def to_tiles(qweight: Tensor, bits: int, outputs: int) -> Tensor:
     rows, unpadded = qweight.shape
     words = qweight.new_empty(cdiv(rows, WORDS), outputs, WORDS)
     words[:, unpadded:] = 0
-    for tile, part in _pieces(len(words), unpadded):
-        piece = qweight[tile * WORDS : (tile + 1) * WORDS, part]
-        if len(piece) < WORDS:
-            piece = F.pad(piece, (0, 0, 0, WORDS - len(piece)))
+    for tiles, part in _pieces(words, unpadded):
+        piece = qweight[tiles.start * WORDS : tiles.stop * WORDS, part]
+        missing = (tiles.stop - tiles.start) * WORDS - len(piece)
+        if missing:
+            piece = F.pad(piece, (0, 0, 0, missing))
         fields = _by_digits(piece, bits).clone(memory_format=torch.contiguous_format)
-        for dim, distance in _SWAPS[bits]:
-            _swap(fields, dim, distance)
-        rotated = _rotate_left(fields.view(1, WORDS, -1), ROTATION[bits])
-        words[tile : tile + 1, part] = rotated.transpose(1, 2)  # in 2-D torch transposes by blocks: twice the time
+        _swap_digits(fields.flatten(0, 1), _SWAPS[bits])
+        rotated = _rotate_left(fields.view(-1, WORDS, fields.shape[-1]), ROTATION[bits])
+        words[tiles, part] = rotated.transpose(1, 2)
     return words
 
 
 def from_tiles(words: Tensor, bits: int, outputs: int) -> Tensor:
     """Invert `to_tiles`: int32 [tiles * 16, outputs], without the padded outputs."""
     qweight = words.new_empty(len(words) * WORDS, outputs)
-    for tile, part in _pieces(len(words), outputs):
-        piece = words[tile : tile + 1, part].transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        into = _by_digits(qweight[tile * WORDS : (tile + 1) * WORDS, part], bits)
+    for tiles, part in _pieces(words, outputs):
+        piece = words[tiles, part].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        into = _by_digits(qweight[tiles.start * WORDS : tiles.stop * WORDS, part], bits)
         fields = _rotate_left(piece, -ROTATION[bits]).view(into.shape)
-        for dim, distance in reversed(_SWAPS[bits]):
-            _swap(fields, dim, distance)
+        _swap_digits(fields.flatten(0, 1), reversed(_SWAPS[bits]))
         into.copy_(fields)
     return qweight
 
@@ -75,18 +76,27 @@ def permute_inputs(qweight: Tensor, bits: int, perm: Tensor) -> Tensor:
     return words
 
 
-def _pieces(tiles: int, outputs: int) -> Iterator[tuple[int, slice]]:
-    """Yield each tile's number with slices of its outputs."""
-    for tile in range(tiles):
-        for first in range(0, outputs, _OUTPUTS_AT_ONCE):
-            yield tile, slice(first, min(first + _OUTPUTS_AT_ONCE, outputs))
+def _pieces(words: Tensor, outputs: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of the tiles, each with slices of the outputs."""
+    tiles, most = len(words), _WORDS_AT_ONCE["cpu" if words.device.type == "cpu" else "cuda"]
+    wide = max(1, min(outputs, most // WORDS))
+    high = max(1, most // (wide * WORDS)) if wide == outputs else 1
+    for tile in range(0, tiles, high):
+        for first in range(0, outputs, wide):
+            yield slice(tile, min(tile + high, tiles)), slice(first, min(first + wide, outputs))
 
 
 def _by_digits(rows: Tensor, bits: int) -> Tensor:
-    """View rows [16, n] as [r3 r2, j0, j1, n], at 8 bits [r3 r2 r1, j, n]: the later r1 and r0 are last."""
+    """View rows [tiles * 16, n] as [tiles, r3 r2, j0, j1, n], at 8 bits [tiles, r3 r2 r1, j, n]: r1 and r0 are last."""
     digits = _DIGITS[bits]
-    by_digit = rows.view(*[2] * digits, WORDS >> digits, rows.shape[1])
-    return by_digit.movedim(tuple(range(digits)), tuple(range(digits, 0, -1)))
+    by_digit = rows.view(-1, *[2] * digits, WORDS >> digits, rows.shape[1])
+    return by_digit.movedim(tuple(range(1, digits + 1)), tuple(range(digits + 1, 1, -1)))
+
+
+def _swap_digits(fields: Tensor, swaps: Iterable[tuple[int, int]]) -> None:
+    """Do the swaps in place, on [rest, 2, 2, n]."""
+    for dim, distance in swaps:
+        _swap(fields, dim, distance)
 
 
 def _swap(fields: Tensor, dim: int, distance: int) -> None:

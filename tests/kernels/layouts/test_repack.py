@@ -51,10 +51,14 @@ def test_dequantize_returns_the_published_weight(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_outputs_are_repacked_in_slices(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    qweight = checkpoint(320, 264, 64, bits=bits)[0]
+@pytest.mark.parametrize(
+    "at_once", [96 * 16, 264 * 16, 2 * 264 * 16, 1 << 24]
+)  # a slice of 72; 1, 2 and all of 3 tiles
+def test_pieces_of_any_size_give_the_same_words(bits: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qweight = checkpoint(320 * 4 // bits, 264, 64, bits=bits)[0]
+    monkeypatch.setattr(interleave, "_WORDS_AT_ONCE", {"cpu": 264 * 8})
     whole = interleave.to_tiles(qweight, bits, 384)
-    monkeypatch.setattr(interleave, "_OUTPUTS_AT_ONCE", 96)  # the last slice has 72
+    monkeypatch.setattr(interleave, "_WORDS_AT_ONCE", {"cpu": at_once})
     assert torch.equal(interleave.to_tiles(qweight, bits, 384), whole) and not whole[:, 264:].any()
     assert torch.equal(interleave.from_tiles(whole, bits, 264)[: len(qweight)], qweight)
 
