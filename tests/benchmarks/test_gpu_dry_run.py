@@ -56,8 +56,10 @@ with pretended_gpu() as bound:
     from qvl_runtime import Engine, SamplingParams
     from qvl_runtime.config.model import ModelConfig
     from qvl_runtime.engine.engine import NANO
-    from qvl_runtime.plan.options import checkpoint_options
+    from qvl_runtime.plan.gpus import Device
+    from qvl_runtime.plan.options import Workload, checkpoint_options
     from qvl_runtime.plan.plan import Plan
+    from qvl_runtime.profile.memory import includes_image, profile_memory
 
     path = NANO.parent / "nano_int4"
     options = {"dtype": "float16", "max_model_len": 256, "kv_cache_bytes": 16 << 20, "max_running": 8}
@@ -66,7 +68,13 @@ with pretended_gpu() as bound:
     prompts = [{"token_ids": [*range(1, 100)]}, {"token_ids": [*range(5, 15)]}]
     lengths = [len(answer.token_ids) for answer in engine.generate(prompts, params)]
     plan = Plan(ModelConfig.from_folder(path), checkpoint_options(path, "float16"), "cuda")
+    memory, slots = profile_memory(lambda: engine, 0), engine.core.runner.cache.num_slots
+    encoded, generated = memory.cases[1:]
+    longest = Workload(slots, encoded.tokens, int(includes_image(engine, encoded.tokens)))
     said = {
+        "profile": {"parts": memory.parts, "kv": memory.kv_per_token},
+        "planned": [case.planned for case in (encoded, generated)],
+        "peak": plan.peak(longest, Device("", 0, None, 0)).total,
         "report": engine.report(),
         "plan": plan.weights,
         "kv": plan.kv_per_token,
@@ -82,7 +90,7 @@ print(json.dumps(said))
 
 @needs_triton
 @pytest.mark.timeout(300)
-def test_an_engine_runs_as_on_an_h100_and_its_plan_says_what_it_reports() -> None:
+def test_an_engine_runs_as_on_an_h100_and_plan_profile_and_report_agree() -> None:
     said = json.loads(run_python("-c", ENGINE).splitlines()[-1])
     report, plan = said["report"], said["plan"]
     assert said["lengths"] == [4, 4] and said["replays"] > 0 and said["prefills"] > 0 and said["overlap"]
@@ -91,6 +99,9 @@ def test_an_engine_runs_as_on_an_h100_and_its_plan_says_what_it_reports() -> Non
     assert report["memory"]["kv_per_token"] == said["kv"]
     for part, nbytes in plan.items():
         assert report["memory"][part] == pytest.approx(nbytes, rel=0.01), part
+    assert said["profile"]["kv"] == said["kv"]
+    assert said["profile"]["parts"] == {part: report["memory"][part] for part in said["profile"]["parts"]}
+    assert said["planned"] == [said["peak"]] * 2 and said["peak"] > said["kv"] * 256 + sum(plan.values())
 
 
 @pytest.fixture
