@@ -1,4 +1,4 @@
-"""Compile every kernel that the suite runs, in processes: its cases, linears, small kernels, and models of two layers.
+"""Compile every kernel that the suite runs, in processes: cases, linears, small kernels, nano, models of two layers.
 
 A job runs what the suite will run, once, at the same shapes, so that the same binaries land in Triton's cache. One
 after another 456 kernels would take minutes; 14 processes compiled them in 29 s.
@@ -17,12 +17,13 @@ Row = dict[str, Any]
 SHARES = 6  # jobs for the cases of a dtype, and for linears
 MODEL_SHARES = 4  # jobs for a model: each holds 3 to 6 GB of the GPU, and all of them run at once
 TINY_SHARES = 40
+NANO, NANO_WAYS = "nano", 6  # two models in three ways, of the parts `graphs` and `goldens`
 VARIANT = "variant"
 VARIANTS = ((0, 1), (3, 1), (4, 1), (4, 2), (5, 1))  # question and way: those that launch other kernels
 
 
 class Job(NamedTuple):
-    """A share of something to run: `what` is a kind of engine, a way of `variants`, or a part of the suite."""
+    """A share of something to run: `what` is a kind of engine, `nano`, a way of `variants`, or a part of the suite."""
 
     what: str
     number: int  # of a dtype or variant; 0 for others
@@ -38,6 +39,7 @@ def jobs(place: Place) -> list[Job]:
         return [Job("cases", 0, TINY_SHARES - 1, TINY_SHARES)]
     found = [Job(kind, 0, share, MODEL_SHARES) for kind in KINDS for share in range(MODEL_SHARES)]
     found += [Job(VARIANT, i, 0, 1) for i in range(len(VARIANTS))]
+    found += [Job(NANO, number, 0, 1) for number in range(NANO_WAYS)]
     found += [Job("cases", i, share, SHARES) for i in range(len(place.dtypes)) for share in range(SHARES)]
     found += [Job(what, 0, share, SHARES) for what in ("linears", "head") for share in range(SHARES)]
     return [*found, Job("small", 0, 0, 1)]
@@ -59,6 +61,8 @@ def work(job: Job) -> None:
         _linears(place, job)
     elif job.what == "small":
         _small(place)
+    elif job.what == NANO:
+        _nano(place, job.number)
     elif job.what == VARIANT:
         _variant(place, VARIANTS[job.number])
     else:
@@ -103,6 +107,12 @@ def _small(place: Place) -> None:
                         call()
 
 
+def _nano(place: Place, number: int) -> None:
+    from benchmarks.gpu.models import exercise
+
+    exercise(place, number)
+
+
 def _variant(place: Place, variant: tuple[int, int]) -> None:
     """What one way of a question of `variants` runs, in a model of one layer."""
     from benchmarks.gpu.variants import exercise, questions
@@ -115,6 +125,7 @@ def _model(place: Place, job: Job) -> None:
     """Capture a share of the graphs of a model of two layers, and answer a share of the suite's prompts."""
     from benchmarks.gpu.asking import IMAGE_TOKENS, finish, submit, text, with_picture
     from benchmarks.gpu.engines import make_engine
+    from benchmarks.gpu.parts import WARMED
     from benchmarks.gpu.table import QUESTION, TEXTS
     from qvl_runtime.schedule import decode_graphs, prefill_graphs
 
@@ -122,7 +133,7 @@ def _model(place: Place, job: Job) -> None:
     prefills = prefill_graphs.BUCKETS[job.share :: job.shares]
     with patch.object(decode_graphs, "BUCKETS", tuple(sizes)), patch.object(prefill_graphs, "BUCKETS", prefills):
         engine = make_engine(place, job.what, layers=2)
-    prompts = [text(length, 1) for length in TEXTS]
+    prompts = [text(length, 1) for length in (WARMED, *TEXTS)]
     prompts.append(with_picture(engine, IMAGE_TOKENS + QUESTION, 1, 1))
     for prompt in prompts[job.share :: job.shares]:
         submit(engine, [prompt], 3)

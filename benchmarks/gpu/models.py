@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ GOLDENS = {  # of the original code, if the folder with them is given: file, ids
     "tiny": (("lm_i_text20", "ids", "logits", None), ("lm_iv_long", "ids", "logits", None)),
     "tiny-int4": (("lm_int4", "i_ids", "i_logits", None),),
 }
-
-
+MODELS = (NANO, NANO.parent / "nano_int4")
+WAYS: tuple[dict[str, Any], ...] = ({"graphs": True}, {"graphs": False}, {"embedding_on_host": True})
 ALONE = (5, 20, 60, 130)  # tokens of prompts that are answered one at a time
 
 
@@ -42,7 +42,7 @@ def goldens(place: Place, folder: Path | None) -> Iterator[Row]:
                 want = load_file(folder / f"{file}.safetensors")
                 prompt: dict[str, Any] = {"token_ids": want[ids][0].tolist()}
                 yield _judged(f"{name}, {file}", folder / name, prompt, want[logits][0], dtype, place)
-    for path in (NANO, NANO.parent / "nano_int4"):
+    for path in MODELS:
         prompt = _nano_prompt(image=not place.tiny)
         exact = _logits(path, prompt, "float32", torch.device("cpu"), "reference")
         yield _judged(path.name, path, prompt, exact, dtype, place)
@@ -61,41 +61,59 @@ def _judged(name: str, path: Path, prompt: dict[str, Any], want: Tensor, dtype: 
     }
 
 
+class Answered(NamedTuple):
+    """Greedy answers of one engine, and how many graphs it replayed."""
+
+    tokens: list[tuple[int, ...]]
+    replays: int
+    prefill_replays: int
+
+
 def graphs(place: Place) -> Iterator[Row]:
     """Greedy answers to prompts of many lengths, together and alone: with graphs, without, embedding on the host."""
-    greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
-    prompts = [{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)]
-    alone = [] if place.tiny else [{"token_ids": [*range(n, 2 * n)]} for n in ALONE]
-    for path in (NANO,) if place.tiny else (NANO, NANO.parent / "nano_int4"):
-        answers, replays, prefill_replays = [], 0, 0
-        variants: list[dict[str, Any]] = [{"graphs": True}, {"graphs": False}, {"embedding_on_host": True}]
-        for options in variants:
-            engine = Engine(
-                path,
-                device=str(place.device),
-                dtype=dtype_name(place.dtypes[0]),
-                max_model_len=256,
-                kv_cache_bytes=64 << 20,
-                **options,
-            )
-            outputs = engine.generate(prompts, greedy)
-            for prompt in alone:  # a step of one prompt, which has a graph of its own
-                outputs += engine.generate([prompt], greedy)
-            answers.append([out.token_ids for out in outputs])
-            used = engine.core.runner.graphs
-            replays += used.replays if used is not None else 0
-            prefill = engine.core.runner.prefill_graphs
-            prefill_replays += prefill.replays if prefill is not None else 0
-            place.settle()
-        same = answers[0] == answers[1] == answers[2]
+    for path in MODELS[: 1 if place.tiny else None]:
+        # without a GPU there are no graphs, and the first two are one
+        answers = [answered(place, path, options) for options in WAYS[:: 2 if place.tiny else 1]]
+        replays = sum(one.replays for one in answers)
+        prefill_replays = sum(one.prefill_replays for one in answers)
+        same = all(one.tokens == answers[0].tokens for one in answers)
         yield {
             "model": path.name,
-            "requests": len(prompts) + len(alone),
+            "requests": len(answers[0].tokens),
             "replays": replays,
             "prefill_replays": prefill_replays,
             "same_tokens": same,
             "right": same and (replays > 0) == (prefill_replays > 0) == (not place.tiny),
         }
+
+
+def answered(place: Place, path: Path, options: dict[str, Any]) -> Answered:
+    """Answer all prompts with an engine of these options."""
+    greedy = SamplingParams(max_tokens=2 if place.tiny else 32, temperature=0, ignore_eos=True)
+    engine = Engine(
+        path,
+        device=str(place.device),
+        dtype=dtype_name(place.dtypes[0]),
+        max_model_len=256,
+        kv_cache_bytes=64 << 20,
+        **options,
+    )
+    outputs = engine.generate([{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)], greedy)
+    for n in () if place.tiny else ALONE:  # a step of one prompt, which has a graph of its own
+        outputs += engine.generate([{"token_ids": [*range(n, 2 * n)]}], greedy)
+    runner = engine.core.runner
+    replays, prefill = (0 if used is None else used.replays for used in (runner.graphs, runner.prefill_graphs))
+    del engine, runner
+    place.settle()
+    return Answered([tuple(out.token_ids) for out in outputs], replays, prefill)
+
+
+def exercise(place: Place, number: int) -> None:
+    """Run what `graphs` and `goldens` run of one of the models in one of the ways, number 0 to 5."""
+    path, options = [(path, options) for path in MODELS for options in WAYS][number]
+    answered(place, path, options)
+    if options is WAYS[0]:
+        _logits(path, _nano_prompt(image=True), dtype_name(place.dtypes[-1]), place.device, None)
 
 
 def _nano_prompt(image: bool) -> dict[str, Any]:

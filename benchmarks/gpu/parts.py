@@ -23,6 +23,7 @@ EXPECTED = {
     "sanitizer": 300, "targets": 1,
 }  # fmt: skip
 PATIENCE = 3
+WARMED = 8  # tokens of an engine's first prompt, fewer than the smallest graph of prompts
 
 
 def parts_of(place: Place, golden: Path | None, so_far: Callable[[], Mapping[str, list[Row]]]) -> Parts:
@@ -87,7 +88,7 @@ def _measured(place: Place, kind: str) -> Iterator[Row]:
 
     began = time.perf_counter()
     engine = make_engine(place, kind, 64 if place.tiny else LONGEST)
-    submit(engine, [text(8, 0)], 2)  # compiles what the warm-up did not
+    submit(engine, [text(WARMED, 0)], 2)  # compiles what the warm-up did not
     finish(engine)
     yield {"what": "ready", "model": kind, "seconds": time.perf_counter() - began}
     for measure in (table.speeds, table.first_tokens, step.steps, table.throughput):

@@ -78,7 +78,8 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
         value, free = launch.arguments[name], parameter.do_not_specialize
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
-            attributes[(at,)] = ALIGNED
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(at,)] = ALIGNED
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value is None or (value == 1 and not free):

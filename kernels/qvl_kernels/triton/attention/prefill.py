@@ -20,7 +20,7 @@ from qvl_kernels.triton.launch import Launch, Spec
 from qvl_kernels.util import cdiv
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tables_ptr", "tiles_ptr"])  # read a word at a time, from anywhere
 def prefill_kv_fp16_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, tiles_ptr, out_ptr,
     H, most_blocks, scale,
