@@ -13,6 +13,7 @@ from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.schedule.request import Request
 
 IMAGE_TOKENS = 258
+WARMED = 8  # tokens of an engine's first prompt, fewer than the smallest graph of prompts
 VARIETY = 1000  # token ids that texts are made of
 
 

@@ -123,9 +123,8 @@ def _variant(place: Place, variant: tuple[int, int]) -> None:
 
 def _model(place: Place, job: Job) -> None:
     """Capture a share of the graphs of a model of two layers, and answer a share of the suite's prompts."""
-    from benchmarks.gpu.asking import IMAGE_TOKENS, finish, submit, text, with_picture
+    from benchmarks.gpu.asking import IMAGE_TOKENS, WARMED, finish, submit, text, with_picture
     from benchmarks.gpu.engines import make_engine
-    from benchmarks.gpu.parts import WARMED
     from benchmarks.gpu.table import QUESTION, TEXTS
     from qvl_runtime.schedule import decode_graphs, prefill_graphs
 

@@ -23,7 +23,6 @@ EXPECTED = {
     "sanitizer": 300, "targets": 1,
 }  # fmt: skip
 PATIENCE = 3
-WARMED = 8  # tokens of an engine's first prompt, fewer than the smallest graph of prompts
 
 
 def parts_of(place: Place, golden: Path | None, so_far: Callable[[], Mapping[str, list[Row]]]) -> Parts:
@@ -83,7 +82,7 @@ def full_size(place: Place, kind: str) -> Callable[[], Iterator[Row]]:
 
 def _measured(place: Place, kind: str) -> Iterator[Row]:
     from benchmarks.gpu import step, table
-    from benchmarks.gpu.asking import finish, submit, text
+    from benchmarks.gpu.asking import WARMED, finish, submit, text
     from benchmarks.gpu.engines import LONGEST, make_engine
 
     began = time.perf_counter()
