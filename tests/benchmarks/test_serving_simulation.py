@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.serving.simulation import ROWS, Arrival, Costs, simulate, traffic
@@ -10,18 +12,27 @@ pytest.importorskip("simpy", reason="simpy is not installed")
 pytestmark = pytest.mark.unit
 COSTS = Costs(
     steps=tuple(0.001 + 0.0005 * rows for rows in ROWS),
+    joining=0.001,
     prefill=0.002,
     picture=0.004,
-    front=0.004,
-    decode=0.001,
-    client=0.002,
+    front=(0.004,) * len(ROWS),
+    decode=(0.001,) * len(ROWS),
+    client=(0.002,) * len(ROWS),
 )
+OUTSIDE = 0.004 + 0.001 + 0.002  # of the model
 
 
 def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
     took = simulate(COSTS, [Arrival(0.0, 1, 10), Arrival(1.0, 1, 10)], replicas=1, cores=2)
-    known = 0.002 + 0.004 + 0.001 + 0.002 + 10 * 0.0015
+    known = OUTSIDE + 0.001 + 0.002 + 10 * 0.0015
     assert took == pytest.approx([known + 0.004, known])
+
+
+def test_a_request_costs_the_server_what_it_does_with_as_many_others() -> None:
+    busy = replace(COSTS, front=(0.004, 0.001, 0.001, 0.001, 0.001))
+    assert busy.part("front", 1) == 0.004 and busy.part("front", 100) == 0.001
+    four = [Arrival(0.0, 1, 1)] * 4
+    assert max(simulate(busy, four, replicas=1, cores=64)) < max(simulate(COSTS, four, replicas=1, cores=64))
 
 
 def test_requests_that_join_together_share_steps() -> None:
@@ -32,9 +43,7 @@ def test_requests_that_join_together_share_steps() -> None:
 
 def test_two_servers_are_no_faster_than_the_cores_they_share() -> None:
     arrivals = [Arrival(0.0, picture, 40) for picture in range(40)]
-    work = sum(
-        40 * 0.0005 + COSTS.prefill + COSTS.picture + COSTS.front + COSTS.decode + COSTS.client for _ in arrivals
-    )
+    work = len(arrivals) * (40 * 0.0005 + COSTS.prefill + COSTS.picture + OUTSIDE)
     one, two = (max(simulate(COSTS, arrivals, replicas=2, cores=cores)) for cores in (1, 2))
     assert one > work and work / 2 < two < 0.6 * one
 
