@@ -32,7 +32,11 @@ def share_of_keys(length, piece, UNIT: tl.constexpr, LEAST: tl.constexpr):
     return piece * share, tl.minimum((piece + 1) * share, units)
 
 
-@triton.jit(do_not_specialize=["rows", "pieces", "first_query"])
+@triton.jit(
+    do_not_specialize=["rows", "pieces", "first_query"],
+    # read a word at a time, from anywhere
+    do_not_specialize_on_alignment=["tables_ptr", "queries_ptr", "lengths_ptr", "slots_ptr", "logn_ptr"],
+)
 def decode_kv_fp16_kernel(
     q_ptr, cos_ptr, sin_ptr, logn_ptr, slots_ptr,
     k_cache_ptr, v_cache_ptr, tables_ptr, queries_ptr, lengths_ptr, partial_ptr, lse_ptr,

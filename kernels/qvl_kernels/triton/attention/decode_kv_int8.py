@@ -31,7 +31,11 @@ def split_into_planes(q):
     return values.to(tl.int8), tl.exp2(plane * -7.0) * (largest / 127.0)
 
 
-@triton.jit(do_not_specialize=["rows", "pieces", "first_query"])
+@triton.jit(
+    do_not_specialize=["rows", "pieces", "first_query"],
+    # read a word at a time, from anywhere
+    do_not_specialize_on_alignment=["tables_ptr", "queries_ptr", "lengths_ptr", "slots_ptr", "logn_ptr"],
+)
 def decode_kv_int8_kernel(
     q_ptr, cos_ptr, sin_ptr, logn_ptr, slots_ptr,
     k_cache_ptr, v_cache_ptr, tables_ptr, queries_ptr, lengths_ptr, partial_ptr, lse_ptr,

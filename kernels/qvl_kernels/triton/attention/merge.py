@@ -11,7 +11,10 @@ from qvl_kernels.triton.dependent import begin
 from qvl_kernels.triton.launch import Launch
 
 
-@triton.jit(do_not_specialize=["pieces", "first_query"])
+@triton.jit(
+    do_not_specialize=["pieces", "first_query"],
+    do_not_specialize_on_alignment=["queries_ptr", "lengths_ptr"],  # read a word at a time, from anywhere
+)
 def merge_kernel(
     partial_ptr, lse_ptr, queries_ptr, lengths_ptr, out_ptr,
     H, pieces, first_query,
