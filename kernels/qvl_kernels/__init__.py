@@ -88,6 +88,10 @@ def report(device: torch.device) -> dict[str, str]:
         from qvl_kernels.triton_settings import asked_wgmma_rows
 
         asked_wgmma_rows()
+        if os.environ.get("QVL_KERNEL_CONFIGS"):
+            from qvl_kernels.triton.linear.configs import overrides  # imports Triton
+
+            overrides()
         return lines
     if device.type != "cpu":
         return _reference_report(f"this version has no kernels for {device.type}")

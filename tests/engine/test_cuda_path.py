@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,6 +100,13 @@ def test_a_setting_of_the_gpu_kernels_is_checked_first(machine: Machine) -> None
     with pytest.raises(
         ConfigError, match=r"QVL_INT4_WGMMA is 'many'; expected rows such as '65-1023', or '0' for none"
     ):
+        Engine(device="cuda")
+
+
+def test_a_file_of_configurations_is_checked_first(machine: Machine, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: `make setup`")
+    machine((9, 0), QVL_KERNEL_CONFIGS=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError, match=r"QVL_KERNEL_CONFIGS names .*none\.json, which cannot be read"):
         Engine(device="cuda")
 
 

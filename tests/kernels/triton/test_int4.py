@@ -230,6 +230,10 @@ def test_a_file_of_configurations_goes_first(tmp_path: Path, monkeypatch: pytest
         configs.overrides.cache_clear()
         with pytest.raises(ValueError, match=r"'small_m 4096 4096' is \[8, 96, 8, 4, 6\]; expected"):
             configs.config(90, "small_m", 1, 4096, 4096)
+        for text in ("[]", "{", '{"90": 3}', '{"sm_90": {"small_m 4096 4096": [8, 64, 8, 4, 6]}}'):
+            named.write_text(text)
+            with pytest.raises(ValueError, match=r"configs\.json, which cannot be read \(.*expected the JSON file"):
+                configs.overrides()
     finally:
         monkeypatch.delenv("QVL_KERNEL_CONFIGS")
         configs.overrides.cache_clear()

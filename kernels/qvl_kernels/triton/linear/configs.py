@@ -139,16 +139,22 @@ def overrides() -> dict[tuple[int, str], Config]:
     path = os.environ.get("QVL_KERNEL_CONFIGS")
     if not path:
         return {}
+    try:
+        by_capability = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = [(int(capability), *entry) for capability, of in by_capability.items() for entry in of.items()]
+    except (OSError, ValueError, AttributeError) as fault:
+        raise ValueError(
+            f"QVL_KERNEL_CONFIGS names {path}, which cannot be read ({fault}); expected the JSON file that"
+            " `python -m benchmarks.gpu.tune` writes"
+        ) from None
     found: dict[tuple[int, str], Config] = {}
-    for capability, entries in json.loads(Path(path).read_text(encoding="utf-8")).items():
-        for key, numbers in entries.items():
-            if not _valid(key, numbers):
-                raise ValueError(
-                    f"{path}: {key!r} is {numbers}; expected [rows, columns, warps, stages, splits] with"
-                    f" {FEW_TILES if _few_rows(key) else LARGE_TILES}, 1, 2, 4 or"
-                    " 8 warps, and 1 to 64 of the others"
-                )
-            found[int(capability), key] = Config(*numbers)
+    for capability, key, numbers in entries:
+        if not _valid(key, numbers):
+            raise ValueError(
+                f"{path}: {key[:40]!r} is {str(numbers)[:80]}; expected [rows, columns, warps, stages, splits] with"
+                f" {FEW_TILES if _few_rows(key) else LARGE_TILES}, 1, 2, 4 or 8 warps, and 1 to 64 of the others"
+            )
+        found[capability, key] = Config(*numbers)
     return found
 
 
