@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,12 +87,12 @@ class Ranks:
                 f"tensor_parallel is {ranks} from {device} on; this machine has {torch.cuda.device_count()} GPUs"
             )
         store = meeting_place(ranks)
-        threads = max(1, torch.get_num_threads() // ranks)
+        self._threads = max(1, torch.get_num_threads() // ranks)
         self._processes: list[subprocess.Popen[str]] = []
         self._end = weakref.finalize(self, _end, self._processes)
         for rank in range(1, ranks):
             where = f"cuda:{first + rank}" if device.type == "cuda" else "cpu"
-            settings = Settings(str(folder), rank, ranks, store.port, where, dtype, precision, threads)
+            settings = Settings(str(folder), rank, ranks, store.port, where, dtype, precision, self._threads)
             self._processes.append(_start(settings))
         try:
             self._wait_for_all(store)
@@ -121,6 +122,16 @@ class Ranks:
         except GroupError as error:
             self.end(str(error))
             raise (self._reported() or error) from None
+
+    @contextmanager
+    def sharing_cores(self) -> Iterator[None]:
+        """Compute with no more threads than each other process, while all compute; images are encoded with all."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def end(self, why: str) -> None:
         """End the other processes; what is asked of them from now on is refused with the reason."""
@@ -173,7 +184,8 @@ class ParallelModel(QwenVL):
         command = Forward(_pair(layout.block_tables), _pair(step.frequencies), starts, lengths)
         try:
             self.ranks.tell(command, step.positions, layout.slots, layout.block_tables, step.frequencies, x)
-            return super().forward(replace(step, inputs_embeds=x), caches, observe)
+            with self.ranks.sharing_cores():
+                return super().forward(replace(step, inputs_embeds=x), caches, observe)
         except BaseException as error:
             self.ranks.end(f"the processes of this model were ended by {type(error).__name__} in a step: make it again")
             raise
@@ -183,7 +195,8 @@ class ParallelModel(QwenVL):
         """Map hidden states [m, D] to logits [m, vocab]."""
         try:
             self.ranks.tell(Logits(len(hidden)), hidden)
-            logits = self.ranks.group.collect(super().logits(hidden), self.ranks.share.vocabulary)
+            with self.ranks.sharing_cores():
+                logits = self.ranks.group.collect(super().logits(hidden), self.ranks.share.vocabulary)
         except BaseException as error:
             self.ranks.end(f"the processes of this model were ended by {type(error).__name__} in a step: make it again")
             raise

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from qvl_runtime import Engine, SamplingParams
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.errors import ConfigError, GroupError
+from qvl_runtime.model.qwen_vl import QwenVL
 from qvl_runtime.parallel import leader
 from qvl_runtime.parallel.leader import ParallelModel
 
@@ -71,6 +73,23 @@ def test_it_answers_like_one_process(options: dict[str, Any]) -> None:
         assert (found.logprobs - scored.logprobs).abs().max() < 1e-4
         assert engine.report()["kernels"]["decoder"] == "split among 2 processes, no graphs"
         engine.core.runner.cache.check_integrity()
+
+
+def test_each_process_has_its_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, compute, seen = torch.get_num_threads(), QwenVL.forward, []
+
+    def forward(self: QwenVL, *arguments: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return compute(self, *arguments)
+
+    monkeypatch.setattr(QwenVL, "forward", forward)
+    torch.set_num_threads(4)
+    try:
+        with split() as engine:
+            engine.generate([{"token_ids": [5, 6, 7]}], SamplingParams(temperature=0, max_tokens=3))
+            assert set(seen) == {2} and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_process_that_dies_is_named_and_the_next_engine_works(monkeypatch: pytest.MonkeyPatch) -> None:
