@@ -17,7 +17,7 @@ Row = dict[str, Any]
 SHARES = 6  # jobs for the cases of a dtype, and for linears
 MODEL_SHARES = 4  # jobs for a model: each holds 3 to 6 GB of the GPU, and all of them run at once
 TINY_SHARES = 40
-NANO, NANO_WAYS = "nano", 6  # two models in three ways, of the parts `graphs` and `goldens`
+NANO = "nano"  # of the parts `graphs` and `goldens`
 VARIANT = "variant"
 VARIANTS = ((0, 1), (3, 1), (4, 1), (4, 2), (5, 1))  # question and way: those that launch other kernels
 
@@ -26,7 +26,7 @@ class Job(NamedTuple):
     """A share of something to run: `what` is a kind of engine, `nano`, a way of `variants`, or a part of the suite."""
 
     what: str
-    number: int  # of a dtype or variant; 0 for others
+    number: int  # of a dtype, a variant or an exercise; 0 for others
     share: int
     shares: int
 
@@ -34,12 +34,13 @@ class Job(NamedTuple):
 def jobs(place: Place) -> list[Job]:
     """All jobs, models first as they take longest; without a GPU a single small one."""
     from benchmarks.gpu.engines import KINDS
+    from benchmarks.gpu.models import EXERCISES
 
     if place.tiny:
         return [Job("cases", 0, TINY_SHARES - 1, TINY_SHARES)]
     found = [Job(kind, 0, share, MODEL_SHARES) for kind in KINDS for share in range(MODEL_SHARES)]
     found += [Job(VARIANT, i, 0, 1) for i in range(len(VARIANTS))]
-    found += [Job(NANO, number, 0, 1) for number in range(NANO_WAYS)]
+    found += [Job(NANO, number, 0, 1) for number in range(len(EXERCISES))]
     found += [Job("cases", i, share, SHARES) for i in range(len(place.dtypes)) for share in range(SHARES)]
     found += [Job(what, 0, share, SHARES) for what in ("linears", "head") for share in range(SHARES)]
     return [*found, Job("small", 0, 0, 1)]

@@ -26,6 +26,7 @@ GOLDENS = {  # of the original code, if the folder with them is given: file, ids
 }
 MODELS = (NANO, NANO.parent / "nano_int4")
 WAYS: tuple[dict[str, Any], ...] = ({"graphs": True}, {"graphs": False}, {"embedding_on_host": True})
+EXERCISES = [(path, options) for path in MODELS for options in WAYS]
 ALONE = (5, 20, 60, 130)  # tokens of prompts that are answered one at a time
 
 
@@ -109,8 +110,8 @@ def answered(place: Place, path: Path, options: dict[str, Any]) -> Answered:
 
 
 def exercise(place: Place, number: int) -> None:
-    """Run what `graphs` and `goldens` run of one of the models in one of the ways, number 0 to 5."""
-    path, options = [(path, options) for path in MODELS for options in WAYS][number]
+    """Run what `graphs` and `goldens` run of one of `EXERCISES`."""
+    path, options = EXERCISES[number]
     answered(place, path, options)
     if options is WAYS[0]:
         _logits(path, _nano_prompt(image=True), dtype_name(place.dtypes[-1]), place.device, None)
