@@ -51,9 +51,7 @@ def test_dequantize_returns_the_published_weight(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    "at_once", [96 * 16, 264 * 16, 2 * 264 * 16, 1 << 24]
-)  # a slice of 72; 1, 2 and all of 3 tiles
+@pytest.mark.parametrize("at_once", [96 * 16, 264 * 16, 2 * 264 * 16, 1 << 24])  # slices; 1, 2, all of 3 tiles
 def test_pieces_of_any_size_give_the_same_words(bits: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qweight = checkpoint(320 * 4 // bits, 264, 64, bits=bits)[0]
     monkeypatch.setattr(interleave, "_WORDS_AT_ONCE", {"cpu": 264 * 8})
