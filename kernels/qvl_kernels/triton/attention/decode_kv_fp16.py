@@ -33,8 +33,8 @@ def share_of_keys(length, piece, UNIT: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "pieces", "first_query"],
-    # read a word at a time, from anywhere
+    do_not_specialize=["rows", "most_blocks", "pieces", "first_query"],
+    # read a word at a time, from anywhere, as rows of tables of any width
     do_not_specialize_on_alignment=["tables_ptr", "queries_ptr", "lengths_ptr", "slots_ptr", "logn_ptr"],
 )
 def decode_kv_fp16_kernel(

@@ -32,8 +32,8 @@ def split_into_planes(q):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "pieces", "first_query"],
-    # read a word at a time, from anywhere
+    do_not_specialize=["rows", "most_blocks", "pieces", "first_query"],
+    # read a word at a time, from anywhere, as rows of tables of any width
     do_not_specialize_on_alignment=["tables_ptr", "queries_ptr", "lengths_ptr", "slots_ptr", "logn_ptr"],
 )
 def decode_kv_int8_kernel(

@@ -20,7 +20,11 @@ from qvl_kernels.triton.launch import Launch, Spec
 from qvl_kernels.util import cdiv
 
 
-@triton.jit(do_not_specialize_on_alignment=["tables_ptr", "tiles_ptr"])  # read a word at a time, from anywhere
+@triton.jit(
+    do_not_specialize=["most_blocks"],
+    # read a word at a time, from anywhere, as rows of tables of any width
+    do_not_specialize_on_alignment=["tables_ptr", "tiles_ptr"],
+)
 def prefill_kv_fp16_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, tiles_ptr, out_ptr,
     H, most_blocks, scale,

@@ -37,7 +37,11 @@ def load_planes(
     return x_0, x_1, x_2, x_3
 
 
-@triton.jit(do_not_specialize_on_alignment=["tables_ptr", "tiles_ptr"])  # read a word at a time, from anywhere
+@triton.jit(
+    do_not_specialize=["most_blocks"],
+    # read a word at a time, from anywhere, as rows of tables of any width
+    do_not_specialize_on_alignment=["tables_ptr", "tiles_ptr"],
+)
 def prefill_kv_int8_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, tiles_ptr, out_ptr,
     H, most_blocks, scale, lift,
