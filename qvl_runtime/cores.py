@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from qvl_kernels.affinity import allowed_cpus, unbind
 from qvl_kernels.numa import cpu_list, nodes_of
 
@@ -47,6 +45,8 @@ def settle_threads(cores: Cores | None = None) -> None:
     may have chosen itself (all CPUs, all cores) cannot be told from defaults, and are kept if set after this call.
     A thread that OpenMP has bound to a core is released first, since the kernels' threads would inherit its mask.
     """
+    import torch
+
     unbind()
     cores = usable_cores() if cores is None else cores
     defaults = {os.cpu_count(), cores.logical, cores.physical, _machine_cores()}

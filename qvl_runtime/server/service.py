@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from qvl_runtime.errors import QVLError
+from qvl_runtime.prompt.isolation.pool import start_ahead
 from qvl_runtime.server.config import ServerConfig
 from qvl_runtime.server.errors import APIError, busy, unavailable
 from qvl_runtime.server.metrics import Metrics
@@ -113,6 +114,8 @@ class Service:
         engine, failure = None, None
         try:
             engine = self._load()
+            if engine.engine_config.image_limits.isolate_images:
+                start_ahead()
         except BaseException as error:  # `serve` raises it
             failure = error
         try:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.serving import hostile_images as hostile
+from qvl_runtime.cores import Cores
 from qvl_runtime.errors import ConfigError, ImageError
-from qvl_runtime.prompt import limits
+from qvl_runtime.prompt import images, limits
 from qvl_runtime.prompt.cancellation import Canceled, Cancellation
 from qvl_runtime.prompt.images import ImageReader, load_image
 from qvl_runtime.prompt.isolation import pool as pool_module
@@ -52,6 +53,36 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return condition()
 
 
+@pytest.fixture
+def pool_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Pool]]:
+    """Makes a pool for a number of cores, which `load_image` uses."""
+    pools = list[Pool]()
+
+    def made(cores: int) -> Pool:
+        monkeypatch.setattr(pool_module, "usable_cores", lambda: Cores(cores, cores, None, 1))
+        pools.append(Pool())
+        monkeypatch.setattr(images, "shared_pool", lambda: pools[-1])
+        return pools[-1]
+
+    yield made
+    for pool in pools:
+        pool.close()
+
+
+def seen_by_clients(pool: Pool, count: int) -> set[int]:
+    """The processes that run while clients have a small image decoded six times each."""
+    seen = set[int]()
+
+    def read(_: int) -> None:
+        for _ in range(6):
+            load_image(encoded("PNG"), 28, ISOLATED)
+            seen.update(pool.pids())
+
+    with ThreadPoolExecutor(count) as clients:
+        list(clients.map(read, range(count)))
+    return seen
+
+
 class TestWorkers:
     def test_one_is_started_when_it_is_needed_and_used_again(self, pool: Pool) -> None:
         assert pool.pids() == []
@@ -63,25 +94,62 @@ class TestWorkers:
         assert pool.pids() == first and len(first) == 1
 
     def test_many_at_once_are_used_again_and_most_of_them_end_when_they_are_idle(
-        self, pool: Pool, monkeypatch: pytest.MonkeyPatch
+        self, pool_for: Callable[[int], Pool], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A start takes longer than a small image, so none is started for each of some clients' images."""
+        pool = pool_for(8)
         monkeypatch.setattr(pool_module, "_IDLE_S", 1.0)
         monkeypatch.setattr(pool_module, "_QUICK_S", 30.0)  # none is slow, however busy the machine is
-        seen = set[int]()
-
-        def read(_: int) -> int:
-            for _ in range(6):
-                load_image(encoded("PNG"), 28, ISOLATED)
-                seen.update(pool.pids())
-            return 0
-
-        with ThreadPoolExecutor(6) as clients:
-            list(clients.map(read, range(6)))
-        assert 1 <= len(seen) <= 8
+        seen = seen_by_clients(pool, 6)
+        assert 1 <= len(seen) <= 6
         assert until(lambda: len(pool.pids()) <= 2) and len(pool.pids()) >= 1
         assert until(lambda: not any(map(is_running, seen - set(pool.pids()))))
         load_image(encoded("PNG"), 28, ISOLATED)
+
+    @pytest.mark.parametrize(("cores", "workers"), [(1, 2), (3, 3), (64, 8)])
+    def test_there_are_no_more_than_cores(
+        self, cores: int, workers: int, pool_for: Callable[[int], Pool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """More would take time from the model when there is least of it."""
+        pool = pool_for(cores)
+        monkeypatch.setattr(pool_module, "_QUICK_S", 30.0)
+        assert 1 <= len(seen_by_clients(pool, 12)) <= workers
+
+    def test_those_started_ahead_are_all_that_a_burst_gets_and_stay(
+        self, pool_for: Callable[[int], Pool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pool = pool_for(3)
+        monkeypatch.setattr(pool_module, "_IDLE_S", 0.2)
+        monkeypatch.setattr(pool_module, "_QUICK_S", 30.0)
+        pool.start_ahead()
+        before = pool.pids()
+        assert len(before) == 3
+        assert seen_by_clients(pool, 12) == set(before)
+        time.sleep(0.5)
+        pool.start_ahead()
+        assert pool.pids() == before
+
+    def test_none_can_be_started_ahead(
+        self, pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A server answers texts all the same."""
+        monkeypatch.setattr(pool_module, "_pool", pool)
+        for program in ("/no/python", "/bin/false"):
+            monkeypatch.setattr(process, "_python", lambda program=program: program)
+            pool_module.start_ahead()
+        monkeypatch.undo()
+        assert len(caplog.messages) == 2 and all("turn isolate_images off" in text for text in caplog.messages)
+        assert load_image(encoded("PNG"), 28, ISOLATED).width == 53
+
+    def test_one_that_gets_no_processor_is_not_slow(self, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """On a busy machine a slow one would be ended, and another started, for each image."""
+        load_image(encoded("PNG"), 28, ISOLATED)
+        before = pool.pids()
+        os.kill(before[0], signal.SIGSTOP)
+        threading.Timer(0.6, os.kill, (before[0], signal.SIGCONT)).start()  # an image is slow after 0.04 s of its own
+        assert load_image(encoded("PNG"), 28, ISOLATED).width == 53
+        load_image(encoded("PNG"), 28, ISOLATED)
+        assert pool.pids() == before
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
     def test_one_that_dies_fails_its_image_alone(self, pool: Pool, number: signal.Signals) -> None:

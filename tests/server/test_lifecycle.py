@@ -19,8 +19,11 @@ import pytest
 
 from qvl_runtime import Engine
 from qvl_runtime.errors import CheckpointError, ConfigError
+from qvl_runtime.prompt.isolation import pool as pool_module
+from qvl_runtime.prompt.isolation.pool import Pool
+from qvl_runtime.prompt.limits import CAN_ISOLATE
 from qvl_runtime.server.config import ServerConfig
-from tests.server.conftest import Live, say, serving
+from tests.server.conftest import Live, data_url, png, say, serving
 
 pytestmark = pytest.mark.cpu
 CHAT = "/v1/chat/completions"
@@ -60,6 +63,21 @@ def test_it_answers_while_the_model_loads(nano: Engine) -> None:
         loaded.set()
         wait(lambda: live.get("/health/ready").status == 200)
         assert live.post(CHAT, ASK).status == 200
+
+
+@pytest.mark.skipif(not CAN_ISOLATE, reason="needs a POSIX system")
+def test_decoders_are_started_before_requests_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first burst of pictures would start them, when the machine is busiest."""
+    pool = Pool()
+    monkeypatch.setattr(pool_module, "_pool", pool)
+    monkeypatch.setattr(pool_module, "_QUICK_S", 30.0)  # none is slow, however busy the machine is
+    body = ASK | {"messages": say("hi", data_url(png()))}
+    with serving(Engine) as live:
+        before = pool.pids()
+        answers = [in_thread(lambda: live.post(CHAT, body)) for _ in range(12)]
+        assert all(answer.get(timeout=60).status == 200 for answer in answers)
+        assert len(before) >= 2 and pool.pids() == before
+    pool.close()
 
 
 def test_draining(nano: Engine) -> None:

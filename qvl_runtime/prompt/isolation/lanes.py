@@ -18,19 +18,24 @@ class Lane:
     def __init__(self, max_images: int, max_pixels: int) -> None:
         self._max_images, self._max_pixels = max_images, max_pixels
         self._images = self._pixels = 0
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Condition] = deque()  # one each: who enters wakes the next one alone
 
     def enter(self, pixels: int, cancellation: Cancellation) -> None:
         """Wait until the image may enter. Raises `Canceled`."""
-        ticket = object()
-        with self._changed:
-            self._waiting.append(ticket)
+        place = threading.Condition(self._lock)
+        with self._lock:
+            self._waiting.append(place)
         entered = False
+
+        def wake() -> None:
+            with self._lock:
+                place.notify()
+
         try:
-            with cancellation.ending_with(self._wake), self._changed:
-                while not cancellation.is_set and not (self._waiting[0] is ticket and self._has_room(pixels)):
-                    self._changed.wait()
+            with cancellation.ending_with(wake), self._lock:
+                while not cancellation.is_set and not (self._waiting[0] is place and self._has_room(pixels)):
+                    place.wait()
                 if not cancellation.is_set:
                     self._add(pixels)
                     entered = True
@@ -39,13 +44,13 @@ class Lane:
                 self.leave(pixels)
             raise
         finally:
-            with self._changed:
-                self._waiting.remove(ticket)
-                self._changed.notify_all()
+            with self._lock:
+                self._waiting.remove(place)
+                self._wake_first()
 
     def try_enter(self, pixels: int) -> bool:
         """Enter if that is possible at once, and no one waits."""
-        with self._changed:
+        with self._lock:
             if self._waiting or not self._has_room(pixels):
                 return False
             self._add(pixels)
@@ -53,10 +58,10 @@ class Lane:
 
     def leave(self, pixels: int) -> None:
         """Make room for others."""
-        with self._changed:
+        with self._lock:
             self._images -= 1
             self._pixels -= pixels
-            self._changed.notify_all()
+            self._wake_first()
 
     def _has_room(self, pixels: int) -> bool:
         fits = self._images < self._max_images and self._pixels + pixels <= self._max_pixels
@@ -66,6 +71,6 @@ class Lane:
         self._images += 1
         self._pixels += pixels
 
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+    def _wake_first(self) -> None:
+        if self._waiting:
+            self._waiting[0].notify()

@@ -1,16 +1,21 @@
-"""The workers of this process, started when they are needed, and the rules by which images share them.
+"""The workers of this process, started when they are needed or ahead, and the rules by which images share them.
 
 Each image begins in the quick lane. One that is large, or takes longer than its size explains, continues in the slow
 lane with the machine's leftover time, or starts over there when it is its turn: so it delays no one but its like.
+
+The quick lane holds as many images as there are cores: to start more workers takes processor time from those that work,
+and from the model, when there is least of it. A server starts its workers before it takes requests.
 """
 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
 import time
 
+from qvl_runtime.cores import usable_cores
 from qvl_runtime.errors import ImageError
 from qvl_runtime.prompt.cancellation import Cancellation
 from qvl_runtime.prompt.isolation.lanes import Lane
@@ -18,13 +23,15 @@ from qvl_runtime.prompt.isolation.messages import Disconnected
 from qvl_runtime.prompt.isolation.process import Job, Worker
 from qvl_runtime.prompt.preparing import Admit, Prepared
 
+_log = logging.getLogger("qvl_runtime")
 QUICK_PIXELS = 2**24  # of an image in the quick lane, at most: what phones take by default
-_QUICK_IMAGES, _SLOW_IMAGES = 8, 2
+_MAX_QUICK, _SLOW_IMAGES = 8, 2
 _SLOW_PIXELS = 2**27  # together: up to 2 GiB, if they are WebP
-# The CPU time that an image may take in the quick lane: what JPEG and PNG take on a slow core, and a half more.
+# The CPU time that an image may take in the quick lane: what JPEG and PNG take on a slow core, and a half more. It is
+# not time by the clock, of which any image takes long on a busy machine.
 _QUICK_S, _QUICK_S_PER_PIXEL, _QUICK_S_PER_BYTE = 0.04, 5e-8, 1e-7
-# Idle workers that are kept for good, of 25 MB each; as many as may be busy at a time are kept for `_IDLE_S`, since a
-# start takes 100 ms of CPU time, five times what a small image takes.
+# Idle workers that are kept for good, of 25 MB each, unless they were started ahead; as many as may be busy at a time
+# are kept for `_IDLE_S`, since a start takes 100 ms of CPU time, five times what a small image takes.
 _MAX_IDLE, _IDLE_S = 2, 5.0
 
 
@@ -32,13 +39,33 @@ class Pool:
     """Decodes images in worker processes, for any number of threads."""
 
     def __init__(self) -> None:
-        self._quick = Lane(_QUICK_IMAGES, _QUICK_IMAGES * QUICK_PIXELS)
+        self._quick_images = max(2, min(_MAX_QUICK, usable_cores().threads))
+        self._quick = Lane(self._quick_images, self._quick_images * QUICK_PIXELS)
         self._slow = Lane(_SLOW_IMAGES, _SLOW_PIXELS)
         self._lock = threading.Lock()
         self._idle: list[Worker] = []
         self._workers: set[Worker] = set()
         self._since: dict[Worker, float] = {}  # when each of the idle ones became so
         self._starts_spare = self._trims = False
+        self._kept = _MAX_IDLE
+
+    def start_ahead(self) -> None:
+        """Start the workers of the quick lane, wait until they have started, and keep as many for good.
+
+        Raises `ImageError` if one does not start.
+        """
+        with self._lock:
+            self._kept = self._quick_images
+            count = self._kept - len(self._workers)
+        started = list[Worker]()
+        try:
+            for _ in range(count):
+                started.append(self._started())
+            for worker in started:
+                worker.wait_for_start()
+        finally:
+            for worker in started:
+                self._give_back(worker)
 
     def decode(self, job: Job, pixels: memoryview, admit: Admit, cancellation: Cancellation) -> Prepared:
         """Decode an image into `pixels`, S x S x 3 bytes. Its time limit does not count the wait for other images.
@@ -159,10 +186,10 @@ class Pool:
 
     def _give_back(self, worker: Worker) -> None:
         with self._lock:
-            if worker.is_reusable and len(self._idle) < _QUICK_IMAGES:
+            if worker.is_reusable and len(self._idle) < self._quick_images:
                 self._idle.append(worker)
                 self._since[worker] = time.monotonic()
-                if len(self._idle) > _MAX_IDLE and not self._trims:
+                if len(self._idle) > self._kept and not self._trims:
                     self._trim_later()
                 return
             self._workers.discard(worker)
@@ -180,11 +207,11 @@ class Pool:
         with self._lock:
             self._trims = False
             long_ago = time.monotonic() - _IDLE_S
-            while len(self._idle) > _MAX_IDLE and self._since.get(self._idle[0], 0.0) <= long_ago:
+            while len(self._idle) > self._kept and self._since.get(self._idle[0], 0.0) <= long_ago:
                 ended.append(self._idle.pop(0))
                 self._since.pop(ended[-1], None)
                 self._workers.discard(ended[-1])
-            if len(self._idle) > _MAX_IDLE:
+            if len(self._idle) > self._kept:
                 self._trim_later()
         for worker in ended:
             worker.close()
@@ -238,6 +265,14 @@ def shared_pool() -> Pool:
         if _pool is None:
             _pool = Pool()
         return _pool
+
+
+def start_ahead() -> None:
+    """Start the workers of this process ahead; a failure is logged, since texts can be answered without them."""
+    try:
+        shared_pool().start_ahead()
+    except ImageError as error:
+        _log.warning("%s", error)
 
 
 def _close_at_exit() -> None:

@@ -29,7 +29,6 @@ _REMARKS: frozenset[Remark] = frozenset(get_args(Remark))
 _KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "TMPDIR")
 _SLOW_NICENESS = 10
 _GLANCE_S = 0.02
-_STARVED = 3  # a process that gets less than a third of a core is one of too many
 _START_S = 60.0  # on a machine that is overloaded; 0.1 s otherwise
 _LAST_S = 5.0  # the same of its end
 
@@ -86,13 +85,25 @@ class Worker:
         """Whether the process can take another image: it waits for one, and has its full share of the machine."""
         return not (self._is_busy or self._is_slow or self._is_killed)
 
+    def wait_for_start(self) -> None:
+        """Wait until the process is there. Raises `ImageError` if it does not start."""
+        if self._is_started:
+            return
+        self._channel.deadline = time.monotonic() + _START_S
+        try:
+            self._channel.receive_bytes(1)
+        except (Disconnected, TimeoutError) as error:
+            how = "does not start" if isinstance(error, TimeoutError) else f"{self.how_it_ended()} as it started"
+            raise ImageError(f"the process that decodes images {how}: turn isolate_images off") from None
+        self._is_started = True
+
     def send(self, job: Job) -> None:
         """Send an image. `header`, and then `start` or `refuse` must follow.
 
         Like the methods below, raises `ImageError`, `Disconnected`, and `TimeoutError` when the job's time is over.
         """
         self._is_busy = True
-        self._wait_for_start()
+        self.wait_for_start()
         self._cpu_began = self._cpu_seconds()
         self._channel.deadline = time.monotonic() + job.seconds
         self._channel.send(
@@ -122,16 +133,15 @@ class Worker:
         self._is_busy = False
 
     def is_ready(self, patience: float) -> bool:
-        """Wait for the next answer until the image has taken so much CPU time, or three times that by the clock."""
-        end = time.monotonic() + _STARVED * patience
+        """Wait for the next answer until the image has taken so much CPU time, or its time is over."""
         while True:
             now = time.monotonic()
             spent = self._cpu_seconds() - self._cpu_began
             left = (self._channel.deadline or now) - now
-            wait = max(0.0, min(left, end - now, max(patience - spent, _GLANCE_S)))
+            wait = max(0.0, min(left, max(patience - spent, _GLANCE_S)))
             if select.select([self._channel.sock], [], [], wait)[0] or left <= 0:
                 return True
-            if spent >= patience or now >= end:
+            if spent >= patience:
                 return False
 
     def result(self, pixels: memoryview) -> Prepared:
@@ -187,17 +197,6 @@ class Worker:
             return f"was ended by {signal.Signals(-code).name}"
         except ValueError:
             return f"was ended by signal {-code}"
-
-    def _wait_for_start(self) -> None:
-        if self._is_started:
-            return
-        self._channel.deadline = time.monotonic() + _START_S
-        try:
-            self._channel.receive_bytes(1)
-        except (Disconnected, TimeoutError) as error:
-            how = "does not start" if isinstance(error, TimeoutError) else f"{self.how_it_ended()} as it started"
-            raise ImageError(f"the process that decodes images {how}: turn isolate_images off") from None
-        self._is_started = True
 
     def _cpu_seconds(self) -> float:
         """CPU time of the process so far; where only Linux tells it, the time of the clock."""
