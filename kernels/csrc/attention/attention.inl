@@ -12,11 +12,9 @@ bool is_few(const Job& job) {
   return job.rows <= 2;
 }
 
-// For head sizes 128 (published), 64 (nano), or any multiple of 16.
+// For head size 128, which all published models have, or any multiple of 16.
 template <int DTYPE> void attend_floats(const Job& job) {
-  job.dim == 128  ? attend_together<DTYPE, 8>(job)
-  : job.dim == 64 ? attend_together<DTYPE, 4>(job)
-                  : attend_together<DTYPE, 0>(job);
+  job.dim == 128 ? attend_together<DTYPE, kHeadLines>(job) : attend_together<DTYPE, 0>(job);
 }
 
 void attend_few(const Job& job) {

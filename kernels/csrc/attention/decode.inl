@@ -98,9 +98,9 @@ template <int DTYPE, int LINES> class DecodedRow {
   static constexpr int kLines = LINES ? LINES : kMostDim / 16;
 
   template <class Use> void each(const void* vector, const Use& use) const {
-    if (in_pairs(DTYPE, LINES * 16)) {
+    if (in_pairs(DTYPE, LINES ? LINES * 16 : dim_)) {
 QVL_UNROLL
-      for (int j = 0; j < LINES; j += 2) {
+      for (int j = 0; j < (LINES ? LINES : lines_); j += 2) {
         F even, odd;
         load_bf16_pairs((const uint16_t*)vector + j * 16, even, odd);
         use(j, even), use(j + 1, odd);

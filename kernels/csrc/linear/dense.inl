@@ -106,6 +106,7 @@ QVL_UNROLL
         if (u < whole) continue;
       }
       alignas(64) float lines[P::kLines][N][16];
+QVL_UNROLL
       for (int r = 0; r < N; r++) put_lines<P>(from[r], d.inputs, u, 1, lines[0][r], N);
       for (int i = 0; i < P::kLines; i++)
         P::add(sums, x + (u * P::kLines + i) * M * 16, [&](int r) { return (const float*)lines[i][r]; });

@@ -74,23 +74,26 @@ struct ByteHalf {
 };
 #endif
 
-// Columns are halves of a line of a block: one row takes both halves of four, more rows one half after the other.
+// Columns are halves of a line of a block: one row takes both halves of four, up to six rows those of one block after the
+// other where they have few, and more rows one half after the other.
 template <int M, int NB>
 inline void nibble_lines(I (&low)[M][NB], I (&)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines, bool ahead) {
-  constexpr int kHalves = M == 1 && NB <= 4 ? 2 : 1, kColumns = NB * kHalves;
+  constexpr bool kInTurn = M > 1 && M <= 6 && NB <= 2;  // blocks
+  constexpr int kBlocks = kInTurn ? 1 : NB, kHalves = kInTurn || (M == 1 && NB <= 4) ? 2 : 1, kColumns = kBlocks * kHalves;
   for (int64_t first = 0; first < lines; first += kNibbleLines) {
     const int64_t end = lines - first < kNibbleLines ? lines : first + kNibbleLines;
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half += kHalves) {
+    for (int part = 0; part < NB / kBlocks * 2 / kHalves; part++) {
+      const int block = kInTurn ? part : 0, half = kInTurn ? 0 : part;
       __m256i acc[M][kColumns];
 #pragma GCC unroll 16
       for (int i = 0; i < M * kColumns; i++) acc[i / kColumns][i % kColumns] = _mm256_setzero_si256();
 #pragma GCC unroll 1
       for (int64_t j = first; j < end; j++) {
-        const uint8_t* line = at + j * 64 + half * 32;
+        const uint8_t* line = at + block * stride + j * 64 + half * 32;
         const int8_t* words = x + j * 8 * M;
 #pragma GCC unroll 8
-        for (int n = 0; n < NB; n++)
+        for (int n = 0; n < kBlocks; n++)
           if (ahead && !half) __builtin_prefetch(line + n * stride + kLinesAhead);
 #pragma GCC unroll 2
         for (int high = 0; high < 2; high++) {
@@ -111,7 +114,7 @@ inline void nibble_lines(I (&low)[M][NB], I (&)[M][NB], const uint8_t* at, int64
 #pragma GCC unroll 16
       for (int i = 0; i < M * kColumns; i++) {
         const int m = i / kColumns, c = i % kColumns;
-        __m256i& sum = half_of(low[m][c / kHalves], half + c % kHalves);
+        __m256i& sum = half_of(low[m][block + c / kHalves], half + c % kHalves);
         sum = _mm256_add_epi32(sum, widened(acc[m][c]));
       }
     }
@@ -140,33 +143,42 @@ inline void byte_lines(I (&sums)[M][NB], const uint8_t* at, int64_t stride, cons
   }
 }
 
+// Lines of a cached block of nibbles, or of bytes with AVX-VNNI: up to six rows at a time with both halves, which share the
+// broadcasts. Twelve rows with one half would be a sixth more instructions.
+template <int M, int NB>
+inline void lines_in_both_halves(I (&sums)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines) {
+  constexpr int kAtOnce = M > 6 ? M / 2 : M;
+  static_assert(M % kAtOnce == 0 && kAtOnce <= 6, "sums in twelve registers");
+  for (int64_t first = 0; first < lines; first += 2 * kNibbleLines) {
+    const int64_t end = lines - first < 2 * kNibbleLines ? lines : first + 2 * kNibbleLines;
+    for (int i = 0; i < M / kAtOnce * NB; i++) {
+      const int from = i / NB * kAtOnce, n = i % NB;
+      __m256i acc[kAtOnce][2];
+#pragma GCC unroll 6
+      for (int m = 0; m < kAtOnce; m++) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
+#pragma GCC unroll 1
+      for (int64_t j = first; j < end; j++) {
+        const uint8_t* line = at + n * stride + j * 64;
+        const __m256i left = half_line(line), right = half_line(line + 32);
+#pragma GCC unroll 6
+        for (int m = 0; m < kAtOnce; m++) {
+          const __m256i inputs = first_dot(acc[m][0], left, x + (j * M + from + m) * 4);
+          dot_half(acc[m][1], right, inputs);
+        }
+      }
+#pragma GCC unroll 6
+      for (int m = 0; m < kAtOnce; m++) {
+        I& sum = sums[from + m][n];
+        sum = iadd(sum, {widened(acc[m][0]), widened(acc[m][1])});
+      }
+    }
+  }
+}
+
 template <bool NIBBLES, int M, int NB>
 inline void unpacked_lines(I (&sums)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines) {
-#if !defined(QVL_AVX_VNNI)
-  if constexpr (NIBBLES) {
-    for (int64_t first = 0; first < lines; first += 2 * kNibbleLines)
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++)
-        for (int n = 0; n < NB; n++) {
-          __m256i acc[M];
-#pragma GCC unroll 16
-          for (int m = 0; m < M; m++) acc[m] = _mm256_setzero_si256();
-#pragma GCC unroll 1
-          for (int64_t j = first; j < first + 2 * kNibbleLines; j++) {
-            const __m256i weights = half_line(at + n * stride + j * 64 + half * 32);
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) dot_half(acc[m], weights, x + (j * M + m) * 4);
-          }
-#pragma GCC unroll 16
-          for (int m = 0; m < M; m++) {
-            __m256i& sum = half_of(sums[m][n], half);
-            sum = _mm256_add_epi32(sum, widened(acc[m]));
-          }
-        }
-    return;
-  }
-#endif
-  byte_lines(sums, at, stride, x, lines, false);
+  if constexpr (NIBBLES || !kBytesLess128) lines_in_both_halves(sums, at, stride, x, lines);
+  else byte_lines(sums, at, stride, x, lines, false);
 }
 
 }  // namespace

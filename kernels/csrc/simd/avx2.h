@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kDotRows = 3, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
+constexpr int kHeadLines = 8;  // of a cached vector of a head of 128, in decoding
 constexpr int kStripRows = 6, kStripVectors = 1;  // of attention: 6 accumulators of two registers each
 constexpr int kSumOrder[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // of `sum`: leaves of a binary tree
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kDotRows = 6, kDotOutputs = 4;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 8;  // rows of a dense weight that one row is multiplied with at once
+constexpr int kHeadLines = 8;  // of a cached vector of a head of 128, in decoding
 constexpr int kStripRows = 12, kStripVectors = 2;  // of attention: 12 x 2 accumulators
 constexpr int kSumOrder[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};  // of `sum`: leaves of a binary tree
 constexpr int kOneRowStreams = 8;  // blocks that one row is multiplied with at once: 24 accumulators

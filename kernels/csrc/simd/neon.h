@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kDotRows = 3, kDotOutputs = 2;  // of a tile of a dense GEMM: 24 of the 32 registers
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
+constexpr int kHeadLines = 8;  // of a cached vector of a head of 128, in decoding
 constexpr int kStripRows = 3, kStripVectors = 2;  // of attention: 3 x 2 accumulators of four registers each
 constexpr int kSumOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // of `sum`: leaves of a binary tree
 constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once: 16 accumulators

@@ -12,10 +12,11 @@ namespace {
 
 constexpr int kDotRows = 2, kDotOutputs = 2;  // of a tile of a dense GEMM, whose lanes are inputs
 constexpr int kDotStreams = 4;  // rows of a dense weight that one row is multiplied with at once
+constexpr int kHeadLines = 0;  // of a cached vector in decoding: any number
 constexpr int kStripRows = 2, kStripVectors = 1;  // of attention
 constexpr int kSumOrder[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // of `sum`: leaves of a binary tree
-constexpr int kOneRowStreams = 4;  // blocks that one row is multiplied with at once
-constexpr int kFewSums = 4;        // few rows times blocks
+constexpr int kOneRowStreams = 2;  // blocks that one row is multiplied with at once
+constexpr int kFewSums = 1;        // few rows times blocks
 constexpr int kTileRows = 4, kTileBlocks = 1;  // of a GEMM tile
 constexpr int kHighNibbleShift = 0;
 
