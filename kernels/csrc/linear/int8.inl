@@ -59,6 +59,17 @@ QVL_UNROLL
     }
   }
 
+  // Prefetches the scales and zero points of this group and the next ones: their streams are too short for the hardware's
+  // prefetcher.
+  inline void prefetch() const {
+QVL_UNROLL
+    for (int n = 0; n < NB; n++) {
+      const int64_t first = ((block + n) * w.groups + g) * 16;
+      if (g % 2 == 0) __builtin_prefetch(w.scales + first);
+      if (g % 4 == 0 && w.zeros) __builtin_prefetch(w.zeros + first);
+    }
+  }
+
   // acc += the sums, scaled.
   template <class Acc> inline void finish(const I (&sums)[M][NB], const Acc& acc) const {
     const float* by_row = a.scale + (tile * a.groups + g) * M;
@@ -97,6 +108,7 @@ QVL_UNROLL
   for (int64_t g = 0; g < w.groups; g++, at_group += w.group_bytes(), x += w.group * M) {
     const GroupSums<M, NB> group{w, a, tile, block, g};
     I sums[M][NB];
+    if (ahead) GroupSums<M, NB>{w, a, tile, block, g + 4}.prefetch();
     group.start(sums);
     if constexpr (BITS == 4) {
       I high[M][NB];
