@@ -19,14 +19,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.serving.http_load import Server
-from benchmarks.serving.replica_costs import body, measure, pictures
+from benchmarks.serving.replica_costs import Meter, body, measure, pictures
 from benchmarks.serving.simulation import LONG, PICTURES, SHORT, Arrival, Costs, simulate, traffic
 from benchmarks.timing import say, setting
 from qvl_runtime.cluster.affinity import DEFAULT_BOUND, choose
+from qvl_runtime.host import machine_cpu_seconds
 
 
 @contextmanager
@@ -61,8 +63,23 @@ def mean(one: Costs, other: Costs) -> Costs:
     return Costs(*((np.add(a, b) / 2).tolist() for a, b in zip(astuple(one), astuple(other), strict=True)))
 
 
-def replay(servers: list[Server], arrivals: list[Arrival], seed: int) -> list[float]:
-    """Send the traffic to servers, and return the seconds that each request takes."""
+class Replay(NamedTuple):
+    """What traffic took."""
+
+    took: list[float]  # seconds of each request
+    spent: dict[str, float]  # seconds of a processor: model, front, decode and client
+    steps: float  # of all models
+    seconds: float  # from the first request to the last answer
+    others: float  # cores that other processes used, or the host of a virtual machine for other machines
+
+    @property
+    def busy(self) -> float:
+        """Cores that the traffic kept busy in the mean."""
+        return sum(self.spent.values()) / self.seconds
+
+
+def replay(servers: list[Server], arrivals: list[Arrival], seed: int) -> Replay:
+    """Send the traffic to servers."""
     urls, names = pictures(seed), [str(number) for number in range(len(servers))]
     loads: Counter[str] = Counter(dict.fromkeys(names, 0))
     took = [0.0] * len(arrivals)
@@ -85,8 +102,18 @@ def replay(servers: list[Server], arrivals: list[Arrival], seed: int) -> list[fl
             tasks.append(asyncio.create_task(one(number, arrival)))
         await asyncio.gather(*tasks)
 
+    meters = [Meter(server) for server in servers]
+    for meter in meters:
+        asyncio.run(meter.spent(0))
+    began, own, machine = time.perf_counter(), time.process_time(), machine_cpu_seconds()
     asyncio.run(run())
-    return took
+    seconds, own = time.perf_counter() - began, time.process_time() - own
+    machine = machine_cpu_seconds() - machine
+    found = [asyncio.run(meter.spent(len(arrivals))) for meter in meters]
+    spent = {part: sum(getattr(one, part) for one in found) for part in ("model", "front", "decode")}
+    spent["client"] = own
+    others = max(0.0, machine - sum(spent.values())) / seconds
+    return Replay(took, spent, sum(one.steps for one in found), seconds, others)
 
 
 def figures(arrivals: list[Arrival], took: list[float]) -> dict[str, float]:
@@ -100,39 +127,47 @@ def figures(arrivals: list[Arrival], took: list[float]) -> dict[str, float]:
     }
 
 
-def compare(servers: list[Server], load: float, arguments: argparse.Namespace, seed: int) -> None:
-    """Send traffic to all servers, and say what it took and what the simulation makes of it.
+def compare(servers: list[Server], rate: float, arguments: argparse.Namespace, seed: int) -> None:
+    """Send traffic of some requests a second to all servers, and say what it took and what the simulation makes of it.
 
     What one server costs is measured before and after, and the mean counts: a machine's speed moves within minutes.
     """
     cores = os.cpu_count() or 1
     before = measure(servers[0], arguments.calibrate, seed)
-    rate = load * before.rate((SHORT + LONG) / 2, cores, len(servers))
     count = max(20, round(rate * arguments.seconds))
     runs = [traffic(rate, count, seed + turn) for turn in range(arguments.repeat)]
     measured = [replay(servers, run, seed + 1 + turn) for turn, run in enumerate(runs)]
     costs = mean(before, measure(servers[0], arguments.calibrate, seed + 1 + len(runs)))
-    report(servers=len(servers), cores=cores, load=load, rate=rate, costs=costs, runs=runs, measured=measured)
+    report(servers=len(servers), cores=cores, rate=rate, costs=costs, runs=runs, measured=measured)
 
 
 def report(
     servers: int,
     cores: int,
-    load: float,
     rate: float,
     costs: Costs,
     runs: list[list[Arrival]],
-    measured: list[list[float]],
+    measured: list[Replay],
 ) -> None:
     """Simulate some runs, and say what they took, each for itself and together."""
     simulated = [simulate(costs, run, servers, cores) for run in runs]
-    each = [(figures(run, ours), figures(run, took)) for run, ours, took in zip(runs, simulated, measured, strict=True)]
-    together = [np.percentile(np.concatenate(kind), (50, 95)) for kind in (simulated, measured)]
+    each = [
+        (figures(run, ours.took), figures(run, theirs.took))
+        for run, ours, theirs in zip(runs, simulated, measured, strict=True)
+    ]
+    together = [np.percentile(np.concatenate([one.took for one in kind]), (50, 95)) for kind in (simulated, measured)]
     say(
         measure="traffic",
         replicas=servers,
-        load=load,
         requests_per_s=rate,
+        capacity=costs.rate((SHORT + LONG) / 2, cores, servers),
+        busy_cores=[one.busy for one in measured],
+        other_cores=[one.others for one in measured],
+        ms_a_request=[
+            {part: (1e3 * ours.spent[part] / len(run), 1e3 * theirs.spent[part] / len(run)) for part in theirs.spent}
+            | {"steps": (ours.steps / len(run), theirs.steps / len(run))}
+            for run, ours, theirs in zip(runs, simulated, measured, strict=True)
+        ],
         requests=[len(run) for run in runs],
         costs=asdict(costs),
         simulated=[ours for ours, _ in each],
@@ -145,20 +180,21 @@ def report(
 def main() -> None:
     """Measure one replica, predict one or two, and measure those."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loads", default="0.1,0.25,0.5,0.65", help="parts of what the replicas or the cores can take")
-    parser.add_argument("--seconds", type=float, default=15, help="of traffic each time")
-    parser.add_argument("--repeat", type=int, default=2, help="how often to send traffic, each time another")
-    parser.add_argument("--calibrate", type=float, default=1.0, help="seconds of each of five loops, twice a load")
+    parser.add_argument("--rates", default="9,26,44,55", help="requests a second")
+    parser.add_argument("--seconds", type=float, default=20, help="of traffic each time")
+    parser.add_argument("--repeat", type=int, default=3, help="how often to send traffic, each time another")
+    parser.add_argument("--calibrate", type=float, default=1.0, help="seconds of each of five loops, twice a rate")
     parser.add_argument("--replicas", default="2")
+    parser.add_argument("--seed", type=int, default=0, help="of the traffic and the pictures")
     arguments = parser.parse_args()
     say(**setting())
-    seeds = itertools.count(0, arguments.repeat + 2)
+    seeds = itertools.count(arguments.seed, arguments.repeat + 2)
     with serving(2) as servers:
         for server in servers:
             asyncio.run(warm(server))
         for count in map(int, arguments.replicas.split(",")):
-            for load in map(float, arguments.loads.split(",")):
-                compare(servers[:count], load, arguments, next(seeds))
+            for rate in map(float, arguments.rates.split(",")):
+                compare(servers[:count], rate, arguments, next(seeds))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ measured as 0.0 to 0.1 ms.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -91,8 +92,16 @@ def traffic(rate: float, count: int, seed: int) -> list[Arrival]:
     return found
 
 
-def simulate(costs: Costs, arrivals: list[Arrival], replicas: int, cores: int) -> list[float]:
-    """The seconds that each request takes, in order."""
+class Simulated(NamedTuple):
+    """What traffic takes."""
+
+    took: list[float]  # seconds of each request, in order
+    spent: dict[str, float]  # seconds of a processor: model, front, decode and client
+    steps: int  # of all models
+
+
+def simulate(costs: Costs, arrivals: list[Arrival], replicas: int, cores: int) -> Simulated:
+    """Send traffic to simulated servers."""
     import simpy
 
     env = simpy.Environment()
@@ -109,11 +118,11 @@ def simulate(costs: Costs, arrivals: list[Arrival], replicas: int, cores: int) -
         left = {"client": costs.part("client", sum(loads.values()))}
         left |= {part: costs.part(part, loads[name]) for part in ("front", "decode")}
         for part, seconds in [(part, share * left[part]) for part, share in PARTS]:
-            yield from machine.work(seconds, locks.get(part))
+            yield from machine.work(part, seconds, locks.get(part))
             left[part] -= seconds
         yield from servers[name].answer(number)
         for part in ("front", "client"):
-            yield from machine.work(left[part], locks[part])
+            yield from machine.work(part, left[part], locks[part])
         loads[name] -= 1
         took[number] = env.now - arrivals[number].at
 
@@ -127,7 +136,7 @@ def simulate(costs: Costs, arrivals: list[Arrival], replicas: int, cores: int) -
     for server in servers.values():
         env.process(server.steps())
     env.run(until=env.process(source()))
-    return took
+    return Simulated(took, dict(machine.spent), sum(server.count for server in servers.values()))
 
 
 class _Machine:
@@ -135,9 +144,11 @@ class _Machine:
 
     def __init__(self, env: Any, cores: Any) -> None:
         self.env, self._cores = env, cores
+        self.spent: dict[str, float] = defaultdict(float)
 
-    def work(self, seconds: float, lock: Any = None) -> Iterator[Any]:
+    def work(self, part: str, seconds: float, lock: Any = None) -> Iterator[Any]:
         """Take a core for some time, in turns with others. lock: what to hold meanwhile."""
+        self.spent[part] += seconds
         while seconds > 1e-9:
             held = None if lock is None else lock.request()
             if held is not None:
@@ -155,6 +166,7 @@ class _Replica:
 
     def __init__(self, machine: _Machine, lock: Any, costs: Costs, arrivals: list[Arrival]) -> None:
         self.lock = lock  # of its threads but that of the model
+        self.count = 0  # steps
         self._machine, self._costs, self._arrivals = machine, costs, arrivals
         self._waiting: list[int] = []
         self._ends: dict[int, Any] = {}  # of requests: events
@@ -180,7 +192,8 @@ class _Replica:
             self._waiting.clear()
             left |= {number: self._arrivals[number].tokens for number in joined}
             seconds = self._costs.step(len(left)) + sum(map(self._prefill, joined))
-            yield from self._machine.work(seconds + bool(joined) * self._costs.joining)
+            yield from self._machine.work("model", seconds + bool(joined) * self._costs.joining)
+            self.count += 1
             for number in list(left):
                 left[number] -= 1
                 if not left[number]:
