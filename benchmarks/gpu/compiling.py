@@ -17,6 +17,7 @@ Row = dict[str, Any]
 SHARES = 6  # jobs for the cases of a dtype, and for linears
 MODEL_SHARES = 4  # jobs for a model: each holds 3 to 6 GB of the GPU, and all of them run at once
 TINY_SHARES = 40
+TOWER_SHARES = 3
 NANO = "nano"  # of the parts `graphs` and `goldens`
 VARIANT = "variant"
 VARIANTS = ((0, 1), (3, 1), (4, 1), (4, 2), (5, 1))  # question and way: those that launch other kernels
@@ -43,6 +44,7 @@ def jobs(place: Place) -> list[Job]:
     found += [Job(NANO, number, 0, 1) for number in range(len(EXERCISES))]
     found += [Job("cases", i, share, SHARES) for i in range(len(place.dtypes)) for share in range(SHARES)]
     found += [Job(what, 0, share, SHARES) for what in ("linears", "head") for share in range(SHARES)]
+    found += [Job("tower", 0, share, TOWER_SHARES) for share in range(TOWER_SHARES)]
     return [*found, Job("small", 0, 0, 1)]
 
 
@@ -62,6 +64,8 @@ def work(job: Job) -> None:
         _linears(place, job)
     elif job.what == "small":
         _small(place)
+    elif job.what == "tower":
+        _tower(place, job)
     elif job.what == NANO:
         _nano(place, job.number)
     elif job.what == VARIANT:
@@ -106,6 +110,12 @@ def _small(place: Place) -> None:
                 for calls in layer(place, place.dtypes[0], rows):
                     for call in calls.values():
                         call()
+
+
+def _tower(place: Place, job: Job) -> None:
+    from benchmarks.gpu.tower import exercise
+
+    exercise(place, job.share, job.shares)
 
 
 def _nano(place: Place, number: int) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.bounds import full_config
 from benchmarks.gpu.place import Place
 from qvl_kernels import packing_for
+from qvl_kernels.reference import Packed
 from qvl_runtime import Engine
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.engine.engine import NANO
 from qvl_runtime.model.cache_layout import bytes_per_token
 from qvl_runtime.weights.loader import Weights
+from qvl_runtime.weights.packed_specs import rounded_vision
 from qvl_runtime.weights.synthetic import synthetic_config, synthetic_weights
 
 KINDS = ("int4", "bf16", "int4-options")
@@ -77,12 +80,18 @@ def _int8_parts(wanted: bool) -> Iterator[None]:
 
 def rounded_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, repeat: bool = False) -> Weights:
     """`synthetic_weights` with the head and the linears of the vision encoder in 8 bits."""
-    from qvl_runtime.convert.recipes import Recipe, build
-    from qvl_runtime.weights.packed_specs import rounded_vision
-
     weights = synthetic_weights(config, dtype, device, repeat)
-    for name in ("lm_head", *rounded_vision(config)):
-        tensors = {key: weights.state.pop(key) for key in (f"{name}.weight", f"{name}.bias") if key in weights.state}
-        for built in build(Recipe(name, (name,), 8), tensors, config, packing_for("cuda")):
-            weights.packed[built.name] = built.packed
+    weights.packed.update(rounded(weights.state, ("lm_head", *rounded_vision(config)), config))
     return weights
+
+
+def rounded(state: MutableMapping[str, Tensor], names: Iterable[str], config: ModelConfig) -> dict[str, Packed]:
+    """Take these linears out of a state and round them to 8 bits."""
+    from qvl_runtime.convert.recipes import Recipe, build
+
+    packed: dict[str, Packed] = {}
+    for name in names:
+        tensors = {key: state.pop(key) for key in (f"{name}.weight", f"{name}.bias") if key in state}
+        for built in build(Recipe(name, (name,), 8), tensors, config, packing_for("cuda")):
+            packed[built.name] = built.packed
+    return packed

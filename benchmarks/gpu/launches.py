@@ -1,8 +1,8 @@
-"""The launches of one decoder layer in a decode step, as they happen: `python -m benchmarks.gpu.launches [--quarter]`.
+"""The launches of one decoder layer in a decode step, as they happen: `python -m benchmarks.gpu.launches`.
 
-A model of two layers and the published widths, or with --quarter a fourth of them, runs a step in which launches are
-recorded and not executed, so it needs no GPU. A layer is everything between one merge of attention and the next.
-torch's own kernels count as well, by operator.
+A model of two layers of the published widths runs a step in which launches are recorded and not executed, so it needs
+no GPU, and no numbers in its packed weights. A layer is everything between one merge of attention and the next. torch's
+own kernels count as well, by operator.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qvl_kernels.layouts.gpu import TILE, PackedInt4
+from qvl_kernels.layouts.interleave import WORDS
+from qvl_kernels.reference import Packed
 from qvl_kernels.util import cdiv
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.model.language import LayerCache, Layout
 from qvl_runtime.model.qwen_vl import QwenVL, Step
+from qvl_runtime.weights.packed_specs import PackedSpec, decoder_groups, packed_specs
+from qvl_runtime.weights.synthetic import GROUP, SyntheticState
 
 MAKES_NO_KERNEL = ("empty", "detach", "_local_scalar_dense")  # torch's operators without a kernel, besides views
 
@@ -73,17 +78,21 @@ def of_a_layer(seen: list[Recorded]) -> list[Recorded]:
     return seen[turns[0] : turns[1]]
 
 
-def two_layers(config: ModelConfig, quarter: bool) -> QwenVL:
-    """A model of random weights with the widths of `config`, or a fourth of them, which is made in 1/16 of the time."""
-    from qvl_runtime.weights.synthetic import synthetic_weights
-
-    visual = replace(config.visual, layers=1)
+def two_layers(config: ModelConfig) -> QwenVL:
+    """A model of the widths of `config`, in 4 bits: two layers, and a vision encoder that is made in no time."""
+    visual = replace(config.visual, layers=1, width=416, heads=4, n_queries=4)
     small = replace(config, num_hidden_layers=2, vocab_size=2048, visual=visual)
-    if quarter:  # of 11008 inputs 22 tiles of 128, the nearest
-        visual = replace(visual, width=416, heads=4, output_dim=1024)
-        small = replace(small, hidden_size=1024, num_attention_heads=8, intermediate_size=2 * 2816, visual=visual)
-    state, packed, _ = synthetic_weights(small, torch.float16, torch.device("cpu"))
-    return QwenVL(small, state, packed=packed)
+    specs = packed_specs(small, "keep", "keep")
+    packed = {name: _empty_weight(specs[name]) for name, _ in decoder_groups(small)}
+    return QwenVL(small, SyntheticState(small, torch.float16), packed=packed)
+
+
+def _empty_weight(spec: PackedSpec) -> Packed:
+    tiles, groups = spec.inputs // TILE, spec.inputs // GROUP
+    words = torch.empty(tiles, spec.outputs, WORDS, dtype=torch.int32)
+    scales = torch.empty(groups, spec.outputs, dtype=torch.float16)
+    weight = PackedInt4(words, scales, zeros=None, perm=None, inputs=spec.inputs, outputs=spec.outputs, group=GROUP)
+    return weight.as_packed(1, torch.empty(spec.outputs, dtype=torch.float16) if spec.bias else None)
 
 
 def decode_step(model: QwenVL, rows: int, context: int) -> list[Recorded]:
@@ -104,7 +113,7 @@ def main() -> None:
     os.environ["TRITON_INTERPRET"], os.environ["QVL_KERNELS"] = "1", "triton"  # recorded, never run
     from benchmarks.gpu.bounds import full_config
 
-    model = two_layers(full_config("qwen-vl-chat-int4"), "--quarter" in sys.argv[1:])
+    model = two_layers(full_config("qwen-vl-chat-int4"))
     counted = {rows: decode_step(model, rows, 2048) for rows in (1, 16)}
     if "--json" in sys.argv[1:]:
         print(json.dumps([{"rows": rows, **seen._asdict()} for rows, launches in counted.items() for seen in launches]))

@@ -27,6 +27,7 @@ GOLDENS = {  # of the original code, if the folder with them is given: file, ids
 MODELS = (NANO, NANO.parent / "nano_int4")
 WAYS: tuple[dict[str, Any], ...] = ({"graphs": True}, {"graphs": False}, {"embedding_on_host": True})
 EXERCISES = [(path, options) for path in MODELS for options in WAYS]
+TOGETHER = 24  # prompts that are answered in one step
 ALONE = (5, 20, 60, 130)  # tokens of prompts that are answered one at a time
 
 
@@ -97,9 +98,10 @@ def answered(place: Place, path: Path, options: dict[str, Any]) -> Answered:
         dtype=dtype_name(place.dtypes[0]),
         max_model_len=256,
         kv_cache_bytes=64 << 20,
+        max_running=TOGETHER,  # a graph for each number of rows up to it
         **options,
     )
-    outputs = engine.generate([{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else 24)], greedy)
+    outputs = engine.generate([{"token_ids": [*range(1, 3 + n)]} for n in range(2 if place.tiny else TOGETHER)], greedy)
     for n in () if place.tiny else ALONE:  # a step of one prompt, which has a graph of its own
         outputs += engine.generate([{"token_ids": [*range(n, 2 * n)]}], greedy)
     runner = engine.core.runner
@@ -136,7 +138,7 @@ def _image_marks() -> tuple[int, int]:
 
 def _logits(path: Path, prompt: dict[str, Any], dtype: str, device: torch.device, kernels: str | None) -> Tensor:
     with kernels_variable(kernels):
-        engine = Engine(path, device=str(device), dtype=dtype, max_model_len=512, kv_cache_bytes=64 << 20)
+        engine = Engine(path, device=str(device), dtype=dtype, max_model_len=512, kv_cache_bytes=64 << 20, graphs=False)
         scored = engine.score(prompt, return_logits=True).logits
     if scored is None:
         raise RuntimeError("score returned no logits, though return_logits was set")

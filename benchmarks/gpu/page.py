@@ -18,6 +18,7 @@ TITLES = {
     "int4": "The full-size model in Int4",
     "bf16": "The full-size model in BF16",
     "int4-options": "Int4 with every option: int8 cache, head and vision encoder, embedding on the host",
+    "tower": "The vision encoder: the whole, its products, attention and the resampler",
     "variants": "One way against another, in models of eight layers",
     "head": "The head against its alternatives",
     "eager": "The full-size model in plain torch",

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Job = TypeVar("Job")
 MOST_WORKERS = 14  # each holds a context of half a GB, and a model of two layers
 
 
 class Done(NamedTuple):
-    """A finished job: its seconds, and what went wrong."""
+    """A finished job: its seconds, what went wrong, and what it returned."""
 
     job: object
     seconds: float
     error: str | None
+    result: Any = None
 
 
 def workers_here() -> int:
@@ -28,7 +29,7 @@ def workers_here() -> int:
     return min(MOST_WORKERS, (os.cpu_count() or 1) - 2)
 
 
-def do_all(work: Callable[[Job], None], jobs: Sequence[Job], workers: int | None = None) -> Iterator[Done]:
+def do_all(work: Callable[[Job], object], jobs: Sequence[Job], workers: int | None = None) -> Iterator[Done]:
     """Do each job in one of some processes, as they finish; `work` is a function of a module. 0 workers: in this one.
 
     workers: None for `workers_here`.
@@ -47,10 +48,10 @@ def do_all(work: Callable[[Job], None], jobs: Sequence[Job], workers: int | None
                 yield Done(job_of[future], 0.0, f"the process ended: {fault}")
 
 
-def _timed(work: Callable[[Job], None], job: Job) -> Done:
-    began, error = time.perf_counter(), None
+def _timed(work: Callable[[Job], object], job: Job) -> Done:
+    began, error, result = time.perf_counter(), None, None
     try:
-        work(job)
+        result = work(job)
     except Exception as fault:  # reported in the job's row
         error = f"{type(fault).__name__}: {str(fault)[:200]}"
-    return Done(job, time.perf_counter() - began, error)
+    return Done(job, time.perf_counter() - began, error, result)

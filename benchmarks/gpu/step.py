@@ -47,12 +47,15 @@ def steps(place: Place, engine: Engine, kind: str) -> Iterator[Row]:
     ceiling = place.read_ceiling()
     for context, requests in ((3, 1),) if place.tiny else PLACES:
         with in_turn(engine):
-            gaps, _ = measured(place, engine, context, requests)
-        wall, spent = measured(place, engine, context, requests)
+            in_turns = wall_seconds(place, engine, context, requests)
+            finish(engine)
+        wall = wall_seconds(place, engine, context, requests)
+        spent = profiled(place, engine)
+        finish(engine)
         at = {"model": kind, "context": context, "requests": requests}
         on_gpu = sum(kernel.us for kernel in spent)
-        times = {"wall_us": wall * 1e6, "gpu_us": on_gpu, "in_turn_us": gaps * 1e6}
-        ratios = {"wall_over_gpu": wall * 1e6 / on_gpu, "in_turn_over_gpu": gaps * 1e6 / on_gpu}
+        times = {"wall_us": wall * 1e6, "gpu_us": on_gpu, "in_turn_us": in_turns * 1e6}
+        ratios = {"wall_over_gpu": wall * 1e6 / on_gpu, "in_turn_over_gpu": in_turns * 1e6 / on_gpu}
         yield {"what": "step", **at, "ahead": engine.core.overlap is not None, **times, **ratios}
         yield from grouped(spent, bytes_of_groups(engine, context * requests), ceiling, at)
         for kernel in spent[:NAMED]:
@@ -70,8 +73,8 @@ def in_turn(engine: Engine) -> Iterator[None]:
         engine.core.overlap = overlap
 
 
-def measured(place: Place, engine: Engine, context: int, requests: int) -> tuple[float, list[Spent]]:
-    """Seconds of a step without the profiler, and its kernels under it, longest first."""
+def wall_seconds(place: Place, engine: Engine, context: int, requests: int) -> float:
+    """Seconds of a step of some requests after `context` tokens, which go on decoding."""
     count = 2 if place.tiny else STEPS
     submit(engine, [text(context, 700 + r) for r in range(requests)], 3 * count)
     engine.core.step()
@@ -80,12 +83,15 @@ def measured(place: Place, engine: Engine, context: int, requests: int) -> tuple
     for _ in range(count):
         engine.core.step()
     place.wait()
-    wall = (time.perf_counter() - began) / count
+    return (time.perf_counter() - began) / count
+
+
+def profiled(place: Place, engine: Engine) -> list[Spent]:
+    """The kernels of a step of the requests that are decoding, longest first."""
     with profile(activities=[ProfilerActivity.CPU] if place.tiny else [ProfilerActivity.CUDA]) as seen:
-        done = sum(bool(engine.core.step()) for _ in range(max(1, count // 2)))
+        done = sum(bool(engine.core.step()) for _ in range(1 if place.tiny else STEPS // 2))
         place.wait()
-    finish(engine)
-    return wall, kernels_of(seen.events(), done, on_gpu=not place.tiny)
+    return kernels_of(seen.events(), done, on_gpu=not place.tiny)
 
 
 def kernels_of(events: Iterable[Any], steps: int, on_gpu: bool) -> list[Spent]:

@@ -1,13 +1,13 @@
-"""Check and measure the whole GPU path in one command and about four minutes on an H100.
+"""Check and measure the whole GPU path in one command: by estimate less than four minutes on an H100.
 
     python -m benchmarks.gpu.suite --out out/gpu [--golden FOLDER] [--only correct,graphs] [--budget 230]
 
 It runs from a bare checkout (PYTHONPATH=kernels:.), without a network. On a CUDA machine: compile every kernel in
 parallel processes; every kernel against its definition, whole models against float32, the same tokens with graphs and
 without; the linears of a layer and the head against tinygemm and cuBLAS; the documented table, times to first token, a
-decode step kernel by kernel and 1 to 64 requests together for Int4, BF16 and Int4 with every option; one way against
-another, such as dependent launches on and off; plain torch; every kernel's GB/s; and which targets are met. Kernels
-are timed by CUDA graphs over inputs that rotate through a cold L2.
+decode step kernel by kernel and 1 to 64 requests together for Int4, BF16 and Int4 with every option; the vision
+encoder, the whole and its parts; one way against another, such as dependent launches on and off; plain torch; every
+kernel's GB/s; and which targets are met. Kernels are timed by CUDA graphs over inputs that rotate through a cold L2.
 
 Each row is printed and kept in OUT/suite.jsonl as it comes. A part that fails, or takes three times its seconds, stops
 no other, and where the GPU is lost the rest runs in a new process. A second run leaves out the parts that are done

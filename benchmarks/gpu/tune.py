@@ -2,102 +2,41 @@
 
     python -m benchmarks.gpu.tune kernels.json      # the published linears: two or three minutes
     QVL_KERNEL_CONFIGS=kernels.json qvl chat ...
+    python -m benchmarks.gpu.tune --dry-run         # without a GPU: does every candidate compile for A100 and H100?
 
 Every configuration must compute the right numbers before it is timed. Entries of other GPUs already in the file are
-kept. Exit status 2: no GPU here runs the kernels.
+kept. A dry run compiles every candidate, and counts those that spill registers or ask for more shared memory than the
+GPU has, which a search leaves out. Exit status 1: one does not compile; 2: no GPU here runs the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu.linears import random_weight
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.processes import do_all
+from benchmarks.gpu.search_space import candidates, copy_of, kinds, op_of, operands
 from qvl_kernels import UnsupportedError, ops_for
-from qvl_kernels.util import cdiv
 
 if TYPE_CHECKING:
+    from benchmarks.gpu.dry_run.search import Checked
     from qvl_kernels.triton.linear.configs import Config, Regime
 
 Cost = Callable[["Config"], float | None]  # seconds; None if the GPU has too little shared memory
-Op = Callable[[Tensor, Any], Tensor]
-ROWS: dict[Regime, int] = {"small_m": 1, "dense": 1, "gemm": 256, "wgmma": 512}  # that each kernel is timed with
-GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and stages to try
-    "small_m": ((8,), (32, 64), (1, 2, 4, 8), (1,)),
-    "dense": ((8,), (16, 32, 64), (2, 4, 8), (1,)),
-    "gemm": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
-    "wgmma": ((64, 128, 256), (128,), (4, 8), (3, 4)),
-}
-ANY_SPLIT = ("small_m", "dense", "wgmma")  # kernels whose splits need not have the same number of tiles
 SHARES = 4  # of a linear's candidates, compiled in parallel
 WRONG = {torch.float16: 2**-7, torch.bfloat16: 2**-5}  # of the largest output: sixteen or eight roundings
-
-
-def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iterator[Config]:
-    """The built-in configuration, then the others, each with half to twice the built-in number of splits."""
-    from qvl_kernels.triton.linear.configs import TILES, Config, config
-
-    built_in = config(capability, kind, ROWS[kind], inputs, outputs, bits_of(kind))
-    yield built_in
-    tiles = cdiv(inputs, TILES[bits_of(kind)])
-    near = {max(1, built_in.splits * quarters // 4) for quarters in (2, 3, 4, 5, 6, 8)}
-    splits = [n for n in sorted(near) if n <= tiles and (kind in ANY_SPLIT or tiles % n == 0)]
-    for numbers in product(*GRID[kind], splits):
-        made = Config._make(numbers)
-        if made != built_in and outputs % made.columns == 0:
-            yield made
-
-
-def bits_of(kind: Regime) -> int:
-    """Bits of the weight that a kernel multiplies by."""
-    return 16 if kind == "dense" else 4
-
-
-def kinds(capability: int) -> list[Regime]:
-    """The kernels of a capability."""
-    from qvl_kernels.triton.linear.configs import WGMMA_CAPABILITY
-
-    return [kind for kind in ROWS if kind != "wgmma" or capability == WGMMA_CAPABILITY]
-
-
-def op_of(kind: Regime) -> Op:
-    """The product of x with a weight: a packed one, or for `dense` a tensor."""
-    from qvl_kernels.triton.linear.dense import plan_dense
-    from qvl_kernels.triton.linear.gemm import gemm
-    from qvl_kernels.triton.linear.small_m import small_m
-    from qvl_kernels.triton.linear.wgmma import wgmma
-
-    ops: dict[str, Op] = {"small_m": small_m, "gemm": gemm, "wgmma": wgmma}
-    return ops.get(kind, lambda x, weight: plan_dense(x, weight)(x))
-
-
-def operands(kind: Regime, inputs: int, outputs: int, device: torch.device) -> tuple[Tensor, Any, Tensor]:
-    """x, the weight of `op_of`, and the same weight dequantized [outputs, inputs]."""
-    from qvl_kernels.layouts.repack import dequantize
-
-    weight = random_weight(inputs, outputs, device)
-    dtype = torch.bfloat16 if kind == "dense" else torch.float16
-    x, dense = torch.randn(ROWS[kind], inputs, device=device, dtype=dtype), dequantize(weight)
-    rounded = dense.to(dtype).contiguous()
-    return x, rounded if kind == "dense" else weight, dense
-
-
-def copy_of(weight: Any) -> Any:
-    """Another weight with the same numbers elsewhere in memory."""
-    return weight.clone() if isinstance(weight, Tensor) else replace(weight, words=weight.words.clone())
 
 
 def fastest(tried: Iterable[Config], cost: Cost) -> tuple[Config, float]:
@@ -186,15 +125,41 @@ def write(path: Path, capability: int, tuned: dict[str, list[int]]) -> None:
     path.write_text(json.dumps({**entries, str(capability): tuned}, indent=1) + "\n", encoding="utf-8")
 
 
+def dry_run(only: str) -> int:
+    """Compile the candidates for each target in processes, one a core; returns the exit status."""
+    from benchmarks.gpu.dry_run.search import TARGETS, check_share, shares, summary
+
+    began, status = time.perf_counter(), 0
+    for target in TARGETS:
+        checked: list[Checked] = []
+        for done in do_all(check_share, shares(target, only), max(1, os.cpu_count() or 1)):
+            if done.error is not None:
+                print(f"{done.job}: {done.error}", file=sys.stderr)
+                status = 1
+            checked += done.result or []
+        for one in checked:
+            if one.fault:
+                print(f"{target}, {one.label}: {[*one.config]} {one.fault}", flush=True)
+        print(f"{summary(target, checked)} ({time.perf_counter() - began:.0f} s)", flush=True)
+        status |= any(one.error for one in checked)
+    return int(status)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the search; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="the JSON file to write")
+    parser.add_argument("file", type=Path, nargs="?", help="the JSON file to write")
+    parser.add_argument("--dry-run", action="store_true", help="compile the candidates, without a GPU")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="of a dry run: kernels and linears, gemm.* out")
     options = parser.parse_args(arguments)
+    if options.dry_run:
+        return dry_run(options.only)
+    if options.file is None:
+        parser.error("name the file to write, or ask for a --dry-run")
     if not torch.cuda.is_available():
         print(
-            "error: the tuner times kernels on a GPU, and torch finds none here; without one, `make kernel-report`"
-            " shows what the built-in configurations cost",
+            "error: the tuner times kernels on a GPU, and torch finds none here; without one, --dry-run compiles its"
+            " candidates, and `make kernel-report` shows what the built-in configurations cost",
             file=sys.stderr,
         )
         return 2

@@ -18,7 +18,7 @@ from benchmarks.gpu.dry_run.indexing import get_item, set_item
 from benchmarks.gpu.dry_run.tensors import pretended_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("ceiling", "small", "targets")
+PARTS = ("ceiling", "small", "tower", "targets")
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -46,6 +46,8 @@ def test_parts_run_as_on_an_h100(tmp_path: Path) -> None:
     counts = {name: rows[-1] for name, rows in suite["parts"].items()}
     assert all("right" not in row for rows in suite["parts"].values() for row in rows)
     assert counts["small"]["kernels"] >= 6 and counts["small"]["launched_in_graphs"] > 100
+    assert {row["images"] for row in suite["parts"]["tower"] if "images" in row} == {1, 8}
+    assert counts["tower"]["kernels"] >= 12 and counts["tower"]["launched_in_graphs"] > 100
 
 
 ENGINE = """

@@ -17,12 +17,11 @@ import torch
 from benchmarks.gpu.bounds import full_config, token_bytes, weight_bytes
 from benchmarks.gpu.launches import Recorded, of_a_layer
 from benchmarks.gpu.page import page
-from benchmarks.gpu.parts import EXPECTED, parts_of
-from benchmarks.gpu.place import Place
 from benchmarks.gpu.table import MEMORY, SPEED
 from benchmarks.gpu.variants import questions
 
 ROOT = Path(__file__).resolve().parents[2]
+TOWER = {"ceiling", "features", "tower", "resampler", "product", "attention", "kernel"}
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: make setup")
 
 
@@ -51,6 +50,7 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
         "small",
         "int4",
         "bf16",
+        "tower",
         "variants",
         "int4-options",
         "head",
@@ -89,6 +89,11 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
     assert all(row["right"] for row in parts["head"]) and {row["linear"] for row in parts["head"]} == {"head"}
     names = {row["kernel"] for row in parts["small"]}
     assert names >= {"attention, merge", "merge", "norm after out", "norm after down", "all of a layer in a row"}
+    assert {row["what"] for row in parts["tower"]} == TOWER
+    assert {row["right"] for row in parts["tower"] if row["what"] == "features"} == {True}
+    ways = {row["by"] for row in parts["tower"] if row["what"] == "attention"}
+    assert len(ways) >= 4 and {"built in", "torch's", "the resampler's"} <= ways
+    assert {row["weights"] for row in parts["tower"] if row["what"] == "product"} == {"float16", "int8, groups of 128"}
     asked = {row["question"] for row in parts["variants"]}
     assert asked == {question.asked for question in questions()}
     assert all(row["of_default"] > 0 for row in parts["variants"])
@@ -103,7 +108,7 @@ def test_every_part_runs_without_a_gpu(tmp_path: Path) -> None:
 @needs_triton
 @pytest.mark.interpreter
 def test_a_layer_of_a_decode_step_is_eight_launches_at_the_most() -> None:
-    done = python("benchmarks.gpu.launches", "--json", "--quarter")
+    done = python("benchmarks.gpu.launches", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout)
     for rows in (1, 16):
@@ -146,7 +151,3 @@ def test_an_unknown_part_is_refused_before_anything_is_made(tmp_path: Path) -> N
     done = python("benchmarks.gpu.suite", "--only", "kernals", "--out", str(tmp_path / "out"))
     assert done.returncode == 2 and "there is no part 'kernals'; there are bounds, compile" in done.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_every_part_has_its_seconds() -> None:
-    assert [*parts_of(Place(torch.device("cpu"), True), None, dict)] == [*EXPECTED]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -11,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import tune
+from benchmarks.gpu import search_space, tune
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.tune import candidates, fastest, kinds, main, timed, write
+from benchmarks.gpu.search_space import candidates, kinds
+from benchmarks.gpu.tune import fastest, main, timed, write
 
 pytestmark = pytest.mark.unit
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed: `make setup`")
+ROOT = Path(__file__).resolve().parents[2]
 CPU = Place(torch.device("cpu"), tiny=True)
 
 
@@ -80,11 +86,58 @@ def test_the_best_is_what_a_file_then_gives(tmp_path: Path, monkeypatch: pytest.
     assert config(80, "small_m", 1, 4096, 4096).stages == 4
 
 
+DRY_RUN = """
+from benchmarks.gpu import search_space
+
+search_space.GRID = {
+    "small_m": ((8,), (32,), (4,), (1,)),
+    "dense": ((8,), (16,), (8,), (1,)),
+    "gemm": ((128,), (256,), (8,), (2, 9)),
+    "wgmma": ((64,), (128,), (4,), (3, 0)),
+}
+
+import json
+from benchmarks.gpu.dry_run.search import TARGETS, check_share, shares, summary
+
+said = {}
+for target in TARGETS:
+    checked = [one for share in shares(target, "out") for one in check_share(share)]
+    said[target] = [summary(target, checked), [[one.label, [*one.config], one.fault] for one in checked]]
+print(json.dumps(said))
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_candidates_are_compiled_without_a_gpu() -> None:
+    """Two that cannot run are among them: nine buffers of a large tile, and none."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "QVL_KERNELS")}
+    done = subprocess.run([sys.executable, "-c", DRY_RUN], capture_output=True, text=True, cwd=ROOT, env=clean)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for target, count in (("A100-SXM4-80GB", 3), ("H100 80GB HBM3", 4)):
+        line, checked = said[target]
+        assert len({label for label, _, _ in checked}) == count and line.startswith(f"{target}: {len(checked)} candid")
+        assert not any(fault for label, _, fault in checked if label.startswith(("small_m", "dense")))
+        large = [fault for label, config, fault in checked if label.startswith("gemm") and config[3] == 9]
+        assert large and all("of shared memory, and there are" in fault for fault in large)
+    line, checked = said["H100 80GB HBM3"]
+    none = [fault for label, config, fault in checked if label.startswith("wgmma") and config[3] == 0]
+    assert none and all(fault.startswith("does not compile: ") for fault in none)
+    assert f" {len(none)} do not compile" in line
+
+
+def test_a_dry_run_takes_no_file_and_a_search_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2 and "name the file to write, or ask for a --dry-run" in capsys.readouterr().err
+
+
 @needs_triton
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind, count", [("small_m", 3), ("gemm", 2), ("dense", 2), ("wgmma", 2)])
 def test_costs_are_taken_of_right_numbers_only(kind: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "ROWS", {"small_m": 2, "gemm": 20, "dense": 2, "wgmma": 20})
+    monkeypatch.setattr(search_space, "ROWS", {"small_m": 2, "gemm": 20, "dense": 2, "wgmma": 20})
     key = (80, f"{kind} 256 256")
     cost = timed(CPU, 1e9, kind, 256, 256, key)
     for made in islice(candidates(kind, 80, 256, 256), count):
@@ -92,7 +145,7 @@ def test_costs_are_taken_of_right_numbers_only(kind: Any, count: int, monkeypatc
     from qvl_kernels.triton.linear.configs import overrides
 
     assert overrides()[key] == made, "the kernel did not run as the file would have it"
-    original = tune.operands
+    original = search_space.operands
 
     def halved(*given: Any) -> Any:
         x, weight, dense = original(*given)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.dry_run.binding import Bound, bound_launches
-from benchmarks.gpu.dry_run.cuda import pretended_cuda
+from benchmarks.gpu.dry_run.cuda import GPU, pretended_cuda
 from benchmarks.gpu.dry_run.tensors import pretended_tensors
+from qvl_kernels.gpus import gpu_named
 from qvl_kernels.layouts.interleave import WORDS, from_tiles, to_tiles
 from qvl_kernels.util import cdiv
 
@@ -40,11 +41,11 @@ def by_shape(original: Rows, shape: Callable[[Tensor, int], tuple[int, ...]]) ->
 
 
 @contextmanager
-def pretended_gpu(compiles: bool = False) -> Iterator[Bound]:
-    """Pretend that this process has an H100; yields what is launched on it. compiles: compile every kernel, too."""
+def pretended_gpu(compiles: bool = False, name: str = GPU) -> Iterator[Bound]:
+    """Pretend that this process has a GPU; yields what is launched on it. compiles: compile every kernel, too."""
     with ExitStack() as stack:
-        bound = stack.enter_context(bound_launches(compiles))
-        stack.enter_context(pretended_cuda(bound))
+        bound = stack.enter_context(bound_launches(compiles, gpu_named(name).capability))
+        stack.enter_context(pretended_cuda(bound, name))
         stack.enter_context(pretended_tensors())
         stack.enter_context(patch("qvl_kernels.layouts.repack._grouping", even_groups))
         tiles = by_shape(to_tiles, lambda qweight, outputs: (cdiv(len(qweight), WORDS), outputs, WORDS))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-TARGET = ("cuda", 90, 32)  # backend, capability and threads of a warp
+BACKEND, WARP = "cuda", 32  # threads
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a program can have, by capability
 
 
 class Pointer:
@@ -45,12 +50,20 @@ class Binary(NamedTuple):
 Key = tuple[str, str]  # kernel, and Triton's key: types, alignment, constants and options
 
 
+class Needs(NamedTuple):
+    """What a compiled kernel needs, in bytes: shared memory a program, and stack a thread, of spilled registers."""
+
+    shared: int
+    stack: int
+
+
 class Bound:
     """What was launched: names in order, and every distinct source."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.sources: dict[Key, dict[str, Any]] = {}  # what Triton compiles once, by its constants
+        self.needs: dict[Key, Needs] = {}  # of those that were compiled
         self.used: set[Key] = set()  # since it was last cleared
         self.eager = 0  # launches that the host made one by one
         self.replayed = 0  # launches inside of replayed graphs
@@ -83,16 +96,32 @@ class Bound:
             self._capturing = before
 
 
+def stack_of(cubin: bytes) -> int:
+    """Bytes of stack a thread, as NVIDIA's tool in Triton's wheel reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    found = re.search(r"STACK:(\d+)", done.stdout)
+    if found is None:
+        raise ValueError(f"cuobjdump reports no stack: {done.stdout[:200]!r}")
+    return int(found[1])
+
+
 @contextmanager
-def bound_launches(compiles: bool) -> Iterator[Bound]:
-    """Let Triton bind each launch for an H100; raises what it raises, and what its compiler does if it `compiles`."""
+def bound_launches(compiles: bool, capability: int) -> Iterator[Bound]:
+    """Let Triton bind each launch; raises what it raises, and what its compiler does if it `compiles`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     from qvl_kernels.triton.launch import Launch
 
-    bound, target = Bound(), GPUTarget(*TARGET)
+    bound, target = Bound(), GPUTarget(BACKEND, capability, WARP)
+    cached: list[Any] = []  # functions that keep binaries of this target
 
     class Driver:
         """The driver of the only GPU."""
@@ -113,8 +142,10 @@ def bound_launches(compiles: bool) -> Iterator[Bound]:
         name = function.fn.__name__
         bound.sources[name, str(key)] = {function.arg_names[path[0]]: value for path, value in constants.items()}
         if compiles:
-            triton.compile(source, target=target, options=options.__dict__)
+            compiled = triton.compile(source, target=target, options=options.__dict__)
+            bound.needs[name, str(key)] = Needs(compiled.metadata.shared, stack_of(compiled.asm["cubin"]))
         function.device_caches[device][0][key] = made = Binary(name, str(key), bound.used)
+        cached.append(function)
         return made
 
     def run(launch: Launch) -> None:
@@ -133,4 +164,8 @@ def bound_launches(compiles: bool) -> Iterator[Bound]:
         stack.enter_context(patch.object(JITFunction, "_do_compile", compile_once))
         stack.enter_context(patch.object(Launch, "run", run))
         triton.runtime.driver.set_active(Driver())
-        yield bound
+        try:
+            yield bound
+        finally:
+            for function in cached:
+                function.device_caches.clear()

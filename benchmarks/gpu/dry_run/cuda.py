@@ -105,12 +105,16 @@ class Profile:
 
 
 @contextmanager
-def pretended_cuda(bound: Bound) -> Iterator[None]:
-    """Replace what the package and the suite use of torch.cuda."""
-    gpu, graphs = gpu_named(GPU), Graphs(bound)
-    stream = Stream()
+def pretended_cuda(bound: Bound, name: str = GPU) -> Iterator[None]:
+    """Replace what the package and the suite use of torch.cuda. name: of the GPU, as in `qvl_kernels.gpus`."""
+    gpu, graphs, stream = gpu_named(name), Graphs(bound), Stream()
+    capability = divmod(gpu.capability, 10)
     properties = SimpleNamespace(
-        name=f"NVIDIA {GPU}", major=9, minor=0, total_memory=gpu.memory, multi_processor_count=gpu.sms
+        name=f"NVIDIA {GPU}",
+        major=capability[0],
+        minor=capability[1],
+        total_memory=gpu.memory,
+        multi_processor_count=gpu.sms,
     )
     answers: dict[str, Any] = {
         "is_available": True,
@@ -118,7 +122,7 @@ def pretended_cuda(bound: Bound) -> Iterator[None]:
         "device_count": 1,
         "current_device": 0,
         "get_device_name": properties.name,
-        "get_device_capability": (9, 0),
+        "get_device_capability": capability,
         "get_device_properties": properties,
         "mem_get_info": (gpu.memory - ALLOCATED, gpu.memory),
         "memory_allocated": ALLOCATED,
