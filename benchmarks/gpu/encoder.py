@@ -91,7 +91,7 @@ def sizes(config: VisionConfig) -> dict[str, tuple[int, int, int]]:
 
 
 def operations(config: VisionConfig, kinds: dict[str, int]) -> int:
-    """Multiplications and additions of an image: in so many linears of each kind, and in the attention they imply."""
+    """Multiplications and additions of an image: in `kinds` linears of each kind, and in their attention."""
     linears = sum(2 * kinds.get(kind, 0) * m * k * n for kind, (m, k, n) in sizes(config).items())
     own = 4 * config.num_patches**2 * config.width * kinds.get("attn.in_proj", 0)
     return linears + own + 4 * config.num_patches * config.n_queries * config.output_dim
