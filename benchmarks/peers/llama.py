@@ -18,7 +18,16 @@ class Llama:
             raise SystemExit(f"{server} did not load {model}")
 
     def __call__(self, command: str) -> None:
-        """Run a command such as `tg 1` or `pp 512` and wait until it is done."""
-        self._in.write(command + "\n")
-        self._in.flush()
-        self._out.readline()
+        """Run a command such as `tg 1` or `pp 512` and wait until it is done.
+
+        Raises:
+            SystemExit: The process has ended.
+        """
+        try:
+            self._in.write(command + "\n")
+            self._in.flush()
+            done = self._out.readline()
+        except BrokenPipeError:
+            done = ""
+        if not done:
+            raise SystemExit(f"llama.cpp ended at `{command}` with status {self.process.wait()}")

@@ -28,6 +28,9 @@ INSTRUCTION_SETS = {
     "avxvnni": (*AVX2, "AVX_VNNI"),
     "avx2": AVX2,
 }
+# g++ 12 takes `_tile_loadconfig` for a read of 8 of its 64 bytes and removes the stores of the others as dead;
+# the first product of many rows on AMX then ends the process.
+KEEP_STORES = "-fno-tree-dse -fno-dse"
 LIBRARIES = ("libllama.a", "libggml.a", "libggml-cpu.a", "libggml-base.a")
 
 
@@ -75,7 +78,8 @@ def server(work: Path, python: Path, isa: str = "native") -> Path:
     ]
     on = [f"-DGGML_{feature}=ON" for feature in INSTRUCTION_SETS[isa]]
     native = "ON" if isa == "native" else "OFF"
-    run(cmake, "-S", llama, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DGGML_NATIVE={native}", *on, *off)
+    tiles = [f"-DCMAKE_CXX_FLAGS={KEEP_STORES}"] if isa == "native" else []
+    run(cmake, "-S", llama, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DGGML_NATIVE={native}", *tiles, *on, *off)
     run(cmake, "--build", build, "--target", "llama", f"-j{os.cpu_count()}")
     libraries = [next(build.rglob(name)) for name in LIBRARIES]
     includes = [f"-I{llama / 'include'}", f"-I{llama / 'ggml' / 'include'}"]

@@ -74,10 +74,95 @@ struct ByteHalf {
 };
 #endif
 
+#if !defined(QVL_AVX_VNNI)
+// acc = four products of unsigned w and signed x in pairs, or, unless FIRST, added to it.
+template <bool FIRST> inline void pair_products(__m256i (&acc)[2], __m256i left, __m256i right, const int8_t* x) {
+  __m256i words, products;
+  if constexpr (FIRST)
+    asm("vpbroadcastd %5, %2\n\tvpmaddubsw %2, %3, %0\n\tvpmaddubsw %2, %4, %1"
+        : "=&x"(acc[0]), "=&x"(acc[1]), "=&x"(words) : "x"(left), "x"(right), "m"(word_at(x)));
+  else
+    asm("vpbroadcastd %6, %2\n\tvpmaddubsw %2, %4, %3\n\tvpaddw %3, %0, %0\n\tvpmaddubsw %2, %5, %2\n\tvpaddw %2, %1, %1"
+        : "+x"(acc[0]), "+x"(acc[1]), "=&x"(words), "=&x"(products) : "x"(left), "x"(right), "m"(word_at(x)));
+}
+
+inline void add_widened(I& sum, const __m256i (&acc)[2]) { sum = iadd(sum, {widened(acc[0]), widened(acc[1])}); }
+
+// Four lines of a block times the three planes of an exact row. The low planes have digits of -64 to 63, so that the products
+// of eight lines fit 16 bits; only the highest starts at zero here unless FIRST.
+template <bool FIRST, bool AHEAD> inline void four_lines(__m256i (&acc)[3][2], const uint8_t* line, const int8_t* x) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __m256i left = half_line(line + j * 64), right = half_line(line + j * 64 + 32);
+    if (AHEAD) __builtin_prefetch(line + j * 64 + kLinesAhead);
+#pragma GCC unroll 2
+    for (int high = 0; high < 2; high++) {
+      const __m256i low_or_high[2] = {high ? high_half(left) : low_half(left), high ? high_half(right) : low_half(right)};
+      const int8_t* words = x + (j * 2 + high) * 12;
+#pragma GCC unroll 3
+      for (int m = 0; m < 3; m++) {
+        if (j == 0 && high == 0 && (FIRST || m == 2)) pair_products<true>(acc[m], low_or_high[0], low_or_high[1], words + 4 * m);
+        else pair_products<false>(acc[m], low_or_high[0], low_or_high[1], words + 4 * m);
+      }
+    }
+  }
+}
+
+// The three planes of an exact row, one block after the other.
+template <bool AHEAD, int NB>
+inline void planes_of_a_row(I (&sums)[3][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines) {
+#pragma GCC unroll 1
+  for (int n = 0; n < NB; n++)
+#pragma GCC unroll 1
+    for (int64_t j = 0; j < lines; j += 8) {
+      const uint8_t* line = at + n * stride + j * 64;
+      __m256i acc[3][2];
+      four_lines<true, AHEAD>(acc, line, x + j * 24);
+      add_widened(sums[2][n], acc[2]);
+      if (lines - j > 4) {
+        four_lines<false, AHEAD>(acc, line + 256, x + (j + 4) * 24);
+        add_widened(sums[2][n], acc[2]);
+      }
+      add_widened(sums[0][n], acc[0]);
+      add_widened(sums[1][n], acc[1]);
+    }
+}
+
+// One row of up to four blocks, which share its inputs.
+template <bool AHEAD, int NB>
+inline void one_row(I (&sums)[1][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines) {
+#pragma GCC unroll 1
+  for (int64_t first = 0; first < lines; first += kNibbleLines, at += 64 * kNibbleLines, x += 8 * kNibbleLines) {
+    __m256i acc[NB][2];
+#pragma GCC unroll 4
+    for (int j = 0; j < kNibbleLines; j++) {
+      const __m256i words[2] = {_mm256_set1_epi32(word_at(x + 8 * j)), _mm256_set1_epi32(word_at(x + 8 * j + 4))};
+#pragma GCC unroll 4
+      for (int n = 0; n < NB; n++) {
+        if (AHEAD) __builtin_prefetch(at + n * stride + 64 * j + kLinesAhead);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          const __m256i both = half_line(at + n * stride + 64 * j + 32 * half);
+          if (j == 0) acc[n][half] = _mm256_maddubs_epi16(low_half(both), words[0]);
+          else dot_half(acc[n][half], low_half(both), words[0]);
+          dot_half(acc[n][half], high_half(both), words[1]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; n++) add_widened(sums[0][n], acc[n]);
+  }
+}
+#endif
+
 // Columns are halves of a line of a block: one row takes both halves of four, up to six rows those of one block after the
 // other where they have few, and more rows one half after the other.
 template <int M, int NB>
 inline void nibble_lines(I (&low)[M][NB], I (&)[M][NB], const uint8_t* at, int64_t stride, const int8_t* x, int64_t lines, bool ahead) {
+#if !defined(QVL_AVX_VNNI)  // a group has a multiple of four lines; three rows are the planes of one
+  if constexpr (M == 3) return ahead ? planes_of_a_row<true>(low, at, stride, x, lines) : planes_of_a_row<false>(low, at, stride, x, lines);
+  if constexpr (M == 1) return ahead ? one_row<true>(low, at, stride, x, lines) : one_row<false>(low, at, stride, x, lines);
+#endif
   constexpr bool kInTurn = M > 1 && M <= 6 && NB <= 2;  // blocks
   constexpr int kBlocks = kInTurn ? 1 : NB, kHalves = kInTurn || (M == 1 && NB <= 4) ? 2 : 1, kColumns = kBlocks * kHalves;
   for (int64_t first = 0; first < lines; first += kNibbleLines) {

@@ -43,18 +43,18 @@ template <int M, int NB> struct GroupSums {
     const int32_t* sum = a.sum + (tile * a.groups + g) * M;
     const int32_t offset = w.bits == 8 && kBytesLess128 ? 128 : 0;
     if (!w.zeros) {
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int m = 0; m < M; m++) {
         const I first = iset1((offset - (1 << (w.bits - 1))) * sum[m]);
-QVL_UNROLL
+QVL_UNROLL_SUMS
         for (int n = 0; n < NB; n++) sums[m][n] = first;
       }
       return;
     }
-QVL_UNROLL
+QVL_UNROLL_SUMS
     for (int n = 0; n < NB; n++) {
       const I zeros = isub(iset1(offset), load_u8(w.zeros + ((block + n) * w.groups + g) * 16));
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int m = 0; m < M; m++) sums[m][n] = imul(zeros, iset1(sum[m]));
     }
   }
@@ -62,7 +62,7 @@ QVL_UNROLL
   // Prefetches the scales and zero points of this group and the next ones: their streams are too short for the hardware's
   // prefetcher.
   inline void prefetch() const {
-QVL_UNROLL
+QVL_UNROLL_SUMS
     for (int n = 0; n < NB; n++) {
       const int64_t first = ((block + n) * w.groups + g) * 16;
       if (g % 2 == 0) __builtin_prefetch(w.scales + first);
@@ -73,10 +73,10 @@ QVL_UNROLL
   // acc += the sums, scaled.
   template <class Acc> inline void finish(const I (&sums)[M][NB], const Acc& acc) const {
     const float* by_row = a.scale + (tile * a.groups + g) * M;
-QVL_UNROLL
+QVL_UNROLL_SUMS
     for (int n = 0; n < NB; n++) {
       const F scale = w.scale(block + n, g);
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int m = 0; m < M; m++) acc(m, n, to_float(sums[m][n]), mul(scale, set1(by_row[m])));
     }
   }
@@ -101,9 +101,9 @@ void few_rows(const Packed& w, const Activations& a, const Output& out, int64_t 
   const uint8_t* at_group = w.lines + block * stride;
   const int8_t* x = a.q + tile * M * a.padded;
   F acc[M][NB];
-QVL_UNROLL
+QVL_UNROLL_SUMS
   for (int m = 0; m < M; m++)
-QVL_UNROLL
+QVL_UNROLL_SUMS
     for (int n = 0; n < NB; n++) acc[m][n] = zero();
   for (int64_t g = 0; g < w.groups; g++, at_group += w.group_bytes(), x += w.group * M) {
     const GroupSums<M, NB> group{w, a, tile, block, g};
@@ -112,14 +112,14 @@ QVL_UNROLL
     group.start(sums);
     if constexpr (BITS == 4) {
       I high[M][NB];
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int m = 0; m < M; m++)
-QVL_UNROLL
+QVL_UNROLL_SUMS
         for (int n = 0; n < NB; n++) high[m][n] = iset1(0);
       nibble_lines(sums, high, at_group, stride, x, lines, ahead);
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int m = 0; m < M; m++)
-QVL_UNROLL
+QVL_UNROLL_SUMS
         for (int n = 0; n < NB; n++) sums[m][n] = iadd(sums[m][n], shift_high(high[m][n]));
     } else {
       byte_lines(sums, at_group, stride, x, lines, ahead);
@@ -127,9 +127,9 @@ QVL_UNROLL
     group.finish(sums, [&](int m, int n, F sum, F factor) { acc[m][n] = fma(sum, factor, acc[m][n]); });
   }
   alignas(64) float done[M][NB][16];
-QVL_UNROLL
+QVL_UNROLL_SUMS
   for (int m = 0; m < M; m++)
-QVL_UNROLL
+QVL_UNROLL_SUMS
     for (int n = 0; n < NB; n++) store(done[m][n], acc[m][n]);
   put_tile<NB>(a, out, tile, block, done[0][0]);
 }
