@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Product = Callable[[Tensor], Tensor]
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
-MANY = 65  # rows from which there are several ways
+MANY = 64  # rows from which several ways are timed
 IN_A_ROW = 3  # layers whose four linears follow one another; 303 MB in 4 bits
 WRONG = 2**-6  # of the largest output: eight roundings of bfloat16
 GROUP = 128

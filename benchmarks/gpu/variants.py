@@ -76,9 +76,9 @@ def questions() -> tuple[Question, ...]:
             (
                 Way("built in", {}),
                 Way("never wgmma", {}, lambda: wgmma("0"), lambda engine: wgmma("0")),
-                Way("wgmma from 65 rows on", {}, lambda: wgmma("65-9999"), lambda engine: wgmma("65-9999")),
+                Way("wgmma from 33 rows on", {}, lambda: wgmma("33-9999"), lambda engine: wgmma("33-9999")),
             ),
-            (),
+            (64,),
             (128, 300, 512, 1024, 2048),
         ),
         Question("dense linears", "bf16", (Way("this package's", {}), Way("cuBLAS", {}, cublas)), (1, 4, 16)),

@@ -7,7 +7,7 @@ import re
 
 # Rows of an int4 weight whose tiles are dequantized in registers for wgmma, instead of on their way through shared
 # memory. By the kernel report, not measured; QVL_INT4_WGMMA names others, "65-4095", or "0": none.
-WGMMA_M = (65, 1023)
+WGMMA_M = (33, 1023)
 
 
 def asked_wgmma_rows() -> tuple[int, int]:
@@ -19,5 +19,5 @@ def asked_wgmma_rows() -> tuple[int, int]:
         return 1, 0
     found = re.fullmatch(r"(\d{1,6})-(\d{1,6})", asked)
     if found is None:
-        raise ValueError(f"QVL_INT4_WGMMA is {asked[:40]!r}; expected rows such as '65-1023', or '0' for none")
+        raise ValueError(f"QVL_INT4_WGMMA is {asked[:40]!r}; expected rows such as '33-1023', or '0' for none")
     return int(found[1]), int(found[2])

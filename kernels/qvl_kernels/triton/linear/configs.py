@@ -29,8 +29,9 @@ SMALL_M = {4: 32, 8: 64, 16: 16}
 # Rows from which dequantizing an int4 weight once, 1.3 passes over it in 16 bits, costs less than in each tile.
 DEQUANTIZE_M = {4: 1024, 8: SMALL_M[8] + 1}
 WGMMA_CAPABILITY = 90  # the only one that has it: 10.0 has other instructions instead
-# Rows, columns, warps and buffers of a program: 160 KB of shared memory, so one a multiprocessor.
-WGMMA = (128, 128, 8, 4)
+# Rows, columns, warps and buffers of a program, by its rows. With 128 it has 160 KB of shared memory, so one fits a
+# multiprocessor; with 64, 96 KB.
+WGMMA = {64: (64, 128, 8, 4), 128: (128, 128, 8, 4)}
 LEAST_BUFFERS = 3
 # Columns and warps of a program with few rows. Dense: 16 outputs of 8 warps have 16 KB under way, and leave the last
 # wave of a layer's linears enough programs to fill the memory; not measured.
@@ -92,7 +93,8 @@ def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, 
     """
     here, tiles = known(capability), cdiv(inputs, TILES[bits])
     tuned = overrides().get((here, f"{kind} {inputs} {outputs}"))
-    if tuned is not None:
+    few_for_wgmma = kind == "wgmma" and rows <= min(WGMMA)  # tuned entries are for many
+    if tuned is not None and not few_for_wgmma:
         whole = kind == "dense" or outputs % tuned.columns == 0
         tuned = tuned if whole else tuned._replace(columns=OUTPUTS)
         return tuned._replace(rows=_tile_rows(rows)) if kind in FEW else tuned
@@ -100,7 +102,7 @@ def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, 
         made = Config(_tile_rows(rows), *FEW[kind], 1)
         return made._replace(splits=_splits(here, kind, cdiv(outputs, made.columns), tiles))
     if kind == "wgmma":
-        made = Config(*WGMMA)
+        made = Config(*WGMMA[min(WGMMA) if few_for_wgmma else max(WGMMA)])
         programs = cdiv(rows, made.rows) * (outputs // made.columns)
         return made._replace(splits=max(1, min(MULTIPROCESSORS[here] // programs, tiles // LEAST_TILES["gemm"])))
     made = _gemm(here, rows, outputs)

@@ -1,4 +1,4 @@
-"""Int4 GPTQ linear, 17 to about a thousand rows: each program unpacks its tile of the weight, then multiplies.
+"""Int4 GPTQ linear, 33 to about a thousand rows, without wgmma: each program unpacks its tile, then multiplies.
 
 This kernel is bound by the tensor cores, so arithmetic on weights is affordable: each weight is rounded once to x's
 dtype, as in the reference, and one accumulator suffices where the small-M kernel has two.

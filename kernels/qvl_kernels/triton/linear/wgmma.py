@@ -1,4 +1,4 @@
-"""Int4 linears with many rows, on capability 9.0: each tile of the weight is dequantized in registers, for wgmma.
+"""Int4 linears with 33 to a thousand rows, on capability 9.0: each tile is dequantized in registers, for wgmma.
 
 out^T = W x^T with the weight as operand A, from the registers that it is dequantized in, and x as operand B, from
 shared memory. Words and x arrive by asynchronous copies, two tiles ahead. The source dequantizes a tile while the one
@@ -230,10 +230,10 @@ def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chose
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """The four linears of a decoder layer at 128 and 512 rows, one in bfloat16, one with zero points; for 9.0 alone."""
+    """The four linears of a decoder layer at 64 to 512 rows, one in bfloat16, one with zero points; for 9.0 alone."""
     fp16, bf16 = torch.float16, torch.bfloat16
-    cases = [(name, rows, fp16, True) for name in DECODER for rows in (128, 512)]
-    cases += [("qkv", 512, bf16, True), ("qkv", 512, fp16, False)]
+    cases = [(name, rows, fp16, True) for name in DECODER for rows in (64, 128, 512)]
+    cases += [("qkv", rows, dtype, dtype == bf16) for rows in (64, 512) for dtype in (bf16, fp16)]
     return [_spec(capability, *case) for case in cases] if capability == WGMMA_CAPABILITY else []
 
 
