@@ -45,6 +45,7 @@ def test_a_linear_takes_it_where_the_gpu_has_wgmma(monkeypatch: pytest.MonkeyPat
     tensors, x = checkpoint(256, 128, 128, act_order=True), activations(65, 256)
     linear = ops.prepare_gptq(*tensors, 4, 1)
     monkeypatch.setattr(linears, "capability", lambda device: 90)
+    monkeypatch.setattr(configs, "wgmma_rows", lambda: (33, 1023))
     monkeypatch.delattr(gemm, "int4_gemm_kernel")
     check(linear(x), x, tensors)
 
