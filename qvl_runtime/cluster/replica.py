@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from starlette.types import Message
 from qvl_runtime.errors import QVLError
 from qvl_runtime.server.app import make_app
 from qvl_runtime.server.config import ServerConfig
+from qvl_runtime.server.garbage import loaded_for_good
 from qvl_runtime.server.keys import Keys
 from qvl_runtime.server.middleware import standard_output
 from qvl_runtime.server.service import Service
@@ -41,7 +43,7 @@ class Replica:
                 torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to 1
             return Engine(**engine)
 
-        self._service = Service(load, server_config(server))
+        self._service = Service(partial(loaded_for_good, load), server_config(server))
         key_file = Keys(Path(keys) if keys is not None else None)
         self._app = make_app(self._service, key_file, standard_output if log else None)
         self._service.start()

@@ -18,6 +18,7 @@ import uvicorn
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.server.app import make_app
 from qvl_runtime.server.config import ServerConfig
+from qvl_runtime.server.garbage import loaded_for_good
 from qvl_runtime.server.keys import Keys
 from qvl_runtime.server.service import Service, raise_failure
 
@@ -125,7 +126,7 @@ def serve(
 
     announce: called with the URL once it listens; ready: with the engine once requests are taken.
     """
-    service = Service(load, config)
+    service = Service(partial(loaded_for_good, load), config)
     service.on_ready = ready
     server = make_server(service, keys, host, port, write, trusted_proxies)
     with listening_socket(host, port) as sock:
