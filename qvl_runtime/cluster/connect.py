@@ -35,11 +35,20 @@ def connect(address: str, cpus: int | None = None) -> Any:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         options |= {"num_cpus": cpus, "include_dashboard": False}
+        _as_a_minimal_install()
     try:
         ray.init(address=address, **options)
     except Exception as error:  # of many kinds: ConnectionError, RuntimeError, ValueError, grpc's
         raise ClusterError(_why(address, error)) from error
     return ray
+
+
+def _as_a_minimal_install() -> None:
+    """Have a cluster that is made here start without Ray's dashboard and metrics, as without its extra `default`.
+
+    Each of its processes would import what those need before it listens, while the next one waits for it.
+    """
+    sys.modules.setdefault("ray.dashboard.optional_deps", None)  # type: ignore[arg-type]  # an import fails then
 
 
 def disconnect() -> None:
