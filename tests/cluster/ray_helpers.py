@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -71,16 +72,9 @@ def write_rows(folder: Path, count: int, pictures: int = 5, extra: tuple[Any, ..
 
 
 def answers(*paths: Path) -> list[str]:
-    """The lines of answers, sorted, without what depends on neighbors: cached tokens, the last digits of a score."""
-    found = []
-    for path in paths:
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            record.get("usage", {}).pop("cached_tokens", None)
-            for box in record.get("boxes", []):
-                box["score"] = None if box["score"] is None else round(box["score"], 5)
-            found.append(json.dumps(record))
-    return sorted(found)
+    """The lines of answers as they are, sorted, but for the number of cached tokens, which depends on the order."""
+    lines = [line for path in paths for line in path.read_text().splitlines()]
+    return sorted(re.sub(r'"cached_tokens": [0-9]+', '"cached_tokens": 0', line) for line in lines)
 
 
 def run(

@@ -62,16 +62,18 @@ def answers(engine: Engine) -> list[Any]:
     return [[answer.token_ids for answer in done.answers] for done in engine.generate(list(prompts), list(params))]
 
 
+# nano's 4 heads are no 3 equal parts: `test_options_that_do_not_fit` has what is said then
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("options", [{}, INT4], ids=["dense", "Int4"])
-def test_it_answers_like_one_process(options: dict[str, Any]) -> None:
+def test_it_answers_like_one_process(options: dict[str, Any], ranks: int) -> None:
     one = Engine(dtype="float32", max_model_len=512, max_step_tokens=64, **options)
     expected, scored = answers(one), one.score({"token_ids": list(range(5, 40))})
-    with split(max_step_tokens=64, **options) as engine:
+    with split(ranks, max_step_tokens=64, **options) as engine:
         assert answers(engine) == expected
         assert answers(engine) == expected, "over what is cached"
         found = engine.score({"token_ids": list(range(5, 40))})
         assert (found.logprobs - scored.logprobs).abs().max() < 1e-4
-        assert engine.report()["kernels"]["decoder"] == "split among 2 processes, no graphs"
+        assert engine.report()["kernels"]["decoder"] == f"split among {ranks} processes, no graphs"
         engine.core.runner.cache.check_integrity()
 
 
