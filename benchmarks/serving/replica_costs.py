@@ -16,11 +16,13 @@ import numpy as np
 
 from benchmarks.serving.http_load import Server
 from benchmarks.serving.process_times import ProcessTimes, running_seconds, seconds_of
-from benchmarks.serving.simulation import LONG, PICTURES, ROWS, SHORT, Costs
+from benchmarks.serving.simulation import CLIENTS, LONG, PACE_S, PICTURES, ROWS, SHORT, Costs, Holding
 
-LONGEST = 400  # tokens of answers during which a step is timed
+LONGEST = 400  # tokens of answers during which a step is timed, and that are given up then
 WINDOW_S = 0.2
 PAUSE_S = 0.05
+COLD = 30  # requests with pauses, of a token
+PACE_LOOPS = 6  # in lengths of one of the loops
 
 
 class Spent(NamedTuple):
@@ -85,29 +87,33 @@ class Meter:
         return Spent(requests, model.steps, model.model, front, used.get("picture decoders", 0.0), time.process_time())
 
 
-def measure(server: Server, seconds: float, seed: int) -> Costs:
-    """The costs of a replica that is alone."""
+def measure(server: Server, seconds: float, seed: int, holding: tuple[Holding, Holding, Holding]) -> Costs:
+    """The costs of a replica that is alone. holding: from `lock_costs`."""
     urls, meter = pictures(seed), Meter(server)
     asyncio.run(meter.spent(0))
     asyncio.run(_each(server, urls, "New?"))
     new = asyncio.run(meter.spent(PICTURES))
     asyncio.run(_each(server, urls, "Seen?"))
     seen = asyncio.run(meter.spent(PICTURES))
+    asyncio.run(_each(server, urls[:COLD], "Known?", PAUSE_S))
+    cold = asyncio.run(meter.spent(COLD))
+    pace = asyncio.run(_pace(server, meter, urls, PACE_LOOPS * seconds))
     many = [asyncio.run(_step(server, meter, urls, rows)) for rows in ROWS[1:]]
-    loops = [asyncio.run(_closed(server, meter, urls, clients, seconds)) for clients in ROWS]
+    loops = [asyncio.run(_closed(server, meter, urls, clients, seconds)) for clients in CLIENTS]
     one, prompt = loops[0], seen.model / seen.requests  # a step with a prompt and no other answer
-    steps = (one.model - one.requests * prompt) / (one.steps - one.requests), *many
+    steps = (one.model - one.requests * cold.model / cold.requests) / (one.steps - one.requests), *many
     joining, prefill = _joining(loops[-1], steps, prompt - steps[0])
     front, decode, client = (
         tuple(getattr(spent, part) / spent.requests for spent in loops) for part in ("front", "decode", "client")
     )
-    return Costs(steps, joining, prefill, (new.model - seen.model) / PICTURES, front, decode, client)
+    return Costs(steps, joining, prefill, (new.model - seen.model) / PICTURES, pace, holding, front, decode, client)
 
 
-async def _each(server: Server, urls: list[str], question: str) -> None:
+async def _each(server: Server, urls: list[str], question: str, pause: float = 0.0) -> None:
     """Ask about one picture after another, for a token each."""
     for url in urls:
         await server.ask(body(url, question, 1))
+        await asyncio.sleep(pause)
 
 
 async def _step(server: Server, meter: Meter, urls: list[str], rows: int) -> float:
@@ -115,11 +121,36 @@ async def _step(server: Server, meter: Meter, urls: list[str], rows: int) -> flo
     asked = [asyncio.create_task(server.ask(body(urls[row], f"How? {row}", LONGEST))) for row in range(rows)]
     while await server.metric("num_requests_running") < rows:
         await asyncio.sleep(0.005)
+    await asyncio.sleep(PAUSE_S)  # the last prompt was begun, and may be under way
     before = await meter.model()
     await asyncio.sleep(WINDOW_S)
     after = await meter.model()
-    await asyncio.gather(*asked)
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    while await server.metric("num_requests_running"):
+        await asyncio.sleep(0.005)
     return (after.model - before.model) / (after.steps - before.steps)
+
+
+async def _pace(server: Server, meter: Meter, urls: list[str], seconds: float) -> tuple[float, ...]:
+    """What a step with one answer takes in one `PACE_S` after another, of the mean."""
+    end, took = time.perf_counter() + seconds, list[float]()
+
+    async def ask() -> None:
+        for number in itertools.count():
+            await server.ask(body(urls[0], f"How long? {number}", LONG))
+
+    asking = asyncio.create_task(ask())
+    before = await meter.model()
+    while time.perf_counter() < end:
+        await asyncio.sleep(PACE_S)
+        after = await meter.model()
+        took.append((after.model - before.model) / (after.steps - before.steps))
+        before = after
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    return tuple((np.array(took) / np.mean(took)).tolist())
 
 
 async def _closed(server: Server, meter: Meter, urls: list[str], clients: int, seconds: float) -> Spent:

@@ -18,14 +18,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.serving.http_load import Server
+from benchmarks.serving.lock_costs import lock_costs
 from benchmarks.serving.replica_costs import Meter, body, measure, pictures
-from benchmarks.serving.simulation import LONG, PICTURES, SHORT, Arrival, Costs, simulate, traffic
+from benchmarks.serving.simulation import LONG, PICTURES, SHORT, Arrival, Costs, Holding, simulate, traffic
 from benchmarks.timing import say, setting
 from qvl_runtime.cluster.affinity import DEFAULT_BOUND, choose
 from qvl_runtime.host import machine_cpu_seconds
@@ -59,8 +60,15 @@ async def warm(server: Server) -> None:
 
 
 def mean(one: Costs, other: Costs) -> Costs:
-    """Between two."""
-    return Costs(*((np.add(a, b) / 2).tolist() for a, b in zip(astuple(one), astuple(other), strict=True)))
+    """Between two; the pace is that of the one, and then of the other."""
+    same: dict[str, Any] = {"holding": one.holding, "pace": one.pace + other.pace}
+    pairs = {name: (value, asdict(other)[name]) for name, value in asdict(one).items() if name not in same}
+    return Costs(**{name: _between(*pair) for name, pair in pairs.items()}, **same)
+
+
+def _between(one: Any, other: Any) -> Any:
+    middle = np.add(one, other) / 2
+    return tuple(middle.tolist()) if middle.ndim else float(middle)
 
 
 class Replay(NamedTuple):
@@ -127,17 +135,26 @@ def figures(arrivals: list[Arrival], took: list[float]) -> dict[str, float]:
     }
 
 
-def compare(servers: list[Server], rate: float, arguments: argparse.Namespace, seed: int) -> None:
+def compare(
+    servers: list[Server],
+    rate: float,
+    arguments: argparse.Namespace,
+    holding: tuple[Holding, Holding, Holding],
+    seed: int,
+) -> None:
     """Send traffic of some requests a second to all servers, and say what it took and what the simulation makes of it.
 
-    What one server costs is measured before and after, and the mean counts: a machine's speed moves within minutes.
+    What one server costs is measured before and after each time, and the mean counts: a machine's speed moves within
+    minutes.
     """
     cores = os.cpu_count() or 1
-    before = measure(servers[0], arguments.calibrate, seed)
     count = max(20, round(rate * arguments.seconds))
     runs = [traffic(rate, count, seed + turn) for turn in range(arguments.repeat)]
-    measured = [replay(servers, run, seed + 1 + turn) for turn, run in enumerate(runs)]
-    costs = mean(before, measure(servers[0], arguments.calibrate, seed + 1 + len(runs)))
+    measured, singly = list[Replay](), [measure(servers[0], arguments.calibrate, seed, holding)]
+    for turn, run in enumerate(runs, 1):
+        measured.append(replay(servers, run, seed + turn))
+        singly.append(measure(servers[0], arguments.calibrate, seed + turn + len(runs), holding))
+    costs = [mean(before, after) for before, after in itertools.pairwise(singly)]
     report(servers=len(servers), cores=cores, rate=rate, costs=costs, runs=runs, measured=measured)
 
 
@@ -145,12 +162,12 @@ def report(
     servers: int,
     cores: int,
     rate: float,
-    costs: Costs,
+    costs: list[Costs],
     runs: list[list[Arrival]],
     measured: list[Replay],
 ) -> None:
     """Simulate some runs, and say what they took, each for itself and together."""
-    simulated = [simulate(costs, run, servers, cores) for run in runs]
+    simulated = [simulate(cost, run, servers, cores) for cost, run in zip(costs, runs, strict=True)]
     each = [
         (figures(run, ours.took), figures(run, theirs.took))
         for run, ours, theirs in zip(runs, simulated, measured, strict=True)
@@ -160,7 +177,7 @@ def report(
         measure="traffic",
         replicas=servers,
         requests_per_s=rate,
-        capacity=costs.rate((SHORT + LONG) / 2, cores, servers),
+        capacity=[cost.rate((SHORT + LONG) / 2, cores, servers) for cost in costs],
         busy_cores=[one.busy for one in measured],
         other_cores=[one.others for one in measured],
         ms_a_request=[
@@ -169,7 +186,7 @@ def report(
             for run, ours, theirs in zip(runs, simulated, measured, strict=True)
         ],
         requests=[len(run) for run in runs],
-        costs=asdict(costs),
+        costs=[asdict(cost) for cost in costs],
         simulated=[ours for ours, _ in each],
         measured=[theirs for _, theirs in each],
         simulated_off=[{name: ours[name] / value - 1 for name, value in theirs.items()} for ours, theirs in each],
@@ -183,18 +200,21 @@ def main() -> None:
     parser.add_argument("--rates", default="9,26,44,55", help="requests a second")
     parser.add_argument("--seconds", type=float, default=20, help="of traffic each time")
     parser.add_argument("--repeat", type=int, default=3, help="how often to send traffic, each time another")
-    parser.add_argument("--calibrate", type=float, default=1.0, help="seconds of each of five loops, twice a rate")
+    parser.add_argument(
+        "--calibrate", type=float, default=1.0, help="seconds of each of five loops, before and after traffic"
+    )
     parser.add_argument("--replicas", default="2")
     parser.add_argument("--seed", type=int, default=0, help="of the traffic and the pictures")
     arguments = parser.parse_args()
     say(**setting())
-    seeds = itertools.count(arguments.seed, arguments.repeat + 2)
+    holding = lock_costs()
+    seeds = itertools.count(arguments.seed, 2 * arguments.repeat + 2)
     with serving(2) as servers:
         for server in servers:
             asyncio.run(warm(server))
         for count in map(int, arguments.replicas.split(",")):
             for rate in map(float, arguments.rates.split(",")):
-                compare(servers[:count], rate, arguments, next(seeds))
+                compare(servers[:count], rate, arguments, holding, next(seeds))
 
 
 if __name__ == "__main__":

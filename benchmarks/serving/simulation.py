@@ -5,10 +5,10 @@ from one to the next as `PARTS` has it. Then it joins the model at its next step
 answers in it, `joining` if any request joins, `prefill` for each that does, and `picture` if that one's picture is not
 in the replica's cache; after it, each of its answers has a token more.
 
-Work is done in turns of `TURN_S` on whichever core is free, in the order of asking, as a system that shares its cores
-fairly would do it. The client, and a server's threads but that of the model, do one piece of work at a time, as Python
-does. The model waits for none of them: of a step's time, what is neither the processor's nor the wait for a core was
-measured as 0.0 to 0.1 ms.
+Threads share cores as `simulated_cores` has it. The client, and a server's threads but that of the model, do one piece
+of work at a time, as Python does. The model's thread needs the same lock of its server, but not in its kernels: it
+waits for it after each call, and the others wait while it has it. Steps take longer and shorter from one `PACE_S` to
+the next, as they did in one server that was alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.serving.simulated_cores import Cores, Thread
 from qvl_runtime.cluster.affinity import DEFAULT_BOUND, choose
 
 PICTURES = 60
-ROWS = (1, 4, 8, 16, 32)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # answers in a step: kernels take some of them at a time
+CLIENTS = (1, 4, 8, 16, 32)
 SHORT, LONG = 16, 64  # tokens of an answer
-TURN_S = 0.001
+PACE_S = 0.25
+SWITCH_S = 0.005  # of Python's lock, if others want it: sys.getswitchinterval()
 # From the request's arrival to its place in the queue of the model: who works, and the part of all that one does for a
 # request; after its last token the server and the client do the rest. Measured by thread: of a server's work 70 % is
 # its event loop's, 24 % that of the thread which has the picture decoded, 6 % that of the one which makes the prompt.
@@ -44,14 +47,23 @@ PARTS = (
 )
 
 
+class Holding(NamedTuple):
+    """How some work of the model holds Python's lock: for a part of it, before, between and after calls of kernels."""
+
+    part: float  # of the time: the rest is in kernels, which let others have the lock
+    calls: float  # that last long enough for another thread to take it
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds of a processor. Those in tuples were measured with as many requests at a time as `ROWS` says."""
+    """Seconds of a processor; in tuples: of a step with as many answers as `ROWS` says, or with `CLIENTS` requests."""
 
     steps: tuple[float, ...]  # a step
     joining: float  # what a step takes besides if any prompt is computed in it
     prefill: float  # and for each prompt, whose picture is known
     picture: float  # and for each new picture
+    pace: tuple[float, ...]  # what a step takes in one `PACE_S` after another, of the mean: a machine's speed moves
+    holding: tuple[Holding, Holding, Holding]  # Python's lock: a step's decoding, its prompts, and its new pictures
     front: tuple[float, ...]  # a request in the server's threads but that of the model
     decode: tuple[float, ...]  # a picture in the process that decodes it
     client: tuple[float, ...]  # a request in the client
@@ -64,7 +76,7 @@ class Costs:
 
     def part(self, name: str, requests: int) -> float:
         """What a request takes in `front`, `decode` or `client`, of some that are there at a time."""
-        return float(np.interp(requests, ROWS, getattr(self, name)))
+        return float(np.interp(requests, CLIENTS, getattr(self, name)))
 
     def rate(self, tokens: float, cores: int, replicas: int) -> float:
         """Requests a second at which replicas with 8 answers in each step, or all cores, are busy."""
@@ -105,24 +117,29 @@ def simulate(costs: Costs, arrivals: list[Arrival], replicas: int, cores: int) -
     import simpy
 
     env = simpy.Environment()
-    machine = _Machine(env, simpy.Resource(env, cores))
-    servers = {str(number): _Replica(machine, simpy.Resource(env, 1), costs, arrivals) for number in range(replicas)}
+    machine = _Machine(env, Cores(env, cores))
+    offsets = [number * len(costs.pace) // replicas for number in range(replicas)]
+    servers = {
+        str(number): _Replica(machine, simpy.Resource(env, 1), costs, arrivals, offset)
+        for number, offset in enumerate(offsets)
+    }
     loads = dict.fromkeys(servers, 0)
     took = [0.0] * len(arrivals)
-    client = simpy.Resource(env, 1)
+    client, clients = simpy.Resource(env, 1), Thread()
 
     def request(number: int) -> Iterator[Any]:
         name = choose(str(arrivals[number].picture), dict(loads), DEFAULT_BOUND)
         loads[name] += 1
         locks = {"client": client, "front": servers[name].lock}
+        threads = {"client": clients, "front": servers[name].front, "decode": Thread()}
         left = {"client": costs.part("client", sum(loads.values()))}
         left |= {part: costs.part(part, loads[name]) for part in ("front", "decode")}
         for part, seconds in [(part, share * left[part]) for part, share in PARTS]:
-            yield from machine.work(part, seconds, locks.get(part))
+            yield from machine.work(part, seconds, threads[part], locks.get(part))
             left[part] -= seconds
         yield from servers[name].answer(number)
         for part in ("front", "client"):
-            yield from machine.work(part, left[part], locks[part])
+            yield from machine.work(part, left[part], threads[part], locks[part])
         loads[name] -= 1
         took[number] = env.now - arrivals[number].at
 
@@ -142,32 +159,33 @@ def simulate(costs: Costs, arrivals: list[Arrival], replicas: int, cores: int) -
 class _Machine:
     """Cores."""
 
-    def __init__(self, env: Any, cores: Any) -> None:
+    def __init__(self, env: Any, cores: Cores) -> None:
         self.env, self._cores = env, cores
         self.spent: dict[str, float] = defaultdict(float)
 
-    def work(self, part: str, seconds: float, lock: Any = None) -> Iterator[Any]:
-        """Take a core for some time, in turns with others. lock: what to hold meanwhile."""
+    def work(self, part: str, seconds: float, thread: Thread, lock: Any = None) -> Iterator[Any]:
+        """Compute for some time in a thread. lock: what to hold meanwhile, `SWITCH_S` at a time."""
         self.spent[part] += seconds
         while seconds > 1e-9:
-            held = None if lock is None else lock.request()
-            if held is not None:
-                yield held
-            with self._cores.request() as core:
-                yield core
-                yield self.env.timeout(min(seconds, TURN_S))
-            if held is not None:
-                lock.release(held)
-            seconds -= TURN_S
+            turn = min(seconds, SWITCH_S)
+            if lock is None:
+                yield from self._cores.compute(thread, turn)
+            else:
+                with lock.request() as held:
+                    yield held
+                    yield from self._cores.compute(thread, turn)
+            seconds -= turn
 
 
 class _Replica:
     """A server."""
 
-    def __init__(self, machine: _Machine, lock: Any, costs: Costs, arrivals: list[Arrival]) -> None:
+    def __init__(self, machine: _Machine, lock: Any, costs: Costs, arrivals: list[Arrival], offset: int) -> None:
         self.lock = lock  # of its threads but that of the model
         self.count = 0  # steps
+        self.thread, self.front = Thread(), Thread()
         self._machine, self._costs, self._arrivals = machine, costs, arrivals
+        self._offset = offset  # in the pace
         self._waiting: list[int] = []
         self._ends: dict[int, Any] = {}  # of requests: events
         self._cached: set[int] = set()
@@ -191,8 +209,8 @@ class _Replica:
             joined = self._waiting[:]
             self._waiting.clear()
             left |= {number: self._arrivals[number].tokens for number in joined}
-            seconds = self._costs.step(len(left)) + sum(map(self._prefill, joined))
-            yield from self._machine.work("model", seconds + bool(joined) * self._costs.joining)
+            for seconds, holding in zip(self._work(len(left), joined), self._costs.holding, strict=True):
+                yield from self._model(seconds, holding)
             self.count += 1
             for number in list(left):
                 left[number] -= 1
@@ -200,8 +218,18 @@ class _Replica:
                     del left[number]
                     self._ends.pop(number).succeed()
 
-    def _prefill(self, number: int) -> float:
-        picture = self._arrivals[number].picture
-        new = picture not in self._cached
-        self._cached.add(picture)
-        return self._costs.prefill + new * self._costs.picture
+    def _work(self, rows: int, joined: list[int]) -> tuple[float, float, float]:
+        """Seconds of a step: of its answers, its prompts, and its new pictures."""
+        costs = self._costs
+        new = {self._arrivals[number].picture for number in joined} - self._cached
+        self._cached |= new
+        prompts = bool(joined) * costs.joining + len(joined) * costs.prefill
+        moment = self._offset + int(self._machine.env.now / PACE_S)
+        return costs.step(rows) * costs.pace[moment % len(costs.pace)], prompts, len(new) * costs.picture
+
+    def _model(self, seconds: float, holding: Holding) -> Iterator[Any]:
+        """Compute: Python with the lock and kernels without it in turns."""
+        calls = max(1, round(holding.calls))
+        for _ in range(calls if seconds else 0):
+            yield from self._machine.work("model", seconds * holding.part / calls, self.thread, self.lock)
+            yield from self._machine.work("model", seconds * (1 - holding.part) / calls, self.thread)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from benchmarks.serving.simulation import ROWS, Arrival, Costs, simulate, traffic
+from benchmarks.serving.simulated_cores import TICK_S, Cores, Thread
+from benchmarks.serving.simulation import CLIENTS, ROWS, Arrival, Costs, Holding, simulate, traffic
 
 pytest.importorskip("simpy", reason="simpy is not installed")
 pytestmark = pytest.mark.unit
@@ -15,9 +18,11 @@ COSTS = Costs(
     joining=0.001,
     prefill=0.002,
     picture=0.004,
-    front=(0.004,) * len(ROWS),
-    decode=(0.001,) * len(ROWS),
-    client=(0.002,) * len(ROWS),
+    pace=(1.0,),
+    holding=(Holding(0.3, 1), Holding(0.5, 20), Holding(0.2, 40)),
+    front=(0.004,) * len(CLIENTS),
+    decode=(0.001,) * len(CLIENTS),
+    client=(0.002,) * len(CLIENTS),
 )
 OUTSIDE = 0.004 + 0.001 + 0.002  # of the model
 
@@ -53,3 +58,52 @@ def test_traffic_has_the_rate_that_was_asked_for() -> None:
     assert 2000 / arrivals[-1].at == pytest.approx(50, rel=0.1)
     assert traffic(50.0, 2000, 1) == arrivals != traffic(50.0, 2000, 2)
     assert COSTS.rate(40, cores=2, replicas=1) < COSTS.rate(40, cores=2, replicas=2) < 2 * COSTS.rate(40, 4, 1)
+
+
+def ends(cores: int, wanted: list[tuple[float, float]]) -> list[float]:
+    """When threads end that begin at some time and want some time each."""
+    import simpy
+
+    env = simpy.Environment()
+    machine, found = Cores(env, cores), [0.0] * len(wanted)
+
+    def thread(number: int, begin: float, seconds: float) -> Iterator[Any]:
+        yield env.timeout(begin)
+        yield from machine.compute(Thread(), seconds)
+        found[number] = env.now
+
+    for number, one in enumerate(wanted):
+        env.process(thread(number, *one))
+    env.run()
+    return found
+
+
+def test_threads_on_cores_of_their_own_do_not_wait() -> None:
+    assert ends(2, [(0.0, 0.01), (0.0, 0.02)]) == pytest.approx([0.01, 0.02])
+
+
+def test_threads_on_one_core_take_turns_and_lose_no_time() -> None:
+    assert max(ends(1, [(0.0, 0.01), (0.0, 0.01)])) == pytest.approx(0.02)
+    short = ends(1, [(0.0, 0.1), (0.0505, 0.001)])[1]  # the first has used up its slice, and gives way at once
+    assert short == pytest.approx(0.0515)
+
+
+def test_a_thread_that_gave_way_waits_for_a_tick_though_a_core_is_idle() -> None:
+    # both cores are busy at 41 ms; the third thread takes the first one's core, which continues when the second's is
+    # idle, and not at once, as it has just run
+    first, second, third = ends(2, [(0.0, 0.05), (0.0, 0.0412), (0.041, 0.01)])
+    assert second == pytest.approx(0.0412) and third == pytest.approx(0.051)
+    assert 0.05 + TICK_S / 2 < first < 0.05 + TICK_S
+
+
+def test_a_slow_time_makes_steps_longer() -> None:
+    slow = replace(COSTS, pace=(2.0, 1.0))
+    took = [simulate(costs, [Arrival(0.0, 1, 10)], replicas=1, cores=2).took[0] for costs in (slow, COSTS)]
+    assert took[0] - took[1] == pytest.approx(10 * 0.0015)
+
+
+def test_the_lock_of_a_server_makes_its_model_wait_for_its_other_threads() -> None:
+    arrivals = [Arrival(0.0, 1, 40), *(Arrival(0.02 + 0.008 * number, 1, 1) for number in range(8))]
+    free = replace(COSTS, holding=(Holding(0.0, 1),) * 3)
+    with_lock, without = (simulate(costs, arrivals, 1, cores=64).took[0] for costs in (COSTS, free))
+    assert with_lock > without
