@@ -34,12 +34,12 @@ def do_all(work: Callable[[Job], object], jobs: Sequence[Job], workers: int | No
 
     workers: None for `workers_here`.
     """
-    workers = workers_here() if workers is None else workers
+    workers = min(workers_here() if workers is None else workers, len(jobs))
     if workers < 1:
         yield from (_timed(work, job) for job in jobs)
         return
     spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         job_of = {pool.submit(partial(_timed, work), job): job for job in jobs}
         for future in as_completed(job_of):
             try:

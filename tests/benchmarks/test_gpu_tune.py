@@ -127,6 +127,12 @@ def test_candidates_are_compiled_without_a_gpu() -> None:
     assert f" {len(none)} do not compile" in line
 
 
+def test_a_pattern_may_match_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as wgmma's kernel on an A100."""
+    assert main(["--dry-run", "--only", "none of them"]) == 0
+    assert "A100-SXM4-80GB: 0 candidates in 0 kernels" in capsys.readouterr().out
+
+
 def test_a_dry_run_takes_no_file_and_a_search_does(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([])
