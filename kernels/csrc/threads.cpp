@@ -13,6 +13,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -155,6 +156,12 @@ struct Log {
 };
 thread_local Log t_log;
 
+#if defined(_SC_LEVEL1_DCACHE_ASSOC)
+const int64_t kCacheWays = sysconf(_SC_LEVEL1_DCACHE_ASSOC) > 0 ? sysconf(_SC_LEVEL1_DCACHE_ASSOC) : 0;
+#else
+const int64_t kCacheWays = 0;
+#endif
+
 }  // namespace
 
 extern "C" int64_t qvl_log_chunks(int64_t* log, int64_t capacity) {
@@ -170,6 +177,8 @@ extern "C" int64_t qvl_threads() { return g_threads.load(std::memory_order_relax
 extern "C" int64_t qvl_bf16_pairs() { return g_pairs.load(std::memory_order_relaxed); }
 
 extern "C" void qvl_set_bf16_pairs(int64_t choice) { g_pairs.store(choice); }
+
+extern "C" int64_t qvl_cache_ways() { return kCacheWays; }
 
 extern "C" int64_t qvl_nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();

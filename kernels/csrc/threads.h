@@ -9,6 +9,7 @@ void qvl_run(int64_t chunks, void (*f)(const void*, int64_t), const void* contex
 void* qvl_scratch(int slot, int64_t bytes);
 int64_t qvl_threads();
 int64_t qvl_nanoseconds();  // of a steady clock
+int64_t qvl_cache_ways();   // of the L1 data cache; 0 if the system does not tell
 // Whether AVX-512 multiplies bfloat16 in pairs where the CPU can: 1, 0, or -1 for what is faster on it, the default.
 int64_t qvl_bf16_pairs();
 __attribute__((visibility("default"))) void qvl_set_bf16_pairs(int64_t choice);

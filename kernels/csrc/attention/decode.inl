@@ -1,7 +1,7 @@
 // Attention of one or two query rows in float32, for decoding: memory-bound; the cache is read once, in place.
 //
 // A block of a head is a run of a few KiB, too short for the hardware prefetcher: reading head after head reaches 17 GB/s
-// of memory's 25. So a job reads up to eight heads together, a few tokens of each in turn, like a GEMV of eight streams,
+// of memory's 25. So a job reads four or eight heads together, a few tokens of each in turn, like a GEMV of eight streams,
 // and prefetches the next block's vectors in the same order.
 
 namespace {
@@ -99,14 +99,14 @@ template <int DTYPE, int LINES> class DecodedRow {
 
   template <class Use> void each(const void* vector, const Use& use) const {
     if (in_pairs(DTYPE, LINES ? LINES * 16 : dim_)) {
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int j = 0; j < (LINES ? LINES : lines_); j += 2) {
         F even, odd;
         load_bf16_pairs((const uint16_t*)vector + j * 16, even, odd);
         use(j, even), use(j + 1, odd);
       }
     } else {
-QVL_UNROLL
+QVL_UNROLL_SUMS
       for (int j = 0; j < (LINES ? LINES : lines_); j++) use(j, cached<DTYPE>(vector, j * 16));
     }
   }
