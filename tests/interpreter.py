@@ -38,3 +38,19 @@ def patch_language_once(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_patch_lang", patch_once)
     patch.setattr(interpreter.GridExecutor, "__call__", launch_fresh)
+
+
+def dot_in_one_order(patch: pytest.MonkeyPatch) -> None:
+    """Round each product of matrices once, from float64: numpy's BLAS adds up in an order that depends on the shape.
+
+    On some CPUs a column of a product has other last bits if fewer columns are computed with it (Zen 3, OpenBLAS), so
+    that kernels which tile a linear differently could not be compared bit for bit.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
