@@ -24,7 +24,7 @@ GRID: dict[Regime, tuple[tuple[int, ...], ...]] = {  # rows, columns, warps and 
     "gemm": ((32, 64, 128), (128, 256), (4, 8), (2, 3, 4)),
     "wgmma": ((64, 128, 256), (128,), (4, 8), (3, 4)),
 }
-ANY_SPLIT = ("small_m", "dense", "wgmma")  # kernels whose splits need not have the same number of tiles
+MOST_SUMS = 64  # of a thread of gemm: with 128 registers of them, others spill
 
 
 def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iterator[Config]:
@@ -35,10 +35,10 @@ def candidates(kind: Regime, capability: int, inputs: int, outputs: int) -> Iter
     yield built_in
     tiles = cdiv(inputs, TILES[bits_of(kind)])
     near = {max(1, built_in.splits * quarters // 4) for quarters in (2, 3, 4, 5, 6, 8)}
-    splits = [n for n in sorted(near) if n <= tiles and (kind in ANY_SPLIT or tiles % n == 0)]
-    for numbers in product(*GRID[kind], splits):
+    for numbers in product(*GRID[kind], [n for n in sorted(near) if n <= tiles]):
         made = Config._make(numbers)
-        if made != built_in and outputs % made.columns == 0:
+        too_large = kind == "gemm" and made.rows * made.columns > MOST_SUMS * 32 * made.warps
+        if made != built_in and outputs % made.columns == 0 and not too_large:
             yield made
 
 

@@ -20,7 +20,7 @@ STEPS = 12
 PLACES = ((300, 1), (2048, 1), (8000, 1), (700, 16))  # context and requests
 NAMED = 16  # kernels with a row of their own, longest first
 GROUPS = {  # by the name of a kernel, first match
-    "packed linears": r"small_m_kernel|int\d_gemm|_dequantize",
+    "packed linears": r"small_m_kernel|int4_gemm|int4_wgmma|_dequantize",
     "decode attention": r"decode_kv",
     "attention merge": r"merge_kernel",
     "norms": r"norm_kernel",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")  # of one linear, as AutoGPTQ names them
 FLOATS_AT_ONCE = 1 << 18  # rounded together: 1 MiB, so that temporaries fit in a core's cache
+FLOATS_AT_ONCE_ON_GPU = 1 << 23  # 32 MiB, so that launches take less than their work
 OUTPUTS_AT_ONCE = 256  # compared with their floats together: 11 MB of floats for the widest linear
 
 
@@ -165,7 +166,8 @@ def quantize_rtn(
 
     out_features, in_features = weight.shape
     group_size = in_features if group_size == -1 else group_size
-    rows = max(1, FLOATS_AT_ONCE // in_features)
+    at_once = FLOATS_AT_ONCE if weight.device.type == "cpu" else FLOATS_AT_ONCE_ON_GPU
+    rows = max(1, at_once // in_features)
     ranges = []
     for part in torch.split(weight, rows):
         grouped = _grouped(part, group_size)

@@ -52,13 +52,15 @@ def test_candidates_are_what_the_kernels_take(inputs: int, outputs: int) -> None
     assert len(few) > 8 and len(many) > 8 and len({*few}) == len(few)
     assert all(_valid("small_m", [*made]) and outputs % made.columns == 0 for made in few)
     assert all(_valid("gemm", [*made]) and outputs % made.columns == 0 for made in many)
-    assert all(-(-inputs // 128) % made.splits == 0 for made in many)
+    assert all(1 <= made.splits <= -(-inputs // 128) for made in many)
+    assert all(made.rows * made.columns // (32 * made.warps) <= 64 for made in many)  # sums of a thread
     dense, wgmma = ([*candidates(kind, 90, inputs, outputs)] for kind in ("dense", "wgmma"))
     assert dense[0] == config(90, "dense", 1, inputs, outputs, 16) and wgmma[0] == config(
         90, "wgmma", 512, inputs, outputs
     )
     assert len(dense) > 8 and all(_valid("dense", [*made]) for made in dense)
     assert len(wgmma) > 8 and all(_valid("wgmma", [*made]) for made in wgmma)
+    assert not _valid("gemm", [64, 128, 4, 1, 1]) and _valid("gemm", [64, 128, 4, 2, 1])
     assert not _valid("wgmma", [128, 128, 8, 2, 1]) and not _valid("wgmma", [128, 128, 2, 4, 1])
 
 
@@ -92,7 +94,7 @@ from benchmarks.gpu import search_space
 search_space.GRID = {
     "small_m": ((8,), (32,), (4,), (1,)),
     "dense": ((8,), (16,), (8,), (1,)),
-    "gemm": ((128,), (256,), (8,), (2, 9)),
+    "gemm": ((64,), (256,), (8,), (2, 9)),
     "wgmma": ((64,), (128,), (4,), (3, 0)),
 }
 

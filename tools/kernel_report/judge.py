@@ -27,7 +27,7 @@ MOST_SPILLED, MOST_SPILL_SHARE = 16, 0.01
 class Fault(NamedTuple):
     """A reason why a kernel fails the report."""
 
-    status: int  # of the report's exit: 1 does not compile, 2 spills, 3 misses a bar
+    status: int  # of the report's exit: 1 does not compile or run, 2 spills, 3 misses a bar
     text: str
 
 
@@ -42,6 +42,7 @@ class Row:
     spilled: int = 0  # a thread
     spill_share: float = 0.0  # of a loop's instructions
     shared: int = 0  # a program
+    most_shared: int = 0  # that one can have; 0: not known
     programs_per_sm: int = 0
     occupancy: float = 0.0
     limit: str = ""  # of the occupancy
@@ -75,6 +76,8 @@ class Row:
         if self.error:
             return [Fault(1, f"does not compile: {self.error}")]
         faults = []
+        if self.most_shared and self.shared > self.most_shared:
+            faults.append(Fault(1, f"does not run: needs {self.shared} bytes of shared memory of {self.most_shared}"))
         if self.spilled > MOST_SPILLED or self.spill_share > MOST_SPILL_SHARE:
             faults.append(Fault(2, f"spills {self.spilled} bytes of registers a thread"))
         if self.max_ratio is not None and self.ratio > self.max_ratio:
@@ -114,6 +117,7 @@ def _row(spec: Spec, target: str, machine: Machine, code: MachineCode) -> Row:
         spilled=code.stack if "spill" in classes else 0,
         spill_share=sass.spill_share(text),
         shared=code.shared,
+        most_shared=machine.shared_per_program,
         programs_per_sm=resident,
         occupancy=resident * code.warps / machine.warps_per_sm,
         limit=limit,

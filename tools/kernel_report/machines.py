@@ -29,6 +29,11 @@ class Machine:
         """Warp instructions a second, whole chip: four schedulers an SM, one issue a clock each."""
         return self.gpu.sms * 4 * self.clock
 
+    @property
+    def shared_per_program(self) -> int:
+        """The most shared memory that a program can have, in bytes."""
+        return self.shared_per_sm - self.shared_reserved
+
     def occupancy(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
         """Programs that one SM holds, and what limits them."""
         per_warp = max(math.ceil(registers * 32 / 256) * 256, 256)
@@ -42,8 +47,9 @@ class Machine:
         return limits[limit], limit
 
 
-# Rates: "Throughput of Native Arithmetic Instructions" in the CUDA programming guide. An H100 runs mma.sync at about
-# 5/8 of its wgmma rate, hence 6.4 cycles instead of 4.
+# Rates: "Throughput of Native Arithmetic Instructions" in the CUDA programming guide; those of tensor cores from data
+# sheets, with float32 sums: 154.8 TFLOPS of an RTX A6000, 165.2 of an RTX 4090 (an L4 or L40S has twice that of each
+# multiprocessor). An H100 runs mma.sync at about 5/8 of its wgmma rate, hence 6.4 cycles instead of 4.
 MACHINES = {
     "sm_80": Machine(
         "A100",
@@ -52,6 +58,26 @@ MACHINES = {
         164 << 10,
         {"alu": 64, "fma": 64, "half": 128, "mufu": 16, "convert": 16, "lsu": 32},
         mma_cycles=8.0,
+    ),
+    "sm_86": Machine(
+        "RTX A6000",
+        gpu_named("RTX A6000"),
+        1.80e9,
+        100 << 10,
+        {"alu": 64, "fma": 128, "half": 64, "mufu": 16, "convert": 16, "lsu": 32},
+        mma_cycles=16.0,
+        warps_per_sm=48,
+        programs_per_sm=16,
+    ),
+    "sm_89": Machine(
+        "RTX 4090",
+        gpu_named("RTX 4090"),
+        2.52e9,
+        100 << 10,
+        {"alu": 64, "fma": 128, "half": 64, "mufu": 16, "convert": 16, "lsu": 32},
+        mma_cycles=32.0,
+        warps_per_sm=48,
+        programs_per_sm=24,
     ),
     "sm_90": Machine(
         "H100",

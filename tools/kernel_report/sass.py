@@ -44,7 +44,8 @@ CLASSES = [
 ]
 WAIT = "ACQBULK"  # griddepcontrol.wait
 OTHER = Class("other", "alu", re.compile(""))
-WIDTHS = ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
+# Of a thread. "88.4" are the four matrices of LDSM and STSM, 512 bytes a warp.
+WIDTHS = ((".128", 16), (".64", 8), ("88.4", 16), ("88.2", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1))
 
 
 class Code(NamedTuple):

@@ -36,19 +36,25 @@ class Shared:
 
 
 class Buffer:
-    """A buffer, or its transpose."""
+    """A buffer, its transpose, or some columns of one."""
 
-    def __init__(self, parts: dict[int, Any], at: int, turned: bool = False) -> None:
-        self._parts, self._at, self._turned = parts, at, turned
+    def __init__(self, parts: dict[int, Any], at: int, turned: bool = False, columns: slice = slice(None)) -> None:
+        self._parts, self._at, self._turned, self._columns = parts, at, turned, columns
 
     def permute(self, order: Any) -> Buffer:
         """The transpose."""
-        return Buffer(self._parts, self._at, not self._turned)
+        return Buffer(self._parts, self._at, not self._turned, self._columns)
+
+    def slice(self, start: int, length: int, dim: int) -> Buffer:
+        """Columns `start` to `start + length`, all rows."""
+        return Buffer(self._parts, self._at, self._turned, slice(start, start + length))
 
     def load(self, layout: Any) -> Any:
         """What was copied to it last."""
         part = self._parts[self._at]
-        return tl.trans(part) if self._turned else part
+        numbers = part.handle.data[:, self._columns]
+        some = tl.tensor(type(part.handle)(numbers, part.handle.dtype), tl.block_type(part.dtype, [*numbers.shape]))
+        return tl.trans(some) if self._turned else some
 
     def copy(self, value: Any) -> None:
         """Overwrite it."""

@@ -96,7 +96,7 @@ def test_images(poisoned: None, normal) -> None:  # type: ignore[no-untyped-def]
     as_good_as_torch(ops.cross_attention(q, k, v, 2), reference.cross_attention(q, k, v, 2), want)
 
 
-@pytest.mark.parametrize("bits, rows", [(4, 33), (8, 65)])  # few rows are a kernel in Gluon, which ttsem does not run
+@pytest.mark.parametrize("bits, rows", [(4, 1024), (8, 65)])  # fewer: kernels in Gluon, which ttsem does not run
 @pytest.mark.parametrize("symmetric, group", [(True, 64), (False, 64), (True, 128)])
 def test_packed_linears(poisoned: None, normal, rows: int, symmetric: bool, group: int, bits: int) -> None:  # type: ignore[no-untyped-def]
     tensors, x = checkpoint(256, 136, group, bits=bits, symmetric=symmetric), normal(rows, 256)

@@ -81,7 +81,7 @@ def configuration(capability: int, head_dim: int, nbytes: int, queries: int) -> 
     """
     if head_dim > 128 or nbytes == 4:
         return Configuration(64, 32, 8, 2)
-    if capability < 90 and queries <= 256:
+    if capability < 90 and (queries <= 256 or capability > 80):
         return Configuration(128, 16, 8, 2)
     return Configuration(128, 64 if capability >= 90 else 32, 8, 2)
 

@@ -33,6 +33,10 @@ WGMMA_CAPABILITY = 90  # the only one that has it: 10.0 has other instructions i
 # multiprocessor; with 64, 96 KB.
 WGMMA = {64: (64, 128, 8, 4), 128: (128, 128, 8, 4)}
 LEAST_BUFFERS = 3
+# The same without wgmma. Two programs fit a multiprocessor: by registers, 192 to 208 a thread, and by shared memory, of
+# which 8.6 and 8.9 have 100 KB. A warp has 32 outputs: with 16, x from shared memory takes as long as the tensor cores.
+GEMM, GEMM_BUFFERS, FEWER_BUFFERS = (64, 128, 4), 3, {86: 2, 89: 2}
+LEAST_GEMM_BUFFERS = 2
 # Columns and warps of a program with few rows. Dense: 16 outputs of 8 warps have 16 KB under way, and leave the last
 # wave of a layer's linears enough programs to fill the memory; not measured.
 FEW = {"small_m": (32, 4), "dense": (16, 8)}
@@ -55,7 +59,7 @@ LEAST_TILES = {
     "dense": 32,
 }  # a program: with fewer, filling the pipeline takes longer than running it
 FEW_TILES = "rows of 8, 16 or 32, columns of 32, 64 or (not dense) 128, or (dense) 16"
-LARGE_TILES = "rows of 16, 32, 64, 128 or 256, columns of 128 or 256 (wgmma: 3 stages or more, 4 or 8 warps)"
+LARGE_TILES = "rows of 16, 32, 64, 128 or 256, columns of 128 or 256, 2 stages or more (wgmma: 3, and 4 or 8 warps)"
 
 
 class Config(NamedTuple):
@@ -105,10 +109,9 @@ def config(capability: int, kind: Regime, rows: int, inputs: int, outputs: int, 
         made = Config(*WGMMA[min(WGMMA) if few_for_wgmma else max(WGMMA)])
         programs = cdiv(rows, made.rows) * (outputs // made.columns)
         return made._replace(splits=max(1, min(MULTIPROCESSORS[here] // programs, tiles // LEAST_TILES["gemm"])))
-    made = _gemm(here, rows, outputs)
-    splits = _splits(here, kind, cdiv(rows, made.rows) * (outputs // made.columns), tiles)
-    # its splits have the same number of tiles
-    return made._replace(splits=next(n for n in range(splits, 0, -1) if tiles % n == 0))
+    made = Config(*GEMM, FEWER_BUFFERS.get(here, GEMM_BUFFERS))
+    programs = cdiv(rows, made.rows) * (outputs // made.columns)
+    return made._replace(splits=_splits(here, kind, programs, tiles))
 
 
 def known(capability: int) -> int:
@@ -118,14 +121,6 @@ def known(capability: int) -> int:
 
 def _tile_rows(rows: int) -> int:
     return next((n for n in SMALL_M_TILES if n >= rows), SMALL_M_TILES[-1])
-
-
-def _gemm(capability: int, rows: int, outputs: int) -> Config:
-    if capability >= 90 and rows > 64:  # wgmma: its bound is 1130 and 800 TFLOP/s, of 990 that the tensor cores give
-        return Config(128, 256 if outputs % 256 == 0 else 128, 8, 3)
-    # mma.sync: 64 x 128 on 4 warps would reach the tensor cores' 312 TFLOP/s on A100 and spills 48 bytes of 255
-    # registers; on 8 warps it takes 176 and its bound is 276
-    return Config(32, 128, 4, 3) if rows <= 32 else Config(64, 128, 8, 3)
 
 
 def _splits(capability: int, kind: Regime, programs: int, tiles: int) -> int:
@@ -172,6 +167,6 @@ def _valid(key: str, numbers: object) -> bool:
         fits = rows in SMALL_M_TILES and columns in ((16, 32, 64) if key.startswith("dense") else (32, 64, 128))
     else:
         fits = rows in (16, 32, 64, 128, 256) and columns in (128, 256)
-        if key.startswith("wgmma"):
-            fits = fits and warps in (4, 8) and others[0] >= LEAST_BUFFERS
+        wgmma = key.startswith("wgmma")
+        fits = fits and others[0] >= (LEAST_BUFFERS if wgmma else LEAST_GEMM_BUFFERS) and (warps >= 4 or not wgmma)
     return fits and warps in (1, 2, 4, 8) and all(1 <= n <= 64 for n in others)

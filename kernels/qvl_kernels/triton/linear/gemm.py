@@ -1,82 +1,94 @@
-"""Int4 GPTQ linear, 33 to about a thousand rows, without wgmma: each program unpacks its tile, then multiplies.
+"""Int4 linears with 33 to about a thousand rows, where there is no wgmma: by mma.sync, from registers.
 
-This kernel is bound by the tensor cores, so arithmetic on weights is affordable: each weight is rounded once to x's
-dtype, as in the reference, and one accumulator suffices where the small-M kernel has two.
+out^T = W x^T with the weight as operand A (`int4_operand`), and x as operand B, from shared memory. Words and x arrive
+by asynchronous copies, a tile or two ahead. By machine code the tensor cores are the busiest pipe from some 40 rows on,
+and all other instructions take half of their time.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
+from qvl_kernels.triton.gluon import gl, gluon, mma, wait_group
 from qvl_kernels.triton.launch import Launch, Spec, capability
 from qvl_kernels.triton.linear.configs import Config, config
-from qvl_kernels.triton.linear.int4_tile import (
-    BASE_BF16,
-    BASE_FP16,
-    EXPONENT_BF16,
-    EXPONENT_FP16,
-    TILE_INT4,
-    WORDS,
-    keep_in_register,
-    unpack_int4,
-)
+from qvl_kernels.triton.linear.int4_operand import a_words_layout, copy_tile, scale_and_zero, scaled_pair
+from qvl_kernels.triton.linear.int4_tile import BASE_BF16, BASE_FP16, EXPONENT_BF16, EXPONENT_FP16, TILE_INT4
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
 from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
 from qvl_kernels.util import cdiv
 
 
-@triton.jit(do_not_specialize=["rows"])  # one binary for every batch size
+@gluon.jit(do_not_specialize=["rows"])  # one binary for every number of rows
 def int4_gemm_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
     rows,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """out[s, m, n] = sum over the inputs k of split s: x[m, k] * round(scale[g, n] * (q[k, n] - zero[g, n])).
 
-    Shapes as in `int4_small_m_kernel`; each split has TILES tiles. Neighboring programs share columns, whose words
-    the L2 then holds. Scales of another dtype than x's are rounded to it first.
+    x [rows, INPUTS]; words int32 [tiles, PADDED, 16]; scales, zeros [groups, PADDED] (zeros None: 8); bias [OUTPUTS] or
+    None, added by split 0; out [splits, rows, OUTPUTS]. A program: BM rows, BN outputs, W warps, S buffers. Scales of
+    another dtype than x's are rounded to it first. Neighboring programs share words, which the L2 then holds.
     """
     FLOAT: tl.constexpr = x_ptr.dtype.element_ty
-    BASE: tl.constexpr = BASE_FP16 if FLOAT == tl.float16 else BASE_BF16
-    EXPONENT: tl.constexpr = EXPONENT_FP16 if FLOAT == tl.float16 else EXPONENT_BF16
+    BASE: tl.constexpr = BASE_FP16 if FLOAT == gl.float16 else BASE_BF16
+    EXPONENT: tl.constexpr = EXPONENT_FP16 if FLOAT == gl.float16 else EXPONENT_BF16
+    TILES: tl.constexpr = (INPUTS + TILE_INT4 - 1) // TILE_INT4
+    RAGGED: tl.constexpr = TILES * TILE_INT4 != INPUTS
     PARTS: tl.constexpr = TILE_INT4 // GROUP if GROUP < TILE_INT4 else 1  # of a tile, each in one group
-    SPAN: tl.constexpr = TILE_INT4 // PARTS
-    RAGGED: tl.constexpr = (INPUTS + TILE_INT4 - 1) // TILE_INT4 * TILE_INT4 != INPUTS
-    split = tl.program_id(2)
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    k, r = tl.arange(0, SPAN), tl.arange(0, WORDS)
-    exponent = keep_in_register(EXPONENT, words_ptr, rows)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for i in range(TILES):
-        tile = split * TILES + i
-        words = tl.load(words_ptr + (tile * PADDED + n[:, None]) * WORDS + r[None, :])
-        words = tl.trans(words).to(tl.uint32, bitcast=True)
-        for part in tl.static_range(PARTS):
-            first = tile * TILE_INT4 + part * SPAN
-            inside = m[:, None] < rows
-            if RAGGED:
-                inside &= first + k[None, :] < INPUTS
-            x = tl.load(x_ptr + m[:, None] * INPUTS + first + k[None, :], inside, 0.0)
-            weight = unpack_int4(words, FLOAT, exponent, part * 4 // PARTS, 4 // PARTS)
-            group = (tl.minimum(first, INPUTS - 1) if RAGGED else first) // GROUP * PADDED + n
-            scale = tl.load(scales_ptr + group).to(FLOAT)[None, :]
-            if zeros_ptr is None:
-                weight -= BASE + 8
-            else:
-                weight -= (tl.load(zeros_ptr + group).to(tl.float32) + BASE).to(FLOAT)[None, :]
-            acc = tl.dot(x, (weight * scale).to(FLOAT), acc)
+    MMA: tl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1], [16, 8])
+    A: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: tl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    WORDS: tl.constexpr = a_words_layout(W, BN)
+    X: tl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [W, 1], [1, 0])
+    COPY: tl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [W, 1], [1, 0])
+    n0, m0 = gl.program_id(1) * BN, gl.program_id(0) * BM
+    split, splits = gl.program_id(2), gl.num_programs(2)
+    first, last = split * TILES // splits, (split + 1) * TILES // splits
+    x_to = gl.allocate_shared_memory(FLOAT, [S, BM, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    words_to = gl.allocate_shared_memory(gl.int32, [S, BN, 16], gl.SwizzledSharedLayout(4, 1, 4, [1, 0]))
+    m = gl.expand_dims(gl.minimum(m0 + gl.arange(0, BM, gl.SliceLayout(1, X)), rows - 1), 1)  # past the last: the last
+    k = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, X)), 0)
+    x_at = x_ptr + (m * INPUTS + k)
+    n_copy = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(1, COPY)), 1)
+    words_at = words_ptr + (n_copy * 16 + gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COPY)), 0))
+    n = n0 + gl.arange(0, BN, gl.SliceLayout(1, WORDS))
+    for tile in range(S - 1):
+        copy_tile(x_to, words_to, x_at, words_at, k, first + tile, tile, last, INPUTS, PADDED, RAGGED)
+    exponent = gl.load(words_ptr, rows < 0, EXPONENT)  # never loaded: a constant that stays in a register
+    scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, first * TILE_INT4, INPUTS, PADDED, GROUP, BASE, FLOAT)
+    acc = gl.zeros([BN, BM], gl.float32, MMA)
+    for i in range(0, last - first):
+        begin, ahead = (first + i) * TILE_INT4, i + S - 1
+        wait_group(S - 2)  # this tile is there, and every warp is done with the one before, whose buffer is next
+        copy_tile(x_to, words_to, x_at, words_at, k, first + ahead, ahead % S, last, INPUTS, PADDED, RAGGED)
+        words = words_to.index(i % S).load(WORDS)
+        x = x_to.index(i % S)
+        for part in gl.static_range(PARTS):
+            if part > 0:
+                at = begin + part * GROUP
+                scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, at, INPUTS, PADDED, GROUP, BASE, FLOAT)
+            for chunk in gl.static_range(part * (4 // PARTS), (part + 1) * (4 // PARTS)):
+                low, high = scaled_pair(words, exponent, zero, scale, FLOAT, chunk)
+                weight = gl.convert_layout(gl.join(low, high).reshape(BN, 32), A)
+                acc = mma(weight, x.slice(32 * chunk, 32, 1).permute([1, 0]).load(B), acc)
+        at = begin + TILE_INT4
+        scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, at, INPUTS, PADDED, GROUP, BASE, FLOAT)
+    wait_group(0)
     if bias_ptr is not None and split == 0:
-        acc += tl.load(bias_ptr + n, n < OUTPUTS, 0.0).to(tl.float32)[None, :]
-    inside = (m[:, None] < rows) & (n[None, :] < OUTPUTS)
-    out = out_ptr + (split * rows + m[:, None]) * OUTPUTS + n[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), inside)
+        at = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, MMA)), 1)
+        acc += gl.load(bias_ptr + at, at < OUTPUTS, 0.0).to(gl.float32)
+    OUT: tl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, W], [0, 1])  # turned in shared memory, 128 bits at a time
+    y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
+    n = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, OUT)), 1)
+    m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, OUT)), 0)
+    gl.store(out_ptr + ((split * rows + m) * OUTPUTS + n), y, (n < OUTPUTS) & (m < rows))
 
 
 def gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
@@ -93,36 +105,37 @@ def plan_gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Matm
 
 
 def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
-    tiles, padded, _ = weight.words.shape
-    if tiles % chosen.splits:
-        raise ValueError(f"int4_gemm: {tiles} tiles do not divide into {chosen.splits} splits")
+    padded = weight.words.shape[1]
     launch = Launch(
         int4_gemm_kernel,
         (cdiv(rows, chosen.rows), cdiv(padded, chosen.columns), chosen.splits),
         {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
         {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
-         "TILES": tiles // chosen.splits, "BM": chosen.rows, "BN": chosen.columns},
+         "BM": chosen.rows, "BN": chosen.columns, "W": chosen.warps, "S": chosen.stages},
         chosen.warps,
-        chosen.stages,
+        1,
     )  # fmt: skip
     return MatmulPlan(launch, chosen.splits, weight.outputs)
 
 
 def aot_specs(capability: int) -> list[Spec]:
-    """The four linears of a decoder layer at 64 and 512 rows."""
-    specs = []
-    for name in DECODER:
-        for rows in (64, 512):
-            x, weight, bias = example(4, name, rows, torch.float16)
-            chosen = config(capability, "gemm", rows, weight.inputs, weight.outputs)
-            launch, out = _plan(rows, weight, bias, chosen).prepare(x)
-            specs.append(
-                Spec(
-                    f"int4_gemm {name}, {rows} rows",
-                    launch,
-                    x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-                    loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
-                    flops=2 * rows * weight.inputs * weight.outputs,
-                )
-            )
-    return specs
+    """The four linears of a decoder layer at 64 and 512 rows, one in bfloat16, one with zero points."""
+    fp16, bf16 = torch.float16, torch.bfloat16
+    cases = [(name, rows, fp16, True) for name in DECODER for rows in (64, 512)]
+    cases += [("qkv", 64, dtype, dtype == bf16) for dtype in (bf16, fp16)]
+    return [_spec(capability, *case) for case in cases]
+
+
+def _spec(capability: int, name: str, rows: int, dtype: torch.dtype, symmetric: bool) -> Spec:
+    x, weight, bias = example(4, name, rows, dtype, symmetric)
+    chosen = config(capability, "gemm", rows, weight.inputs, weight.words.shape[1])
+    launch, out = _plan(rows, weight, bias, chosen).prepare(x)
+    label = f"int4_gemm {name}, {rows} rows{'' if dtype == torch.float16 else ', bf16'}"
+    return Spec(
+        label + ("" if symmetric else ", zero points"),
+        launch,
+        x.nbytes + weight_bytes(weight, bias) + out.nbytes,
+        from_registers=True,
+        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
+        flops=2 * rows * weight.inputs * weight.outputs,
+    )

@@ -1,25 +1,19 @@
 """Int4 linears with 33 to a thousand rows, on capability 9.0: each tile is dequantized in registers, for wgmma.
 
-out^T = W x^T with the weight as operand A, from the registers that it is dequantized in, and x as operand B, from
-shared memory. Words and x arrive by asynchronous copies, two tiles ahead. The source dequantizes a tile while the one
-before is multiplied; ptxas moves that behind the wait, so the tensor cores idle meanwhile, a quarter of the time.
-
-A thread needs words t, t + 4, t + 8 and t + 12 of its outputs: their pairs of inputs are what thread t of wgmma's
-operand A has, in the order in which x is stored. Each weight is rounded once to x's dtype, as in the reference.
+out^T = W x^T with the weight as operand A (`int4_operand`), and x as operand B, from shared memory. Words and x arrive
+by asynchronous copies, two tiles ahead. The source dequantizes a tile while the one before is multiplied; ptxas moves
+that behind the wait, so the tensor cores idle meanwhile, a quarter of the time.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.gluon import (
-    async_load,
-    commit_group,
     fence_async_shared,
     gl,
     gluon,
@@ -27,65 +21,13 @@ from qvl_kernels.triton.gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from qvl_kernels.triton.launch import Launch, Spec, capability, interpreted
+from qvl_kernels.triton.launch import Launch, Spec, capability
 from qvl_kernels.triton.linear.configs import WGMMA_CAPABILITY, Config, config
+from qvl_kernels.triton.linear.int4_operand import a_words_layout, copy_tile, scale_and_zero, scaled_pair
 from qvl_kernels.triton.linear.int4_tile import BASE_BF16, BASE_FP16, EXPONENT_BF16, EXPONENT_FP16, TILE_INT4
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
-from qvl_kernels.triton.linear.mma_operands import powers_of_two
 from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
 from qvl_kernels.util import cdiv
-
-
-@gluon.constexpr_function
-def a_words_layout(W: int, BN: int) -> object:
-    """[BN, 16]: a thread has every fourth word of two outputs of each 64, as wgmma's operand A has their inputs."""
-    registers = [[0, 4], [0, 8], [8, 0], *([b, 0] for b in powers_of_two(16 * W, BN))]
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16 << b, 0] for b in range(W.bit_length() - 1)], [], [BN, 16])
-
-
-@triton.constexpr_function
-def scaled_ptx(half: bool, chunk: int) -> str:
-    """PTX from a word ($2), the exponents ($3), two zero points with their base ($4) and two scales ($5) to two floats.
-
-    They are those of codes `chunk` and `chunk + 4`, $0 and $1.
-    """
-    kind = "f16x2" if half else "bf16x2"
-    rotate = f"shf.r.wrap.b32 t, $2, $2, {4 * chunk};" if chunk else "mov.b32 t, $2;"
-    level = f"{rotate} lop3.b32 t, t, 0x00780078, $3, 0xEA; sub.{kind} t, t, $4; mul.{kind} t, t, $5;"
-    return "{.reg .b32 t; " + level + " mov.b32 {$0, $1}, t;}"
-
-
-if interpreted():
-
-    @triton.jit
-    def scaled_pair(words, exponent, zero, scale, FLOAT: tl.constexpr, CHUNK: tl.constexpr):
-        """Both weights of codes CHUNK of the words [BN, 16], as two tensors of FLOAT."""
-        word = words.to(tl.uint32, bitcast=True)
-        word = ((word >> (4 * CHUNK)) | (word << ((32 - 4 * CHUNK) & 31))) & 0x00780078
-        word = word | exponent
-        low = (word & 0xFFFF).to(tl.uint16).to(FLOAT, bitcast=True).to(tl.float32)
-        high = (word >> 16).to(tl.uint16).to(FLOAT, bitcast=True).to(tl.float32)
-        zero, scale = zero.to(tl.float32), scale.to(tl.float32)
-        return ((low - zero) * scale).to(FLOAT), ((high - zero) * scale).to(FLOAT)
-
-else:
-
-    @gluon.jit
-    def scaled_pair(words, exponent, zero, scale, FLOAT: tl.constexpr, CHUNK: tl.constexpr):
-        """Both weights of codes CHUNK of the words [BN, 16], as two tensors of FLOAT."""
-        PTX: tl.constexpr = scaled_ptx(FLOAT == gl.float16, CHUNK)
-        zero_bits = zero.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        scale_bits = scale.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        low, high = gl.inline_asm_elementwise(
-            PTX,
-            "=h,=h,r,r,r,r",
-            [words, exponent, zero_bits | (zero_bits << 16), scale_bits | (scale_bits << 16)],
-            (gl.int16, gl.int16),
-            is_pure=True,
-            pack=1,
-        )
-        return low.to(FLOAT, bitcast=True), high.to(FLOAT, bitcast=True)
 
 
 @gluon.jit
@@ -141,13 +83,14 @@ def int4_wgmma_kernel(
         copy_tile(x_to, words_to, x_at, words_at, k, first + tile, tile, last, INPUTS, PADDED, RAGGED)
     wait_group(S - 2)
     exponent = gl.load(words_ptr, rows < 0, EXPONENT)  # never loaded: a constant that stays in a register
-    scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, first, INPUTS, PADDED, GROUP, BASE, FLOAT)
+    scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, first * TILE_INT4, INPUTS, PADDED, GROUP, BASE, FLOAT)
     weights = weights_of(words_to.index(0).load(WORDS), exponent, zero, scale, FLOAT, A)
     acc = gl.zeros([BN, BM], gl.float32, MMA)
     for i in range(0, last - first):
+        then = (first + i + 1) * TILE_INT4
         wait_group(S - 3)  # x of this tile and the words of the next are there
         fence_async_shared()
-        scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, first + i + 1, INPUTS, PADDED, GROUP, BASE, FLOAT)
+        scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, then, INPUTS, PADDED, GROUP, BASE, FLOAT)
         sums = warpgroup_mma(weights, x_to.index(i % S).permute([1, 0]), acc, is_async=True)
         ahead = i + S - 1
         copy_tile(x_to, words_to, x_at, words_at, k, first + ahead, ahead % S, last, INPUTS, PADDED, RAGGED)
@@ -163,36 +106,6 @@ def int4_wgmma_kernel(
     n = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, OUT)), 1)
     m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, OUT)), 0)
     gl.store(out_ptr + ((split * rows + m) * OUTPUTS + n), y, (n < OUTPUTS) & (m < rows))
-
-
-@gluon.jit
-def copy_tile(
-    x_to, words_to, x_at, words_at, k, tile, slot, last,
-    INPUTS: tl.constexpr, PADDED: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Start the copies of a tile of x and words into buffer `slot`; from tile `last` on nothing is copied."""
-    start = tile * TILE_INT4
-    if RAGGED:
-        async_load(x_to.index(slot), x_at + start, (start + k < INPUTS) & (tile < last))
-    else:
-        async_load(x_to.index(slot), x_at + start, tile < last)
-    async_load(words_to.index(slot), words_at + tile * (PADDED * 16), tile < last)
-    commit_group()
-
-
-@gluon.jit
-def scale_and_zero(
-    scales_ptr, zeros_ptr, n, tile,
-    INPUTS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, BASE: tl.constexpr, FLOAT: tl.constexpr,
-):  # fmt: skip
-    """Scales, and zero points with their base, of the outputs in a tile, [BN, 1]; past the end those of the last."""
-    group = gl.minimum(tile * TILE_INT4, INPUTS - 1) // GROUP * PADDED + n
-    scale = gl.load(scales_ptr + group).to(FLOAT)
-    if zeros_ptr is None:
-        zero = gl.full([n.shape[0]], BASE + 8, FLOAT, n.type.layout)
-    else:
-        zero = (gl.load(zeros_ptr + group).to(gl.float32) + BASE).to(FLOAT)
-    return gl.expand_dims(scale, 1), gl.expand_dims(zero, 1)
 
 
 def wgmma(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
