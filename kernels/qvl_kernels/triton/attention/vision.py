@@ -77,7 +77,8 @@ class Configuration(NamedTuple):
 def configuration(capability: int, head_dim: int, nbytes: int, queries: int) -> Configuration:
     """104 channels are computed as 128. On sm_80 64 keys spill, and 64 queries read keys twice as often.
 
-    With the resampler's 256 queries, Triton 3.6 and 3.7 spill there with 32 keys; 16 cost no time by the kernel report.
+    With the resampler's 256 queries, Triton 3.6 and 3.7 spill there with 32 keys, and on sm_86 and sm_89 with any
+    number of queries; 16 cost no time by the kernel report.
     """
     if head_dim > 128 or nbytes == 4:
         return Configuration(64, 32, 8, 2)
