@@ -35,12 +35,10 @@ void attend_many(const Job& job) {
 }
 
 // Heads in a job of few rows: as many as leave enough jobs for all threads, so that runs are long. Heads are computed
-// separately, so that results do not depend on it. The vectors of a token are a multiple of 4 KiB apart in a block of 16
-// tokens of 128 16-bit channels, which is the same set of an L1 cache: eight heads would take all of eight ways.
+// separately, so that results do not depend on it.
 int64_t heads_at_once(int64_t heads, int64_t requests) {
-  const int64_t wanted = heads * requests / (2 * qvl_threads()), ways = qvl_cache_ways();
-  const int64_t most = ways > 0 && ways <= kMostHeads ? kMostHeads / 2 : kMostHeads;
-  return wanted < 1 ? 1 : wanted < most ? wanted : most;
+  const int64_t wanted = heads * requests / (2 * qvl_threads());
+  return wanted < 1 ? 1 : wanted < kMostHeads ? wanted : kMostHeads;
 }
 
 // The rows of request r, the tokens that they attend to, and the blocks that hold these.

@@ -108,13 +108,16 @@ template <int DTYPE> class AmxDecodedRow {
 
 template <int DTYPE> void meet_amx(AmxDecodedRow<DTYPE>* state, const Pass& pass) {
   const int64_t heads = pass.job.heads, ahead = DTYPE == kInt8 || heads < 4 ? 16 : 4;  // as in decode.inl
-  for (int64_t t = 0; t < pass.count; t += 16)
-    for (int64_t h = 0; h < heads; h++) state[h].score(pass.keys(t, h), t);
-  for (int64_t h = 0; h < heads; h++) state[h].weigh(pass.count);
-  const NoDenormals here;
   Sixteen runs[kMostHeads];
   for (int64_t t = 0; t < pass.count; t += 16) {
-    for (int64_t h = 0; h < heads; h++) runs[h] = pass.values(t, h), state[h].scale_values(runs[h], t);
+    pass.keys(t, runs);
+    for (int64_t h = 0; h < heads; h++) state[h].score(runs[h], t);
+  }
+  for (int64_t h = 0; h < heads; h++) state[h].weigh(pass.count);
+  const NoDenormals here;
+  for (int64_t t = 0; t < pass.count; t += 16) {
+    pass.values(t, runs);
+    for (int64_t h = 0; h < heads; h++) state[h].scale_values(runs[h], t);
     for (int64_t i = 0; i < 16; i += kTogether)
       for (int64_t h = 0; h < heads; h++) {
         runs[h].prefetch(i + ahead, kTogether);
@@ -135,7 +138,7 @@ template <int DTYPE> void attend_amx(const Job& job) {
   load_config(config);
   for (int64_t h = 0; h < job.heads; h++) state[h].begin(job.q.vector(job.row, job.head + h), job.dim);
   for (int64_t first = 0; first < context; first += kKeysAtOnce)
-    meet_amx(state, Pass{job, first, context - first < kKeysAtOnce ? context - first : kKeysAtOnce, context});
+    meet_amx(state, Pass{job, first, context - first < kKeysAtOnce ? context - first : kKeysAtOnce, context, false});
   for (int64_t h = 0; h < job.heads; h++) state[h].end(job.y.vector(job.row, job.head + h));
   _tile_release();
 }
