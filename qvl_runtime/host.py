@@ -64,6 +64,15 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def has_bfloat16_products() -> bool:
+    """Whether torch multiplies bfloat16 on this CPU by instructions of its own, or at least by oneDNN's kernels.
+
+    Otherwise (AVX2 and older) its products of bfloat16 take some ten times as long as float32's.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # none in a build without oneDNN
+    return supported is not None and bool(supported())
+
+
 def total_memory(device: torch.device) -> int:
     """Return the bytes of memory of a device; 0 if the OS does not report them."""
     if device.type == "cuda":

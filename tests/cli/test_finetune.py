@@ -65,6 +65,15 @@ def test_a_dry_run_writes_nothing(source: Path, data: Path, tmp_path: Path) -> N
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(("able", "dtype", "warns"), [(False, "auto", 1), (False, "float32", 0), (True, "auto", 0)])
+def test_slow_products_of_bfloat16_are_told(
+    able: bool, dtype: str, warns: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvl_runtime.host.has_bfloat16_products", lambda: able)
+    result = finetune(NANO, data, tmp_path / "out", "--dry-run", "--dtype", dtype)
+    assert result.exit_code == 0 and result.stderr.count("--dtype float32") == warns, result.stderr
+
+
 def test_conversations_to_keep_are_counted_and_watched(source: Path, data: Path, tmp_path: Path) -> None:
     result = finetune(source, data, tmp_path / "out", "--keep", data, "--json")
     assert result.exit_code == 0, result.stderr

@@ -116,7 +116,7 @@ def test_four_samples_are_learned_by_heart(method: str, data: Path, tmp_path: Pa
     data.write_text(json.dumps(json.loads(data.read_text())[:4]))
     options = FinetuneOptions(
         method=method, labels="answers", epochs=40, accumulate=1, rate=1e-3 if method == "full" else 4e-3,
-        checkpointing=False, lora=AdapterConfig(lora_dropout=0.0),
+        checkpointing=False, lora=AdapterConfig(lora_dropout=0.0), dtype="float32",
     )  # fmt: skip
     entries = Finetuning.open(folder, data, tmp_path / "out", options).run()
     assert entries[-1]["loss"] < 0.01
