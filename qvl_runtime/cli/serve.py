@@ -145,6 +145,8 @@ class ServeOptions:
         """The server's options. Raises `ConfigError`, also for a server that everyone could use unasked."""
         from qvl_runtime.server.config import ServerConfig, is_loopback
 
+        if not 0 <= self.port <= 65535:  # getaddrinfo takes the lowest 16 bits
+            raise ConfigError(f"--port is {self.port}; expected 0 to 65535")
         local, keys = is_loopback(self.host), self.api_key_file is not None
         if not (local or keys or self.without_keys):
             raise ConfigError(

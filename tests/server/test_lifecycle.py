@@ -23,6 +23,7 @@ from qvl_runtime.prompt.isolation import pool as pool_module
 from qvl_runtime.prompt.isolation.pool import Pool
 from qvl_runtime.prompt.limits import CAN_ISOLATE
 from qvl_runtime.server.config import ServerConfig
+from tests.fakes import qvl
 from tests.server.conftest import Live, data_url, png, say, serving
 
 pytestmark = pytest.mark.cpu
@@ -267,3 +268,19 @@ def test_options_that_contradict() -> None:
     ):
         with pytest.raises(ConfigError, match=problem):
             ServerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "99999999"], "--port is 99999999; expected 0 to 65535"),
+        (["--port", "-1"], "--port is -1; expected 0 to 65535"),
+        (["--host", "0.0.0.0"], "can be reached from other machines: give keys by --api-key-file"),
+        (["--adapter", "mine"], "adapter is 'mine'; expected NAME=DIR"),
+        (["some", "--model", "other"], "the model is given twice"),
+    ],
+)
+def test_wrong_options_are_told_before_a_model_is_loaded(options: list[str], words: str) -> None:
+    result = qvl("serve", *options)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and words in " ".join(result.stderr.split()), result.stderr
