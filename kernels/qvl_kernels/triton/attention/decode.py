@@ -20,6 +20,9 @@ from qvl_kernels.triton.launch import Launch, Spec, counted
 from qvl_kernels.triton.linear.published_shapes import decode_splits
 from qvl_kernels.util import cdiv
 
+# Bars of the kernel report, of a 16-bit cache and of int8: that was at 0.38 of 0.4 on sm_90 when an LDSM counted as one
+# pass, and is at 0.44 with its four.
+MOST_RATIO = {False: 0.4, True: 0.45}
 ROWS_AT_ONCE = 64  # whose partial results are in memory at a time: 34 MB for 32 heads of 128
 FLOATS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -144,7 +147,7 @@ def _specs(capability: int, rows: int, cache_dtype: torch.dtype, is_new: bool) -
     )
     per_layer = int(is_new and not int8)
     specs = [
-        Spec(f"decode attention, {label}, {'int8' if int8 else '16-bit'} KV", attend, moved, max_ratio=0.4,
+        Spec(f"decode attention, {label}, {'int8' if int8 else '16-bit'} KV", attend, moved, max_ratio=MOST_RATIO[int8],
              min_wide=0.9, loop_trips=2048 / pieces / (32 if int8 else 16), per_layer=per_layer, least_bytes=cached)
     ]  # fmt: skip
     if is_new and not int8:
