@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -12,7 +14,9 @@ import typer
 from qvl_runtime.cli.sampling_options import SAMPLING as SAMPLING
 from qvl_runtime.cli.sampling_options import SamplingOptions as SamplingOptions
 from qvl_runtime.cli.terminal import working
+from qvl_runtime.config.checks import LARGEST_INT
 from qvl_runtime.engine.records import user_message as user_message
+from qvl_runtime.errors import quoted
 
 if TYPE_CHECKING:
     from qvl_runtime.engine.engine import Engine
@@ -51,6 +55,7 @@ Font = Annotated[
 ]
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:(k|M|G|T)(i?))?B?", re.IGNORECASE)
+_DIGITS = 100  # of a number: more than any has, and fewer than Python reads
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -60,9 +65,11 @@ def parse_count(text: str) -> int:
     if match is None:
         raise typer.BadParameter(f"{text!r} is no number; expected one such as 500000, 48M or 20MiB")
     number, prefix, binary = match.groups()
-    return (
-        round(float(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()]) if prefix else round(float(number))
-    )
+    unit = (1024 if binary else 1000) ** _POWERS[prefix.lower()] if prefix else 1
+    count = round(Fraction(number) * unit) if len(number) <= _DIGITS else math.inf
+    if count > LARGEST_INT:
+        raise typer.BadParameter(f"{quoted(text)} is too large; expected at most {LARGEST_INT}")
+    return int(count)
 
 
 def count_option(help: str, panel: str | None = None) -> Any:

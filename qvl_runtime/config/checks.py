@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ LARGEST_INT = 2**63 - 1
 LARGEST_JSON = 16 << 20  # bytes: the manifest of a published model has 0.54 million, its index 0.12
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_EXPECTED = {"int": "a whole number", "float": "a number", "bool": "True or False"}
 
 
 def read_json(path: Path, error: type[QVLError] = ConfigError) -> dict[str, Any]:
@@ -58,6 +60,29 @@ def read_fields(cls: type, raw: Mapping[str, Any], where: str, skip: tuple[str, 
             raise ConfigError(f"{where} has {field.name} {value}; expected a finite number")
         values[field.name] = float(value) if isinstance(value, int) and declared == "float" else value
     return values
+
+
+def require_types(config: Any) -> None:
+    """Set the fields of `config` that are whole numbers to ints, and raise `ConfigError` for values of another type.
+
+    Whole numbers may be numpy's, or floats such as 4e9, of at most 63 bits. Fields declared as something else than
+    an int, a float or a bool, or None, are left alone.
+    """
+    for field in fields(config):
+        value, declared = getattr(config, field.name), str(field.type).removesuffix(" | None")
+        if declared not in _EXPECTED or (value is None and declared != field.type):
+            continue
+        is_flag = isinstance(value, bool)
+        is_number = isinstance(value, Real) and not is_flag
+        if declared == "int" and is_number and value == value // 1:
+            value = int(value)
+            if abs(value) > LARGEST_INT:
+                raise ConfigError(f"{field.name} is {quoted(value)}; expected a number of at most 63 bits")
+            object.__setattr__(config, field.name, value)
+        elif declared == "float" and is_number:
+            continue
+        elif not isinstance(value, _TYPES[declared]) or is_flag != (declared == "bool"):
+            raise ConfigError(f"{field.name} is {quoted(value)}; expected {_EXPECTED[declared]}")
 
 
 def require_object(value: Any, name: str) -> Mapping[str, Any]:

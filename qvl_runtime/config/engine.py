@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from qvl_runtime.config.checks import require_choice, require_positive
+from qvl_runtime.config.checks import require_choice, require_positive, require_types
 from qvl_runtime.config.model import DTYPES
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.prompt.limits import CAN_ISOLATE, ImageLimits
@@ -58,6 +58,7 @@ class EngineConfig:
     speculative_tokens: int = 0  # draft tokens from prompt lookup, verified in one step; 0: off
 
     def __post_init__(self) -> None:
+        require_types(self)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f"device is {self.device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
         require_choice("dtype", self.dtype, ("auto", *DTYPES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from qvl_runtime.errors import PromptError, SamplingError, quoted
 from qvl_runtime.prompt.chatml import Prompt
@@ -19,10 +19,12 @@ def checked_params(params: SamplingParams | None) -> SamplingParams:
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts as a list; a string or dict alone is one prompt.
 
-    Raises `PromptError` for the parts of one prompt that are not in a list of their own.
+    Raises `PromptError` for the parts of one prompt that are not in a list of their own, and for no list at all.
     """
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray)):
+        raise PromptError(f"prompts is {quoted(prompts)}; expected a prompt, such as a string, or a list of them")
     listed = list(prompts)
     bare = [p for p in listed if isinstance(p, Mapping) and "token_ids" not in p]
     if bare:

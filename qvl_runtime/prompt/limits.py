@@ -20,6 +20,9 @@ CHOICES = {
 }
 """The values of the options that say how an image is read; the first is the default."""
 
+LARGEST_LIMIT = 2**40  # bytes or pixels; 1 TiB is beyond any machine, and sizes near 2^63 overflow in system calls
+LARGEST_TIMEOUT_S = 10**9  # seconds, 31 years: above 9.2e9, Python's timeouts overflow
+
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
@@ -45,7 +48,10 @@ class ImageLimits:
     def __post_init__(self) -> None:
         for name in ("max_image_bytes", "max_image_pixels", "max_image_side", "max_request_pixels", "image_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise ConfigError(f"{name} is {quoted(getattr(self, name))}; expected a positive number")
+            most = LARGEST_TIMEOUT_S if name == "image_timeout_s" else LARGEST_LIMIT
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {quoted(getattr(self, name))}; expected at most {most:,}")
         if self.max_images < 0:
             raise ConfigError(f"max_images is {self.max_images}; expected 0 (no images) or more")
         for name in ("isolate_images", "allow_private_addresses", "allow_files"):

@@ -27,9 +27,9 @@ MAX_ANSWERS = 128  # n, as in the API that it follows; more are more requests, w
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 128, 1000  # those of generation_config.json included
 
 _WHOLE: dict[str, tuple[int, int, str]] = {
-    "max_tokens": (1, LARGEST_INT, "at least 1"),
-    "min_tokens": (0, LARGEST_INT, "0 (off) or more"),
-    "top_k": (0, LARGEST_INT, "0 (off) or more"),
+    "max_tokens": (1, LARGEST_INT, "at least 1, up to 2^63 - 1"),
+    "min_tokens": (0, LARGEST_INT, "0 (off) to 2^63 - 1"),
+    "top_k": (0, LARGEST_INT, "0 (off) to 2^63 - 1"),
     "seed": (0, LARGEST_INT, "0 to 2^63 - 1"),
     "n": (1, MAX_ANSWERS, f"1 to {MAX_ANSWERS} answers: make more requests for more"),
     "logprobs": (0, 100, "0 to 100 alternatives"),

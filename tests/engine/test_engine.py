@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,3 +239,9 @@ def test_a_tiny_temperature_is_no_accident_for_the_neighbors(engine: Engine) -> 
     params = [SamplingParams(max_tokens=4, temperature=t, seed=1) for t in (1e-40, 0, 1.0)]
     cold, greedy, _ = engine.generate([GREETING] * 3, params)
     assert cold.token_ids == greedy.token_ids
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"x", object()])
+def test_what_is_no_prompt_is_named(engine: Engine, prompts: Any) -> None:
+    with pytest.raises(PromptError, match=r"^prompts is .*; expected a prompt, such as a string, or a list of them$"):
+        engine.generate(prompts)

@@ -94,7 +94,8 @@ def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("48M", 48_000_000), ("48m", 48_000_000), ("64Mi", 2**26), ("20MB", 20_000_000), ("20 MiB", 20 * 2**20),
-     ("1.5k", 1500), ("67,108,864", 2**26), ("1_000", 1000), ("0", 0), (".5G", 500_000_000), ("2T", 2 * 10**12)],
+     ("1.5k", 1500), ("67,108,864", 2**26), ("1_000", 1000), ("0", 0), (".5G", 500_000_000), ("2T", 2 * 10**12),
+     ("9007199254740993", 2**53 + 1)],
 )  # fmt: skip
 def test_numbers_with_units(text: str, value: int) -> None:
     assert parse_count(text) == value
@@ -107,6 +108,13 @@ def test_numbers_that_are_none(text: str) -> None:
         parse_count(text)
     result = qvl("generate", "x", f"--max-images={text}")
     assert result.exit_code == 2 and "48M or 20MiB" in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("text", ["9" * 400, "9223372036854775808", "9999999999T", "9" * 5000])
+def test_numbers_that_are_too_large(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is too large; expected at most 9223372036854775807"):
+        parse_count(text)
 
 
 @pytest.mark.unit
