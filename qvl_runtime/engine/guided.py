@@ -29,7 +29,7 @@ CACHED = 64  # grammars that are kept compiled
 # One space, or one line break with an indentation: a model that is unsure would write white space without end.
 _WHITE_SPACE = r" |\n[ \t]{0,32}"
 _LIMITS = {
-    "initial_lexer_fuel": 1_000_000,  # 20 ms
+    "initial_lexer_fuel": 100_000,  # also bounds what is forced in a row: 0.2 s for a repetition of a million
     "step_lexer_fuel": 200_000,  # 14 ms a token at most
     "step_max_items": 50_000,  # 3 ms a token at most
     "max_lexer_states": 50_000,  # about 100 MB
@@ -86,7 +86,9 @@ class GuidedConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the answer cannot follow its grammar any further: {_reason(self._matcher)}")
+            raise ConstraintError(
+                f"the answer cannot follow its grammar any further: {_reason(self._matcher)}; make it simpler"
+            )
 
 
 class Guides:
@@ -215,4 +217,4 @@ def _reason(matcher: LLMatcher) -> str:
 def _line(text: str) -> str:
     """An error of llguidance in one line, without its drawings of the place."""
     lines = [line.strip() for line in text.splitlines()]
-    return shortened(escaped("; ".join(line for line in lines if line.strip("^ |"))), 300)
+    return shortened(escaped("; ".join(line for line in lines if line.strip("^ |") and line != "<non-verbose/>")), 300)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qvl_runtime.config.checks import LARGEST_FLOAT32, LARGEST_INT, SMALLEST_FLOAT32
+from qvl_runtime.schedule.guide_checks import MAX_OPTIONS
 
 MAX_TOP_LOGPROBS = 100
 MAX_TEXT = 16 * 2**20  # characters of one string; the limit on bodies comes first
@@ -139,7 +140,7 @@ GUIDES = {
                 "json": {"anyOf": [_SCHEMA, {"type": "string"}, {"type": "null"}]},
                 "json_object": FLAG,
                 "regex": {"type": ["string", "null"]},
-                "choice": {"type": ["array", "null"], "items": {"type": "string"}},
+                "choice": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_OPTIONS},
                 "grammar": {"type": ["string", "null"]},
             },
             "additionalProperties": False,

@@ -15,6 +15,7 @@ import pytest
 from qvl_runtime import AsyncEngine, Engine, SamplingParams
 from qvl_runtime.engine import guided
 from qvl_runtime.errors import ConstraintError
+from qvl_runtime.schedule.guide_checks import Guide
 
 pytestmark = [
     pytest.mark.cpu,
@@ -107,3 +108,11 @@ def test_asyncio_compiles_outside_of_the_steps(engine: Engine) -> None:
         del engine.constraints._guides.compile
     assert re.fullmatch("[xy]{3}", held.text) and isinstance(refused, ConstraintError) and free.text
     assert names and not any("qvl-model" in name for name in names)
+
+
+@pytest.mark.parametrize("regex", ["(a{1001}){1000}", "[ab](a{1001}){1000}", "(abc){80000}"])
+def test_what_is_forced_in_a_row_is_bounded(engine: Engine, regex: str) -> None:
+    """llguidance spells it all at once with Python's lock held, in which no other request goes on."""
+    followed = engine.constraints._guides.begin(Guide("regex", regex, "regex"), [1])
+    followed.advance(ord("a"))
+    assert len(followed.forced()) < 100_000
