@@ -106,6 +106,10 @@ class NumericsError(QVLError, ArithmeticError):
     """
 
 
+class RuledOutError(NumericsError):
+    """The request's own penalty or biases rule out every token, or give one an infinite score."""
+
+
 class StepError(QVLError, RuntimeError):
     """A request could not be computed, by a fault of the program or of the machine, which is the `__cause__`.
 

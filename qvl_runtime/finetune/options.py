@@ -15,6 +15,7 @@ Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = get_args(Method)
 PARTS = ("decoder", "embedding", "head", "resampler", "vit")
 FULL_PARTS = ("decoder", "embedding", "head", "resampler")  # the original freezes the ViT alone
+MOST_EPOCHS = 10_000
 DTYPES = ("auto", "bfloat16", "float32")
 SHARDING = ("none", "data", "gradients", "fsdp")
 SCHEDULES = ("cosine", "constant")
@@ -63,6 +64,8 @@ class FinetuneOptions:
         require_choice("schedule", self.schedule, SCHEDULES)
         positive = ("epochs", "batch", "accumulate", "max_length", "rate", "clip", "save_every", "keep", "most_faults")
         require_positive(self, "", *positive, "keep_weight")
+        if self.epochs > MOST_EPOCHS:  # whose steps are planned before the first
+            raise ConfigError(f"epochs is {self.epochs}; expected at most {MOST_EPOCHS:,}")
         for name, least, below in (("warmup", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, 100)):
             if not least <= getattr(self, name) < below:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least} and below {below}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qvl_kernels.util import dtype_name
-from qvl_runtime.errors import NumericsError
+from qvl_runtime.errors import NumericsError, RuledOutError
 
 
 def numerics_error(logits: Tensor, penalty: float = 1.0, bias: Tensor | None = None) -> NumericsError:
@@ -19,8 +19,8 @@ def numerics_error(logits: Tensor, penalty: float = 1.0, bias: Tensor | None = N
     if nan or infinite:
         return _of_the_model(nan, infinite, len(raw), dtype_name(logits.dtype))
     if bias is not None and bool((raw + bias).isneginf().all()):
-        return NumericsError(f"logit_bias forbids every token of {len(raw)}: leave one without -inf")
-    return NumericsError(
+        return RuledOutError(f"logit_bias forbids every token of {len(raw)}: leave one without -inf")
+    return RuledOutError(
         f"repetition_penalty {penalty:g} and logit_bias give a token an infinite score: use values nearer to 1 and 0"
     )
 

@@ -16,6 +16,7 @@ from qvl_runtime.errors import (
     NumericsError,
     PromptError,
     QVLError,
+    RuledOutError,
     SamplingError,
     StepError,
 )
@@ -77,7 +78,7 @@ def api_error(error: Exception, param: str | None = None, guide: str | None = No
         return invalid(message, param, "invalid_prompt")
     if isinstance(error, ConstraintError):
         return invalid(message, guide, "invalid_constraint")
-    if isinstance(error, SamplingError):
+    if isinstance(error, (SamplingError, RuledOutError)):
         name = message.partition(" ")[0]
         return invalid(message, name if name in _parameters() else None, "invalid_value")
     if isinstance(error, (NumericsError, StepError)):

@@ -44,6 +44,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"modalities": ["audio"]}, "modalities"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"min_tokens": -1}, "min_tokens"),
+    ({"repetition_penalty": 1.2e-38, "temperature": 0}, "repetition_penalty"),
     ({"structured_outputs": {"choice": ["a"] * 1001}}, "structured_outputs.choice"),
     ({"no_such_field": 1}, "no_such_field"),
     ({"model": 5}, "model"),
