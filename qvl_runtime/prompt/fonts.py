@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from qvl_runtime.errors import ConfigError
+from qvl_runtime.reading.regular_files import open_regular
 
 if TYPE_CHECKING:
     from PIL import ImageFont
@@ -60,10 +61,12 @@ def pick_font(text: str, size: int) -> tuple[Font, str]:
 def open_font(path: str | os.PathLike[str], size: int) -> ImageFont.FreeTypeFont:
     """Open a font file at a size in pixels; of a collection, the face with simplified Chinese forms if there is one.
 
-    Raises `ConfigError` if the file cannot be opened.
+    Raises `ConfigError` if the file cannot be opened, or is none.
     """
     from PIL import ImageFont
 
+    if os.path.exists(path):  # otherwise it may be the name of an installed font
+        open_regular(Path(path), ConfigError).close()
     faces: list[ImageFont.FreeTypeFont] = []
     try:
         while len(faces) < (16 if str(path).lower().endswith((".ttc", ".otc")) else 1):

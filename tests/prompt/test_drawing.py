@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,15 @@ def test_a_font_of_the_callers(tmp_path: Path) -> None:
     for name in ("broken.ttf", "missing.ttf", "missing.ttc"):
         with pytest.raises(ConfigError, match=f"{name} cannot be opened"):
             draw_boxes(image, [Box("cat", *LEFT)], font=tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_font_that_is_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ttf")
+    with pytest.raises(ConfigError, match=r"pipe.ttf is a named pipe; expected a file"):
+        fonts.open_font(tmp_path / "pipe.ttf", 20)
+    with pytest.raises(ConfigError, match=r"is a folder; expected a file"):
+        fonts.open_font(tmp_path, 20)
 
 
 def test_tags_stay_inside_and_apart() -> None:
