@@ -112,7 +112,7 @@ def test_asyncio_compiles_outside_of_the_steps(engine: Engine) -> None:
 
 @pytest.mark.parametrize("regex", ["(a{1001}){1000}", "[ab](a{1001}){1000}", "(abc){80000}"])
 def test_what_is_forced_in_a_row_is_bounded(engine: Engine, regex: str) -> None:
-    """llguidance spells it all at once with Python's lock held, in which no other request goes on."""
+    """llguidance spells it all at once with Python's lock held, while all other requests wait."""
     followed = engine.constraints._guides.begin(Guide("regex", regex, "regex"), [1])
     followed.advance(ord("a"))
     assert len(followed.forced()) < 100_000
