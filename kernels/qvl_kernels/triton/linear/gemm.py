@@ -11,16 +11,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from qvl_kernels.layouts.gpu import PackedInt4, PackedInt8
+from qvl_kernels.layouts.gpu import PackedInt4
 from qvl_kernels.triton import checks
 from qvl_kernels.triton.gluon import gl, gluon, mma, wait_group
-from qvl_kernels.triton.launch import Launch, Spec, capability
-from qvl_kernels.triton.linear.configs import Config, config
+from qvl_kernels.triton.launch import Spec, capability
+from qvl_kernels.triton.linear.configs import config
 from qvl_kernels.triton.linear.int4_operand import a_words_layout, copy_tile, scale_and_zero, scaled_pair
 from qvl_kernels.triton.linear.int4_tile import BASE_BF16, BASE_FP16, EXPONENT_BF16, EXPONENT_FP16, TILE_INT4
+from qvl_kernels.triton.linear.many_rows import store_sums, tile_pointers, tiled_plan, tiled_spec
 from qvl_kernels.triton.linear.matmul_plan import MatmulPlan
-from qvl_kernels.triton.linear.published_shapes import DECODER, example, weight_bytes
-from qvl_kernels.util import cdiv
+from qvl_kernels.triton.linear.published_shapes import DECODER
 
 
 @gluon.jit(do_not_specialize=["rows"])  # one binary for every number of rows
@@ -46,18 +46,12 @@ def int4_gemm_kernel(
     A: tl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: tl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     WORDS: tl.constexpr = a_words_layout(W, BN)
-    X: tl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [W, 1], [1, 0])
-    COPY: tl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [W, 1], [1, 0])
     n0, m0 = gl.program_id(1) * BN, gl.program_id(0) * BM
     split, splits = gl.program_id(2), gl.num_programs(2)
     first, last = split * TILES // splits, (split + 1) * TILES // splits
     x_to = gl.allocate_shared_memory(FLOAT, [S, BM, 128], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     words_to = gl.allocate_shared_memory(gl.int32, [S, BN, 16], gl.SwizzledSharedLayout(4, 1, 4, [1, 0]))
-    m = gl.expand_dims(gl.minimum(m0 + gl.arange(0, BM, gl.SliceLayout(1, X)), rows - 1), 1)  # past the last: the last
-    k = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, X)), 0)
-    x_at = x_ptr + (m * INPUTS + k)
-    n_copy = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(1, COPY)), 1)
-    words_at = words_ptr + (n_copy * 16 + gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, COPY)), 0))
+    x_at, k, words_at = tile_pointers(x_ptr, words_ptr, m0, n0, rows, INPUTS, BM, BN, W)
     n = n0 + gl.arange(0, BN, gl.SliceLayout(1, WORDS))
     for tile in range(S - 1):
         copy_tile(x_to, words_to, x_at, words_at, k, first + tile, tile, last, INPUTS, PADDED, RAGGED)
@@ -81,14 +75,7 @@ def int4_gemm_kernel(
         at = begin + TILE_INT4
         scale, zero = scale_and_zero(scales_ptr, zeros_ptr, n, at, INPUTS, PADDED, GROUP, BASE, FLOAT)
     wait_group(0)
-    if bias_ptr is not None and split == 0:
-        at = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, MMA)), 1)
-        acc += gl.load(bias_ptr + at, at < OUTPUTS, 0.0).to(gl.float32)
-    OUT: tl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, W], [0, 1])  # turned in shared memory, 128 bits at a time
-    y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
-    n = n0 + gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(1, OUT)), 1)
-    m = m0 + gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, OUT)), 0)
-    gl.store(out_ptr + ((split * rows + m) * OUTPUTS + n), y, (n < OUTPUTS) & (m < rows))
+    store_sums(acc, bias_ptr, out_ptr, split, m0, n0, rows, OUTPUTS, BM, BN, W, MMA)
 
 
 def gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Tensor:
@@ -101,21 +88,8 @@ def plan_gemm(x: Tensor, weight: PackedInt4, bias: Tensor | None = None) -> Matm
     checks.tensor("int4_gemm", "x", x, (None, weight.inputs), torch.float16, torch.bfloat16)
     checks.device("int4_gemm", x, bias, *weight.tensors().values())
     rows, padded = len(x), weight.words.shape[1]
-    return _plan(rows, weight, bias, config(capability(x.device), "gemm", rows, weight.inputs, padded))
-
-
-def _plan(rows: int, weight: PackedInt4 | PackedInt8, bias: Tensor | None, chosen: Config) -> MatmulPlan:
-    padded = weight.words.shape[1]
-    launch = Launch(
-        int4_gemm_kernel,
-        (cdiv(rows, chosen.rows), cdiv(padded, chosen.columns), chosen.splits),
-        {"words_ptr": weight.words, "scales_ptr": weight.scales, "zeros_ptr": weight.zeros, "bias_ptr": bias},
-        {"INPUTS": weight.inputs, "OUTPUTS": weight.outputs, "PADDED": padded, "GROUP": weight.group,
-         "BM": chosen.rows, "BN": chosen.columns, "W": chosen.warps, "S": chosen.stages},
-        chosen.warps,
-        1,
-    )  # fmt: skip
-    return MatmulPlan(launch, chosen.splits, weight.outputs)
+    chosen = config(capability(x.device), "gemm", rows, weight.inputs, padded)
+    return tiled_plan(int4_gemm_kernel, rows, weight, bias, chosen)
 
 
 def aot_specs(capability: int) -> list[Spec]:
@@ -123,19 +97,4 @@ def aot_specs(capability: int) -> list[Spec]:
     fp16, bf16 = torch.float16, torch.bfloat16
     cases = [(name, rows, fp16, True) for name in DECODER for rows in (64, 512)]
     cases += [("qkv", 64, dtype, dtype == bf16) for dtype in (bf16, fp16)]
-    return [_spec(capability, *case) for case in cases]
-
-
-def _spec(capability: int, name: str, rows: int, dtype: torch.dtype, symmetric: bool) -> Spec:
-    x, weight, bias = example(4, name, rows, dtype, symmetric)
-    chosen = config(capability, "gemm", rows, weight.inputs, weight.words.shape[1])
-    launch, out = _plan(rows, weight, bias, chosen).prepare(x)
-    label = f"int4_gemm {name}, {rows} rows{'' if dtype == torch.float16 else ', bf16'}"
-    return Spec(
-        label + ("" if symmetric else ", zero points"),
-        launch,
-        x.nbytes + weight_bytes(weight, bias) + out.nbytes,
-        from_registers=True,
-        loop_trips=cdiv(weight.inputs, weight.TILE) / chosen.splits,
-        flops=2 * rows * weight.inputs * weight.outputs,
-    )
+    return [tiled_spec(int4_gemm_kernel, "gemm", capability, *case) for case in cases]
