@@ -44,7 +44,7 @@ FIND_NEWER_PYTHON = for candidate in $(or $(PYTHON),python3.12 python3.13); do \
 	$$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& { echo $$candidate; break; }; done
 
-ttsem: $(TTSEM)/.set-up ## run the GPU kernels' tests in ttsem, without a GPU: bfloat16, bounds, races; half an hour
+ttsem: $(TTSEM)/.set-up ## run the GPU kernels' tests in ttsem, without a GPU: bfloat16, bounds, races; five minutes
 	TRITON_INTERPRET=0 QVL_DEPENDENT_LAUNCH=0 QVL_INT4_WGMMA=0 $(TTSEM)/bin/python -m ttsem.sanitize pytest tests/kernels/triton -q -p no:cacheprovider --timeout 1200 $(TTSEM_FLAGS)
 
 $(TTSEM)/.set-up: constraints.txt

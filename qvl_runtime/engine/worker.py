@@ -81,6 +81,7 @@ class Worker:
         self._sending = threading.Lock()  # so that no command is queued after the last one was failed
         self._thread = threading.Thread(target=self._work, name="qvl-model", daemon=True)
         _running.add(self)
+        _threads.add(self._thread)
         self._thread.start()
 
     @property
@@ -238,13 +239,13 @@ class Worker:
 
 
 _running: weakref.WeakSet[Worker] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # one may still free an engine when its worker is gone
 
 
 @atexit.register
 def _stop_workers() -> None:
-    """End all workers before the interpreter does, which would abort in the middle of a kernel."""
-    workers = list(_running)
-    for worker in workers:
+    """End all threads of workers before the interpreter does, which would abort one in a kernel or freeing a tensor."""
+    for worker in list(_running):
         worker.stop()
-    for worker in workers:
-        worker.join()
+    for thread in list(_threads):
+        thread.join()

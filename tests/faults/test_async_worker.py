@@ -178,3 +178,27 @@ def test_the_interpreter_ends_while_the_worker_is_busy() -> None:
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", EXIT], timeout=60, capture_output=True, text=True)
         assert done.returncode == 7 and "terminate" not in done.stderr, done.stderr[-2000:]
+
+
+DROPPED = """
+import asyncio, threading, time
+from qvl_runtime import AsyncEngine, Engine, SamplingParams
+freeing = threading.Event()
+class Slow:
+    def __del__(self):
+        freeing.set()
+        time.sleep(0.5)
+        print("freed by", threading.current_thread().name, flush=True)
+async def main():
+    served = AsyncEngine(Engine(dtype="float32"))
+    served.engine.core.slow = Slow()
+    await served.generate({"token_ids": [1]}, SamplingParams(max_tokens=2))
+asyncio.run(main())
+freeing.wait(30)
+"""
+
+
+def test_the_interpreter_waits_for_an_engine_that_is_freed_in_its_thread() -> None:
+    """The last reference to a dropped engine may be its worker's: five of twelve such exits aborted."""
+    done = subprocess.run([sys.executable, "-c", DROPPED], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "freed by qvl-model\n"), done.stderr[-2000:]
