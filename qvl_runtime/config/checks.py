@@ -116,5 +116,5 @@ def require_divides(name: str, value: int, by_name: str, by: int) -> None:
 
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; supported are {', '.join(map(repr, choices))}")
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ConfigError(f"{name} is {quoted(value)}; supported are {', '.join(map(repr, choices))}")

@@ -22,9 +22,7 @@ class EngineConfig:
     device: str = "auto"  # "auto", "cpu", "cuda" or "cuda:N"
     dtype: str = "auto"  # "auto": the dtype in the checkpoint's config
     precision: Literal["exact", "fast"] = "exact"  # fast: kernels may use int8 activations, head and vision
-    embedding_on_host: bool = (
-        False  # on a GPU: embeddings stay in the mapped file, saving 1.2 GB of GPU memory for the full model
-    )
+    embedding_on_host: bool = False  # on a GPU: embeddings stay in the mapped file; saves 1.2 GB of the full model's
     synthetic: str | None = None  # "qwen-vl-chat" or "qwen-vl-chat-int4": random weights of those sizes, no checkpoint
     repeat_blocks: bool = False  # synthetic: all blocks share the memory of the first
     max_model_len: int | None = None  # tokens; None: the checkpoint's context_limit

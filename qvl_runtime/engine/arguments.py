@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from qvl_runtime.errors import PromptError, SamplingError, quoted
 from qvl_runtime.prompt.chatml import Prompt
@@ -14,6 +15,13 @@ def checked_params(params: SamplingParams | None) -> SamplingParams:
     if params is not None and not isinstance(params, SamplingParams):
         raise SamplingError(f"params is {quoted(params)}; expected SamplingParams, as SamplingParams(temperature=0)")
     return params or SamplingParams()
+
+
+def checked_list(name: str, values: object, of: str) -> list[Any]:
+    """Return values as a list. Raises `PromptError` for anything but a sequence, and for a string."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
+        raise PromptError(f"{name} is {quoted(values)}; expected a list of {of}")
+    return list(values)
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qvl_runtime.engine.arguments import checked_list
 from qvl_runtime.engine.prefix import Prefix
 from qvl_runtime.errors import PromptError, quoted
 from qvl_runtime.prompt.cancellation import NEVER, Cancellation
@@ -45,7 +46,7 @@ def option_ids(tokenizer: Tokenizer, options: Sequence[str]) -> list[tuple[int, 
 
     A leading space counts: after "Answer:", a model is likelier to continue with " A" than with "A".
     """
-    if isinstance(options, str) or not all(isinstance(option, str) for option in options):
+    if not all(isinstance(option, str) for option in checked_list("options", options, "strings")):
         raise PromptError(f"options is {quoted(options)}; expected a list of strings")
     ids = [tuple(tokenizer.encode(option, "none")) for option in options]
     if not ids or not all(ids):

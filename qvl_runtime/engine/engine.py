@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 from qvl_runtime.config.engine import EngineConfig
 from qvl_runtime.config.generation import GenerationDefaults
-from qvl_runtime.engine.arguments import checked_params, prompt_list
+from qvl_runtime.engine.arguments import checked_list, checked_params, prompt_list
 from qvl_runtime.engine.constraints import Constraints
 from qvl_runtime.engine.judging import Judging
 from qvl_runtime.engine.loading import load_runner
@@ -221,9 +221,10 @@ class Engine(Judging):
         A continuation is token ids, or text in which only grounding tags are special. `top`: the alternatives for each
         token, of which the first is the greedy one. Raises `PromptError` for an empty one, and `CapacityError`.
         """
+        listed = checked_list("continuations", continuations, "texts or lists of token ids")
         encoded = self.encode(prefix)
         params = SamplingParams(max_tokens=1, prompt_logprobs=top, logprob_start=len(encoded.prompt.token_ids))
-        whole = [Encoded(continued(encoded.prompt, self.tokenizer, each), 0.0) for each in continuations]
+        whole = [Encoded(continued(encoded.prompt, self.tokenizer, each), 0.0) for each in listed]
         requests = self._run((prompt, params) for prompt in whole[:1])  # leaves the prefix in the cache
         requests += self._run((prompt, params) for prompt in whole[1:])
         return [request.completion().prompt_logprobs or () for request in requests]

@@ -87,6 +87,8 @@ class Judging:
         self.check_process()
         if not isinstance(phrase, str) or not phrase.strip():
             raise PromptError(f"the phrase is {quoted(phrase)}; expected what to look for, as 'the red car'")
+        if question is not None and not isinstance(question, str):
+            raise PromptError(f"the question is {quoted(question)}; expected text, as 'Box the {{}}.'")
         tokens = self.tokenizer
         calibration = self.core.answers.judge.calibration
         if question is None and calibration is not None:

@@ -14,7 +14,7 @@ from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.cores import settle_threads
 from qvl_runtime.engine.capacity import capture_graphs, kv_cache_tokens, memory_after_loading, spare_bytes
 from qvl_runtime.engine.parallel_loading import load_parallel_runner
-from qvl_runtime.errors import ConfigError
+from qvl_runtime.errors import ConfigError, quoted
 from qvl_runtime.formats.adapter import Adapter
 from qvl_runtime.formats.host_memory import trim_heap
 from qvl_runtime.host import choose_device, choose_dtype, free_memory
@@ -43,6 +43,7 @@ def load_runner(
     ones. Raises `ConfigError` or `CapacityError` where memory does not suffice, and `CheckpointError` for a damaged
     checkpoint.
     """
+    _check_adapters(adapters)
     device, dtype = choose_device(engine_config.device), choose_dtype(engine_config.dtype, config)
     if device.type == "cpu":
         settle_threads()  # of which other ranks get their parts
@@ -103,3 +104,13 @@ def load_adapters(adapters: Mapping[str, str | Path | Adapter], model: QwenVL) -
         for name, adapter in adapters.items()
     }
     return Adapters(read, model.config, model.ops, model.dtype, model.device)
+
+
+def _check_adapters(adapters: object) -> None:
+    if adapters is None:
+        return
+    if not isinstance(adapters, Mapping):
+        raise ConfigError(f"adapters is {quoted(adapters)}; expected a dict of folders by the adapters' names")
+    for name, adapter in adapters.items():
+        if not isinstance(adapter, (str, Path, Adapter)):
+            raise ConfigError(f"adapter {quoted(name)} is {quoted(adapter)}; expected the folder that holds it")

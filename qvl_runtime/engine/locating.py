@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qvl_runtime.engine.arguments import checked_list
 from qvl_runtime.engine.beams import likeliest_boxes
 from qvl_runtime.engine.prefix import Prefix
 from qvl_runtime.errors import PromptError, quoted
@@ -80,7 +81,8 @@ def locate(
 
 def spelled_boxes(tokenizer: Tokenizer, boxes: Sequence[Box | Sequence[int]]) -> list[tuple[int, ...]]:
     """The token ids of given boxes [x1, y1, x2, y2]. Raises `PromptError` for one that the grammar would not write."""
-    return [_spelled(tokenizer, (b.x1, b.y1, b.x2, b.y2) if isinstance(b, Box) else b) for b in boxes]
+    listed = checked_list("boxes", boxes, "boxes, as [[x1, y1, x2, y2]]")
+    return [_spelled(tokenizer, (b.x1, b.y1, b.x2, b.y2) if isinstance(b, Box) else b) for b in listed]
 
 
 def score_boxes(

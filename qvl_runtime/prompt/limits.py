@@ -67,7 +67,7 @@ class ImageLimits:
                 wrong = next((host for host in hosts if not is_pattern(host)), self.allow_urls)
                 raise ConfigError(f"allow_urls has {quoted(wrong)}; expected True, False or a tuple of host names")
         for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
+            if not isinstance(value := getattr(self, name), str) or value not in choices:
                 raise ConfigError(f"{name} is {quoted(value)}; supported are {' and '.join(map(repr, choices))}")
 
     def check_bytes(self, size: int, described: str) -> None:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
-from qvl_runtime.errors import CheckpointError, ConfigError, DownloadError
+from qvl_runtime.config.checks import require_choice
+from qvl_runtime.errors import CheckpointError, DownloadError, quoted
 
 Source = Literal["huggingface", "modelscope"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,8 +31,11 @@ def resolve_model(
     files that the runtime reads: JSON, vocabulary, and the weights in one format. Raises `CheckpointError` for a name
     that is neither, `DownloadError` where the model is not in the cache or cannot be downloaded.
     """
-    if source not in get_args(Source):
-        raise ConfigError(f"source is {source!r}; supported are {', '.join(map(repr, get_args(Source)))}")
+    require_choice("source", source, get_args(Source))
+    if not isinstance(name, (str, Path)):
+        raise CheckpointError(
+            f"the model is {quoted(name)}; expected a folder, or a hub id such as 'Qwen/Qwen-VL-Chat'"
+        )
     folder = Path(name).expanduser()
     if name and folder.is_dir():  # the empty path would be the current folder
         return folder
