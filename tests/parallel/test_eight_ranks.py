@@ -57,7 +57,8 @@ def test_it_answers_like_one_process(eight_heads: Path) -> None:
         found.append((tokens, engine.score(prompts[-1]).logprobs))
         if ranks > 1:
             assert engine.report()["kernels"]["decoder"] == f"split among {ranks} processes, no graphs"
-            assert isinstance(model := engine.core.runner.model, ParallelModel)
+            model = engine.core.runner.model
+            assert isinstance(model, ParallelModel)
             model.ranks.end("the test is over")
             del model
         del engine
