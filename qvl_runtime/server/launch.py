@@ -18,6 +18,7 @@ import uvicorn
 from qvl_runtime.errors import ConfigError
 from qvl_runtime.server.app import make_app
 from qvl_runtime.server.config import ServerConfig
+from qvl_runtime.server.connection import Connection
 from qvl_runtime.server.garbage import loaded_for_good
 from qvl_runtime.server.keys import Keys
 from qvl_runtime.server.service import Service, raise_failure
@@ -97,6 +98,7 @@ def make_server(
         make_app(service, keys, write),
         host=host,
         port=port,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
