@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from qvl_runtime import __version__
 from qvl_runtime.cli.batch import batch
 from qvl_runtime.cli.calibrate import calibrate
 from qvl_runtime.cli.chat import chat
 from qvl_runtime.cli.check import check
-from qvl_runtime.cli.command import add_command
+from qvl_runtime.cli.command import Group, add_command
 from qvl_runtime.cli.convert import convert
 from qvl_runtime.cli.demo import demo
 from qvl_runtime.cli.evaluate import evaluate
@@ -54,6 +56,7 @@ COMMANDS = (
 )
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -62,8 +65,18 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qvl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Run Qwen-VL: images and a question in, text and boxes out.
 
     [bold]Try it with the small model that ships with qvl:[/bold]

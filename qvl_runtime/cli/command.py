@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any, ParamSpec, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from qvl_runtime.cli.flags import flag_of, flags_of
 from qvl_runtime.cli.options import SamplingOptions
@@ -21,7 +21,23 @@ from qvl_runtime.errors import QVLError, SamplingError, StepError
 P = ParamSpec("P")
 
 
-class Command(TyperCommand):
+class _PlainFlags:
+    """Flags stand in the help without a type: Typer 0.29 writes `--json <bool>`, as if a value had to follow."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The parameters, of which the flags have no name for a value."""
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class Group(_PlainFlags, TyperGroup):
+    """Several commands."""
+
+
+class Command(_PlainFlags, TyperCommand):
     """A command whose arguments may begin with a dash and a space, as the lines of a list do."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

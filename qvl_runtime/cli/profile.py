@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qvl_runtime.cli.command import add_command
+from qvl_runtime.cli.command import Group, add_command
 from qvl_runtime.cli.options import AsJson, Debug, RunOptions
 from qvl_runtime.cli.terminal import print_table, say
 from qvl_runtime.errors import ConfigError
@@ -25,7 +25,7 @@ HELP = """Measure speed and memory the way the model's authors did.
 [cyan]qvl profile memory --model Qwen/Qwen-VL-Chat-Int4[/cyan]
 """
 
-profile_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help=HELP)
+profile_app = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode="rich", help=HELP)
 Batches = Annotated[str, typer.Option(metavar="N,N,…", help="Batch sizes to measure decoding at.")]
 Tokens = Annotated[
     int | None,

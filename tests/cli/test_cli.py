@@ -15,13 +15,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from qvl_runtime import __version__
 from qvl_runtime.cli.options import ModelOptions
 from tests.fakes import BOXED, FakeEngine, make_image, qvl, start
 
 pytestmark = pytest.mark.unit
 
 
-@pytest.mark.parametrize("command", ["", "generate", "chat", "batch", "info", "demo"])
+COMMANDS = ["", "generate", "chat", "batch", "info", "demo", "serve", "profile", "profile memory"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command: str) -> None:
     result = qvl(*command.split(), "--help")
     assert result.exit_code == 0
@@ -29,6 +33,12 @@ def test_help_explains_every_option(command: str) -> None:
     options = [line for line in result.stdout.splitlines() if "│ --" in line]
     assert options
     assert all(len(line.strip("│ ").split("  ")) >= 2 for line in options), "an option without help"
+    assert "bool" not in result.stdout.lower(), "a flag that seems to want a value"
+
+
+def test_version() -> None:
+    result = qvl("--version")
+    assert (result.exit_code, result.stdout) == (0, f"qvl {__version__}\n")
 
 
 def test_generate_streams_the_answer_and_nothing_else_to_stdout(fake_engine: FakeEngine) -> None:
