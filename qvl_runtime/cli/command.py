@@ -34,7 +34,7 @@ class _PlainFlags:
 
 
 class Group(_PlainFlags, TyperGroup):
-    """Several commands."""
+    """A group of commands, whose flags have no type in the help."""
 
 
 class Command(_PlainFlags, TyperCommand):

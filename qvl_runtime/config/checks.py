@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -116,5 +116,5 @@ def require_divides(name: str, value: int, by_name: str, by: int) -> None:
 
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `choices`."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
+    if not isinstance(value, (str, Integral)) or isinstance(value, bool) or value not in choices:
         raise ConfigError(f"{name} is {quoted(value)}; supported are {', '.join(map(repr, choices))}")

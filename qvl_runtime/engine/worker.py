@@ -81,8 +81,8 @@ class Worker:
         self._sending = threading.Lock()  # so that no command is queued after the last one was failed
         self._thread = threading.Thread(target=self._work, name="qvl-model", daemon=True)
         _running.add(self)
-        _threads.add(self._thread)
         self._thread.start()
+        _threads.add(self._thread)
 
     @property
     def is_alive(self) -> bool:

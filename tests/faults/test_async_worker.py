@@ -201,4 +201,4 @@ freeing.wait(30)
 def test_the_interpreter_waits_for_an_engine_that_is_freed_in_its_thread() -> None:
     """The last reference to a dropped engine may be its worker's: five of twelve such exits aborted."""
     done = subprocess.run([sys.executable, "-c", DROPPED], timeout=60, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "freed by qvl-model\n"), done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.startswith("freed by "), done.stderr[-2000:]

@@ -29,7 +29,7 @@ PARAMS = [
 
 @pytest.fixture
 def eight_heads(source: Path, tmp_path: Path) -> Path:
-    """An Int4 checkpoint of two layers; of each packed linear, every process has a whole group of 64 or more."""
+    """An Int4 checkpoint of two layers in groups of 64 inputs, of which every process has whole ones of each linear."""
     config = json.loads((source / "config.json").read_text())
     raw = {**config, "num_attention_heads": RANKS, "hidden_size": 64 * RANKS, "intermediate_size": 256 * RANKS}
     raw["visual"] = {**RAW["visual"], "image_start_id": 470, "output_dim": 64 * RANKS}

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
+import uvicorn
 
 from qvl_runtime.server.connection import Connection
+from qvl_runtime.server.launch import listening_socket
 from tests.server.conftest import Live, say
 
 pytestmark = pytest.mark.cpu
 CHAT = "/v1/chat/completions"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+LARGE = 8 * 2**20  # bytes, more than a socket takes
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    """Answers at once, with `LARGE` bytes at /large, and reads no body."""
+    body = bytes(LARGE) if scope["path"] == "/large" else b"early"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@contextmanager
+def connected(keep_alive_s: int = 75) -> Iterator[socket.socket]:
+    """A client of `app` on a server of its own."""
+    config = uvicorn.Config(app, http=Connection, lifespan="off", log_config=None, timeout_keep_alive=keep_alive_s)
+    server = uvicorn.Server(config)
+    with listening_socket("127.0.0.1", 0) as sock, socket.socket() as raw:
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+        thread.start()
+        try:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            raw.settimeout(20)
+            raw.connect(sock.getsockname())
+            yield raw
+        finally:
+            raw.close()
+            server.should_exit = True
+            thread.join(30)
+    assert not thread.is_alive()
 
 
 def ask(content: object) -> tuple[bytes, bytes]:
@@ -96,3 +133,59 @@ def test_a_client_that_does_not_read(live: Live, monkeypatch: pytest.MonkeyPatch
         assert live.engine.core.scheduler.running, "it is being answered"
         live.wait_free(30)
         assert live.get("/health").status == 200
+
+
+def test_a_client_that_reads_slowly_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "unread_s", 1.0)
+    with connected() as raw:
+        raw.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        began, size = time.perf_counter(), 0
+        while size < LARGE:
+            piece = raw.recv(65536)
+            assert piece, f"cut off after {size} bytes"
+            size += len(piece)
+            time.sleep(0.02)
+    assert time.perf_counter() - began > 2.0, "twice what a client has that reads nothing"
+
+
+def test_the_rest_of_an_answer_that_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends, also where uvicorn has closed it and waits for what is still to be sent."""
+    monkeypatch.setattr(Connection, "unread_s", 1.0)
+    with connected() as raw:
+        raw.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        time.sleep(3.0)
+        size = 0
+        with suppress(ConnectionResetError):
+            while piece := raw.recv(65536):
+                size += len(piece)
+        assert size < LARGE
+
+
+def test_a_body_after_an_early_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When its rest has come, the connection is as good as any."""
+    monkeypatch.setattr(Connection, "head_s", 0.5)
+    with connected() as raw:
+        for _ in range(2):
+            raw.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nab")
+            assert b"200" in read_answer(raw)
+            raw.sendall(b"c")
+            time.sleep(0.8)
+            raw.sendall(b"d")
+            time.sleep(0.8)
+
+
+def test_a_body_after_an_early_answer_that_does_not_end() -> None:
+    with connected(keep_alive_s=1) as raw, pytest.raises(OSError):
+        raw.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400\r\n\r\nab")
+        assert b"200" in read_answer(raw)
+        for _ in range(200):
+            raw.sendall(b"a")
+            time.sleep(0.05)
+
+
+def test_keep_alive_ends_after_a_late_body() -> None:
+    with connected(keep_alive_s=1) as raw:
+        raw.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\na")
+        assert b"200" in read_answer(raw)
+        raw.sendall(b"b")
+        assert raw.recv(1) == b""

@@ -123,8 +123,4 @@ def aot_specs(capability: int) -> list[Spec]:
     fp16, bf16 = torch.float16, torch.bfloat16
     cases = [(name, rows, fp16, True) for name in DECODER for rows in (64, 128, 512)]
     cases += [("qkv", rows, dtype, dtype == bf16) for rows in (64, 512) for dtype in (bf16, fp16)]
-    return (
-        [tiled_spec(int4_wgmma_kernel, "wgmma", capability, *case) for case in cases]
-        if capability == WGMMA_CAPABILITY
-        else []
-    )
+    return [tiled_spec(int4_wgmma_kernel, "wgmma", capability, *case) for case in cases]
