@@ -156,13 +156,14 @@ def test_a_thread_of_the_model_that_ends(nano: Engine, monkeypatch: pytest.Monke
     with serving(lambda: nano, exit_on_failure=True) as live:
         monkeypatch.setattr(nano, "exclusive", lambda: 1 / 0)
         assert live.post(CHAT, ASK).status == 500
+        wait(lambda: live.service.is_over)  # the thread may meet the fault again after it has told the request
         monkeypatch.undo()
-        wait(lambda: live.service.is_over)
         live.thread.join(10)
         assert live.service.state == "failed" and not live.thread.is_alive()
     with serving(lambda: nano) as live:
         monkeypatch.setattr(nano, "exclusive", lambda: 1 / 0)
         assert live.post(CHAT, ASK).status == 500
+        wait(lambda: live.service.state == "failed")
         monkeypatch.undo()
         assert live.get("/health/ready").status == 503 and live.post(CHAT, ASK).json()["error"]["code"] == "engine_dead"
         assert not live.server.should_exit
