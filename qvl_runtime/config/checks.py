@@ -105,7 +105,7 @@ def require_at_most(config: Any, prefix: str, limits: Mapping[str, float]) -> No
     for name, most in limits.items():
         value = getattr(config, name)
         if value > most:
-            raise ConfigError(f"{prefix}{name} is {value}; supported are values up to {most:,}")
+            raise ConfigError(f"{prefix}{name} is {quoted(value)}; supported are values up to {most:,}")
 
 
 def require_divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from qvl_runtime.config.checks import require_choice, require_positive
+from qvl_runtime.config.checks import require_at_most, require_choice, require_positive
 from qvl_runtime.config.model import ModelConfig
 from qvl_runtime.errors import ConfigError, quoted
 from qvl_runtime.finetune.labels import LABEL_KINDS, LabelKind
@@ -15,7 +15,7 @@ Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = get_args(Method)
 PARTS = ("decoder", "embedding", "head", "resampler", "vit")
 FULL_PARTS = ("decoder", "embedding", "head", "resampler")  # the original freezes the ViT alone
-MOST_EPOCHS = 10_000
+MOST_EPOCHS = 10_000  # the steps of all are planned before the first
 DTYPES = ("auto", "bfloat16", "float32")
 SHARDING = ("none", "data", "gradients", "fsdp")
 SCHEDULES = ("cosine", "constant")
@@ -64,8 +64,7 @@ class FinetuneOptions:
         require_choice("schedule", self.schedule, SCHEDULES)
         positive = ("epochs", "batch", "accumulate", "max_length", "rate", "clip", "save_every", "keep", "most_faults")
         require_positive(self, "", *positive, "keep_weight")
-        if self.epochs > MOST_EPOCHS:  # whose steps are planned before the first
-            raise ConfigError(f"epochs is {self.epochs}; expected at most {MOST_EPOCHS:,}")
+        require_at_most(self, "", {"epochs": MOST_EPOCHS})
         for name, least, below in (("warmup", 0, 1), ("beta2", 0, 1), ("weight_decay", 0, 100)):
             if not least <= getattr(self, name) < below:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least} and below {below}")

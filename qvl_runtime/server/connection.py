@@ -62,12 +62,7 @@ class Connection(H11Protocol):
                 self.timeout_keep_alive_task = self.loop.call_later(wait, end)
         elif self._sending is None:
             seconds = self.head_s if is_idle else float(self.timeout_keep_alive)
-            self._sending = self.loop.call_later(seconds, self._end_sending)
-
-    def _end_sending(self) -> None:
-        self._sending = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self._sending = self.loop.call_later(seconds, self.transport.close)
 
     def _time_reading(self, unsent: int) -> None:
         self._reading = self.loop.call_later(self.unread_s, self._check_reading, unsent)

@@ -114,7 +114,7 @@ def test_every_fault_of_the_data_is_listed_before_the_error(source: Path, data: 
         (["--held-out", "no.json"], "no.json"),
         (["--max-length", "20"], "nothing to train on"),
         (["--device", "tpu"], "tpu"),
-        (["--epochs", "9" * 20], "epochs is 99999999999999999999; expected at most 10,000"),
+        (["--epochs", "9" * 20], "epochs is 99999999999999999999; supported are values up to 10,000"),
     ],
 )
 def test_a_bad_option_is_one_line(
